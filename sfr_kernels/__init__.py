@@ -1,0 +1,31 @@
+"""Fused kernels, a drop-in loss and a training integration for Semantic Flow Regularization (arXiv 2605.27971)."""
+
+from ._version import __version__
+from .config import SFRConfig
+from .modules import LinearCrossEntropy, SFRLoss, VelocityHead
+from .ops import SFROutput, flow_matching_loss, linear_cross_entropy, sfr_loss
+from .rows import SupervisedRows
+
+__all__ = [
+    "LinearCrossEntropy",
+    "SFRConfig",
+    "SFRLoss",
+    "SFROutput",
+    "SupervisedRows",
+    "VelocityHead",
+    "__version__",
+    "attach",
+    "detach",
+    "flow_matching_loss",
+    "linear_cross_entropy",
+    "sfr_loss",
+]
+
+
+def __getattr__(name: str):
+    # `attach` and `detach` bring transformers along, which users of the losses alone need not have.
+    if name in ("attach", "detach"):
+        from .training import attach as functions
+
+        return getattr(functions, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""Leaves in torch operations: any device, float64 included. They let the composites run, and be tested, everywhere."""
+
+from .flow_mse import flow_mse
+from .flow_path import flow_path
+from .norm_act import norm_act, norm_act_backward
+from .softmax_xent import softmax_xent
+
+__all__ = ["flow_mse", "flow_path", "norm_act", "norm_act_backward", "softmax_xent"]

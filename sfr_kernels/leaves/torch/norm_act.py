@@ -1,0 +1,67 @@
+"""LayerNorm and SiLU, with the row bias before and the residual after:
+
+    y ← y + row_bias[row_index]      x̂ = (y − μ) ρ      z = γ x̂ + β      out = SiLU(z) (+ residual)
+
+Backward needs y, μ and ρ (DESIGN section 2):
+
+    dz = dout σ(z)(1 + z(1 − σ(z)))      q = γ dz      dy = ρ (q − mean(q) − x̂ mean(q x̂))
+    dγ = Σ dz x̂      dβ = Σ dz      d row_bias[m] = Σ_{row_index = m} dy
+"""
+
+import torch
+from torch import Tensor
+
+EPS = 1e-5  # of torch.nn.LayerNorm
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def norm_act(
+    y: Tensor,  # (n, D); replaced by y + row_bias[row_index] where there is one
+    gamma: Tensor,  # (D,)
+    beta: Tensor,  # (D,)
+    *,
+    row_bias: Tensor | None = None,  # (M, D)
+    row_index: Tensor | None = None,  # (n,) int32
+    residual: Tensor | None = None,  # (n, D)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out (n, D) in y's dtype; μ and ρ (n,) in float32."""
+    wide = _wide(y)
+    if row_bias is not None:
+        wide = wide + row_bias[row_index]
+        y.copy_(wide)
+    variance, mean = torch.var_mean(wide, dim=1, correction=0)
+    rstd = torch.rsqrt(variance + EPS)
+    z = (wide - mean.unsqueeze(1)).mul_(rstd.unsqueeze(1)).mul_(_wide(gamma)).add_(_wide(beta))
+    out = torch.nn.functional.silu(z)
+    if residual is not None:
+        out = out + residual
+    return out.to(y.dtype), mean, rstd
+
+
+def norm_act_backward(
+    dout: Tensor,  # (n, D)
+    y: Tensor,  # (n, D), as norm_act left it
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,  # (n,)
+    rstd: Tensor,  # (n,)
+    *,
+    row_index: Tensor | None = None,  # (n,) int32
+    num_bias: int = 1,  # M
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy (n, D) in y's dtype; dγ, dβ (D,) and d row_bias (M, D) in float32; Σ dy (1, D) where row_index is None."""
+    x_hat = (_wide(y) - mean.unsqueeze(1)).mul_(rstd.unsqueeze(1))
+    z = x_hat * _wide(gamma) + _wide(beta)
+    sigma = torch.sigmoid(z)
+    dz = _wide(dout) * sigma * (1 + z * (1 - sigma))
+    q = dz * _wide(gamma)
+    dy = q - q.mean(1, keepdim=True) - x_hat * (q * x_hat).mean(1, keepdim=True)
+    dy.mul_(rstd.unsqueeze(1))
+    if row_index is None:
+        dbias = dy.sum(0, keepdim=True)
+    else:
+        dbias = dy.new_zeros(num_bias, dy.shape[1]).index_add_(0, row_index, dy)
+    return dy.to(y.dtype), (dz * x_hat).sum(0), dz.sum(0), dbias

@@ -1,0 +1,178 @@
+"""The velocity head and the losses as `nn.Module`s."""
+
+import torch
+from torch import Tensor, nn
+
+from .config import SFRConfig
+from .leaves import RowStats
+from .ops import SFROutput, linear_cross_entropy, sfr_loss
+from .ops.dispatch import leaves
+from .ops.velocity_head import HeadShape, velocity_head
+from .rows import IGNORE_INDEX, SupervisedRows
+
+
+class _TimeEmbedding(nn.Module):
+    def __init__(self, size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+
+
+class VelocityHead(nn.Module):
+    """v(x_t, t, h): the small MLP that predicts the flow's velocity (DESIGN section 1).
+
+    Parameters carry the names of the published head, so its checkpoints load with `load_state_dict`:
+    `time_embed.mlp.{0,2}`, `input_proj.{0,1}` with weight [W_x | W_τ | W_h], `res_blocks.i.{linear,norm}`,
+    `output_proj`, which starts at zero.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,  # H
+        target_size: int,  # d
+        width: int = 1024,  # D
+        num_layers: int = 3,
+        time_scale: float = 1000.0,
+    ):
+        super().__init__()
+        for name, value in dict(hidden_size=hidden_size, target_size=target_size, width=width).items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive int, got {value!r}")
+        if num_layers < 2:
+            raise ValueError(f"num_layers must be at least 2, an input and an output layer, got {num_layers}")
+        if not time_scale > 0:
+            raise ValueError(f"time_scale must be positive, got {time_scale}")
+        self.shape = HeadShape(hidden_size, target_size, width, num_layers - 2, float(time_scale))
+        self.time_embed = _TimeEmbedding(target_size)
+        self.input_proj = nn.Sequential(nn.Linear(2 * target_size + hidden_size, width), nn.LayerNorm(width), nn.SiLU())
+        self.res_blocks = nn.ModuleList(_ResidualBlock(width) for _ in range(num_layers - 2))
+        self.output_proj = nn.Linear(width, target_size)
+        nn.init.zeros_(self.output_proj.weight)
+        nn.init.zeros_(self.output_proj.bias)
+
+    @classmethod
+    def from_config(cls, config: SFRConfig, hidden_size: int, target_size: int) -> "VelocityHead":
+        return cls(hidden_size, target_size, config.width, config.num_layers, config.time_scale)
+
+    def forward(
+        self,
+        x_t: Tensor,  # (n, d)
+        t: Tensor,  # (n,) or a scalar
+        hidden: Tensor,  # (n, H)
+    ) -> Tensor:  # (n, d)
+        """The velocity at x_t, differentiable in `hidden` and the parameters."""
+        n = hidden.shape[0]
+        if hidden.shape != (n, self.shape.hidden_size):
+            raise ValueError(f"hidden must be (n, {self.shape.hidden_size}), got {tuple(hidden.shape)}")
+        if x_t.shape != (n, self.shape.target_size):
+            raise ValueError(f"x_t must be ({n}, {self.shape.target_size}), got {tuple(x_t.shape)}")
+        if x_t.requires_grad:
+            raise ValueError("x_t must not require a gradient: the head is differentiable in hidden and its parameters")
+        t = torch.as_tensor(t, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        if t.dim() == 0:
+            times, index = t.reshape(1), torch.zeros(n, dtype=torch.int32, device=hidden.device)
+        elif t.shape == (n,):
+            times, index = t, torch.arange(n, dtype=torch.int32, device=hidden.device)
+        else:
+            raise ValueError(f"t must be a scalar or ({n},), got {tuple(t.shape)}")
+        return velocity_head(leaves("torch"), self, hidden, x_t, times, index)
+
+    def extra_repr(self) -> str:
+        s = self.shape
+        return f"hidden_size={s.hidden_size}, target_size={s.target_size}, width={s.width}, time_scale={s.time_scale:g}"
+
+
+class LinearCrossEntropy(nn.Module):
+    """`linear_cross_entropy` with its options fixed; takes (hidden, weight, labels, bias)."""
+
+    def __init__(
+        self,
+        *,
+        shift: bool = False,
+        ignore_index: int = IGNORE_INDEX,
+        reduction: str = "mean",
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        logits_dtype: torch.dtype | None = None,
+        chunk_rows: int | None = None,
+        return_stats: bool = False,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        self.options = dict(
+            shift=shift,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logits_dtype=logits_dtype,
+            chunk_rows=chunk_rows,
+            return_stats=return_stats,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,  # (..., H)
+        weight: Tensor,  # (V, H)
+        labels: Tensor,  # (...)
+        bias: Tensor | None = None,  # (V,)
+        *,
+        normalizer: float | Tensor | None = None,
+        row_weight: Tensor | None = None,  # (...)
+    ) -> Tensor | tuple[Tensor, RowStats]:
+        return linear_cross_entropy(
+            hidden, weight, labels, bias=bias, normalizer=normalizer, row_weight=row_weight, **self.options
+        )
+
+
+class SFRLoss(nn.Module):
+    """`sfr_loss` with its configuration and its velocity head, whose parameters are this module's."""
+
+    def __init__(self, config: SFRConfig, head: VelocityHead | None, *, backend: str | None = None):
+        super().__init__()
+        if (head is None) != (config.loss == "cka"):
+            raise ValueError(f"loss={config.loss!r} {'has no' if head is not None else 'needs a'} velocity head")
+        self.config, self.head, self.backend = config, head, backend
+
+    def forward(
+        self,
+        hidden: Tensor,  # (B, L, H)
+        weight: Tensor,  # (V, H)
+        rows: SupervisedRows,
+        targets: Tensor,  # (A, d)
+        times: Tensor | None = None,  # (M,)
+        *,
+        seed: int | Tensor,
+        bias: Tensor | None = None,  # (V,)
+        flow_weight: float | Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+    ) -> SFROutput:
+        return sfr_loss(
+            hidden,
+            weight,
+            self.head,
+            rows,
+            targets,
+            times,
+            seed=seed,
+            config=self.config,
+            bias=bias,
+            flow_weight=flow_weight,
+            normalizer=normalizer,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            backend=self.backend,
+        )

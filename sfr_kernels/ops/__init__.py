@@ -1,0 +1,7 @@
+"""The public functions and the composites behind them, written once over the leaves and `torch.mm`."""
+
+from .flow_loss import flow_matching_loss
+from .linear_cross_entropy import linear_cross_entropy
+from .sfr_loss import SFROutput, sfr_loss
+
+__all__ = ["SFROutput", "flow_matching_loss", "linear_cross_entropy", "sfr_loss"]

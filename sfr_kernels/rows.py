@@ -1,0 +1,178 @@
+"""`SupervisedRows`: which token positions carry loss, and everything the loss needs to know about each of them.
+
+A row is a token position. It carries cross-entropy if its *next* label is supervised, and the flow loss if it has an
+anchor: the place in the response from which its target, the embedding of the text ahead, was made. Rows are stored in
+the order [flow only | flow and CE | CE only], so that the rows of either loss are one contiguous slice and no kernel
+masks or gathers a second time. All of it follows from the labels (DESIGN section 1), with no loop over tokens.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from .config import SFRConfig
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class SupervisedRows:
+    """The n supervised rows of a batch of B sequences of L tokens. Build it with `from_labels`."""
+
+    rows: Tensor  # (n,) int64, index into the flattened (B·L) tokens
+    noise_id: Tensor  # (n,) int64, identity of the row for noise and time
+    labels: Tensor  # (n,) int64, class for CE; -100 where the row has no CE
+    anchor: Tensor  # (n,) int32, index into the targets; -1 where the row has no flow
+    weight: Tensor  # (n,) float32, weight of the row in the flow loss
+    time_index: Tensor | None  # (n,) int32, index into the times; None until the times of the step are drawn
+    segments: Tensor  # (A, 2) int64: anchor a's text is labels.flatten()[start:stop]; empty means a zero target
+    shape: tuple[int, int]  # (B, L)
+    num_flow: int  # rows[:num_flow] carry the flow loss
+    num_ce: int  # rows[n - num_ce:] carry cross-entropy
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def num_anchors(self) -> int:
+        return self.segments.shape[0]
+
+    @property
+    def ce_start(self) -> int:
+        return len(self) - self.num_ce
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    def _map(self, fn) -> "SupervisedRows":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: fn(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "SupervisedRows":
+        """The same rows on `device`; waits for nothing when the source is pinned."""
+        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "SupervisedRows":
+        return self._map(Tensor.pin_memory)
+
+    @classmethod
+    def from_labels(
+        cls,
+        labels: Tensor,  # (B, L) or (L,) integers, -100 = not supervised
+        config: SFRConfig | None = None,
+        segment_ids: Tensor | None = None,  # like labels: tokens of one packed sample share a value
+        noise_id: Tensor | None = None,  # like labels, int64: identity of each token; default its flat index
+    ) -> "SupervisedRows":
+        """The supervised rows of a batch, by the rules of `config`.
+
+        Call it where the labels are, on the CPU, and move the result with `.to(device)`. On a GPU it works too, but
+        has to wait for the counts. Raises TypeError or ValueError naming the argument.
+        """
+        config = SFRConfig() if config is None else config
+        labels, segment_ids, noise_id = _validate(labels, segment_ids, noise_id)
+        batch, length = labels.shape
+        flat, device = labels.reshape(-1).long(), labels.device
+
+        # joined[p]: tokens p and p + 1 belong to the same sample
+        joined = torch.ones(batch, length, dtype=torch.bool, device=device)
+        joined[:, -1:] = False
+        if segment_ids is not None:
+            joined[:, :-1] &= segment_ids[:, :-1] == segment_ids[:, 1:]
+        joined = joined.reshape(-1)
+        next_label = torch.where(joined, flat.roll(-1), IGNORE_INDEX)
+        has_ce = next_label != IGNORE_INDEX
+        in_response = has_ce if config.row_rule == "next_label" else flat != IGNORE_INDEX
+
+        # responses: maximal runs; row i of m, first position of each
+        position = in_response.nonzero().squeeze(1)
+        follows = (in_response & joined).roll(1)
+        start = ~follows[position]
+        response = start.cumsum(0) - 1
+        first = position[start]
+        m = torch.bincount(response, minlength=first.numel())
+        i = position - first[response]
+        local, count = _row_anchors(i, m, response, config)
+        offset = count.cumsum(0) - count
+        anchor = torch.where(local >= 0, offset[response] + local, -1)
+
+        anchors = torch.full_like(flat, -1).scatter_(0, position, anchor)
+        weights = torch.zeros(flat.shape, device=device).scatter_(0, position, _weights(i, m[response], config))
+        has_flow = anchors >= 0
+        kept = (has_ce | has_flow).nonzero().squeeze(1)
+        kept = kept[torch.argsort(has_ce[kept].long() - has_flow[kept].long(), stable=True)]
+        anchors = anchors[kept]
+        if config.loss == "mtp":
+            # The target of a row is the label of the row mtp_offset - 1 ahead of it: anchors index rows, not segments.
+            order = torch.empty_like(flat).scatter_(0, kept, torch.arange(kept.numel(), device=device))
+            anchors = torch.where(anchors >= 0, order[position[anchors.clamp(min=0)]], -1)
+            segments = torch.stack([kept + 1, kept + 2], dim=1)
+        else:
+            segments = _segments(m, first, count, offset, config)
+        identity = torch.arange(flat.numel(), device=device) if noise_id is None else noise_id.reshape(-1)
+        return cls(
+            rows=kept,
+            noise_id=identity[kept],
+            labels=next_label[kept],
+            anchor=anchors.int(),
+            weight=torch.where(anchors >= 0, weights[kept], 0.0),
+            time_index=(kept // length).int() if config.time_sampling == "sequence" else None,
+            segments=segments,
+            shape=(batch, length),
+            num_flow=int(has_flow.sum()),
+            num_ce=int(has_ce.sum()),
+        )
+
+
+def _row_anchors(i: Tensor, m: Tensor, response: Tensor, config: SFRConfig) -> tuple[Tensor, Tensor]:
+    """Local anchor of row i of its response (-1 = none), and the number of anchors of each response of m rows."""
+    stride, least = config.stride, config.min_tokens
+    if config.loss == "mtp":
+        ahead = i + config.mtp_offset - 1
+        return torch.where(ahead < m[response], ahead, -1), m
+    if config.segment_tokens == 0:
+        return torch.zeros_like(i), torch.ones_like(m)
+    if config.anchor_rule == "nearest":
+        count = (m + stride - 1) // stride
+        return torch.minimum((i + (stride - 1) // 2) // stride, count[response] - 1), count
+    last = (m - least).clamp(min=0)  # the last row that has enough text ahead; row 0 always counts
+    on_grid = last // stride + 1
+    count = on_grid + (last % stride != 0)
+    return torch.where(i <= last[response], (i + stride - 1) // stride, -1), count
+
+
+def _segments(m: Tensor, first: Tensor, count: Tensor, offset: Tensor, config: SFRConfig) -> Tensor:
+    """Where the text of each anchor starts and stops in the flattened labels: (A, 2)."""
+    response = torch.repeat_interleave(torch.arange(m.numel(), device=m.device), count)
+    m = m[response]
+    row = (torch.arange(response.numel(), device=m.device) - offset[response]) * config.stride
+    if config.anchor_rule == "following":
+        row = torch.minimum(row, (m - config.min_tokens).clamp(min=0))
+    stop = m if config.segment_tokens == 0 else torch.minimum(row + config.segment_tokens, m)
+    if config.anchor_rule == "nearest":
+        stop = torch.where(m - row < config.min_tokens, row, stop)
+    text = first[response] + (config.row_rule == "next_label")
+    return torch.stack([text + row, text + stop], dim=1)
+
+
+def _weights(i: Tensor, m: Tensor, config: SFRConfig) -> Tensor:
+    if config.weighting == "uniform":
+        return torch.ones(i.shape, device=i.device)
+    if config.weighting == "linear":
+        return (2.0 * (m - i) / (m + 1)).float()
+    return ((m - i) / m).float()
+
+
+def _validate(labels, segment_ids, noise_id):
+    named = {"labels": labels, "segment_ids": segment_ids, "noise_id": noise_id}
+    for name, value in named.items():
+        if value is None and name != "labels":
+            continue
+        if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+            raise TypeError(f"{name} must be an integer tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+        if value.shape != labels.shape or value.dim() not in (1, 2):
+            raise ValueError(f"{name} must be (B, L) like labels {tuple(labels.shape)}, got {tuple(value.shape)}")
+        if value.device != labels.device:
+            raise ValueError(f"{name} is on {value.device}, labels on {labels.device}")
+    return tuple(v if v is None or v.dim() == 2 else v.unsqueeze(0) for v in named.values())
