@@ -210,8 +210,8 @@ def linear_cross_entropy(
     """Cross-entropy of a linear layer's logits; rows with `labels == ignore_index` cost nothing.
 
     Formula: `reference.linear_cross_entropy`. With `shift`, position p predicts labels[..., p + 1].
-    reduction "mean": Σ_r w_r ℓ_r / normalizer, by default the number of supervised rows; "sum": the sum; "none": w_r ℓ_r,
-    shaped like labels, 0 where ignored (with `shift`, at the position that predicts). Losses are float32 or float64.
+    reduction "mean": Σ_r w_r ℓ_r / normalizer (default: the number of supervised rows); "sum": the sum; "none": w_r ℓ_r
+    like labels, 0 where ignored (with `shift`, at the position that predicts). Losses are float32 or float64.
     `return_stats` adds log-sum-exp, argmax and entropy of every supervised row, in the order of the flattened labels.
     Under autocast, hidden and weight are cast as torch's linear casts them.
     Raises TypeError or ValueError naming the argument; labels outside [0, V) are a ValueError.

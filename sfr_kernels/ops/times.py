@@ -29,3 +29,11 @@ def draw_times(
     jitter = to_uniform(random_words(seed, step, 2, blocks=-(-size // 4))[0, :size])
     times = (torch.arange(size, device=device) + jitter) / size
     return times, (random_words(seed, rows.noise_id, 1)[:, 0] * size >> 32).int()
+
+
+def step_seed(seed: int, step: int) -> int:
+    """A 63-bit seed from (config.seed, step), the same on every rank: the SplitMix64 finaliser."""
+    x = (seed * 0x9E3779B97F4A7C15 + (step + 2) * 0xD1B54A32D192ED03) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return (x ^ (x >> 31)) >> 1

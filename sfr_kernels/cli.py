@@ -1,0 +1,94 @@
+"""The command line: `python -m sfr_kernels train` and `python -m sfr_kernels info`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .config import SFRConfig
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command; 0, or 2 after printing what was wrong with the input."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        if args.traceback:
+            raise
+        print(f"sfr_kernels {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sfr_kernels", description="Semantic Flow Regularization.")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a causal LM on chats",
+        description="Fine-tunes a causal LM with cross-entropy and the flow loss, then shows what changed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.set_defaults(run=_train)
+    add = train.add_argument
+    add("--out", type=Path, required=True, help="folder of the run")
+    add("--data", type=Path, help='JSON lines of {"messages": […]}; the shipped personas if left out')
+    add("--model", default="smollm2-135m-instruct", help="causal LM: folder, name, or the packaged default")
+    add("--encoder", default="all-minilm-l6-v2", help="sentence encoder: folder, name, or the packaged default")
+    add("--objective", choices=("sfr", "ce"), default="sfr", help="ce is plain fine-tuning on the same data and seed")
+    add("--config", type=Path, help="JSON file of SFRConfig fields")
+    add("--flow-weight", type=float, help="λ; overrides the config")
+    add("--full", action="store_true", help="train every weight instead of LoRA adapters")
+    add("--epochs", type=float, default=2.0)
+    add("--steps", type=int, default=-1, help="optimizer steps; overrides --epochs")
+    add("--batch-size", type=int, default=8)
+    add("--accumulate", type=int, default=1, help="micro-batches per optimizer step")
+    add("--lr", type=float, help="learning rate; 1e-3 for LoRA, 1e-4 with --full")
+    add("--max-length", type=int, default=1024, help="tokens of context; longer examples are cut, and counted")
+    add("--save-every", type=int, default=50, help="steps between checkpoints")
+    add("--samples", type=int, default=3, help="held-out prompts in the table of answers")
+    add("--seed", type=int, default=0)
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+
+    info = commands.add_parser("info", help="versions, device, and which backends are usable")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _train(args) -> int:
+    config = SFRConfig(seed=args.seed)
+    if args.config is not None:
+        config = SFRConfig.from_json(args.config.read_text())
+    if args.flow_weight is not None:
+        config = SFRConfig.from_dict(config.to_dict() | {"flow_weight": args.flow_weight})
+    from .training.data import PERSONAS
+    from .training.finetune import TrainOptions, finetune
+
+    finetune(
+        TrainOptions(
+            data=args.data or PERSONAS, out=args.out, model=args.model, encoder=args.encoder, config=config,
+            objective=args.objective, full=args.full, epochs=args.epochs, max_steps=args.steps,
+            batch_size=args.batch_size, accumulate=args.accumulate,
+            learning_rate=args.lr or (1e-4 if args.full else 1e-3), max_length=args.max_length,
+            save_every=args.save_every, seed=args.seed, resume=args.resume, overwrite=args.overwrite,
+            samples=args.samples,
+        )
+    )  # fmt: skip
+    return 0
+
+
+def _info(args) -> int:
+    import torch
+
+    from ._version import __version__
+    from .ops.dispatch import BACKENDS, resolve_backend, unavailable
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(f"sfr_kernels {__version__}, torch {torch.__version__}, {name}")
+    for backend in BACKENDS:
+        print(f"  {backend:10} {unavailable(backend) or 'usable'}")
+    print(f"chosen here: {resolve_backend(None, device)}")
+    return 0

@@ -1,0 +1,1 @@
+"""What training changed: losses on held-out prompts, and the answers to them."""

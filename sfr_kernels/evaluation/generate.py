@@ -1,0 +1,46 @@
+"""Answers of a chat model to prompts, in batches."""
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+
+@torch.no_grad()
+def generate(
+    model,
+    tokenizer,
+    chats: Sequence[Sequence[dict[str, str]]],  # messages up to the user's last
+    *,
+    max_new_tokens: int = 96,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = False,
+) -> list[str]:
+    """One sampled answer a chat. The global random state is left as it was, and the model in the mode it was in."""
+    device = next(model.parameters()).device
+    side, training = tokenizer.padding_side, model.training
+    tokenizer.padding_side = "left"
+    model.eval()
+    answers = []
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for start in tqdm(range(0, len(chats), batch_size), desc="answers", unit="batch", disable=not progress):
+                texts = [
+                    tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
+                    for chat in chats[start : start + batch_size]
+                ]
+                batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
+                out = model.generate(
+                    **batch, do_sample=True, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
+                    pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+                )  # fmt: skip
+                new = out[:, batch["input_ids"].shape[1] :]
+                answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    finally:
+        tokenizer.padding_side = side
+        model.train(training)
+    return answers

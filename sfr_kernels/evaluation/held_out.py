@@ -1,0 +1,72 @@
+"""Losses on held-out samples, and the flow loss of a head that cannot see the hidden states.
+
+The flow loss alone says little: part of it is noise no head can predict. What the hidden states contribute is the
+distance to a head of the same size, trained on the same targets as long, that is given zeros in their place.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import get_scheduler
+
+from ..config import SFRConfig
+from ..modules import VelocityHead
+from ..ops import flow_matching_loss
+from ..ops.times import step_seed
+
+
+@torch.no_grad()
+def held_out_losses(model: nn.Module, batches: Iterable[dict], device: torch.device) -> dict[str, float]:
+    """Mean cross-entropy per supervised token, and L_flow if the model has an SFR objective."""
+    training = model.training
+    model.eval()
+    totals, tokens = {"ce_loss": 0.0, "flow_loss": 0.0}, 0
+    for batch in batches:
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        out = model(**{k: v.to(device) for k, v in batch.items()})
+        tokens += count
+        if "ce_loss" in out:
+            totals["ce_loss"] += out.ce_loss.item() * count
+            totals["flow_loss"] += out.flow_loss.item() * count
+        else:
+            totals["ce_loss"] += out.loss.item() * count
+            totals.pop("flow_loss", None)
+    model.train(training)
+    return {name: total / max(tokens, 1) for name, total in totals.items()}
+
+
+def blind_flow_loss(
+    config: SFRConfig,
+    hidden_size: int,
+    train_batches: Iterable[dict],  # as many as the head is to be trained on
+    held_out_batches: Iterable[dict],
+    steps: int,
+    learning_rate: float,
+    device: torch.device,
+) -> float:
+    """L_flow on held-out samples of a head trained with zeros for hidden states."""
+
+    def loss_of(batch, seed):
+        rows, targets = batch["rows"].to(device), batch["targets"].to(device)
+        zeros = torch.zeros(rows.shape[0] * rows.shape[1], hidden_size, device=device)
+        return flow_matching_loss(zeros, head, rows, targets, seed=seed, config=config), rows.num_ce
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        some = next(iter(held_out_batches))
+        head = VelocityHead.from_config(config, hidden_size, some["targets"].shape[1]).to(device)
+        optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.0)
+        schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
+        for step, batch in enumerate(tqdm(train_batches, total=steps, desc="blind head", unit="step")):
+            loss_of(batch, step_seed(config.seed, step))[0].backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        total, tokens = 0.0, 0
+        with torch.no_grad():
+            for batch in held_out_batches:
+                loss, count = loss_of(batch, step_seed(config.seed, -1))
+                total, tokens = total + loss.item() * count, tokens + count
+    return total / max(tokens, 1)

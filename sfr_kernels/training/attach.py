@@ -1,0 +1,309 @@
+"""`attach`: a transformers causal LM whose forward returns the SFR loss and makes no logits.
+
+The model's own forward runs unchanged, so whatever it does around the decoder stays. Only its lm_head answers
+differently while a loss is wanted: given the hidden states, it runs the fused loss with its own weight and returns that
+instead of logits. So the weight is read inside the module's own call, after any engine that shards or offloads it has
+gathered it, and the head's inside that of `SFRLoss`. What the model does to its logits afterwards (softcap, scale) is
+measured once, by sending known numbers through, and handed to the loss.
+"""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from ..config import SFRConfig
+from ..modules import SFRLoss, VelocityHead
+from ..ops import SFROutput
+from ..ops.times import step_seed
+from ..rows import SupervisedRows
+from ..targets.collator import sfr_inputs
+from ..targets.store import TargetStore
+from .checkpoint import save_head
+
+_KWARGS_FLAG = "accepts_loss_kwargs"  # read by Trainer: forward takes num_items_in_batch
+_EXTRA_INPUTS = ("rows", "targets", "times", "seed", "sample_id")
+
+
+@dataclass
+class SFRModelOutput(ModelOutput):
+    """What an attached model returns for labels: the loss to train on, and its detached parts."""
+
+    loss: Tensor | None = None
+    ce_loss: Tensor | None = None
+    flow_loss: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+class Attachment(SFRLoss):
+    """What `attach` adds to a model, as its submodule `sfr`: the objective, the head and the state of a run."""
+
+    def __init__(self, loss: SFRLoss, store: TargetStore | None):
+        super().__init__(loss.config, loss.head, backend=loss.backend)
+        self.store = store
+        self.flow_weight = loss.config.flow_weight
+        self.step: int | None = None  # set by SFRCallback; without it, every training forward is a step
+        self.forwards = 0
+        self.logit_options: dict | None = None  # measured at the first loss
+        self.totals: list[Tensor] | None = None  # sums of ce and flow since the last log
+
+    def seed(self) -> int:
+        """The seed of this forward's noise: of the step in training, always the same in evaluation."""
+        if not self.training:
+            return step_seed(self.config.seed, -1)
+        return step_seed(self.config.seed, self.forwards if self.step is None else self.step)
+
+    def record(self, out: SFROutput) -> None:
+        """Adds to the running sums, on the device."""
+        values = [out.ce, out.flow]
+        self.totals = values if self.totals is None else [a + b for a, b in zip(self.totals, values, strict=True)]
+        self.forwards += 1
+
+
+@dataclass
+class _Call:
+    """One loss, on its way through the model's forward to the lm_head; or a probe of the logits' transform."""
+
+    sfr: Attachment
+    inputs: dict | None = None
+    probe: Tensor | None = None
+    out: SFROutput | None = None
+    returned: Tensor | None = None
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """The attachment of a model, however it is wrapped."""
+    return next((m for m in model.modules() if isinstance(m, Attachment)), None)
+
+
+def attach(
+    model: nn.Module,
+    head_or_config: VelocityHead | SFRConfig | SFRLoss,
+    targets: TargetStore | None = None,
+    *,
+    target_size: int | None = None,
+) -> nn.Module:
+    """Makes `model(input_ids=…, labels=…, rows=…, targets=…)` return the SFR loss; returns the same model.
+
+    model           a transformers causal LM, or a PEFT model around one (wrap with PEFT first, then attach).
+    head_or_config  the objective: an SFRConfig (a new head is made), a VelocityHead (with the default config of its
+                    sizes), or an SFRLoss, which is both.
+    targets         the store of the data set: says how wide the head must be, and lets a batch that has `sample_id`
+                    but no rows and targets look them up.
+    target_size     d, where there is no store.
+
+    Without labels the model is what it was. `rows` default to those of `labels`; `seed` to one per optimizer step under
+    `SFRCallback`, else per forward; `num_items_in_batch`, which Trainer passes, is the normalizer.
+    `save_pretrained` writes the plain model, and the head beside it. TypeError or ValueError, with the model unchanged,
+    if something does not fit.
+    """
+    base = base_of(model)
+    if attachment_of(base) is not None:
+        raise ValueError("model already has an SFR objective: detach it first")
+    linear = _output_linear(base)
+    loss = _objective(head_or_config, linear, targets, target_size)
+    if loss.head is not None:
+        shape = loss.head.shape
+        if shape.hidden_size != linear.in_features:
+            raise ValueError(f"head is for hidden size {shape.hidden_size}, the model's is {linear.in_features}")
+        if targets is not None and loss.config.loss != "mtp" and shape.target_size != targets.target_size:
+            raise ValueError(f"head is for target size {shape.target_size}, targets have {targets.target_size}")
+        if linear.weight.device.type != "meta":
+            loss.head.to(linear.weight.device)
+
+    base.sfr = Attachment(loss, targets)
+    ignored = base._keys_to_ignore_on_save
+    base.sfr.restore = {"_keys_to_ignore_on_save": ignored, _KWARGS_FLAG: base.__dict__.get(_KWARGS_FLAG)}
+    base._keys_to_ignore_on_save = {*(ignored or ()), *(f"sfr.{name}" for name in base.sfr.state_dict())}
+    base.accepts_loss_kwargs = True
+
+    # An engine that offloads weights has put its own forward over the module's; ours goes under it.
+    slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
+    linear._sfr_plain = slot, getattr(linear, slot)
+    setattr(linear, slot, MethodType(_linear_forward, linear))
+    base._sfr_plain_forward = base.forward
+    base.forward = MethodType(_forward_like(base.forward), base)
+    model._sfr_plain_save = model.save_pretrained
+    model.save_pretrained = MethodType(_save_pretrained, model)
+    return model
+
+
+def detach(model: nn.Module) -> VelocityHead | None:
+    """Undoes `attach`: the model is the plain one again. Returns the velocity head (None for "cka")."""
+    base = base_of(model)
+    sfr = base.__dict__.get("_modules", {}).get("sfr")
+    if not isinstance(sfr, Attachment):
+        raise ValueError("model has no SFR objective to detach")
+    linear = _patched_linear(base)
+    slot, plain = linear.__dict__.pop("_sfr_plain")
+    _restore(linear, slot, plain)
+    _restore(base, "forward", base.__dict__.pop("_sfr_plain_forward"))
+    if "_sfr_plain_save" in model.__dict__:
+        _restore(model, "save_pretrained", model.__dict__.pop("_sfr_plain_save"))
+    base._keys_to_ignore_on_save = sfr.restore["_keys_to_ignore_on_save"]
+    if sfr.restore[_KWARGS_FLAG] is None:
+        del base.accepts_loss_kwargs
+    del base.sfr
+    return sfr.head
+
+
+def _restore(module: nn.Module, name: str, value) -> None:
+    """Puts an overridden method back; one that was the class's own is simply uncovered."""
+    if getattr(value, "__func__", None) is getattr(type(module), name, None):
+        module.__dict__.pop(name, None)
+    else:
+        setattr(module, name, value)
+
+
+def _output_linear(base: nn.Module) -> nn.Linear:
+    """The linear layer behind the model's logits."""
+    if not hasattr(base, "get_output_embeddings"):
+        raise TypeError(f"model must be a transformers causal LM, got {type(base).__name__}")
+    out = base.get_output_embeddings()
+    if hasattr(out, "modules_to_save") and hasattr(out, "active_adapters"):
+        out = out.modules_to_save[out.active_adapters[0]]  # PEFT's trainable copy of the layer
+    if hasattr(out, "base_layer"):
+        raise TypeError(
+            "model's lm_head carries an adapter, whose share of the logits a fused loss would drop: leave it out of "
+            "target_modules, or train it whole with modules_to_save"
+        )
+    if not isinstance(out, nn.Linear):
+        raise TypeError(f"model's output embeddings must be an nn.Linear, got {type(out).__name__}")
+    return out
+
+
+def _objective(given, linear: nn.Linear, targets: TargetStore | None, target_size: int | None) -> SFRLoss:
+    if isinstance(given, SFRLoss):
+        return given
+    if isinstance(given, VelocityHead):
+        s = given.shape
+        return SFRLoss(SFRConfig(width=s.width, num_layers=s.num_blocks + 2, time_scale=s.time_scale), given)
+    if not isinstance(given, SFRConfig):
+        raise TypeError(f"head_or_config must be a VelocityHead, SFRConfig or SFRLoss, got {type(given).__name__}")
+    if given.loss == "cka":
+        return SFRLoss(given, None)
+    if given.loss == "mtp":
+        target_size = linear.in_features
+    elif targets is not None:
+        target_size = targets.target_size
+    elif target_size is None:
+        raise ValueError("target_size must be given where there are no targets: the head has to know it")
+    return SFRLoss(given, VelocityHead.from_config(given, linear.in_features, target_size))
+
+
+def _patched_linear(base: nn.Module) -> nn.Linear:
+    return next(m for m in base.get_output_embeddings().modules() if "_sfr_plain" in m.__dict__)
+
+
+def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
+    """The lm_head: logits as ever, or the loss, shaped like one logit, while a call waits for it."""
+    call: _Call | None = self.__dict__.get("_sfr_call")
+    if call is None:
+        return self._sfr_plain[1](hidden)
+    if call.probe is not None:
+        return call.probe
+    call.out = call.sfr(hidden, self.weight, bias=self.bias, **call.inputs)
+    return call.out.loss.reshape(1, 1, 1)
+
+
+@contextlib.contextmanager
+def _waiting(base: nn.Module, call: _Call) -> Iterator[None]:
+    """Routes the next lm_head call to `call`, and catches what it returns after every other hook."""
+    linear = _patched_linear(base)
+    linear._sfr_call = call
+    hook = base.get_output_embeddings().register_forward_hook(lambda m, i, out: setattr(call, "returned", out))
+    try:
+        yield
+    finally:
+        hook.remove()
+        del linear._sfr_call
+
+
+def _forward_like(plain):
+    """The attached forward, with the signature of the model's own and the inputs of the loss added."""
+
+    def forward(self, *args, labels=None, rows=None, targets=None, times=None, seed=None, sample_id=None,
+                num_items_in_batch=None, **kwargs):  # fmt: skip
+        if labels is None and rows is None:
+            return self._sfr_plain_forward(*args, **kwargs)
+        sfr: Attachment = self.sfr
+        inputs = _loss_inputs(sfr, labels, rows, targets, sample_id, kwargs)
+        if sfr.logit_options is None:
+            sfr.logit_options = _measure_logits(self, sfr, inputs["rows"].device)
+        inputs |= dict(times=times, seed=sfr.seed() if seed is None else seed, normalizer=num_items_in_batch,
+                       flow_weight=sfr.flow_weight, **sfr.logit_options)  # fmt: skip
+        call = _Call(sfr, inputs)
+        with _waiting(self, call):
+            outputs = self._sfr_plain_forward(*args, **{"use_cache": False, **kwargs, "return_dict": True})
+        loss, aux = call.returned.reshape(()), getattr(outputs, "aux_loss", None)
+        if aux is not None:  # the router loss of a mixture of experts, which such models add themselves
+            loss = loss + self.router_aux_loss_coef * aux.to(loss.device)
+        if sfr.training:
+            sfr.record(call.out)
+        return SFRModelOutput(loss=loss, ce_loss=call.out.ce, flow_loss=call.out.flow, aux_loss=aux)
+
+    signature = inspect.signature(plain)
+    names = [p for p in signature.parameters.values() if p.name not in _EXTRA_INPUTS]
+    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in _EXTRA_INPUTS]
+    tail = [p for p in names if p.kind is inspect.Parameter.VAR_KEYWORD]
+    self_ = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = signature.replace(parameters=[self_, *(p for p in names if p not in tail), *extra, *tail])
+    return forward
+
+
+def _loss_inputs(sfr: Attachment, labels, rows, targets, sample_id, kwargs) -> dict:
+    """rows and targets, from the call where given, else from labels and the store."""
+    if rows is not None:
+        if not isinstance(rows, SupervisedRows):
+            raise TypeError(f"rows must be SupervisedRows, got {type(rows).__name__}")
+        if labels is not None and tuple(labels.shape) != rows.shape:
+            raise ValueError(f"rows were made for {rows.shape} tokens, labels are {tuple(labels.shape)}")
+        found = {"rows": rows, "targets": rows.labels if sfr.config.loss == "mtp" else targets}
+    elif sample_id is not None and (sfr.store is not None or sfr.config.loss == "mtp"):
+        ids = sample_id.tolist() if isinstance(sample_id, Tensor) else list(sample_id)
+        found = sfr_inputs({"labels": labels, **kwargs}, ids, sfr.config, sfr.store)
+    else:
+        rows = SupervisedRows.from_labels(labels, sfr.config)
+        found = {"rows": rows, "targets": rows.labels if sfr.config.loss == "mtp" else targets}
+    if found["targets"] is None:
+        raise ValueError(
+            f"targets must be given for loss={sfr.config.loss!r}: use SFRCollator, or pass sample_id to a model "
+            "attached with a TargetStore"
+        )
+    return found
+
+
+@torch.no_grad()
+def _measure_logits(base: nn.Module, sfr: Attachment, device: torch.device) -> dict:
+    """softcap and scale of the model's logits, found by passing known numbers off as logits of one token."""
+    values = torch.tensor([2.0**-9, 1.0, -3.0, 1e6], device=device)
+    call = _Call(sfr, probe=values.reshape(1, 1, -1))
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _waiting(base, call):
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        found = base._sfr_plain_forward(input_ids=token, use_cache=False, return_dict=True).logits.flatten().tolist()
+    scale = found[0] * 2**9
+    softcap = None if math.isclose(found[3], scale * 1e6, rel_tol=1e-4) else found[3]
+    wanted = [scale * x if softcap is None else softcap * math.tanh(scale * x / softcap) for x in (1.0, -3.0)]
+    if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(wanted, found[1:3], strict=True)):
+        raise ValueError(f"{type(base).__name__} transforms its logits in a way the loss does not know: {found}")
+    return {"softcap": softcap, "logit_scale": scale}
+
+
+def _save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
+    """The model's own save_pretrained, which leaves the head out, and the head beside it."""
+    result = self._sfr_plain_save(save_directory, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        save_head(save_directory, attachment_of(self))
+    return result

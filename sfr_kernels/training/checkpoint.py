@@ -1,0 +1,66 @@
+"""The velocity head on disk, beside a model: `sfr_head.safetensors` and `sfr_config.json`."""
+
+import json
+import os
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+from ..config import SFRConfig
+from ..modules import SFRLoss, VelocityHead
+
+HEAD_FILE, CONFIG_FILE = "sfr_head.safetensors", "sfr_config.json"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """`path` holds either what it held or all of `data`, whenever the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def save_head(folder: str | os.PathLike, loss: SFRLoss) -> None:
+    """Writes the head's parameters and the objective's configuration into `folder`."""
+    folder = Path(folder)
+    if loss.head is not None:
+        tensors = {name: p.detach().cpu().contiguous() for name, p in loss.head.state_dict().items()}
+        write_atomically(folder / HEAD_FILE, save(tensors))
+    shape = None if loss.head is None else asdict(loss.head.shape)
+    text = json.dumps({"config": loss.config.to_dict(), "head": shape}, indent=2) + "\n"
+    write_atomically(folder / CONFIG_FILE, text.encode())
+
+
+def load_head(folder: str | os.PathLike) -> SFRLoss:
+    """What `save_head` wrote, ready for `attach`. FileNotFoundError if there is none."""
+    folder = Path(folder)
+    saved = json.loads((folder / CONFIG_FILE).read_text())
+    head = None
+    if shape := saved["head"]:
+        head = VelocityHead(
+            shape["hidden_size"], shape["target_size"], shape["width"], shape["num_blocks"] + 2, shape["time_scale"]
+        )
+        head.load_state_dict(load_file(folder / HEAD_FILE))
+    return SFRLoss(SFRConfig.from_dict(saved["config"]), head)
+
+
+@torch.no_grad()
+def restore_head(folder: str | os.PathLike, loss: SFRLoss) -> None:
+    """Copies a saved head into `loss`, in place, so that an optimizer keeps its parameters."""
+    path = Path(folder) / HEAD_FILE
+    if loss.head is None:
+        return
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the checkpoint was saved without a velocity head")
+    loss.head.load_state_dict(load_file(path))

