@@ -122,7 +122,7 @@ def attach(
         if linear.weight.device.type != "meta":
             loss.head.to(linear.weight.device)
 
-    base.sfr = Attachment(loss, targets)
+    base.sfr = Attachment(loss, targets).train(base.training)
     ignored = base._keys_to_ignore_on_save
     base.sfr.restore = {"_keys_to_ignore_on_save": ignored, _KWARGS_FLAG: base.__dict__.get(_KWARGS_FLAG)}
     base._keys_to_ignore_on_save = {*(ignored or ()), *(f"sfr.{name}" for name in base.sfr.state_dict())}

@@ -115,7 +115,7 @@ def finetune(options: TrainOptions) -> Path:
         epochs = math.ceil(steps / max(len(loader(train)), 1))
         batches = (b for _ in range(epochs) for b in loader(train, shuffle=True))
         results["blind_flow_loss"] = blind_flow_loss(
-            options.config, attachment_of(model).head.shape.hidden_size, _first(batches, steps), loader(held_out), steps,
+            options.config, model.config.hidden_size, _first(batches, steps), loader(held_out), steps,
             options.learning_rate, device,
         )  # fmt: skip
     return _finish(options, trainer, tokenizer, chats, prompts, answers_before, results, began)

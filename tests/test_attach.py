@@ -1,0 +1,279 @@
+"""`attach` on transformers models: the same cross-entropy as theirs, no logits, and nothing left behind."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import CONFIG, HIDDEN, SIZES, TARGET, VOCAB, pad, tiny_llama, tiny_samples, tiny_store
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sfr_kernels import SFRConfig, SFRLoss, VelocityHead, attach, detach, sfr_loss
+from sfr_kernels.targets import SFRCollator
+from sfr_kernels.training.checkpoint import load_head
+
+SAMPLES = tiny_samples()
+STORE = tiny_store(SAMPLES)
+BATCH = SFRCollator(CONFIG, STORE, pad)(SAMPLES)
+PLAIN = {k: v for k, v in BATCH.items() if k not in ("rows", "targets")}
+
+# One model for each way of going from hidden states to logits.
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},  # one tensor for input and output embeddings
+    "gemma2": {"final_logit_softcapping": 5.0, "head_dim": 8},  # softcap
+    "cohere": {"logit_scale": 0.25},  # scale on the logits
+    "granite": {"logits_scaling": 8.0},  # divisor of the logits
+    "gpt2": {"n_embd": HIDDEN, "n_head": 4, "n_layer": 2, "n_positions": 64},  # another tree of modules
+    "phi": {},  # lm_head with a bias
+}
+
+
+def family(name: str):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB} if name == "gpt2" else SIZES
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**sizes, **FAMILIES[name]}))
+    with torch.no_grad():  # logits large enough for a softcap to matter
+        model.get_output_embeddings().weight.mul_(20)
+        if model.get_output_embeddings().bias is not None:
+            model.get_output_embeddings().bias.normal_()
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cross_entropy_and_gradients_are_the_models_own(name):
+    model = family(name)
+    loss = model(**PLAIN).loss
+    loss.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    attach(model, CONFIG, targets=STORE)
+    out = model(**BATCH)
+    torch.testing.assert_close(out.ce_loss, loss.detach(), rtol=1e-5, atol=1e-6)
+    model.sfr.flow_weight = 0.0
+    model(**BATCH).loss.backward()
+    for parameter, grad in wanted.items():
+        torch.testing.assert_close(model.get_parameter(parameter).grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mixture_of_experts_keeps_its_router_loss():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mixtral", **SIZES, num_local_experts=4, output_router_logits=True)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    wanted = model(**PLAIN).loss
+    attach(model, CONFIG, targets=STORE)
+    model.sfr.flow_weight = 0.0
+    out = model(**BATCH)
+    assert out.aux_loss > 0
+    torch.testing.assert_close(out.loss, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_is_sfr_loss_of_the_last_hidden_state():
+    model = tiny_llama().eval()
+    hidden = model.model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).last_hidden_state
+    attach(model, CONFIG, targets=STORE)
+    torch.nn.init.normal_(model.sfr.head.output_proj.weight)
+    wanted = sfr_loss(hidden, model.lm_head.weight, model.sfr.head, BATCH["rows"], BATCH["targets"], seed=7,
+                      config=CONFIG, backend="reference")  # fmt: skip
+    out = model(**BATCH, seed=7)
+    for a, b in ((out.loss, wanted.loss), (out.ce_loss, wanted.ce), (out.flow_loss, wanted.flow)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+class LargestWithVocabulary(TorchDispatchMode):
+    """The most rows any tensor over the vocabulary had."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and t.dim() > 1 and t.shape[-1] == 701:
+                self.rows = max(self.rows, t.numel() // 701)
+        return out
+
+
+def test_no_logits_of_all_tokens_are_made():
+    model = tiny_llama(vocab_size=701, max_position_embeddings=4096)
+    labels = torch.randint(3, 701, (1, 3001))
+    attach(model, CONFIG, target_size=TARGET)
+    from sfr_kernels import SupervisedRows
+
+    rows = SupervisedRows.from_labels(labels, CONFIG)
+    targets = torch.nn.functional.normalize(torch.randn(rows.num_anchors, TARGET), dim=1)
+    with LargestWithVocabulary() as seen:
+        out = model(input_ids=labels, labels=labels, rows=rows, targets=targets)
+        out.loss.backward()
+    assert "logits" not in out
+    assert 0 < seen.rows <= 1024  # a chunk, of 3000 rows
+
+
+def test_without_labels_it_is_the_plain_model():
+    model = tiny_llama().eval()
+    wanted = model(input_ids=BATCH["input_ids"]).logits
+    attach(model, CONFIG, targets=STORE)
+    assert torch.equal(model(input_ids=BATCH["input_ids"]).logits, wanted)
+    assert model.generate(BATCH["input_ids"][:1], max_new_tokens=3, do_sample=False).shape[1] > 0
+
+
+def test_detach_leaves_nothing_behind():
+    model = tiny_llama().eval()
+    keys, attributes = list(model.state_dict()), set(model.__dict__)
+    ignored = model._keys_to_ignore_on_save
+    head = VelocityHead(HIDDEN, TARGET, 24)
+    attach(model, SFRLoss(CONFIG, head), targets=STORE)
+    model(**BATCH)
+    assert detach(model) is head
+    assert list(model.state_dict()) == keys
+    assert set(model.__dict__) == attributes
+    assert model._keys_to_ignore_on_save == ignored
+    assert "forward" not in model.lm_head.__dict__
+    assert not [k for k in model.lm_head.__dict__ if "sfr" in k]
+    assert model(**PLAIN).logits is not None
+    with pytest.raises(ValueError, match="no SFR objective"):
+        detach(model)
+
+
+def test_stock_collators_work_through_sample_id():
+    """A batch with sample_id and no rows looks its targets up, and draws the same noise as the collator's."""
+    model = tiny_llama().eval()
+    attach(model, CONFIG, targets=STORE)
+    torch.nn.init.normal_(model.sfr.head.output_proj.weight)
+    ids = torch.arange(len(SAMPLES))
+    assert torch.equal(model(**PLAIN, sample_id=ids).loss, model(**BATCH).loss)
+
+
+def test_noise_moves_with_the_step_in_training_and_not_in_evaluation():
+    model = tiny_llama()
+    attach(model, CONFIG, targets=STORE)
+    torch.nn.init.normal_(model.sfr.head.output_proj.weight)
+    assert model(**BATCH).flow_loss != model(**BATCH).flow_loss
+    model.eval()
+    assert model(**BATCH).flow_loss == model(**BATCH).flow_loss
+
+
+def lora(model, **options):
+    return get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **options))
+
+
+def test_lora_trains_adapters_and_head_only():
+    model = lora(tiny_llama(), target_modules="all-linear")
+    attach(model, CONFIG, targets=STORE)
+    torch.nn.init.normal_(model.get_base_model().sfr.head.output_proj.weight)
+    model(**BATCH).loss.backward()
+    trained = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert all("lora_" in n or ".sfr.head." in n for n in trained)
+    assert any("lora_B" in n for n in trained) and any(".sfr.head." in n for n in trained)
+
+
+def test_a_trained_copy_of_the_lm_head_is_used():
+    model = lora(tiny_llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2)
+    wanted = model.eval()(**PLAIN).loss
+    attach(model, CONFIG, targets=STORE)
+    torch.testing.assert_close(model(**BATCH).ce_loss, wanted.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_offloaded_lm_head_is_gathered_by_its_own_hook():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = tiny_llama().eval()
+    wanted = model(**PLAIN).loss
+    weights = {k: v.clone() for k, v in model.lm_head.state_dict().items()}
+    hook = AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights)
+    add_hook_to_module(model.lm_head, hook)
+    assert model.lm_head.weight.device.type == "meta"
+    attach(model, CONFIG, targets=STORE)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**BATCH).ce_loss, wanted.detach(), rtol=1e-5, atol=1e-6)
+    detach(model)
+    torch.testing.assert_close(model(**PLAIN).loss, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_copy_has_its_own_head():
+    model = tiny_llama().eval()
+    attach(model, CONFIG, targets=STORE)
+    twin = copy.deepcopy(model)
+    torch.nn.init.normal_(twin.sfr.head.output_proj.weight)
+    assert twin(**BATCH).flow_loss != model(**BATCH).flow_loss
+
+
+def test_saving_writes_the_plain_model_and_the_head_beside_it(tmp_path):
+    model = tiny_llama().eval()
+    wanted = model(input_ids=BATCH["input_ids"]).logits
+    attach(model, CONFIG, targets=STORE)
+    torch.nn.init.normal_(model.sfr.head.output_proj.weight)
+    model.save_pretrained(tmp_path)
+    loss = load_head(tmp_path)
+    assert loss.config == CONFIG
+    for name, value in model.sfr.head.state_dict().items():
+        assert torch.equal(loss.head.state_dict()[name], value)
+    script = (
+        "import sys; sys.modules['sfr_kernels'] = None\n"  # importing the package would fail
+        "import torch; from transformers import AutoModelForCausalLM\n"
+        f"model, info = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, output_loading_info=True)\n"
+        "assert not any(info[k] for k in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), info\n"
+        f"torch.save(model(input_ids=torch.tensor({BATCH['input_ids'].tolist()})).logits, {str(tmp_path / 'out')!r})\n"
+    )
+    subprocess.run([sys.executable, "-I", "-c", script], check=True, timeout=120)
+    torch.testing.assert_close(torch.load(tmp_path / "out", weights_only=True), wanted)
+
+
+def test_errors_name_the_argument_and_change_nothing():
+    model = tiny_llama()
+    keys, attributes = list(model.state_dict()), set(model.__dict__)
+    with pytest.raises(ValueError, match="head is for hidden size 8"):
+        attach(model, VelocityHead(8, TARGET, 24))
+    with pytest.raises(ValueError, match="target size 7"):
+        attach(model, VelocityHead(HIDDEN, 7, 24), targets=STORE)
+    with pytest.raises(ValueError, match="target_size"):
+        attach(model, CONFIG)
+    with pytest.raises(TypeError, match="head_or_config"):
+        attach(model, {"loss": "flow"})
+    with pytest.raises(TypeError, match="causal LM"):
+        attach(torch.nn.Linear(2, 2), CONFIG)
+    assert list(model.state_dict()) == keys and set(model.__dict__) == attributes
+    with pytest.raises(TypeError, match="adapter"):
+        attach(lora(tiny_llama(), target_modules=["lm_head"]), CONFIG, target_size=TARGET)
+    attach(model, CONFIG, targets=STORE)
+    with pytest.raises(ValueError, match="already"):
+        attach(model, CONFIG, targets=STORE)
+    with pytest.raises(ValueError, match="targets must be given"):
+        model(**PLAIN)
+    with pytest.raises(ValueError, match="target size"):
+        model(**{**BATCH, "targets": BATCH["targets"][:, :5]})
+    with pytest.raises(ValueError, match="NaN"):
+        model(**{**BATCH, "targets": BATCH["targets"] * float("nan")})
+    with pytest.raises(ValueError, match="labels"):
+        model(**{**BATCH, "labels": BATCH["labels"][:, 1:]})
+
+
+def test_labels_outside_the_vocabulary_are_refused():
+    model = tiny_llama()
+    attach(model, SFRConfig(loss="mtp", width=24))
+    labels = PLAIN["labels"].clone()
+    labels[0, -1] = labels[3, 5] = VOCAB
+    with pytest.raises(ValueError, match=f"labels must be in .0, {VOCAB}."):
+        model(input_ids=PLAIN["input_ids"], labels=labels)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine", "cka", "mtp"])
+def test_every_objective_trains(loss):
+    config = SFRConfig(loss=loss, width=24, stride=4, min_tokens=3, segment_tokens=0 if loss == "cka" else 6)
+    store = None if loss == "mtp" else tiny_store(SAMPLES, config)
+    model = tiny_llama()
+    attach(model, config, targets=store)
+    batch = SFRCollator(config, store, pad)(SAMPLES)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    values = []
+    for _ in range(20):
+        out = model(**batch)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        values.append(out.flow_loss.item())
+    assert values[-1] < 0.95 * values[0]

@@ -1,0 +1,142 @@
+"""A stock transformers Trainer on an attached model: accumulation, logging, schedules, checkpoints."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import CONFIG, pad, tiny_llama, tiny_samples, tiny_store
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from sfr_kernels import SFRConfig, attach
+from sfr_kernels.targets import SFRCollator
+from sfr_kernels.training.attach import attachment_of
+from sfr_kernels.training.callbacks import SFRCallback, flow_weight_at
+
+SAMPLES = tiny_samples(24)
+STORE = tiny_store(SAMPLES)
+
+
+def make_trainer(folder, *, lora=False, config=CONFIG, callbacks=(), **arguments):
+    model = tiny_llama()
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    attach(model, config, targets=STORE)
+    defaults = dict(per_device_train_batch_size=8, max_steps=6, logging_steps=1, learning_rate=1e-2, save_strategy="no",
+                    report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False)  # fmt: skip
+    return Trainer(
+        model=model, args=TrainingArguments(str(folder), **{**defaults, **arguments}), train_dataset=SAMPLES,
+        data_collator=SFRCollator(config, STORE, pad), callbacks=[SFRCallback(), *callbacks],
+    )  # fmt: skip
+
+
+def losses(trainer):
+    return [(h["step"], h["ce_loss"], h["flow_loss"]) for h in trainer.state.log_history if "ce_loss" in h]
+
+
+def test_one_batch_of_8_equals_4_accumulated_batches_of_2(tmp_path):
+    whole = make_trainer(tmp_path / "a")
+    parts = make_trainer(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    # plain SGD: Adam would divide the rounding of zero gradients by itself
+    for trainer in (whole, parts):
+        trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=0.1)
+        trainer.train()
+    for a, b in zip(losses(whole), losses(parts), strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    for (name, a), b in zip(whole.model.named_parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path):
+    first, again, other = (make_trainer(tmp_path / n, config=c) for n, c in
+                           zip("abc", (CONFIG, CONFIG, SFRConfig(**{**CONFIG.to_dict(), "seed": 1})), strict=True))  # fmt: skip
+    for trainer in (first, again, other):
+        trainer.train()
+    assert losses(first) == losses(again)
+    assert losses(first) != losses(other)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 3
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path, lora):
+    whole = make_trainer(tmp_path / "whole", lora=lora)
+    whole.train()
+    stopped = make_trainer(tmp_path / "cut", lora=lora, save_strategy="steps", save_steps=3, callbacks=[Stop()])
+    stopped.train()
+    resumed = make_trainer(tmp_path / "cut", lora=lora)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    assert losses(resumed)[-3:] == losses(whole)[-3:]
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_without_its_head_is_refused(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=3, callbacks=[Stop()]).train()
+    (tmp_path / "checkpoint-3" / "sfr_head.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="saved without a velocity head"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_checkpoints_hold_the_plain_model(tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=6).train()
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+class Collect(TrainerCallback):
+    def __init__(self):
+        self.seen = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.seen.append(dict(logs))
+
+
+def test_logged_losses_are_averages_of_the_window_and_reach_reporters(tmp_path):
+    every, window, reporter = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", logging_steps=3), Collect()
+    window.add_callback(reporter)
+    every.train()
+    window.train()
+    single = losses(every)
+    for end, ce, flow in losses(window):
+        steps = [s for s in single if end - 3 < s[0] <= end]
+        assert ce == pytest.approx(sum(s[1] for s in steps) / 3, rel=1e-5)
+        assert flow == pytest.approx(sum(s[2] for s in steps) / 3, rel=1e-5)
+    logged = [h for h in reporter.seen if "loss" in h]
+    assert all(h["loss"] == pytest.approx(h["ce_loss"] + h["flow_loss"], rel=1e-4) for h in logged) and logged
+    json.dumps(window.state.log_history)  # plain numbers
+
+
+def test_the_flow_weight_follows_its_schedule(tmp_path):
+    config = SFRConfig(**{**CONFIG.to_dict(), "flow_weight": 2.0, "flow_schedule": "cosine", "flow_warmup": 0.5})
+    trainer = make_trainer(tmp_path, config=config)
+    trainer.train()
+    logged = [h["flow_weight"] for h in trainer.state.log_history if "flow_weight" in h]
+    assert logged == pytest.approx([0.5, 1.0, 1.5, 2.0, 1.5, 0.5])
+    assert all(h["loss"] == pytest.approx(h["ce_loss"] + h["flow_weight"] * h["flow_loss"], rel=1e-4)
+               for h in trainer.state.log_history if "ce_loss" in h)  # fmt: skip
+
+
+def test_schedules_start_and_end_where_they_should():
+    for name, half, last in (("constant", 1.0, 1.0), ("linear", 0.5, 0.01), ("cosine", 0.5, 0.5 * (1 + math.cos(0.99 * math.pi)))):
+        config = SFRConfig(flow_schedule=name)
+        assert [flow_weight_at(config, s, 100) for s in (0, 50, 99)] == pytest.approx([1.0, half, last])
+
+
+def test_evaluation_returns_both_losses_and_keeps_training_sums_clean(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.eval_dataset = SAMPLES[:8]
+    first, second = (trainer.evaluate()["eval_loss"] for _ in range(2))
+    assert first == second
+    assert attachment_of(trainer.model).totals is None
+
+
+def test_the_callback_asks_for_an_attached_model(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, remove_unused_columns=False)
+    trainer = Trainer(tiny_llama(), arguments, data_collator=pad, train_dataset=SAMPLES, callbacks=[SFRCallback()])
+    with pytest.raises(ValueError, match="attach"):
+        trainer.train()
