@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--full", action="store_true", help="train every weight instead of LoRA adapters")
     add("--epochs", type=float, default=2.0)
     add("--steps", type=int, default=-1, help="optimizer steps; overrides --epochs")
-    add("--batch-size", type=int, default=8)
+    add("--batch-size", type=int, default=4)
     add("--accumulate", type=int, default=1, help="micro-batches per optimizer step")
     add("--lr", type=float, help="learning rate; 1e-3 for LoRA, 1e-4 with --full")
     add("--max-length", type=int, default=1024, help="tokens of context; longer examples are cut, and counted")

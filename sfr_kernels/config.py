@@ -22,6 +22,8 @@ class SFRConfig:
     width            D, the width of the velocity head.
     num_layers       layers of the velocity head: an input layer, num_layers − 2 residual blocks, an output layer.
     time_scale       factor on t before the sinusoidal embedding.
+    hidden_scale     factor on the hidden states before the head. They have a large common offset and a few coordinates
+                     ten times larger than the rest, and unscaled drown x_t in the head's LayerNorm.
     target_scale     x_1 = target_scale · embedding; None means √d, unit variance per coordinate.
     source_std       standard deviation of the noise x_0.
     time_sampling    "stratified": a table of `num_times` jittered, stratified times a step, each row draws one;
@@ -47,6 +49,7 @@ class SFRConfig:
     width: int = 1024
     num_layers: int = 3
     time_scale: float = 1000.0
+    hidden_scale: float = 0.0625
     target_scale: float | None = None
     source_std: float = 1.0
     time_sampling: Literal["stratified", "sequence"] = "stratified"
@@ -92,7 +95,7 @@ class SFRConfig:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.flow_warmup >= 1:
             raise ValueError(f"flow_warmup is a share of the run and must be below 1, got {self.flow_warmup}")
-        for name in ("time_scale", "target_scale"):
+        for name in ("time_scale", "hidden_scale", "target_scale"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -112,6 +115,7 @@ class SFRConfig:
             **dict(
                 target_scale=1.0,
                 time_scale=1.0,
+                hidden_scale=1.0,
                 time_sampling="sequence",
                 row_rule="own_label",
                 anchor_rule="nearest",

@@ -39,6 +39,7 @@ class VelocityHead(nn.Module):
         width: int = 1024,  # D
         num_layers: int = 3,
         time_scale: float = 1000.0,
+        hidden_scale: float = 1.0,  # factor on h; 1 as in the published head
     ):
         super().__init__()
         for name, value in dict(hidden_size=hidden_size, target_size=target_size, width=width).items():
@@ -46,9 +47,9 @@ class VelocityHead(nn.Module):
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
         if num_layers < 2:
             raise ValueError(f"num_layers must be at least 2, an input and an output layer, got {num_layers}")
-        if not time_scale > 0:
-            raise ValueError(f"time_scale must be positive, got {time_scale}")
-        self.shape = HeadShape(hidden_size, target_size, width, num_layers - 2, float(time_scale))
+        if not (time_scale > 0 and hidden_scale > 0):
+            raise ValueError(f"time_scale and hidden_scale must be positive, got {time_scale} and {hidden_scale}")
+        self.shape = HeadShape(hidden_size, target_size, width, num_layers - 2, float(time_scale), float(hidden_scale))
         self.time_embed = _TimeEmbedding(target_size)
         self.input_proj = nn.Sequential(nn.Linear(2 * target_size + hidden_size, width), nn.LayerNorm(width), nn.SiLU())
         self.res_blocks = nn.ModuleList(_ResidualBlock(width) for _ in range(num_layers - 2))
@@ -58,7 +59,7 @@ class VelocityHead(nn.Module):
 
     @classmethod
     def from_config(cls, config: SFRConfig, hidden_size: int, target_size: int) -> "VelocityHead":
-        return cls(hidden_size, target_size, config.width, config.num_layers, config.time_scale)
+        return cls(hidden_size, target_size, config.width, config.num_layers, config.time_scale, config.hidden_scale)
 
     def forward(
         self,
@@ -85,7 +86,8 @@ class VelocityHead(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.shape
-        return f"hidden_size={s.hidden_size}, target_size={s.target_size}, width={s.width}, time_scale={s.time_scale:g}"
+        sizes = f"hidden_size={s.hidden_size}, target_size={s.target_size}, width={s.width}"
+        return f"{sizes}, time_scale={s.time_scale:g}, hidden_scale={s.hidden_scale:g}"
 
 
 class LinearCrossEntropy(nn.Module):

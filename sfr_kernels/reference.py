@@ -105,6 +105,7 @@ def velocity(
     t: Tensor,  # (n,)
     hidden: Tensor,  # (n, H)
     time_scale: float,
+    hidden_scale: float = 1.0,
 ) -> Tensor:
     """v(x_t, t, h) (n, d): sinusoid → MLP, then input layer, residual blocks and output layer."""
 
@@ -116,7 +117,7 @@ def velocity(
 
     tau = time_embedding(t, x_t.shape[1], time_scale)
     tau = linear("time_embed.mlp.2", F.silu(linear("time_embed.mlp.0", tau)))
-    a = norm_act("input_proj.1", linear("input_proj.0", torch.cat([x_t, tau, hidden], dim=1)))
+    a = norm_act("input_proj.1", linear("input_proj.0", torch.cat([x_t, tau, hidden_scale * hidden], dim=1)))
     block = 0
     while f"res_blocks.{block}.linear.weight" in params:
         a = a + norm_act(f"res_blocks.{block}.norm", linear(f"res_blocks.{block}.linear", a))
@@ -167,6 +168,7 @@ def flow_matching_loss(
     seed: int | Tensor,
     config: SFRConfig,
     time_scale: float,
+    hidden_scale: float = 1.0,
     normalizer: float | Tensor | None = None,
     weight: Tensor | None = None,  # (V, H), the decoder of "mtp"
     decoder_options: dict | None = None,
@@ -193,11 +195,11 @@ def flow_matching_loss(
     std = 0.0 if config.is_dirac else config.source_std
     x_0 = std * gaussian_noise(seed, rows.noise_id[used], size).to(dtype)
     if config.loss == "mtp":
-        v = velocity(params, x_0, t, h, time_scale)
+        v = velocity(params, x_0, t, h, time_scale, hidden_scale)
         return (w * linear_cross_entropy(v, weight, targets[anchor], **(decoder_options or {}))).sum() / norm
     x_1 = config.scale_for(size) * targets.to(dtype)[anchor]
     x_t = (1 - t)[:, None] * x_0 + t[:, None] * x_1
-    v = velocity(params, x_t, t, h, time_scale)
+    v = velocity(params, x_t, t, h, time_scale, hidden_scale)
     row_loss = 1 - F.cosine_similarity(v, x_1, dim=1) if config.loss == "cosine" else (v - (x_1 - x_0)).square().mean(1)
     return (w * row_loss).sum() / norm
 
@@ -232,6 +234,7 @@ def sfr_loss(
     seed: int | Tensor,
     config: SFRConfig,
     time_scale: float,
+    hidden_scale: float = 1.0,
     bias: Tensor | None = None,
     flow_weight: float | Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -251,6 +254,7 @@ def sfr_loss(
         seed=seed,
         config=config,
         time_scale=time_scale,
+        hidden_scale=hidden_scale,
         normalizer=normalizer,
         weight=weight,
         decoder_options=decoder,

@@ -49,7 +49,7 @@ def test_an_encoder_that_returns_nan_is_refused(minilm, monkeypatch):
 def test_an_encoder_that_cannot_be_loaded_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in (str(tmp_path / "absent"), "nobody/no-such-encoder"):
-        with pytest.raises(RuntimeError, match="encoder .* cannot be loaded"):
+        with pytest.raises(RuntimeError, match=r"encoder .* cannot be loaded"):
             load_encoder(name)
 
 
@@ -104,8 +104,11 @@ def noise_of(batch):
     """x_t of every flow row, by the row's identity."""
     rows = batch["rows"]
     n = rows.num_flow
-    x_t, _ = flow_path(batch["targets"], torch.tensor([0.5]), rows.noise_id[:n], rows.anchor[:n],
-                       torch.zeros(n, dtype=torch.int32), 3, target_scale=2.0, source_std=1.0, dtype=torch.float32)  # fmt: skip
+    half, first = torch.tensor([0.5]), torch.zeros(n, dtype=torch.int32)
+    x_t, _ = flow_path(
+        batch["targets"], half, rows.noise_id[:n], rows.anchor[:n], first, 3,
+        target_scale=2.0, source_std=1.0, dtype=torch.float32,
+    )  # fmt: skip
     return dict(zip(rows.noise_id.tolist(), x_t, strict=False))
 
 

@@ -134,9 +134,9 @@ def flow_matching_loss(
     check_flow(hidden, head, rows, targets, times, seed, config)
     backend = resolve_backend(backend, hidden.device)
     if backend == "reference":
-        params, scale = ({}, 1.0) if head is None else (dict(head.named_parameters()), head.shape.time_scale)
+        params, scales = reference_head(head)
         return reference.flow_matching_loss(
-            hidden, params, rows, targets, times, seed=seed, config=config, time_scale=scale, normalizer=normalizer
+            hidden, params, rows, targets, times, seed=seed, config=config, normalizer=normalizer, **scales
         )
     dtype = autocast_dtype(hidden)
     norm = flow_normalizer(normalizer, rows, config, wide_dtype(dtype))
@@ -156,6 +156,14 @@ def flow_matching_loss(
             return (flow.weight * (1 - torch.cosine_similarity(v.to(norm.dtype), x_1, dim=1))).sum() / norm
         grad = torch.is_grad_enabled()
         return _FlowLoss.apply(flat, norm, flow, module, head.shape, grad, *head.parameters())
+
+
+def reference_head(head: nn.Module | None) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The head as the reference takes it: parameters by name, and its scales."""
+    if head is None:
+        return {}, {"time_scale": 1.0}
+    shape = head.shape
+    return dict(head.named_parameters()), {"time_scale": shape.time_scale, "hidden_scale": shape.hidden_scale}
 
 
 def flow_normalizer(normalizer, rows: SupervisedRows, config: SFRConfig, dtype: torch.dtype) -> Tensor:

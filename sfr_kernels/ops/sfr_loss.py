@@ -13,7 +13,7 @@ from .. import reference
 from ..config import SFRConfig
 from ..rows import SupervisedRows
 from .dispatch import leaves, resolve_backend
-from .flow_loss import FlowInputs, check_flow, flow_matching_loss, flow_normalizer, run_flow
+from .flow_loss import FlowInputs, check_flow, flow_matching_loss, flow_normalizer, reference_head, run_flow
 from .linear_cross_entropy import (
     LogitOptions,
     Plan,
@@ -102,7 +102,7 @@ def sfr_loss(
     lam = config.flow_weight if flow_weight is None else flow_weight
     backend = resolve_backend(backend, hidden.device)
     if backend == "reference":
-        params, scale = ({}, 1.0) if head is None else (dict(head.named_parameters()), head.shape.time_scale)
+        params, scales = reference_head(head)
         loss, ce, flow = reference.sfr_loss(
             hidden,
             weight,
@@ -112,7 +112,7 @@ def sfr_loss(
             times,
             seed=seed,
             config=config,
-            time_scale=scale,
+            **scales,
             bias=bias,
             flow_weight=lam,
             normalizer=normalizer,

@@ -1,6 +1,6 @@
 """The velocity head over the leaves, forward and backward by hand (DESIGN sections 1 and 2).
 
-    a = SiLU(LN(W_x x_t + W_h h + (W_τ τ(t) + b)))      the bracket has one row per distinct time, not per token
+    a = SiLU(LN(W_x x_t + W_h s h + (W_τ τ(t) + b)))    the bracket has one row per distinct time, not per token
     a = a + SiLU(LN(W_i a + b_i))                       num_layers − 2 times
     v = W_o a + b_o
 
@@ -26,6 +26,7 @@ class HeadShape:
     width: int
     num_blocks: int
     time_scale: float
+    hidden_scale: float = 1.0
 
 
 @dataclass
@@ -41,7 +42,8 @@ class HeadWeights:
         rest = [p.detach() for p in self.flat[4:]]
         w_in, self.b_in, self.gamma_in, self.beta_in = rest[:4]
         d = self.shape.target_size
-        self.w_x, self.w_h = w_in[:, :d].to(self.dtype), w_in[:, 2 * d :].to(self.dtype)
+        self.w_x = w_in[:, :d].to(self.dtype)
+        self.w_h = (w_in[:, 2 * d :] * self.shape.hidden_scale).to(self.dtype)
         self.w_tau = w_in[:, d : 2 * d].to(wide_dtype(self.dtype))
         self.blocks = [
             (rest[k].to(self.dtype), rest[k + 1].to(self.dtype), rest[k + 2], rest[k + 3])
@@ -132,8 +134,9 @@ def head_backward(
     time_grads = [dz.T @ s, dz.sum(0), dtau.T @ silu, dtau.sum(0)]
 
     h, x_t = saved.inputs[0], saved.x_t
+    dw_h = (dy.T @ h).mul_(w.shape.hidden_scale)
     dw_x = torch.zeros_like(w.w_x) if x_t is None else dy.T @ x_t
-    dw_in = torch.cat([g.to(dw_tau.dtype) for g in (dw_x, dw_tau, dy.T @ h)], dim=1)
+    dw_in = torch.cat([g.to(dw_tau.dtype) for g in (dw_x, dw_tau, dw_h)], dim=1)
     if dh is not None:
         dh.addmm_(dy, w.w_h)
     return [*time_grads, dw_in, dtable.sum(0), dgamma, dbeta, *tail]

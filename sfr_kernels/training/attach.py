@@ -188,7 +188,8 @@ def _objective(given, linear: nn.Linear, targets: TargetStore | None, target_siz
         return given
     if isinstance(given, VelocityHead):
         s = given.shape
-        return SFRLoss(SFRConfig(width=s.width, num_layers=s.num_blocks + 2, time_scale=s.time_scale), given)
+        sizes = dict(width=s.width, num_layers=s.num_blocks + 2, time_scale=s.time_scale, hidden_scale=s.hidden_scale)
+        return SFRLoss(SFRConfig(**sizes), given)
     if not isinstance(given, SFRConfig):
         raise TypeError(f"head_or_config must be a VelocityHead, SFRConfig or SFRLoss, got {type(given).__name__}")
     if given.loss == "cka":

@@ -48,9 +48,8 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
     saved = json.loads((folder / CONFIG_FILE).read_text())
     head = None
     if shape := saved["head"]:
-        head = VelocityHead(
-            shape["hidden_size"], shape["target_size"], shape["width"], shape["num_blocks"] + 2, shape["time_scale"]
-        )
+        num_layers = shape.pop("num_blocks") + 2
+        head = VelocityHead(**shape, num_layers=num_layers)
         head.load_state_dict(load_file(folder / HEAD_FILE))
     return SFRLoss(SFRConfig.from_dict(saved["config"]), head)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging as hf_logging
 
 from ..config import SFRConfig
@@ -38,7 +38,7 @@ class TrainOptions:
     full: bool = False
     epochs: float = 2.0
     max_steps: int = -1
-    batch_size: int = 8
+    batch_size: int = 4
     accumulate: int = 1
     learning_rate: float = 1e-3
     max_length: int = 1024
@@ -106,6 +106,7 @@ def finetune(options: TrainOptions) -> Path:
         processing_class=tokenizer,
         callbacks=[*([SFRCallback()] if sfr else []), ProgressBar()],
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     steps = trainer.state.max_steps
 
@@ -174,6 +175,7 @@ def _arguments(options: TrainOptions, device: torch.device) -> TrainingArguments
         bf16=device.type == "cuda",
         use_cpu=device.type == "cpu",
         report_to=[],
+        include_num_input_tokens_seen="all",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",

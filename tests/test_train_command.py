@@ -1,0 +1,133 @@
+"""`python -m sfr_kernels train` from end to end: on a tiny model where only the mechanics matter, on SmolLM2 once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import chat, tiny_llama, write_chats
+from transformers import AutoTokenizer
+
+from sfr_kernels.cli import main
+from sfr_kernels.training.checkpoint import load_head
+from sfr_kernels.training.models import SMOLLM2, model_path
+
+WORDS = ["sun", "moon", "river", "stone", "bird", "cloud", "tree", "wind", "rain", "fire", "sand", "snow"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model with a real tokenizer, and chats."""
+    folder = tmp_path_factory.mktemp("command")
+    tokenizer = AutoTokenizer.from_pretrained(model_path(SMOLLM2))
+    tokenizer.save_pretrained(folder / "model")
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
+    chats = [chat(f"What of {a}?", f"The {a} and the {b} are old friends. " * 3) for a in WORDS for b in WORDS[:4]]
+    write_chats(folder / "chats.jsonl", chats)
+    return folder
+
+
+def command(folder, out, *extra):
+    return ["train", "--out", str(out), "--data", str(folder / "chats.jsonl"), "--model", str(folder / "model"),
+            "--steps", "8", "--save-every", "2", "--samples", "1", "--batch-size", "4", *extra]  # fmt: skip
+
+
+def history(out):
+    return [(h["step"], h["loss"], h.get("ce_loss"), h.get("flow_loss"))
+            for h in json.loads((out / "losses.json").read_text())["history"]]  # fmt: skip
+
+
+def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(command(folder, whole)) == 0
+    process = subprocess.Popen([sys.executable, "-m", "sfr_kernels", *command(folder, cut)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (cut / "checkpoint-2" / "trainer_state.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "losses.json").exists()
+    (cut / "checkpoint-99").mkdir()  # what a kill in the middle of a save leaves
+    assert main(command(folder, cut)) == 2  # not without being asked
+    assert main(command(folder, cut, "--resume", "--lr", "0.5")) == 2  # nor with other options
+    assert main(command(folder, cut, "--resume")) == 0
+    assert history(cut) == history(whole)
+    assert not list(cut.glob("checkpoint-*"))
+
+
+def test_full_fine_tuning_and_plain_fine_tuning(folder, tmp_path):
+    assert main(command(folder, tmp_path / "full", "--full")) == 0
+    assert main(command(folder, tmp_path / "ce", "--objective", "ce")) == 0
+    full, ce = (json.loads((tmp_path / n / "losses.json").read_text()) for n in ("full", "ce"))
+    assert "flow_loss" in full["held_out_after"] and "flow_loss" not in ce["held_out_after"]
+    # same data, same start: the first step sees the same cross-entropy
+    assert ce["held_out_before"]["ce_loss"] == pytest.approx(full["held_out_before"]["ce_loss"], rel=1e-5)
+    assert not (tmp_path / "ce" / "model" / "sfr_head.safetensors").exists()
+    assert load_head(tmp_path / "full" / "model").head.shape.target_size == 384
+
+
+def test_without_flow_weight_it_is_plain_fine_tuning(folder, tmp_path):
+    assert main(command(folder, tmp_path / "a", "--flow-weight", "0")) == 0
+    assert main(command(folder, tmp_path / "b", "--objective", "ce")) == 0
+    for (_, _, ce, _), (_, loss, _, _) in zip(history(tmp_path / "a"), history(tmp_path / "b"), strict=True):
+        assert ce == pytest.approx(loss, rel=2e-4)
+
+
+def test_bad_input_is_an_error_and_writes_nothing(folder, tmp_path, capsys):
+    bad = write_chats(tmp_path / "bad.jsonl", [chat("Why?", "Because."), {"messages": "none"}])
+    out = tmp_path / "out"
+    cases = {
+        ("--data", bad): "bad.jsonl:2",
+        ("--encoder", str(tmp_path / "absent")): "encoder",
+        ("--model", str(tmp_path / "absent")): "model",
+        ("--max-length", "4"): "--max-length",
+    }
+    for extra, message in cases.items():
+        assert main(command(folder, out, *extra)) == 2
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert main(command(folder, tmp_path / "mine")) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(folder, tmp_path, capsys):
+    tiny_llama(vocab_size=50).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "model")
+    assert main(command(folder, tmp_path / "out", "--model", str(tmp_path / "model"))) == 2
+    assert "outside the model's vocabulary of 50" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_smollm2_learns_and_the_saved_model_needs_nothing_of_this_package(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["train", "--out", str(out), "--steps", "16", "--samples", "1"]) == 0
+    shown = capsys.readouterr().out
+    results = json.loads((out / "losses.json").read_text())
+    assert results["held_out_after"]["ce_loss"] < results["held_out_before"]["ce_loss"] - 0.1
+    assert results["held_out_after"]["flow_loss"] < results["held_out_before"]["flow_loss"]
+    assert "cannot see the hidden states" in shown and str(out / "model") in shown
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "samples.md").read_text().count("\n| ") >= 3
+    script = (
+        "import sys; sys.modules['sfr_kernels'] = None\n"  # importing the package would fail
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"folder = {str(out / 'model')!r}\n"
+        "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)\n"
+        "chat = [{'role': 'system', 'content': 'You are Salty Meg, a cheerful old pirate captain.'},\n"
+        "        {'role': 'user', 'content': 'Why is the sky blue?'}]\n"
+        "ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors='pt')['input_ids']\n"
+        "out = model.generate(ids, max_new_tokens=12, do_sample=False)\n"
+        "print(tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True))\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) >= 4
+    assert torch.is_grad_enabled()
