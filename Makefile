@@ -12,12 +12,14 @@ CONSTRAINTS := $(if $(CI),constraints-ci.txt,constraints-cpu.txt)
 TORCH := $(shell sed -n 's/^torch==//p' constraints-cpu.txt)
 PINS := $(if $(GPU),,-c $(CONSTRAINTS))
 RUN ?= runs/demo
+# an interrupted demo goes on, a finished one starts anew
+AGAIN = $(if $(wildcard $(RUN)/checkpoint-*),--resume,--overwrite)
 
 .PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
-	$(BIN)/python -m sfr_kernels train --out $(RUN) $(ARGS)
+	$(BIN)/python -m sfr_kernels train --out $(RUN) $(AGAIN) $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)

@@ -63,7 +63,7 @@ def normalizer_of(normalizer: float | Tensor | None, count: int, device: torch.d
         raise TypeError(f"normalizer must be a number or a tensor, got {type(normalizer).__name__}")
     if not (math.isfinite(normalizer) and normalizer >= 0):
         raise ValueError(f"normalizer must be a finite number, at least 0, got {normalizer}")
-    return torch.tensor(normalizer or 1, device=device, dtype=dtype)
+    return torch.full((), normalizer or 1, device=device, dtype=dtype)
 
 
 def check_hidden(hidden: Tensor) -> None:
