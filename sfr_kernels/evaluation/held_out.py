@@ -44,9 +44,13 @@ def blind_flow_loss(
     held_out_batches: Iterable[dict],
     steps: int,
     learning_rate: float,
+    warmup: int,
     device: torch.device,
 ) -> float:
-    """L_flow on held-out samples of a head trained with zeros for hidden states."""
+    """L_flow on held-out samples of a head trained with zeros for hidden states.
+
+    It is trained as the `train` command trains the other: AdamW, linear decay after `warmup` steps, clipping at 1.
+    """
 
     def loss_of(batch, seed):
         rows, targets = batch["rows"].to(device), batch["targets"].to(device)
@@ -58,9 +62,10 @@ def blind_flow_loss(
         some = next(iter(held_out_batches))
         head = VelocityHead.from_config(config, hidden_size, some["targets"].shape[1]).to(device)
         optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.0)
-        schedule = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=steps)
+        schedule = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         for step, batch in enumerate(tqdm(train_batches, total=steps, desc="blind head", unit="step")):
             loss_of(batch, step_seed(config.seed, step))[0].backward()
+            nn.utils.clip_grad_norm_(head.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

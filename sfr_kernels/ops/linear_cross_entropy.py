@@ -79,10 +79,10 @@ class LinearCrossEntropyResult:
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """h Wᵀ + b in `out`, whose dtype may be wider than that of the factors."""
+    """h Wᵀ + b in `out`, whose dtype may be wider than that of the factors; rounded once, bias included."""
     if out.dtype == h.dtype:
-        torch.mm(h, weight.T, out=out)
-    elif h.is_cuda:
+        return torch.mm(h, weight.T, out=out) if bias is None else torch.addmm(bias, h, weight.T, out=out)
+    if h.is_cuda:
         torch.mm(h, weight.T, out_dtype=out.dtype, out=out)
     else:
         wide = h.to(out.dtype)
@@ -218,12 +218,15 @@ def linear_cross_entropy(
     """
     check_hidden(hidden)
     check_decoder(hidden, weight, bias)
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be an integer tensor, got {getattr(labels, 'dtype', type(labels).__name__)}")
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels must be {tuple(hidden.shape[:-1])} like hidden, got {tuple(labels.shape)}")
-    if row_weight is not None and row_weight.shape != labels.shape:
-        raise ValueError(f"row_weight must be {tuple(labels.shape)} like labels, got {tuple(row_weight.shape)}")
+    for name, value in (("labels", labels), ("row_weight", row_weight)):
+        if value is None:
+            continue
+        if value.shape != hidden.shape[:-1]:
+            raise ValueError(f"{name} must be {tuple(hidden.shape[:-1])} like hidden, got {tuple(value.shape)}")
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
     if reduction != "mean" and normalizer is not None:

@@ -24,6 +24,8 @@ from .data import Example, Tokenized, read_chats, split_by_prompt, tokenize
 from .models import encoder_path, load_model
 from .report import ProgressBar, loss_curves, samples_table
 
+WARMUP = 5  # steps of rising learning rate
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -89,9 +91,10 @@ def finetune(options: TrainOptions) -> Path:
     if sfr:
         attach(model, options.config, targets=store)
 
-    def loader(samples, shuffle=False):
-        generator = torch.Generator().manual_seed(options.seed)
-        return DataLoader(samples, options.batch_size, shuffle=shuffle, collate_fn=collate, generator=generator)
+    order = torch.Generator().manual_seed(options.seed)
+
+    def loader(samples, batch_size=options.batch_size, shuffle=False):
+        return DataLoader(samples, batch_size, shuffle=shuffle, collate_fn=collate, generator=order)
 
     chats = [chat for _, chat in prompts[: 3 * options.samples]]
     before = held_out_losses(model, loader(held_out), device) if held_out else {}
@@ -113,12 +116,13 @@ def finetune(options: TrainOptions) -> Path:
     after = held_out_losses(model, loader(held_out), device) if held_out else {}
     results = {"held_out_before": before, "held_out_after": after, "steps": steps}
     if sfr and options.config.loss == "flow" and held_out:
-        epochs = math.ceil(steps / max(len(loader(train)), 1))
-        batches = (b for _ in range(epochs) for b in loader(train, shuffle=True))
+        whole = options.batch_size * options.accumulate
+        epochs = math.ceil(steps * whole / len(train))
+        batches = (b for _ in range(epochs) for b in loader(train, whole, shuffle=True))
+        size = attachment_of(model).head.shape.hidden_size
         results["blind_flow_loss"] = blind_flow_loss(
-            options.config, model.config.hidden_size, _first(batches, steps), loader(held_out), steps,
-            options.learning_rate, device,
-        )  # fmt: skip
+            options.config, size, _first(batches, steps), loader(held_out), steps, options.learning_rate, WARMUP, device
+        )
     return _finish(options, trainer, tokenizer, chats, prompts, answers_before, results, began)
 
 
@@ -165,7 +169,7 @@ def _arguments(options: TrainOptions, device: torch.device) -> TrainingArguments
         gradient_accumulation_steps=options.accumulate,
         learning_rate=options.learning_rate,
         lr_scheduler_type="linear",
-        warmup_steps=5,
+        warmup_steps=WARMUP,
         weight_decay=0.0,
         logging_steps=1,
         save_steps=options.save_every,

@@ -1,0 +1,157 @@
+"""`SFRConfig`: the presets are the table of DESIGN section 1, and nothing invalid gets in."""
+
+import json
+import math
+from dataclasses import FrozenInstanceError, fields, replace
+
+import pytest
+
+from sfr_kernels import SFRConfig
+
+SHARED = dict(segment_tokens=256, stride=32, min_tokens=16, flow_weight=1.0, width=1024, num_layers=3, source_std=1.0)
+DEFAULT = SHARED | dict(
+    loss="flow",
+    target_scale=None,
+    time_scale=1000.0,
+    hidden_scale=0.0625,
+    time_sampling="stratified",
+    num_times=256,
+    row_rule="next_label",
+    anchor_rule="following",
+    weighting="linear",
+    flow_normalizer="tokens",
+)
+OFFICIAL = SHARED | dict(
+    loss="flow",
+    target_scale=1.0,
+    time_scale=1.0,
+    hidden_scale=1.0,
+    time_sampling="sequence",
+    row_rule="own_label",
+    anchor_rule="nearest",
+    weighting="linear_decay",
+    flow_normalizer="weights",
+)
+
+
+@pytest.mark.parametrize("config, table", [(SFRConfig(), DEFAULT), (SFRConfig.official(), OFFICIAL)])
+def test_presets_have_the_values_of_the_table(config, table):
+    assert {name: getattr(config, name) for name in table} == table
+
+
+def test_target_scale_gives_unit_variance_by_default():
+    # a unit-norm vector of d coordinates has mean square 1/d
+    assert SFRConfig().scale_for(384) == math.sqrt(384)
+    assert SFRConfig.official().scale_for(384) == 1.0
+    assert SFRConfig(target_scale=2.5).scale_for(384) == 2.5
+
+
+def test_official_takes_overrides():
+    config = SFRConfig.official(stride=8, weighting="uniform")
+    assert config == replace(SFRConfig.official(), stride=8, weighting="uniform")
+
+
+def test_only_flow_has_a_source_that_is_not_a_point():
+    dirac = {kind: SFRConfig(loss=kind, segment_tokens=0).is_dirac for kind in ("flow", "mse", "cosine", "cka", "mtp")}
+    assert dirac == {"flow": False, "mse": True, "cosine": True, "cka": True, "mtp": True}
+
+
+def test_json_round_trip_of_every_field():
+    # every field away from its default, so that one that is dropped shows
+    config = SFRConfig(
+        loss="mse",
+        flow_weight=0.25,
+        flow_schedule="cosine",
+        flow_warmup=0.1,
+        width=64,
+        num_layers=5,
+        time_scale=10.0,
+        hidden_scale=0.5,
+        target_scale=3.0,
+        source_std=0.5,
+        time_sampling="sequence",
+        num_times=7,
+        segment_tokens=9,
+        stride=4,
+        min_tokens=3,
+        row_rule="own_label",
+        anchor_rule="nearest",
+        weighting="uniform",
+        flow_normalizer="weights",
+        mtp_offset=4,
+        seed=-(2**63),
+    )
+    assert all(getattr(config, f.name) != f.default for f in fields(config))
+    text = config.to_json()
+    assert SFRConfig.from_json(text) == config
+    assert json.loads(text) == config.to_dict() and text.endswith("\n")
+    assert SFRConfig.from_json("{}") == SFRConfig()  # a missing field has its default
+
+
+def test_json_with_an_unknown_field_or_no_object():
+    with pytest.raises(ValueError, match="sride"):
+        SFRConfig.from_json('{"sride": 4}')
+    with pytest.raises(ValueError, match="list"):
+        SFRConfig.from_json("[]")
+    with pytest.raises(ValueError, match="width"):  # a file is validated like a call
+        SFRConfig.from_json('{"width": 0}')
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("loss", "l2"),
+        ("flow_weight", -0.1),
+        ("flow_weight", math.nan),  # NaN passes every comparison that asks for too small
+        ("flow_schedule", "step"),
+        ("flow_warmup", -0.1),
+        ("flow_warmup", 1.0),
+        ("width", 0),
+        ("num_layers", 1),
+        ("time_scale", 0.0),
+        ("time_scale", math.inf),
+        ("hidden_scale", 0.0),
+        ("target_scale", -1.0),
+        ("source_std", -1.0),
+        ("time_sampling", "uniform"),
+        ("num_times", 0),
+        ("segment_tokens", -1),
+        ("stride", 0),
+        ("min_tokens", 0),
+        ("row_rule", "all"),
+        ("anchor_rule", "previous"),
+        ("weighting", "quadratic"),
+        ("flow_normalizer", "rows"),
+        ("mtp_offset", 1),  # the next token is cross-entropy's
+        ("seed", 2**63),
+        ("seed", -(2**63) - 1),
+    ],
+)
+def test_an_invalid_value_names_its_field(field, value):
+    with pytest.raises(ValueError, match=field):
+        SFRConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("width", 8.0), ("stride", True), ("seed", "0"), ("time_scale", "1"), ("flow_weight", None), ("source_std", True)],
+)
+def test_an_invalid_type_names_its_field(field, value):
+    with pytest.raises(TypeError, match=field):
+        SFRConfig(**{field: value})
+
+
+def test_losses_that_do_not_fit_the_rows():
+    with pytest.raises(ValueError, match="segment_tokens"):  # CKA compares whole responses
+        SFRConfig(loss="cka")
+    with pytest.raises(ValueError, match="row_rule"):
+        SFRConfig(loss="mtp", row_rule="own_label")
+
+
+def test_frozen_and_keyword_only():
+    config = SFRConfig()
+    with pytest.raises(FrozenInstanceError):
+        config.stride = 1
+    with pytest.raises(TypeError):
+        SFRConfig("flow")
+    assert hash(config) == hash(SFRConfig())

@@ -1,0 +1,400 @@
+"""`linear_cross_entropy`: every option and gradient, its memory and its work, against the float64 reference."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import assert_as_good_as_eager, assert_same, evaluate
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from sfr_kernels import linear_cross_entropy, reference
+from sfr_kernels.ops.linear_cross_entropy import chunk_rows_for
+
+IGNORE = -100
+LEAVES = ("hidden", "weight", "bias")
+META = torch.zeros(1, device="meta")
+
+
+def make(shape=(3, 11), hidden_size=20, vocab=37, dtype=torch.float64, used=0.6) -> SimpleNamespace:
+    """Leaves hidden, weight and bias in `dtype`; labels, some of them ignored, and a weight for each row."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(size, generator=g, dtype=torch.float64)
+
+    tensors = normal(*shape, hidden_size), normal(vocab, hidden_size) / 2, normal(vocab)
+    hidden, weight, bias = (t.to(dtype).requires_grad_() for t in tensors)
+    labels = torch.randint(0, vocab, shape, generator=g)
+    labels[torch.rand(shape, generator=g) > used] = IGNORE
+    x = SimpleNamespace(hidden=hidden, weight=weight, bias=bias, labels=labels)
+    x.row_weight = torch.rand(shape, generator=g)
+    return x
+
+
+def again(x: SimpleNamespace, dtype: torch.dtype) -> SimpleNamespace:
+    """The same values as fresh leaves in `dtype`."""
+    leaves = {name: getattr(x, name).detach().to(dtype, copy=True).requires_grad_() for name in LEAVES}
+    return SimpleNamespace(**vars(x) | leaves)
+
+
+def leaves_only(x: SimpleNamespace, function) -> dict[str, Tensor]:
+    """value and gradients of function(), by the names of LEAVES."""
+    return evaluate(lambda _: function(), SimpleNamespace(**{name: getattr(x, name) for name in LEAVES}))
+
+
+def oracle(x: SimpleNamespace, reduce=None, labels=None, row_weight=None, bias=True, **options) -> dict[str, Tensor]:
+    """The reference under autograd; `reduce` takes the row losses (N,) to a scalar, the mean if None."""
+    labels = (x.labels if labels is None else labels).flatten()
+
+    def run():
+        h = x.hidden.reshape(-1, x.hidden.shape[-1])
+        weights = None if row_weight is None else row_weight.flatten().to(h.dtype)
+        rows = reference.linear_cross_entropy(
+            h, x.weight, labels, bias=x.bias if bias else None, row_weight=weights, **options
+        )
+        used = max(int((labels != options.get("ignore_index", IGNORE)).sum()), 1)
+        return rows.sum() / used if reduce is None else reduce(rows)
+
+    return leaves_only(x, run)
+
+
+def ours(x: SimpleNamespace, bias=True, **options) -> dict[str, Tensor]:
+    bias = x.bias if bias else None
+    return leaves_only(x, lambda: linear_cross_entropy(x.hidden, x.weight, x.labels, bias=bias, **options))
+
+
+OPTIONS = {
+    "nothing but the bias": dict(),
+    "no bias": dict(bias=False),
+    "softcap": dict(softcap=3.0),  # logits have a deviation of about 2.5: most are in the bend of the tanh
+    "logit_scale": dict(logit_scale=0.3),
+    "label_smoothing": dict(label_smoothing=0.2),
+    "z_loss": dict(z_loss=0.05),
+    "row_weight": dict(row_weight=True),
+    "ignore_index is a class": dict(ignore_index=5),
+    "everything": dict(softcap=3.0, logit_scale=0.7, label_smoothing=0.1, z_loss=0.02, row_weight=True),
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_options_in_float64(options):
+    x = make()
+    options = options | {name: x.row_weight for name in options if name == "row_weight"}
+    if "ignore_index" in options:
+        x.labels[x.labels == IGNORE] = options["ignore_index"]
+    assert_same(ours(x, **options), oracle(x, **options))
+    assert_same(ours(x, backend="reference", **options), oracle(x, **options))
+
+
+@pytest.mark.parametrize("dtype, k", [(torch.float32, 1.5), (torch.bfloat16, 1.1), (torch.float16, 1.1)])
+@pytest.mark.parametrize("chunk_rows", [None, 16])  # dW in one product, and accumulated over chunks
+@pytest.mark.parametrize("options", [dict(), OPTIONS["everything"]], ids=["plain", "everything"])
+def test_options_as_good_as_eager(dtype, k, options, chunk_rows):
+    x = make((5, 41), hidden_size=64, vocab=203, dtype=dtype)  # enough rows for errors to be statistics
+    options = options | {name: x.row_weight for name in options if name == "row_weight"}
+    result = ours(x, chunk_rows=chunk_rows, **options)
+    assert result["value"].dtype == torch.float32
+    assert all(result[name].dtype == dtype for name in LEAVES)
+    eager, exact = oracle(again(x, dtype), **options), oracle(again(x, torch.float64), **options)
+    assert_as_good_as_eager(result, eager, exact, k)
+
+
+def test_float32_logits_of_bfloat16():
+    x = make((5, 41), hidden_size=64, vocab=203, dtype=torch.bfloat16)
+    exact = oracle(again(x, torch.float64))
+    result = ours(x, logits_dtype=torch.float32)
+    torch.testing.assert_close(result["value"].double(), exact["value"], rtol=2e-6, atol=0)  # no 16-bit logit left
+    assert_as_good_as_eager(result, oracle(again(x, torch.bfloat16)), exact, k=1.0)
+
+
+def test_reductions_with_an_upstream_gradient_for_each_row():
+    x, upstream = make(), torch.randn(3, 11, dtype=torch.float64)
+
+    def run(**options):
+        return linear_cross_entropy(x.hidden, x.weight, x.labels, bias=x.bias, **options)
+
+    none = leaves_only(x, lambda: (run(reduction="none", row_weight=x.row_weight) * upstream).sum())
+    assert_same(none, oracle(x, lambda rows: (rows * upstream.flatten()).sum(), row_weight=x.row_weight))
+    per_row = run(reduction="none")
+    assert per_row.shape == x.labels.shape and (per_row[x.labels == IGNORE] == 0).all()
+    assert_same(ours(x, reduction="sum"), oracle(x, Tensor.sum))
+
+
+@pytest.mark.parametrize("normalizer", [7.5, 3, torch.tensor(7.5), torch.tensor([3])])
+def test_normalizer_is_a_number_or_a_tensor(normalizer):
+    x = make()
+    exact = oracle(x, lambda rows: rows.sum() / float(normalizer))
+    assert_same(ours(x, normalizer=normalizer), exact)
+
+
+def test_upstream_gradient_and_second_backward_change_nothing_saved():
+    x = make(dtype=torch.bfloat16)
+    leaves = [getattr(x, name) for name in LEAVES]
+    before = [t.detach().clone() for t in leaves]
+    for reduction in ("mean", "none"):
+        loss = linear_cross_entropy(x.hidden, x.weight, x.labels, bias=x.bias, reduction=reduction)
+        upstream = torch.rand_like(loss)
+        first = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+        doubled = torch.autograd.grad(loss, leaves, 2 * upstream, retain_graph=True)
+        last = torch.autograd.grad(loss, leaves, upstream)
+        # a power of two is exact in every dtype: nothing may differ
+        assert all(torch.equal(a, c) and torch.equal(2 * a, b) for a, b, c in zip(first, doubled, last, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, leaves, strict=True))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 10**6])  # one row at a time, a ragged last chunk, more than there are
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_chunks_change_nothing_beyond_rounding(chunk_rows, reduction):
+    x = make()
+    exact = oracle(x, None if reduction == "mean" else lambda rows: rows.view(3, 11))
+    assert_same(ours(x, reduction=reduction, chunk_rows=chunk_rows), exact, rtol=1e-11)
+
+
+def test_shift_predicts_the_next_token_of_the_same_sequence():
+    x = make()
+    shifted = torch.tensor([[*row[1:], IGNORE] for row in x.labels.tolist()])
+    assert_same(ours(x, shift=True), oracle(x, labels=shifted))
+    rows = linear_cross_entropy(x.hidden, x.weight, x.labels, bias=x.bias, shift=True, reduction="none")
+    assert torch.equal(rows != 0, shifted != IGNORE)
+
+
+@pytest.mark.parametrize("shape, vocab, hidden_size", [((1,), 2, 1), ((1, 1), 5, 3), ((2, 2, 3), 31, 7)])
+def test_odd_sizes_and_one_row(shape, vocab, hidden_size):
+    x = make(shape, hidden_size, vocab, used=1.0)
+    assert_same(ours(x), oracle(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_all_ignored_is_an_exact_zero_still_connected(dtype, reduction):
+    x = make(dtype=dtype, used=0.0)
+    loss = linear_cross_entropy(x.hidden, x.weight, x.labels, bias=x.bias, reduction=reduction)
+    assert (loss == 0).all() and loss.requires_grad
+    loss.sum().backward()
+    for name in LEAVES:
+        grad = getattr(x, name).grad
+        assert grad.shape == getattr(x, name).shape and (grad == 0).all(), name
+
+
+def test_frozen_parts_get_no_gradient_and_change_no_other():
+    x = make()
+    full = ours(x)
+    for frozen in ({"weight"}, {"hidden"}, {"bias"}, {"hidden", "bias"}, {"weight", "bias"}):
+        for reduction in ("mean", "none"):
+            y = again(x, torch.float64)
+            for name in frozen:
+                getattr(y, name).requires_grad_(False)
+            loss = linear_cross_entropy(y.hidden, y.weight, y.labels, bias=y.bias, reduction=reduction)
+            (loss if reduction == "mean" else loss.sum() / (x.labels != IGNORE).sum()).backward()
+            for name in LEAVES:
+                grad = getattr(y, name).grad
+                assert (grad is None) if name in frozen else torch.allclose(grad, full[name], rtol=1e-12, atol=1e-15)
+
+
+def test_an_offset_common_to_all_logits_costs_no_digit():
+    # Logits are multiples of 1/64 below 16: with 10⁴ added they are still exact in float32, where log-sum-exp is not.
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randint(-8, 9, size, generator=g) / 8 for size in ((40, 6), (50, 6)))
+    labels = torch.randint(0, 50, (40,), generator=g)
+    exact = reference.linear_cross_entropy(hidden.double(), weight.double(), labels)
+    rows = linear_cross_entropy(hidden, weight, labels, bias=torch.full((50,), 1e4), reduction="none")
+    torch.testing.assert_close(rows.double(), exact, rtol=1e-6, atol=1e-6)
+    x = SimpleNamespace(hidden=hidden.requires_grad_(), weight=weight.requires_grad_(), labels=labels)
+    x.bias = torch.full((50,), 1e4, requires_grad=True)
+    y = again(x, torch.float64)
+    y.bias = torch.zeros(50, dtype=torch.float64, requires_grad=True)
+    for name, value in oracle(y).items():
+        torch.testing.assert_close(ours(again(x, torch.float32))[name].double(), value, rtol=1e-5, atol=1e-6)
+
+
+def test_strided_inputs():
+    x = make((11, 3), hidden_size=20, vocab=37)
+    wide = torch.empty(37, 40, dtype=torch.float64)
+    y = again(x, torch.float64)
+    wide[:, ::2] = y.weight.detach()
+    y.hidden = y.hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    y.weight, y.labels = wide[:, ::2].requires_grad_(), x.labels.T.contiguous().T
+    assert not (y.hidden.is_contiguous() or y.weight.is_contiguous() or y.labels.is_contiguous())
+    assert_same(ours(y), oracle(x))
+
+
+def test_tied_weights_sum_both_gradients():
+    tokens, labels = torch.randint(0, 37, (2, 9)), torch.randint(0, 37, (18,))
+    table = make().weight.detach().requires_grad_()
+    linear_cross_entropy(table[tokens].tanh(), table, labels.view(2, 9)).backward()
+    expected = table.detach().clone().requires_grad_()
+    reference.linear_cross_entropy(expected[tokens].tanh().flatten(0, 1), expected, labels).mean().backward()
+    torch.testing.assert_close(table.grad, expected.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_as_good_as_linear_and_float32_cross_entropy(bias, autocast):
+    # torch's own linear rounds product and bias once, to 16-bit logits; rows, since one mean is a sample of one error
+    x = make((5, 41), hidden_size=64, vocab=203, dtype=torch.float32 if autocast else torch.bfloat16)
+    used = x.labels != IGNORE
+
+    def eager(x):
+        logits = torch.nn.functional.linear(x.hidden, x.weight, x.bias if bias else None)
+        assert logits.dtype == torch.bfloat16
+        return torch.nn.functional.cross_entropy(logits[used].float(), x.labels[used], reduction="none")
+
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = linear_cross_entropy(x.hidden, x.weight, x.labels, bias=x.bias if bias else None, reduction="none")
+        result = leaves_only(x, lambda: loss[used])
+        eager = leaves_only(x, lambda: eager(x))
+    assert all(result[name].dtype == getattr(x, name).dtype for name in LEAVES)
+    exact = oracle(again(x, torch.float64), lambda rows: rows[used.flatten()], bias=bias)
+    assert_as_good_as_eager(result, eager, exact, k=1.1)
+
+
+def test_no_grad():
+    x = make()
+    with torch.no_grad(), Produced() as produced:
+        loss = linear_cross_entropy(x.hidden, x.weight, x.labels, bias=x.bias)
+    assert not loss.requires_grad and produced.count(x.weight.shape) == 0
+    torch.testing.assert_close(loss, oracle(x)["value"], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_statistics_of_the_supervised_rows_in_order(softcap):
+    x = make()
+    x.bias = None
+    loss, stats = linear_cross_entropy(
+        x.hidden, x.weight, x.labels, softcap=softcap, chunk_rows=4, return_stats=True, reduction="none"
+    )
+    logits = (x.hidden @ x.weight.T)[x.labels != IGNORE]
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    p = logits.softmax(1)
+    torch.testing.assert_close(stats.lse.double(), logits.logsumexp(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(stats.entropy.double(), -(p * p.log()).sum(1), rtol=1e-6, atol=0)
+    assert torch.equal(stats.predicted, logits.argmax(1))
+    assert not any(s.requires_grad for s in stats) and loss.requires_grad
+
+
+def test_chunk_rows_are_the_documented_function():
+    bf16, fp32 = torch.bfloat16, torch.float32
+    # trained head: one chunk while n · itemsize ≤ 4 H, which is n ≤ 2 H in 16 bit and n ≤ H in 32
+    assert chunk_rows_for(8192, 4096, bf16, True) == 8192
+    assert chunk_rows_for(4096, 4096, fp32, True) == 4096
+    # beyond that equal chunks of about H rows
+    assert chunk_rows_for(8193, 4096, bf16, True) == 2731
+    assert chunk_rows_for(4097, 4096, fp32, True) == 2049
+    # frozen head: at most H / 2 rows
+    assert chunk_rows_for(4096, 4096, bf16, False) == 2048
+    assert chunk_rows_for(2049, 4096, bf16, False) == 1025
+    # never fewer than 1024 without need
+    assert chunk_rows_for(1000, 64, bf16, True) == 1000
+    assert chunk_rows_for(2048, 64, bf16, False) == 1024
+    assert chunk_rows_for(0, 64, bf16, True) == 1
+
+
+class Produced(TorchDispatchMode):
+    """Shapes of all tensors that operations made (not: views of others, or tensors written into)."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def count(self, shape) -> int:
+        return sum(s == tuple(shape) for s in self.shapes)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = [t.untyped_storage()._cdata for t in [*args, *(kwargs or {}).values()] if isinstance(t, Tensor)]
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in given:
+                self.shapes.append(tuple(t.shape))
+        return out
+
+
+@pytest.mark.parametrize("dtype, logits_dtype", [(torch.float32, None), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype, logits_dtype, reduction):
+    n, hidden_size, vocab, chunk = 4096, 8, 1024, 64
+    x = make((4, n // 4), hidden_size, vocab, dtype, used=0.9)
+    with Produced() as produced:
+        options = dict(chunk_rows=chunk, logits_dtype=logits_dtype, reduction=reduction, label_smoothing=0.1)
+        loss = linear_cross_entropy(x.hidden, x.weight, x.labels, softcap=5.0, z_loss=0.1, **options)
+        loss.sum().backward()
+    largest = max(torch.Size(s).numel() for s in produced.shapes)
+    assert largest == max(chunk * vocab, n * hidden_size, vocab * hidden_size)
+    assert x.weight.grad is not None and len(produced.shapes) > 64 * 10  # the mode saw every chunk
+
+
+def test_a_frozen_head_has_no_gradient_buffer():
+    x = make((8, 16), hidden_size=64, vocab=512, dtype=torch.float32)
+    for trained in (True, False):
+        x.weight.requires_grad_(trained)
+        with Produced() as produced:
+            linear_cross_entropy(x.hidden, x.weight, x.labels, chunk_rows=16).backward()
+        assert (produced.count(x.weight.shape) > 0) == trained
+
+
+def in_place_flops(total, a, b, out_shape=None, **_) -> int:
+    return 2 * a[0] * a[1] * b[1]
+
+
+def test_ignored_rows_are_never_multiplied():
+    for used in (0.0, 0.1, 1.0):
+        x = make((8, 32), hidden_size=16, vocab=64, dtype=torch.float32, used=used)
+        # torch counts addmm, but not addmm_
+        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place_flops}) as flops:
+            linear_cross_entropy(x.hidden, x.weight, x.labels).backward()
+        n = int((x.labels != IGNORE).sum())
+        assert flops.get_total_flops() == 3 * 2 * n * 16 * 64  # logits, dh, dW
+
+
+@pytest.mark.parametrize(
+    "error, name, arguments",
+    [
+        (TypeError, "hidden", dict(hidden=torch.zeros(2, 3, 4, dtype=torch.int64))),
+        (ValueError, "hidden", dict(hidden=torch.zeros(4))),
+        (ValueError, "weight", dict(weight=torch.zeros(5, 3))),
+        (TypeError, "weight", dict(weight=torch.zeros(5, 4).half())),
+        (ValueError, "weight", dict(weight=META.expand(5, 4))),
+        (ValueError, "bias", dict(bias=torch.zeros(4))),
+        (TypeError, "bias", dict(bias=torch.zeros(5).double())),
+        (ValueError, "bias", dict(bias=META.expand(5))),
+        (TypeError, "labels", dict(labels=torch.zeros(2, 3))),
+        (TypeError, "labels", dict(labels=torch.zeros(2, 3, dtype=torch.bool))),
+        (ValueError, "labels", dict(labels=torch.zeros(3, 2, dtype=torch.int64))),
+        (ValueError, "labels", dict(labels=META.long().expand(2, 3))),
+        (ValueError, "labels .* got 5", dict(labels=torch.full((2, 3), 5))),  # beyond the vocabulary
+        (ValueError, "labels .* got -1", dict(labels=torch.full((2, 3), -1))),
+        (ValueError, "row_weight", dict(row_weight=torch.ones(3))),
+        (ValueError, "row_weight", dict(row_weight=META.expand(2, 3))),
+        (ValueError, "reduction", dict(reduction="median")),
+        (ValueError, "normalizer", dict(normalizer=-1.0)),
+        (ValueError, "normalizer", dict(normalizer=torch.ones(2))),
+        (TypeError, "normalizer", dict(normalizer="3")),
+        (ValueError, "normalizer", dict(normalizer=3, reduction="sum")),
+        (ValueError, "softcap", dict(softcap=0.0)),
+        (ValueError, "label_smoothing", dict(label_smoothing=1.0)),
+        (ValueError, "z_loss", dict(z_loss=-0.1)),
+        (ValueError, "chunk_rows", dict(chunk_rows=0)),
+        (ValueError, "backend", dict(backend="fast")),
+    ],
+)
+def test_errors_name_the_argument(error, name, arguments):
+    fitting = dict(hidden=torch.zeros(2, 3, 4), weight=torch.zeros(5, 4), labels=torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(error, match=name):
+        linear_cross_entropy(**fitting | arguments)
+
+
+def test_a_backend_is_what_was_asked_for(monkeypatch):
+    x, calls, real = make(), [], reference.linear_cross_entropy
+    monkeypatch.setattr(reference, "linear_cross_entropy", lambda *a, **k: calls.append(1) or real(*a, **k))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for environment, argument, expected in [("", None, 0), ("reference", None, 1), ("reference", "torch", 0)]:
+        monkeypatch.setenv("SFR_KERNELS_BACKEND", environment)
+        calls.clear()
+        ours(x, backend=argument)
+        assert len(calls) == expected
+    with pytest.raises(RuntimeError, match="triton"):  # which needs a GPU, and does not fall back
+        ours(x, backend="triton")
+    monkeypatch.setenv("SFR_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="SFR_KERNELS_BACKEND"):
+        ours(x)

@@ -1,0 +1,177 @@
+"""The reference itself: its gradients by finite differences, its head, CKA and noise by other people's definitions."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import embed, evaluate, make_case, make_head, reference_flow, reference_sfr, small_config
+from torch import nn
+
+from sfr_kernels import SFRConfig, SupervisedRows, reference
+
+KINDS = [("flow", "default"), ("flow", "official"), ("mse", "default"), ("cosine", "official")]
+KINDS += [("cka", "default"), ("mtp", "default")]
+
+
+@pytest.mark.parametrize("loss, preset", KINDS)
+def test_gradients_by_finite_differences(loss, preset):
+    # few columns: gradcheck calls the loss twice for every coordinate
+    config = small_config(preset, loss=loss, width=3, num_layers=3, time_scale=2.0)
+    case = make_case(config, length=6, hidden_size=2, target_size=3, vocab=4)
+    x = case.inputs()
+    checked = [n for n in x.params if n.startswith(("time_embed.mlp.0", "input_proj", "res_blocks", "output_proj.b"))]
+
+    def loss_of(hidden, weight, bias, *params):
+        x.hidden, x.weight, x.bias = hidden, weight, bias
+        x.params = x.params | dict(zip(checked, params, strict=True))
+        return reference_sfr(case, flow_weight=0.7)(x)
+
+    inputs = [x.hidden, x.weight, x.bias, *(x.params[n] for n in checked)]
+    assert torch.autograd.gradcheck(loss_of, inputs, eps=1e-6, atol=1e-6, rtol=1e-6)
+
+
+class Published(nn.Module):
+    """The velocity head as a module of torch's own layers, one sinusoid at a time."""
+
+    def __init__(
+        self, params: dict[str, torch.Tensor], hidden_size: int, size: int, width: int, time_scale, hidden_scale=1.0
+    ):
+        super().__init__()
+        self.size, self.time_scale, self.hidden_scale = size, time_scale, hidden_scale
+        self.time_embed = nn.Module()
+        self.time_embed.mlp = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
+        self.input_proj = nn.Sequential(nn.Linear(2 * size + hidden_size, width), nn.LayerNorm(width), nn.SiLU())
+        self.res_blocks = nn.ModuleList(nn.Module() for _ in range(2))
+        for block in self.res_blocks:
+            block.linear, block.norm = nn.Linear(width, width), nn.LayerNorm(width)
+        self.output_proj = nn.Linear(width, size)
+        self.double().load_state_dict(params)
+
+    def forward(self, x_t, t, h):
+        half = self.size // 2
+        waves = torch.zeros(len(t), self.size, dtype=torch.float64)
+        for m, i in itertools.product(range(len(t)), range(half)):
+            omega = 10000 ** (-i / (half - 1)) if half > 1 else 1.0
+            angle = self.time_scale * t[m].item() * omega
+            waves[m, i], waves[m, half + i] = math.sin(angle), math.cos(angle)
+        a = self.input_proj(torch.cat([x_t, self.time_embed.mlp(waves), self.hidden_scale * h], dim=-1))
+        for block in self.res_blocks:
+            a = a + nn.functional.silu(block.norm(block.linear(a)))
+        return self.output_proj(a)
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 8])  # one frequency, odd sizes that pad a zero, an even one
+def test_velocity_equals_a_module_of_torch_layers(size):
+    config = small_config(time_scale=1000.0)
+    head = make_head(7, size, config)
+    params = dict(head.named_parameters())
+    theirs = Published(params, 7, size, config.width, 1000.0, 0.3)
+    x_t, h = torch.randn(5, size, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    t = torch.tensor([0.0, 1e-3, 0.25, 0.5, 1.0], dtype=torch.float64)
+    ours = reference.velocity(params, x_t, t, h, 1000.0, 0.3)
+    torch.testing.assert_close(ours, theirs(x_t, t, h), rtol=1e-10, atol=1e-12)
+
+
+def flow_by_hand(case, t: dict[int, float], noise: torch.Tensor, scale: float, weights: dict, total: float) -> float:
+    """Σ weight · mean (v − u)² / total with one Python loop over rows; `t` by sequence."""
+    head = Published(dict(case.head.named_parameters()), 12, 6, case.config.width, **case.scales)
+    rows, loss = case.rows, 0.0
+    for r in range(rows.num_flow):
+        position = int(rows.rows[r])
+        x_0, x_1 = noise[r], scale * case.targets[rows.anchor[r]].double()
+        now = t[position // rows.shape[1]]
+        x_t = (1 - now) * x_0 + now * x_1
+        v = head(x_t[None], torch.tensor([now]), case.hidden.flatten(0, 1)[position][None])[0]
+        loss += weights[position] * ((v - (x_1 - x_0)) ** 2).mean().item()
+    return loss / total
+
+
+@pytest.mark.parametrize("preset, scale", [("default", math.sqrt(6)), ("official", 1.0)])
+def test_flow_loss_one_row_at_a_time(preset, scale):
+    case = make_case(small_config(preset))
+    times = torch.tensor([0.0, 0.25, 0.5, 0.75])  # one for each sequence
+    case.rows = replace(case.rows, time_index=(case.rows.rows // 13).int())
+    weights = dict(zip(case.rows.rows.tolist(), case.rows.weight.tolist(), strict=True))
+    total = case.rows.num_ce if preset == "default" else max(sum(weights.values()), 1)
+    noise = reference.gaussian_noise(case.seed, case.rows.noise_id[: case.rows.num_flow], 6).double()
+    expected = flow_by_hand(case, dict(enumerate(times.tolist())), noise, scale, weights, total)
+    ours = evaluate(reference_flow(case, times=times), case.inputs())["value"].item()
+    assert ours == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_zero_target_of_the_published_rule_keeps_its_weight():
+    # one response of one token, shorter than min_tokens: x_1 = 0, so u = −x_0 and x_t = (1 − t) x_0
+    config = small_config("official")
+    case = make_case(config, labels=torch.tensor([[-100, -100, 4, -100]]))
+    assert case.rows.num_flow == 1 and case.rows.weight[0] == 1.0
+    assert case.targets.shape == (1, 6) and not case.targets.any()
+    times, index = reference.draw_times(case.rows, case.seed, config)
+    x_0 = reference.gaussian_noise(case.seed, case.rows.noise_id[:1], 6).double()
+    t = times[index[:1]].double()
+    params = dict(case.head.named_parameters())
+    v = reference.velocity(params, (1 - t)[:, None] * x_0, t, case.hidden[:, 2], config.time_scale)
+    ours = evaluate(reference_flow(case), case.inputs())["value"]
+    torch.testing.assert_close(ours, (v + x_0).square().mean().detach(), rtol=1e-10, atol=0)
+    assert ours > 0.01
+
+
+def unbiased_hsic(x: torch.Tensor, y: torch.Tensor) -> float:
+    """Song et al. 2012, equation 4: the U-statistic, a mean over all quadruples of distinct samples."""
+    k, q, n = (x @ x.T).tolist(), (y @ y.T).tolist(), len(x)
+    terms = [k[a][b] * (q[a][b] + q[c][d] - 2 * q[a][c]) for a, b, c, d in itertools.permutations(range(n), 4)]
+    return sum(terms) / len(terms)
+
+
+def cka(x: torch.Tensor, y: torch.Tensor) -> float:
+    return reference._response_cka(x, y, torch.arange(len(x))).item()
+
+
+def test_cka_is_the_ratio_of_u_statistics():
+    g = torch.Generator().manual_seed(5)
+    x, y = (torch.randn(6, size, generator=g, dtype=torch.float64) for size in (4, 3))
+    y += x[:, :3]
+    expected = unbiased_hsic(x, y) / math.sqrt(unbiased_hsic(x, x) * unbiased_hsic(y, y))
+    assert cka(x, y) == pytest.approx(expected, rel=1e-10)
+
+
+def test_cka_knows_no_rotation_scale_or_shift_and_is_one_with_itself():
+    g = torch.Generator().manual_seed(6)
+    x, y = (torch.randn(8, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    turn = torch.linalg.qr(torch.randn(5, 5, generator=g, dtype=torch.float64))[0]
+    assert cka(x, x) == pytest.approx(1.0, rel=1e-12)
+    assert cka(x, 3 * x @ turn + 7) == pytest.approx(1.0, rel=1e-10)
+    assert cka(5 * x @ turn, y - 2) == pytest.approx(cka(x, y), rel=1e-9)
+    assert abs(cka(x, y)) < 0.9
+    # unbiased: independent samples have a mean of about zero, where the biased estimator is near 5/13 here
+    draws = [cka(*torch.randn(2, 8, 5, generator=g, dtype=torch.float64)) for _ in range(300)]
+    assert abs(sum(draws) / 300) < 0.05
+
+
+def test_stratified_times():
+    labels = torch.arange(40_000).remainder(50).view(4, 10_000)
+    config = SFRConfig(num_times=10)  # not a multiple of the four words of a block
+    rows = SupervisedRows.from_labels(labels, config)
+    times, index = reference.draw_times(rows, 3, config)
+    assert times.shape == (10,) and ((times * 10).floor() == torch.arange(10)).all()  # one in each stratum
+    counts = torch.bincount(index, minlength=10).double()
+    assert index.min() == 0 and index.max() == 9
+    assert ((counts - len(rows) / 10).abs() < 5 * (len(rows) * 0.09) ** 0.5).all()  # five standard deviations
+
+
+def test_one_time_a_sequence_from_its_first_row():
+    case = make_case(small_config("official"))
+    times, index = reference.draw_times(case.rows, case.seed, case.config)
+    assert times.shape == (4,) and torch.equal(index, case.rows.rows // 13)
+    assert len(times.unique()) == 4 and (times > 0).all() and (times < 1).all()
+    dirac = replace(case.config, loss="mse")
+    times, index = reference.draw_times(case.rows, case.seed, dirac)
+    assert times.tolist() == [0.0] and not index.any()
+
+
+def test_embedding_of_the_tests_tells_texts_apart():
+    case = make_case(small_config())
+    targets = embed(case.rows, case.labels, 6)
+    torch.testing.assert_close(targets.norm(dim=1), torch.ones(len(targets)))
+    assert (targets @ targets.T - torch.eye(len(targets))).max() < 0.999

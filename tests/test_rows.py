@@ -1,0 +1,306 @@
+"""`SupervisedRows.from_labels` against a slow reading of DESIGN section 1, one token at a time."""
+
+import random
+
+import pytest
+import torch
+from cases import make_labels, small_config
+from torch import Tensor
+
+from sfr_kernels import SFRConfig, SupervisedRows
+
+IGNORE = -100
+
+
+def slow_responses(labels: list[list[int]], segments: list[list[int]] | None, config: SFRConfig) -> list[list[int]]:
+    """The responses as lists of flat positions: maximal runs of the rule's positions in one packed sample."""
+    responses, length = [], len(labels[0])
+    for b, row in enumerate(labels):
+        previous = None
+        for p in range(length):
+            if config.row_rule == "own_label":
+                member = row[p] != IGNORE
+            else:
+                together = p + 1 < length and (segments is None or segments[b][p] == segments[b][p + 1])
+                member = together and row[p + 1] != IGNORE
+            same_sample = previous is not None and (segments is None or segments[b][p] == segments[b][previous])
+            if member and previous == p - 1 and same_sample:
+                responses[-1].append(b * length + p)
+            elif member:
+                responses.append([b * length + p])
+            if member:
+                previous = p
+    return responses
+
+
+def slow_anchors(m: int, config: SFRConfig) -> list[int]:
+    """The rows of a response of m rows that have a target."""
+    grid = list(range(0, m, config.stride))
+    if config.segment_tokens == 0:
+        return [0]
+    if config.anchor_rule == "nearest":
+        return grid
+    last = [m - config.min_tokens] if m >= config.min_tokens else []
+    return [a for a in sorted({*grid, *last}) if a == 0 or m - a >= config.min_tokens]
+
+
+def slow_rows(labels: list[list[int]], segments, config: SFRConfig) -> tuple[dict[int, dict], list[tuple[int, int]]]:
+    """{flat position: what its row must say}, and where the text of every anchor lies in the flattened labels."""
+    length, out, texts = len(labels[0]), {}, []
+    flat = [label for row in labels for label in row]
+
+    def row(position):
+        b, p = divmod(position, length)
+        together = p + 1 < length and (segments is None or segments[b][p] == segments[b][p + 1])
+        label = flat[position + 1] if together else IGNORE
+        return out.setdefault(position, dict(label=label, text=None, weight=0.0, sequence=b))
+
+    for position in range(len(flat)):
+        if row(position)["label"] == IGNORE:
+            del out[position]
+    for response in slow_responses(labels, segments, config):
+        m = len(response)
+        text = [p + 1 if config.row_rule == "next_label" else p for p in response]  # the label each row stands for
+        at = {}
+        for a in slow_anchors(m, config):
+            taken = text[a:] if config.segment_tokens == 0 else text[a : a + config.segment_tokens]
+            zero = config.anchor_rule == "nearest" and m - a < config.min_tokens
+            at[a] = (text[a], text[a]) if zero else (taken[0], taken[-1] + 1)
+        for i, position in enumerate(response):
+            weight = {"linear": 2 * (m - i) / (m + 1), "uniform": 1.0, "linear_decay": (m - i) / m}[config.weighting]
+            if config.loss == "mtp":
+                ahead = i + config.mtp_offset - 1
+                chosen = (text[ahead], text[ahead] + 1) if ahead < m else None
+            elif config.segment_tokens == 0:
+                chosen = at[0]
+            elif config.anchor_rule == "nearest":
+                chosen = at[min(at, key=lambda a, i=i: (abs(a - i), a))]
+            else:
+                chosen = next((at[a] for a in sorted(at) if a >= i), None)
+            if chosen is not None:
+                row(position).update(text=chosen, weight=weight)
+            texts += [(text[i], text[i] + 1)] if config.loss == "mtp" else []
+        texts += [] if config.loss == "mtp" else list(at.values())
+    return out, texts
+
+
+def as_slow(rows: SupervisedRows) -> tuple[dict[int, dict], list[tuple[int, int]]]:
+    """The same description of the library's rows."""
+    texts = [tuple(s) for s in rows.segments.tolist()]
+    columns = (rows.rows, rows.labels, rows.anchor, rows.weight)
+    out = {
+        position: dict(
+            label=label, text=texts[anchor] if anchor >= 0 else None, weight=weight, sequence=position // rows.shape[1]
+        )
+        for position, label, anchor, weight in zip(*(c.tolist() for c in columns), strict=True)
+    }
+    return out, texts
+
+
+def check(labels: Tensor, config: SFRConfig, segments: Tensor | None = None) -> SupervisedRows:
+    rows = SupervisedRows.from_labels(labels, config, segments)
+    expected, texts = slow_rows(labels.tolist(), None if segments is None else segments.tolist(), config)
+    ours, our_texts = as_slow(rows)
+    assert ours.keys() == expected.keys() and len(rows) == len(expected)
+    for position, row in expected.items():
+        assert ours[position] | {"weight": None} == row | {"weight": None}, position
+        assert ours[position]["weight"] == pytest.approx(row["weight"], rel=1e-6), position
+    assert sorted(our_texts) == sorted(texts)
+    return rows
+
+
+def random_batch(seed: int) -> tuple[Tensor, Tensor | None]:
+    """Runs of supervised and ignored tokens of every length, and packed samples that cut through them."""
+    r = random.Random(seed)
+    batch, length, keep = r.randint(1, 3), r.randint(1, 14), r.choice([0.3, 0.8, 0.95])
+    labels, segments = torch.full((batch, length), IGNORE), torch.zeros(batch, length, dtype=torch.int64)
+    for b in range(batch):
+        supervised = r.random() < keep
+        for p in range(length):
+            supervised = supervised if r.random() < 0.75 else r.random() < keep
+            labels[b, p] = r.randint(0, 99) if supervised else IGNORE
+            segments[b, p] = segments[b, max(p - 1, 0)] + (r.random() < 0.15)
+    return labels, segments if r.random() < 0.7 else None
+
+
+CONFIGS = {
+    "default": small_config(),
+    "official": small_config("official"),
+    "default, real lengths": SFRConfig(),  # every response here is shorter than min_tokens
+    "official, real lengths": SFRConfig.official(),
+    "whole response": small_config(segment_tokens=0, weighting="uniform"),
+    "whole response, official": small_config("official", segment_tokens=0),
+    "stride of one": small_config(stride=1, min_tokens=1, segment_tokens=1),
+    "stride even": small_config("official", stride=4),  # a tie between two anchors at row 2
+    "stride beyond the response": small_config(stride=50, min_tokens=3),
+    "no shortest text": small_config(stride=4, min_tokens=1, weighting="uniform"),
+    "mtp": small_config(loss="mtp"),
+    "mtp, four ahead": small_config(loss="mtp", mtp_offset=4),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_random_patterns(config):
+    for seed in range(60):
+        labels, segments = random_batch(seed)
+        check(labels, config, segments)
+
+
+def one_response(m: int, before: int = 3, after: int = 2) -> Tensor:
+    """A sequence with one response of m rows, under either row rule."""
+    return torch.tensor([[IGNORE] * before + list(range(1, m + 1)) + [IGNORE] * after])
+
+
+@pytest.mark.parametrize("preset", ["default", "official"])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pytest.param(torch.full((2, 5), IGNORE), id="no rows"),
+        pytest.param(torch.zeros(0, 5, dtype=torch.int64), id="no sequences"),
+        pytest.param(torch.zeros(2, 0, dtype=torch.int64), id="no tokens"),
+        pytest.param(torch.tensor([[7]]), id="one token, which nothing predicts"),
+        pytest.param(one_response(1), id="one row, shorter than min_tokens"),
+        pytest.param(one_response(2), id="exactly min_tokens"),
+        pytest.param(one_response(3), id="one more than min_tokens"),
+        pytest.param(one_response(8), id="m - min_tokens a multiple of the stride: no extra anchor"),
+        pytest.param(one_response(9), id="m - min_tokens one beyond the stride"),
+        pytest.param(one_response(9, before=0, after=0), id="the whole row"),
+        pytest.param(one_response(9, before=0), id="from the first token"),
+        pytest.param(one_response(9, after=0), id="to the last token"),
+        pytest.param(torch.arange(18).view(2, 9), id="two whole rows, which must not join"),
+    ],
+)
+def test_picked_cases(labels, preset):
+    if labels.numel():
+        check(labels, small_config(preset))
+    else:
+        rows = SupervisedRows.from_labels(labels, small_config(preset))
+        assert (len(rows), rows.num_anchors, rows.num_flow, rows.num_ce) == (0, 0, 0, 0)
+
+
+def test_anchors_of_one_response_by_hand():
+    # rows 0 … 9 at flat positions 2 … 11; anchors 0, 3, 6 and 10 − 2 = 8; row 9 has one token ahead: none
+    rows = check(one_response(10, after=0), small_config())
+    by_position = rows.anchor[rows.rows.argsort()].tolist()
+    assert by_position == [0, 1, 1, 1, 2, 2, 2, 3, 3, -1]
+    assert rows.segments.tolist() == [[3, 8], [6, 11], [9, 13], [11, 13]]
+    # published rule: rows 0 … 9 at 3 … 12; the last anchor, 9, has one token left: an empty text, its weight kept
+    rows = check(one_response(10, after=0), small_config("official"))
+    flow = slice(None, rows.num_flow)
+    order = rows.rows[flow].argsort()
+    assert rows.anchor[flow][order].tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
+    assert rows.segments.tolist() == [[3, 8], [6, 11], [9, 13], [12, 12]]
+    torch.testing.assert_close(rows.weight[flow][order], torch.arange(10, 0, -1) / 10)
+
+
+@pytest.mark.parametrize("config", [small_config(min_tokens=1), small_config(segment_tokens=0)])
+def test_linear_weights_have_mean_one_over_a_response(config):
+    # configurations in which every row has a target; otherwise the last rows of a response have weight 0
+    for m in (1, 2, 9, 40):
+        rows = SupervisedRows.from_labels(one_response(m), config)
+        assert len(rows) == m == rows.num_flow
+        assert rows.weight.double().mean().item() == pytest.approx(1.0, rel=1e-6)
+        assert (rows.weight.diff() < 0).all()
+
+
+def test_no_target_contains_a_token_already_emitted_nor_crosses_a_sample():
+    seen = 0
+    for seed in range(150):
+        labels, segments = random_batch(seed)
+        if segments is None:
+            continue
+        for preset in ("default", "official"):
+            rows = SupervisedRows.from_labels(labels, small_config(preset), segments)
+            sample = (torch.arange(labels.shape[0])[:, None] * 1000 + segments).flatten()
+            for position, anchor in zip(rows.rows.tolist(), rows.anchor.tolist(), strict=True):
+                if anchor < 0:
+                    continue
+                start, stop = rows.segments[anchor].tolist()
+                assert (sample[start:stop] == sample[position]).all()
+                assert (labels.flatten()[start:stop] != IGNORE).all()
+                if preset == "default":  # the hidden state at `position` has seen the tokens up to and with it
+                    assert start > position
+                    assert stop - start >= 2 or start == position + 1  # min_tokens, but for the first row
+                    seen += 1
+    assert seen > 500
+
+
+@pytest.mark.parametrize("preset", ["default", "official"])
+def test_order_counts_and_dtypes(preset):
+    labels, segments = make_labels()
+    rows = SupervisedRows.from_labels(labels, small_config(preset), segments)
+    has_flow, has_ce = rows.anchor >= 0, rows.labels != IGNORE
+    group = torch.where(has_flow & has_ce, 1, torch.where(has_ce, 2, 0))
+    assert (has_flow | has_ce).all() and (group.diff() >= 0).all()
+    assert group.unique().tolist() == ([1, 2] if preset == "default" else [0, 1, 2])  # the case has every group
+    assert all((rows.rows[group == g].diff() > 0).all() for g in (0, 1, 2))  # in the order of the tokens
+    assert rows.num_flow == has_flow.sum() and has_flow[: rows.num_flow].all()
+    assert rows.num_ce == has_ce.sum() and has_ce[rows.ce_start :].all()
+    assert (rows.weight[~has_flow] == 0).all()
+    dtypes = dict(rows="int64", noise_id="int64", labels="int64", anchor="int32", weight="float32", segments="int64")
+    assert {name: str(getattr(rows, name).dtype) for name in dtypes} == {k: f"torch.{v}" for k, v in dtypes.items()}
+    if preset == "official":  # one time a sequence
+        assert rows.time_index.dtype == torch.int32 and torch.equal(rows.time_index, (rows.rows // 13).int())
+    else:
+        assert rows.time_index is None
+    assert rows.shape == (4, 13) and rows.num_anchors == len(rows.segments)
+
+
+def test_noise_id_is_the_flat_index_or_what_is_given():
+    labels, segments = make_labels()
+    rows = SupervisedRows.from_labels(labels, small_config(), segments)
+    assert torch.equal(rows.noise_id, rows.rows)
+    identity = torch.arange(labels.numel()).view_as(labels) * 2**33 + 5
+    given = SupervisedRows.from_labels(labels, small_config(), segments, identity)
+    assert torch.equal(given.noise_id, identity.flatten()[rows.rows])
+    assert torch.equal(given.rows, rows.rows) and torch.equal(given.anchor, rows.anchor)
+
+
+def test_one_sequence_and_other_integer_types():
+    labels, segments = make_labels()
+    batch = SupervisedRows.from_labels(labels[3:], small_config(), segments[3:])
+    for dtype in (torch.int32, torch.int16):
+        alone = SupervisedRows.from_labels(labels[3].to(dtype), small_config(), segments[3].to(dtype))
+        assert as_slow(alone) == as_slow(batch) and alone.shape == (1, 13) and alone.labels.dtype == torch.int64
+    assert as_slow(SupervisedRows.from_labels(labels)) == as_slow(SupervisedRows.from_labels(labels, SFRConfig()))
+
+
+def test_labels_are_left_as_they_were():
+    labels, segments = make_labels()
+    before = labels.clone(), segments.clone()
+    SupervisedRows.from_labels(labels, small_config(), segments)
+    assert torch.equal(labels, before[0]) and torch.equal(segments, before[1])
+
+
+@pytest.mark.parametrize("preset", ["default", "official"])
+def test_to_keeps_everything(preset):
+    labels, segments = make_labels()
+    rows = SupervisedRows.from_labels(labels, small_config(preset), segments)
+    same, elsewhere = rows.to("cpu"), rows.to("meta")
+    assert elsewhere.device.type == "meta" and len(elsewhere) == len(rows)
+    for name, value in vars(rows).items():
+        if isinstance(value, Tensor):
+            assert torch.equal(getattr(same, name), value)
+            moved = getattr(elsewhere, name)
+            assert (moved.device.type, moved.shape, moved.dtype) == ("meta", value.shape, value.dtype)
+        else:
+            assert getattr(same, name) == getattr(elsewhere, name) == value
+
+
+@pytest.mark.parametrize(
+    "error, name, arguments",
+    [
+        (TypeError, "labels", dict(labels=[[1, 2]])),
+        (TypeError, "labels", dict(labels=torch.ones(2, 3))),
+        (TypeError, "labels", dict(labels=torch.ones(2, 3, dtype=torch.bool))),  # a mask is not labels
+        (ValueError, "labels", dict(labels=torch.ones(1, 2, 3, dtype=torch.int64))),
+        (TypeError, "segment_ids", dict(segment_ids=torch.zeros(2, 3))),
+        (ValueError, "segment_ids", dict(segment_ids=torch.zeros(3, 2, dtype=torch.int64))),
+        (ValueError, "segment_ids", dict(segment_ids=torch.zeros(2, 3, dtype=torch.int64, device="meta"))),
+        (TypeError, "noise_id", dict(noise_id=[0] * 6)),
+        (ValueError, "noise_id", dict(noise_id=torch.zeros(6, dtype=torch.int64))),
+    ],
+)
+def test_errors_name_the_argument(error, name, arguments):
+    with pytest.raises(error, match=name):
+        SupervisedRows.from_labels(**dict(labels=torch.ones(2, 3, dtype=torch.int64)) | arguments)
