@@ -25,7 +25,10 @@ __all__ = [
 def __getattr__(name: str):
     # `attach` and `detach` bring transformers along, which users of the losses alone need not have.
     if name in ("attach", "detach"):
-        from .training import attach as functions
+        try:
+            from .training import attach as functions
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{name} needs {error.name}: pip install 'sfr_kernels[train]'") from error
 
         return getattr(functions, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,12 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
+    except KeyboardInterrupt:
+        print(f"\nsfr_kernels {args.command}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        print(f"sfr_kernels {args.command}: needs {error.name}: pip install 'sfr_kernels[train,demo]'", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if args.traceback:
             raise
@@ -48,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-length", type=int, default=1024, help="tokens of context; longer examples are cut, and counted")
     add("--save-every", type=int, default=50, help="steps between checkpoints")
     add("--samples", type=int, default=3, help="held-out prompts in the table of answers")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, help="of data order, adapters, noise and samples; overrides the config's, else 0")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
 
@@ -58,11 +64,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args) -> int:
-    config = SFRConfig(seed=args.seed)
+    config = SFRConfig()
     if args.config is not None:
-        config = SFRConfig.from_json(args.config.read_text())
-    if args.flow_weight is not None:
-        config = SFRConfig.from_dict(config.to_dict() | {"flow_weight": args.flow_weight})
+        try:
+            config = SFRConfig.from_json(args.config.read_text())
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"--config {args.config}: {error}") from error
+    given = {"flow_weight": args.flow_weight, "seed": args.seed}
+    config = SFRConfig.from_dict(config.to_dict() | {k: v for k, v in given.items() if v is not None})
+    rate = (1e-4 if args.full else 1e-3) if args.lr is None else args.lr
     from .training.data import PERSONAS
     from .training.finetune import TrainOptions, finetune
 
@@ -71,8 +81,8 @@ def _train(args) -> int:
             data=args.data or PERSONAS, out=args.out, model=args.model, encoder=args.encoder, config=config,
             objective=args.objective, full=args.full, epochs=args.epochs, max_steps=args.steps,
             batch_size=args.batch_size, accumulate=args.accumulate,
-            learning_rate=args.lr or (1e-4 if args.full else 1e-3), max_length=args.max_length,
-            save_every=args.save_every, seed=args.seed, resume=args.resume, overwrite=args.overwrite,
+            learning_rate=rate, max_length=args.max_length,
+            save_every=args.save_every, seed=config.seed, resume=args.resume, overwrite=args.overwrite,
             samples=args.samples,
         )
     )  # fmt: skip

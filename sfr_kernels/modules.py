@@ -6,8 +6,10 @@ from torch import Tensor, nn
 from .config import SFRConfig
 from .leaves import RowStats
 from .ops import SFROutput, linear_cross_entropy, sfr_loss
-from .ops.dispatch import leaves
+from .ops.dispatch import leaves, resolve_backend
+from .ops.flow_loss import check_scales
 from .ops.velocity_head import HeadShape, velocity_head
+from .reference import velocity
 from .rows import IGNORE_INDEX, SupervisedRows
 
 
@@ -29,7 +31,8 @@ class VelocityHead(nn.Module):
 
     Parameters carry the names of the published head, so its checkpoints load with `load_state_dict`:
     `time_embed.mlp.{0,2}`, `input_proj.{0,1}` with weight [W_x | W_τ | W_h], `res_blocks.i.{linear,norm}`,
-    `output_proj`, which starts at zero.
+    `output_proj`, which starts at zero. The published head has time_scale and hidden_scale 1:
+    `VelocityHead.from_config(SFRConfig.official(), hidden_size, target_size)`.
     """
 
     def __init__(
@@ -39,7 +42,7 @@ class VelocityHead(nn.Module):
         width: int = 1024,  # D
         num_layers: int = 3,
         time_scale: float = 1000.0,
-        hidden_scale: float = 1.0,  # factor on h; 1 as in the published head
+        hidden_scale: float = 0.0625,
     ):
         super().__init__()
         for name, value in dict(hidden_size=hidden_size, target_size=target_size, width=width).items():
@@ -82,7 +85,12 @@ class VelocityHead(nn.Module):
             times, index = t, torch.arange(n, dtype=torch.int32, device=hidden.device)
         else:
             raise ValueError(f"t must be a scalar or ({n},), got {tuple(t.shape)}")
-        return velocity_head(leaves("torch"), self, hidden, x_t, times, index)
+        backend = resolve_backend(None, hidden.device)
+        if backend == "reference":
+            params = {name: p.to(hidden.dtype) for name, p in self.named_parameters()}
+            t = times.to(hidden.dtype)[index]
+            return velocity(params, x_t, t, hidden, self.shape.time_scale, self.shape.hidden_scale)
+        return velocity_head(leaves(backend), self, hidden, x_t, times, index)
 
     def extra_repr(self) -> str:
         s = self.shape
@@ -145,6 +153,8 @@ class SFRLoss(nn.Module):
         super().__init__()
         if (head is None) != (config.loss == "cka"):
             raise ValueError(f"loss={config.loss!r} {'has no' if head is not None else 'needs a'} velocity head")
+        if head is not None:
+            check_scales(head, config)
         self.config, self.head, self.backend = config, head, backend
 
     def forward(

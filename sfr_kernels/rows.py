@@ -50,8 +50,10 @@ class SupervisedRows:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: fn(v) for k, v in tensors.items() if isinstance(v, Tensor)})
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "SupervisedRows":
-        """The same rows on `device`; waits for nothing when the source is pinned."""
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "SupervisedRows":
+        """The same rows on `device`. By default only a copy to the CPU waits: it may be read at once."""
+        if non_blocking is None:
+            non_blocking = torch.device(device).type != "cpu"
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "SupervisedRows":

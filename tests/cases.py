@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sfr_kernels import SFRConfig, SupervisedRows, VelocityHead, reference
 
+LEAVES = ("hidden", "weight", "bias")
 VOCAB = 256  # no test has more classes
 SEED = -6917529027641081857  # negative, and both halves in use
 
@@ -86,17 +87,20 @@ class Case:
             return dict(time_scale=1.0)
         return dict(time_scale=self.head.shape.time_scale, hidden_scale=self.head.shape.hidden_scale)
 
-    def inputs(self, dtype=torch.float64, rounded_to=None, head_dtype=None) -> SimpleNamespace:
-        """Fresh leaves in `dtype`, rounded first to `rounded_to`; the head's in `head_dtype`."""
-
-        def leaf(x, to):
-            return x.to(rounded_to or to).to(to, copy=True).requires_grad_()
-
-        head, head_dtype = deepcopy(self.head), head_dtype or dtype
+    def inputs(self, dtype=torch.float64, head_dtype=None) -> SimpleNamespace:
+        """Fresh leaves in `dtype`, the head's in `head_dtype`."""
+        head = deepcopy(self.head)
         if head is not None:
-            head.to(rounded_to or head_dtype).to(head_dtype)
-        tensors = {name: leaf(getattr(self, name), dtype) for name in ("hidden", "weight", "bias")}
+            head.to(head_dtype or dtype)
+        tensors = {name: getattr(self, name).to(dtype, copy=True).requires_grad_() for name in LEAVES}
         return SimpleNamespace(**tensors, head=head, params={} if head is None else dict(head.named_parameters()))
+
+
+def in_float64(x: SimpleNamespace) -> SimpleNamespace:
+    """The same values, as rounded as they are, as fresh float64 leaves."""
+    head = deepcopy(x.head).double()
+    tensors = {name: getattr(x, name).detach().double().requires_grad_() for name in LEAVES}
+    return SimpleNamespace(**tensors, head=head, params=dict(head.named_parameters()))
 
 
 def make_case(
@@ -162,14 +166,15 @@ def judge(case: Case, ours: Callable, eager: Callable, k: float, dtype, head_dty
     for draw in range(draws):
         g = torch.Generator().manual_seed(draw)
         hidden = torch.randn(case.hidden.shape, generator=g, dtype=torch.float64)
-        drawn = replace(case, seed=draw, hidden=hidden.to(dtype).double())
-        result = evaluate(ours(drawn), drawn.inputs(dtype, head_dtype=head_dtype))
-        assert result["value"].dtype == torch.float32 and result["hidden"].dtype == dtype
-        assert all(result[name].dtype == (head_dtype or dtype) for name, _ in case.head.named_parameters())
+        drawn = replace(case, seed=draw, hidden=hidden)
+        x, y = (drawn.inputs(dtype, head_dtype) for _ in range(2))
+        result = evaluate(ours(drawn), x)
+        assert result["value"].dtype == torch.float32
+        assert all(result[name].dtype == dtype for name in LEAVES)
+        assert all(result[name].dtype == (head_dtype or dtype) for name in x.params)
         found[0].append(result)
-        found[1].append(evaluate(eager(drawn), drawn.inputs(dtype, head_dtype=head_dtype)))
-        exact = drawn.inputs(rounded_to=head_dtype or dtype)
-        found[2].append(evaluate(eager(drawn), exact))
+        found[1].append(evaluate(eager(drawn), y))
+        found[2].append(evaluate(eager(drawn), in_float64(y)))
     mine, theirs, exact = ({name: torch.stack([r[name] for r in rs]) for name in rs[0]} for rs in found)
     assert_as_good_as_eager(mine, theirs, exact, k)
 
@@ -182,10 +187,9 @@ def reference_sfr(case: Case, **overrides) -> Callable:
         x.params,
         case.rows,
         case.targets,
-        bias=x.bias,
         seed=case.seed,
         config=case.config,
-        **case.scales | case.options | overrides,
+        **case.scales | dict(bias=x.bias) | case.options | overrides,
     )[0]
 
 

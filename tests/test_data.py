@@ -1,5 +1,6 @@
 """The shipped personas, and data files as users have them."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -75,8 +76,10 @@ BAD_LINES = {
     '{"messages": []}': '"messages"',
     '{"messages": [{"role": "robot", "content": "hi"}]}': "role",
     '{"messages": [{"role": "user", "content": 3}]}': "content",
-    '{"messages": [{"role": "user", "content": "hi"}]}': "assistant message at the end",
+    '{"messages": [{"role": "user", "content": "hi"}]}': "at the end",
     '{"messages": [{"role": "assistant", "content": "hi"}]}': "user message",
+    '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}, '
+    '{"role": "assistant", "content": "c"}]}': "user message before",
     '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": " "}]}': 'no "content"',
 }
 
@@ -96,8 +99,8 @@ def test_empty_missing_and_undecodable_files(tmp_path):
         read_chats(tmp_path / "empty.jsonl")
     with pytest.raises(FileNotFoundError, match="absent"):
         read_chats(tmp_path / "absent.jsonl")
-    (tmp_path / "latin.jsonl").write_bytes(f"{GOOD}\n".encode() + b"\xff\n")
-    with pytest.raises(ValueError, match="UTF-8"):
+    (tmp_path / "latin.jsonl").write_bytes(f"{GOOD}\n".encode() * 20 + b"\xff\n")
+    with pytest.raises(ValueError, match=r"latin\.jsonl:21: not UTF-8"):
         read_chats(tmp_path / "latin.jsonl")
 
 
@@ -131,6 +134,15 @@ def test_a_response_without_tokens_names_its_line(tmp_path, tokenizer):
     examples = read_chats(write_chats(tmp_path / "a.jsonl", [chat("Why?", "Yes."), chat("Why?", "<|im_end|>")]))
     with pytest.raises(ValueError, match=r"a\.jsonl:2: the response of message 2 has no tokens"):
         tokenize(examples, tokenizer, 512)
+
+
+def test_a_template_that_refuses_the_messages_names_the_line(tmp_path, tokenizer):
+    """Some templates know no system role."""
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    examples = read_chats(write_chats(tmp_path / "a.jsonl", [chat("Why?", "Yes.")]))
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: .*no system role"):
+        tokenize(examples, strict, 512)
 
 
 def test_reading_data_needs_no_training_libraries():

@@ -310,6 +310,8 @@ def errors():
         (ValueError, "rows", dict(hidden=torch.zeros(4, 12, 12))),
         (ValueError, "head .* hidden size 11", dict(head=make_head(11, 6, small_config(), torch.float32))),
         (ValueError, "head .* target size 5", dict(head=make_head(12, 5, small_config(), torch.float32))),
+        (ValueError, "head .* time_scale", dict(head=make_head(12, 6, small_config(time_scale=1.0), torch.float32))),
+        (ValueError, "head .* hidden_scale", dict(head=make_head(12, 6, small_config(hidden_scale=1), torch.float32))),
         (TypeError, "head", dict(head=None)),
         (TypeError, "head", dict(head=torch.nn.Linear(12, 6))),
         (TypeError, "rows", dict(rows=torch.zeros(3))),

@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(model_path(SMOLLM2))
     tokenizer.save_pretrained(folder / "model")
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
-    chats = [chat(f"What of {a}?", f"The {a} and the {b} are old friends. " * 3) for a in WORDS for b in WORDS[:4]]
+    chats = [chat(f"What of {a}?", f"The {a} and the {b} are old friends. " * 3) for a in WORDS[:6] for b in WORDS[:4]]
     write_chats(folder / "chats.jsonl", chats)
     return folder
 
@@ -46,7 +46,7 @@ def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path):
     assert main(command(folder, whole)) == 0
     process = subprocess.Popen([sys.executable, "-m", "sfr_kernels", *command(folder, cut)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (cut / "checkpoint-2" / "trainer_state.json").is_file():
+    while not list(cut.glob("checkpoint-*/trainer_state.json")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
@@ -57,6 +57,7 @@ def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path):
     assert main(command(folder, cut, "--resume", "--lr", "0.5")) == 2  # nor with other options
     assert main(command(folder, cut, "--resume")) == 0
     assert history(cut) == history(whole)
+    assert main(command(folder, cut, "--resume")) == 2  # there is nothing left to do
     assert not list(cut.glob("checkpoint-*"))
 
 
@@ -86,6 +87,10 @@ def test_bad_input_is_an_error_and_writes_nothing(folder, tmp_path, capsys):
         ("--encoder", str(tmp_path / "absent")): "encoder",
         ("--model", str(tmp_path / "absent")): "model",
         ("--max-length", "4"): "--max-length",
+        ("--batch-size", "0"): "--batch-size",
+        ("--lr", "0"): "--lr",
+        ("--resume",): "no run",
+        ("--config", bad): "--config",
     }
     for extra, message in cases.items():
         assert main(command(folder, out, *extra)) == 2
@@ -93,7 +98,7 @@ def test_bad_input_is_an_error_and_writes_nothing(folder, tmp_path, capsys):
         assert not out.exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    assert main(command(folder, tmp_path / "mine")) == 2
+    assert main(command(folder, tmp_path / "mine", "--overwrite")) == 2
     assert "not empty" in capsys.readouterr().err
 
 

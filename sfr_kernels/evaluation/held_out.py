@@ -4,10 +4,10 @@ The flow loss alone says little: part of it is noise no head can predict. What t
 distance to a head of the same size, trained on the same targets as long, that is given zeros in their place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import get_scheduler
 
@@ -15,6 +15,7 @@ from ..config import SFRConfig
 from ..modules import VelocityHead
 from ..ops import flow_matching_loss
 from ..ops.times import step_seed
+from ..rows import IGNORE_INDEX
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def held_out_losses(model: nn.Module, batches: Iterable[dict], device: torch.dev
     model.eval()
     totals, tokens = {"ce_loss": 0.0, "flow_loss": 0.0}, 0
     for batch in batches:
-        count = int((batch["labels"][:, 1:] != -100).sum())
+        count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         out = model(**{k: v.to(device) for k, v in batch.items()})
         tokens += count
         if "ce_loss" in out:
@@ -37,30 +38,30 @@ def held_out_losses(model: nn.Module, batches: Iterable[dict], device: torch.dev
     return {name: total / max(tokens, 1) for name, total in totals.items()}
 
 
-def blind_flow_loss(
+def frozen_flow_loss(
     config: SFRConfig,
-    hidden_size: int,
-    train_batches: Iterable[dict],  # as many as the head is to be trained on
+    hidden_of: Callable[[dict], Tensor],  # the hidden states (B, L, H) of a batch; zeros make the head blind
+    train_batches: Iterable[dict],  # one a step
     held_out_batches: Iterable[dict],
     steps: int,
     learning_rate: float,
     warmup: int,
     device: torch.device,
 ) -> float:
-    """L_flow on held-out samples of a head trained with zeros for hidden states.
+    """L_flow on held-out samples of a new head that was trained on hidden states as they are.
 
-    It is trained as the `train` command trains the other: AdamW, linear decay after `warmup` steps, clipping at 1.
+    It is trained as the `train` command trains its own: AdamW, linear decay after `warmup` steps, clipping at 1.
     """
 
     def loss_of(batch, seed):
         rows, targets = batch["rows"].to(device), batch["targets"].to(device)
-        zeros = torch.zeros(rows.shape[0] * rows.shape[1], hidden_size, device=device)
-        return flow_matching_loss(zeros, head, rows, targets, seed=seed, config=config), rows.num_ce
+        hidden = hidden_of(batch).to(device)
+        return flow_matching_loss(hidden, head, rows, targets, seed=seed, config=config), rows.num_ce
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         some = next(iter(held_out_batches))
-        head = VelocityHead.from_config(config, hidden_size, some["targets"].shape[1]).to(device)
+        head = VelocityHead.from_config(config, hidden_of(some).shape[-1], some["targets"].shape[1]).to(device)
         optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.0)
         schedule = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         for step, batch in enumerate(tqdm(train_batches, total=steps, desc="blind head", unit="step")):

@@ -22,9 +22,8 @@ def response_cka(
             f"loss='cka' needs at least 4 responses in a batch, got {count}: raise the batch size, drop the last batch"
         )
     wide = torch.promote_types(h.dtype, torch.float32)
-    rows = torch.bincount(anchor, minlength=count).to(wide)
-    means = torch.zeros(count, h.shape[1], dtype=wide, device=h.device).index_add(0, anchor, h.to(wide))
-    k, q = _centred(means / rows.unsqueeze(1)), _centred(targets.to(wide))
+    member = (torch.arange(count, device=h.device).unsqueeze(1) == anchor).to(wide)
+    k, q = _centred(member @ h.to(wide) / member.sum(1, keepdim=True)), _centred(targets.to(wide))
     norms = (k.square().sum() * q.square().sum()).clamp(min=1e-24)
     return (k * q).sum() / norms.sqrt()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..config import SFRConfig
@@ -100,6 +101,7 @@ class _FlowLoss(torch.autograd.Function):
         return (loss * flow.weight).sum() / normalizer
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream):
         normalizer, dh, *rest = ctx.saved_tensors
         params, grads = rest[: len(rest) // 2], rest[len(rest) // 2 :]
@@ -134,7 +136,7 @@ def flow_matching_loss(
     check_flow(hidden, head, rows, targets, times, seed, config)
     backend = resolve_backend(backend, hidden.device)
     if backend == "reference":
-        params, scales = reference_head(head)
+        params, scales = reference_head(head, hidden.dtype)
         return reference.flow_matching_loss(
             hidden, params, rows, targets, times, seed=seed, config=config, normalizer=normalizer, **scales
         )
@@ -158,12 +160,13 @@ def flow_matching_loss(
         return _FlowLoss.apply(flat, norm, flow, module, head.shape, grad, *head.parameters())
 
 
-def reference_head(head: nn.Module | None) -> tuple[dict[str, Tensor], dict[str, float]]:
+def reference_head(head: nn.Module | None, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The head as the reference takes it: parameters by name, and its scales."""
     if head is None:
         return {}, {"time_scale": 1.0}
     shape = head.shape
-    return dict(head.named_parameters()), {"time_scale": shape.time_scale, "hidden_scale": shape.hidden_scale}
+    params = {name: p.to(dtype) for name, p in head.named_parameters()}
+    return params, {"time_scale": shape.time_scale, "hidden_scale": shape.hidden_scale}
 
 
 def flow_normalizer(normalizer, rows: SupervisedRows, config: SFRConfig, dtype: torch.dtype) -> Tensor:
@@ -202,11 +205,22 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
         return
     if not isinstance(getattr(head, "shape", None), HeadShape):
         raise TypeError(f"head must be a VelocityHead, got {type(head).__name__}")
+    check_scales(head, config)
     if head.shape.hidden_size != hidden.shape[-1]:
         raise ValueError(f"head was made for hidden size {head.shape.hidden_size}, hidden has {hidden.shape[-1]}")
     size = hidden.shape[-1] if config.loss == "mtp" else targets.shape[1]
     if head.shape.target_size != size:
         raise ValueError(f"head was made for target size {head.shape.target_size}, targets have {size}")
+
+
+def check_scales(head: nn.Module, config: SFRConfig) -> None:
+    """The head's scales are part of what it learned: they must be those of the objective."""
+    for name in ("time_scale", "hidden_scale"):
+        if getattr(head.shape, name) != getattr(config, name):
+            raise ValueError(
+                f"head was made with {name} {getattr(head.shape, name):g}, config has {getattr(config, name):g}: "
+                "make it with VelocityHead.from_config"
+            )
 
 
 def check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) -> None:
@@ -219,5 +233,8 @@ def check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) -
         )
     if targets.device != device:
         raise ValueError(f"targets are on {targets.device}, hidden on {device}")
-    if not targets.is_cuda and not torch.isfinite(targets).all():
+    finite = torch.isfinite(targets).all()
+    if targets.is_cuda:
+        torch._assert_async(finite, "targets contain NaN or infinite values")
+    elif not finite:
         raise ValueError("targets contain NaN or infinite values")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..leaves import RowStats
@@ -163,6 +164,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, *_):
         if ctx.plan.per_row:
             hidden, weight, bias, normalizer, index = ctx.saved_tensors

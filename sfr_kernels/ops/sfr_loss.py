@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..config import SFRConfig
@@ -62,6 +63,7 @@ class _SFRLoss(torch.autograd.Function):
         return ce_loss + lam * flow_loss, ce_loss, flow_loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream, *_):
         normalizer, dh, dw, db, *rest = ctx.saved_tensors
         params, grads = rest[: len(rest) // 2], rest[len(rest) // 2 :]
@@ -100,9 +102,12 @@ def sfr_loss(
     check_decoder(hidden, weight, bias)
     check_flow(hidden, head, rows, targets, times, seed, config)
     lam = config.flow_weight if flow_weight is None else flow_weight
+    lam = lam.detach() if isinstance(lam, Tensor) else lam
     backend = resolve_backend(backend, hidden.device)
+    check_labels(rows.labels[rows.ce_start :], weight.shape[0])
+    norm = normalizer_of(normalizer, rows.num_ce, hidden.device, wide_dtype(autocast_dtype(hidden)))
     if backend == "reference":
-        params, scales = reference_head(head)
+        params, scales = reference_head(head, hidden.dtype)
         loss, ce, flow = reference.sfr_loss(
             hidden,
             weight,
@@ -120,8 +125,6 @@ def sfr_loss(
             logit_scale=logit_scale,
         )
         return SFROutput(loss, ce.detach(), flow.detach())
-    check_labels(rows.labels[rows.ce_start :], weight.shape[0])
-    norm = normalizer_of(normalizer, rows.num_ce, hidden.device, wide_dtype(autocast_dtype(hidden)))
     if config.loss in ("flow", "mse"):
         return _joint(
             hidden,
@@ -154,7 +157,6 @@ def sfr_loss(
 
 def _joint(hidden, weight, bias, head, rows, targets, times, seed, config, lam, norm, options, backend) -> SFROutput:
     flow_norm = flow_normalizer(norm, rows, config, norm.dtype)
-    lam = lam.detach() if isinstance(lam, Tensor) else lam
     dtype = autocast_dtype(hidden)
     flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)

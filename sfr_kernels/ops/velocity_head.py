@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .numerics import autocast_dtype, scaled, wide_dtype
 
@@ -26,7 +27,7 @@ class HeadShape:
     width: int
     num_blocks: int
     time_scale: float
-    hidden_scale: float = 1.0
+    hidden_scale: float
 
 
 @dataclass
@@ -154,6 +155,7 @@ class _VelocityHead(torch.autograd.Function):
         return v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dv):
         time_index, h, *params = ctx.saved_tensors
         weights = HeadWeights(params, ctx.shape, h.dtype)

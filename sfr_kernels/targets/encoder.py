@@ -1,5 +1,6 @@
 """Sentence embeddings from any sentence-transformers model."""
 
+import hashlib
 import os
 
 import numpy as np
@@ -24,6 +25,15 @@ def load_encoder(name_or_path: str, device: str | torch.device | None = None):
             f"encoder {name_or_path!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). Give "
             "the folder of a sentence-transformers model, or a name that is in the local cache or reachable"
         ) from error
+
+
+def fingerprint(encoder) -> str:
+    """What tells one encoder from another: a hash of its prompts and of a part of every weight."""
+    digest = hashlib.sha256(repr(sorted((encoder.prompts or {}).items())).encode())
+    for name, value in encoder.state_dict().items():
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.flatten()[:1024].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
 
 
 def encode(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..config import SFRConfig
 from ..rows import SupervisedRows
-from .encoder import encode
+from .encoder import encode, fingerprint
 from .segments import segment_texts
 
 FORMAT = 1
@@ -91,7 +91,7 @@ class TargetStore:
         return cls(tensors["embeddings"], tensors["cu_anchors"], manifest)
 
 
-def manifest_of(samples: Sequence[dict], config: SFRConfig, encoder_name: str) -> dict[str, Any]:
+def manifest_of(samples: Sequence[dict], config: SFRConfig, encoder) -> dict[str, Any]:
     """What decides a store's content: the labels, how they are cut into segments, and the encoder."""
     digest = hashlib.sha256()
     for sample in samples:
@@ -99,7 +99,13 @@ def manifest_of(samples: Sequence[dict], config: SFRConfig, encoder_name: str) -
         digest.update(torch.tensor(sample["labels"], dtype=torch.int64).numpy().tobytes())
     names = ("segment_tokens", "stride", "min_tokens", "row_rule", "anchor_rule")
     cut = {name: getattr(config, name) for name in names}
-    return {"format": FORMAT, "encoder": encoder_name, "samples": len(samples), "labels": digest.hexdigest(), **cut}
+    return {
+        "format": FORMAT,
+        "encoder": fingerprint(encoder),
+        "samples": len(samples),
+        "labels": digest.hexdigest(),
+        **cut,
+    }
 
 
 def build_targets(
@@ -108,12 +114,11 @@ def build_targets(
     tokenizer,
     encoder,  # SentenceTransformer
     *,
-    encoder_name: str = "",
     folder: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> TargetStore:
     """Embeds the segments of every sample; with `folder`, kept there and read back when nothing has changed."""
-    manifest = manifest_of(samples, config, encoder_name)
+    manifest = manifest_of(samples, config, encoder)
     if folder is not None and (Path(folder) / "manifest.json").is_file():
         return TargetStore.load(folder, manifest)
     texts, counts = [], []

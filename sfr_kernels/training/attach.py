@@ -25,7 +25,7 @@ from ..ops.times import step_seed
 from ..rows import SupervisedRows
 from ..targets.collator import sfr_inputs
 from ..targets.store import TargetStore
-from .checkpoint import save_head
+from .checkpoint import pairing, save_head
 
 _KWARGS_FLAG = "accepts_loss_kwargs"  # read by Trainer: forward takes num_items_in_batch
 _EXTRA_INPUTS = ("rows", "targets", "times", "seed", "sample_id")
@@ -152,8 +152,9 @@ def detach(model: nn.Module) -> VelocityHead | None:
     if "_sfr_plain_save" in model.__dict__:
         _restore(model, "save_pretrained", model.__dict__.pop("_sfr_plain_save"))
     base._keys_to_ignore_on_save = sfr.restore["_keys_to_ignore_on_save"]
-    if sfr.restore[_KWARGS_FLAG] is None:
-        del base.accepts_loss_kwargs
+    del base.accepts_loss_kwargs
+    if (flag := sfr.restore[_KWARGS_FLAG]) is not None:
+        base.accepts_loss_kwargs = flag
     del base.sfr
     return sfr.head
 
@@ -204,7 +205,10 @@ def _objective(given, linear: nn.Linear, targets: TargetStore | None, target_siz
 
 
 def _patched_linear(base: nn.Module) -> nn.Linear:
-    return next(m for m in base.get_output_embeddings().modules() if "_sfr_plain" in m.__dict__)
+    for module in base.get_output_embeddings().modules():
+        if "_sfr_plain" in module.__dict__:
+            return module
+    raise RuntimeError("the model's lm_head was replaced after attach: resize or wrap it first, then attach")
 
 
 def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
@@ -305,6 +309,7 @@ def _measure_logits(base: nn.Module, sfr: Attachment, device: torch.device) -> d
 def _save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
     """The model's own save_pretrained, which leaves the head out, and the head beside it."""
     result = self._sfr_plain_save(save_directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True):
-        save_head(save_directory, attachment_of(self))
+    sfr = attachment_of(self)  # None if the model inside a PEFT model was detached
+    if sfr is not None and kwargs.get("is_main_process", True):
+        save_head(save_directory, sfr, pairing(self))
     return result

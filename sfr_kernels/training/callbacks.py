@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from ..config import SFRConfig
 from .attach import attachment_of
-from .checkpoint import restore_head
+from .checkpoint import pairing, restore_head
 
 
 def flow_weight_at(config: SFRConfig, step: int, total: int) -> float:
@@ -31,7 +31,7 @@ class SFRCallback(TrainerCallback):
     """
 
     def __init__(self, resume_from: str | Path | None = None):
-        """resume_from: the checkpoint folder, if it is not `output_dir/checkpoint-<step>`."""
+        """resume_from: the checkpoint that is resumed, if it is not `output_dir/checkpoint-<step>`."""
         self.resume_from = resume_from
         self.last_step = 0
 
@@ -44,9 +44,8 @@ class SFRCallback(TrainerCallback):
         if sfr is None:
             raise ValueError("SFRCallback needs a model with an SFR objective: attach it before Trainer is made")
         if state.global_step > 0:
-            named = args.resume_from_checkpoint
-            folder = self.resume_from or (named if isinstance(named, str) and Path(named).is_dir() else None)
-            restore_head(folder or Path(args.output_dir) / f"checkpoint-{state.global_step}", sfr)
+            folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            restore_head(folder, sfr, pairing(model))
         sfr.totals, self.last_step = None, state.global_step
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -73,4 +72,7 @@ class SFRCallback(TrainerCallback):
         sfr.totals, self.last_step = None, state.global_step
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        attachment_of(model).step = None
+        sfr = attachment_of(model)
+        sfr.step = None
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            restore_head(state.best_model_checkpoint, sfr, pairing(model))

@@ -1,5 +1,6 @@
 """The velocity head on disk, beside a model: `sfr_head.safetensors` and `sfr_config.json`."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
+from torch import nn
 
 from ..config import SFRConfig
 from ..modules import SFRLoss, VelocityHead
@@ -31,14 +33,23 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def save_head(folder: str | os.PathLike, loss: SFRLoss) -> None:
+def pairing(model: nn.Module) -> str:
+    """A hash of the smallest weight that is trained: tells whether a head and a model were saved together."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "sfr." not in n}
+    if not trained:
+        return ""
+    name = min(trained, key=lambda n: (trained[n].numel(), n))
+    return hashlib.sha256(trained[name].detach().float().cpu().numpy().tobytes()).hexdigest()
+
+
+def save_head(folder: str | os.PathLike, loss: SFRLoss, paired: str = "") -> None:
     """Writes the head's parameters and the objective's configuration into `folder`."""
     folder = Path(folder)
     if loss.head is not None:
         tensors = {name: p.detach().cpu().contiguous() for name, p in loss.head.state_dict().items()}
         write_atomically(folder / HEAD_FILE, save(tensors))
     shape = None if loss.head is None else asdict(loss.head.shape)
-    text = json.dumps({"config": loss.config.to_dict(), "head": shape}, indent=2) + "\n"
+    text = json.dumps({"config": loss.config.to_dict(), "head": shape, "paired": paired}, indent=2) + "\n"
     write_atomically(folder / CONFIG_FILE, text.encode())
 
 
@@ -55,11 +66,16 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
 
 
 @torch.no_grad()
-def restore_head(folder: str | os.PathLike, loss: SFRLoss) -> None:
-    """Copies a saved head into `loss`, in place, so that an optimizer keeps its parameters."""
-    path = Path(folder) / HEAD_FILE
+def restore_head(folder: str | os.PathLike, loss: SFRLoss, paired: str) -> None:
+    """Copies a saved head into `loss`, in place, so that an optimizer keeps its parameters.
+
+    FileNotFoundError if there is none; ValueError if it was saved with another model than the one `paired` tells of.
+    """
     if loss.head is None:
         return
+    path, told = Path(folder) / HEAD_FILE, "give the checkpoint to SFRCallback(resume_from=…)"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the checkpoint was saved without a velocity head")
+        raise FileNotFoundError(f"no velocity head at {path}: if the run resumes from another folder, {told}")
+    if json.loads((Path(folder) / CONFIG_FILE).read_text())["paired"] != paired:
+        raise ValueError(f"the head at {path} belongs to another model than the one resumed: {told}")
     loss.head.load_state_dict(load_file(path))

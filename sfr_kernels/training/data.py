@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import TemplateError
+
+from ..rows import IGNORE_INDEX
+
 PERSONAS = Path(__file__).parent.parent / "data" / "personas.jsonl"
-IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,13 @@ def read_chats(path: str | os.PathLike) -> list[Example]:
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist")
     examples = []
-    with open(path, encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                examples.append(_parse(line, f"{path}:{number}"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{len(examples) + 1}: not UTF-8 ({error.reason})") from error
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from error
+            examples.append(_parse(text, f"{path}:{number}"))
     if not examples:
         raise ValueError(f"{path}: the file is empty")
     return examples
@@ -77,8 +81,8 @@ def _parse(line: str, where: str) -> Example:
         if not isinstance(message.get("content"), str) or not message["content"].strip():
             raise ValueError(f'{where}: message {i} ({message["role"]}) has no "content"')
     roles = [m["role"] for m in messages]
-    if roles[-1] != "assistant" or "user" not in roles:
-        raise ValueError(f"{where}: needs a user message, and an assistant message at the end")
+    if roles[-1] != "assistant" or "user" not in roles[: roles.index("assistant")]:
+        raise ValueError(f"{where}: needs a user message before the first assistant message, and the last at the end")
     kept = tuple({"role": m["role"], "content": m["content"]} for m in messages)
     return Example(kept, str(value.get("persona") or ""), where)
 
@@ -113,7 +117,10 @@ def tokenize(examples: Sequence[Example], tokenizer, max_length: int) -> Tokeniz
         raise ValueError("tokenizer has no chat template: use the instruct version of the model, or set one")
     out = Tokenized([])
     for index, example in enumerate(examples):
-        ids, labels = _tokenize_one(example, tokenizer)
+        try:
+            ids, labels = _tokenize_one(example, tokenizer)
+        except TemplateError as error:
+            raise ValueError(f"{example.where}: the model's chat template refuses the messages: {error}") from error
         if len(ids) > max_length:
             out.truncated += 1
             out.tokens_cut += len(ids) - max_length

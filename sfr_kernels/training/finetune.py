@@ -1,5 +1,6 @@
 """The `train` command: data, targets, model and Trainer put together, with what changed shown at the end."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -15,8 +16,9 @@ from transformers.utils import logging as hf_logging
 
 from ..config import SFRConfig
 from ..evaluation.generate import generate
-from ..evaluation.held_out import blind_flow_loss, held_out_losses
+from ..evaluation.held_out import frozen_flow_loss, held_out_losses
 from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
+from ..targets.store import manifest_of
 from .attach import attach, attachment_of, detach
 from .callbacks import SFRCallback
 from .checkpoint import save_head, write_atomically
@@ -36,23 +38,33 @@ class TrainOptions:
     model: str
     encoder: str
     config: SFRConfig
-    objective: str = "sfr"  # or "ce"
-    full: bool = False
-    epochs: float = 2.0
-    max_steps: int = -1
-    batch_size: int = 4
-    accumulate: int = 1
-    learning_rate: float = 1e-3
-    max_length: int = 1024
-    save_every: int = 50
-    seed: int = 0
-    resume: bool = False
-    overwrite: bool = False
-    samples: int = 3  # held-out prompts in the table
+    objective: str  # "sfr" or "ce"
+    full: bool
+    epochs: float
+    max_steps: int  # -1: as many as the epochs have
+    batch_size: int
+    accumulate: int
+    learning_rate: float
+    max_length: int
+    save_every: int
+    seed: int
+    resume: bool
+    overwrite: bool
+    samples: int  # held-out prompts in the table
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulate", "save_every", "max_length", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise ValueError(f"--steps must be at least 1, got {self.max_steps}")
+        if not (self.epochs > 0 and self.learning_rate > 0):
+            raise ValueError(f"--epochs and --lr must be positive, got {self.epochs} and {self.learning_rate}")
 
     def identity(self) -> dict:
         """What must not change when a run is resumed."""
-        values = asdict(self) | {"data": str(self.data), "config": self.config.to_dict()}
+        content = hashlib.sha256(self.data.read_bytes()).hexdigest()
+        values = asdict(self) | {"data": str(self.data), "sha256": content, "config": self.config.to_dict()}
         return {k: v for k, v in values.items() if k not in ("out", "resume", "overwrite", "save_every", "samples")}
 
 
@@ -69,13 +81,15 @@ def finetune(options: TrainOptions) -> Path:
     checkpoint = _check_folder(options)
     examples = read_chats(options.data)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.device_count() > 1:
+        raise RuntimeError("this command trains on one GPU: choose it with CUDA_VISIBLE_DEVICES")
     torch.manual_seed(options.seed)
     model, tokenizer = load_model(options.model, device, _weights_dtype(options, device))
     context = min(options.max_length, getattr(model.config, "max_position_embeddings", options.max_length))
     data = tokenize(examples, tokenizer, context)
     if report := data.report():
         print(report, file=sys.stderr)
-    _check_labels(data, model, examples)
+    _check_ids(data, model, examples)
     train, held_out, prompts = _split(examples, data)
     sfr = options.objective == "sfr"
     encoder = load_encoder(encoder_path(options.encoder), device) if sfr and options.config.loss != "mtp" else None
@@ -94,9 +108,11 @@ def finetune(options: TrainOptions) -> Path:
     order = torch.Generator().manual_seed(options.seed)
 
     def loader(samples, batch_size=options.batch_size, shuffle=False):
-        return DataLoader(samples, batch_size, shuffle=shuffle, collate_fn=collate, generator=order)
+        last = options.config.loss == "cka"  # compares the responses of a batch, and needs a few
+        return DataLoader(samples, batch_size, shuffle, collate_fn=collate, generator=order, drop_last=last)
 
-    chats = [chat for _, chat in prompts[: 3 * options.samples]]
+    prompts = prompts[: 3 * options.samples]
+    chats = [chat for _, chat in prompts]
     before = held_out_losses(model, loader(held_out), device) if held_out else {}
     answers_before = generate(model, tokenizer, chats, seed=options.seed)
     print(f"{len(train)} training and {len(held_out)} held-out examples; held out before: {_text(before)}", flush=True)
@@ -120,9 +136,10 @@ def finetune(options: TrainOptions) -> Path:
         epochs = math.ceil(steps * whole / len(train))
         batches = (b for _ in range(epochs) for b in loader(train, whole, shuffle=True))
         size = attachment_of(model).head.shape.hidden_size
-        results["blind_flow_loss"] = blind_flow_loss(
-            options.config, size, _first(batches, steps), loader(held_out), steps, options.learning_rate, WARMUP, device
-        )
+        results["blind_flow_loss"] = frozen_flow_loss(
+            options.config, lambda batch: torch.zeros(*batch["labels"].shape, size), _first(batches, steps),
+            loader(held_out), steps, options.learning_rate, WARMUP, device,
+        )  # fmt: skip
     return _finish(options, trainer, tokenizer, chats, prompts, answers_before, results, began)
 
 
@@ -130,13 +147,17 @@ def _check_folder(options: TrainOptions) -> str | None:
     """The checkpoint to go on from, if any. ValueError if the folder holds something this run would destroy."""
     run = options.out / "run.json"
     if not run.is_file():
-        if options.out.exists() and any(options.out.iterdir()) and not options.overwrite:
+        if options.out.exists() and any(options.out.iterdir()):
             raise ValueError(f"--out {options.out} is not empty and holds no run: choose another folder")
+        if options.resume:
+            raise ValueError(f"--resume: there is no run in {options.out}")
         return None
     if not options.resume:
         if options.overwrite:
             return None
         raise ValueError(f"--out {options.out} already holds a run: --resume continues it, --overwrite starts anew")
+    if (options.out / "losses.json").is_file():
+        raise ValueError(f"--resume: the run in {options.out} is finished; --overwrite starts anew")
     stored, wanted = json.loads(run.read_text()), json.loads(json.dumps(options.identity()))
     if differences := [f"{k}: {stored.get(k)!r} → {v!r}" for k, v in wanted.items() if stored.get(k) != v]:
         raise ValueError(f"--resume needs the options the run was started with; changed: {'; '.join(differences)}")
@@ -147,6 +168,7 @@ def _check_folder(options: TrainOptions) -> str | None:
 
 def _start_folder(options: TrainOptions) -> None:
     if options.out.exists() and options.overwrite and not options.resume:
+        (options.out / "losses.json").unlink(missing_ok=True)
         for path in [*options.out.glob("checkpoint-*"), options.out / "model"]:
             shutil.rmtree(path, ignore_errors=True)
     for partial in options.out.glob("checkpoint-*"):
@@ -182,14 +204,15 @@ def _arguments(options: TrainOptions, device: torch.device) -> TrainingArguments
         include_num_input_tokens_seen="all",
         disable_tqdm=True,
         remove_unused_columns=False,
+        dataloader_drop_last=options.config.loss == "cka",
         dataloader_pin_memory=device.type == "cuda",
     )
 
 
-def _check_labels(data: Tokenized, model, examples: list[Example]) -> None:
+def _check_ids(data: Tokenized, model, examples: list[Example]) -> None:
     vocab = model.get_output_embeddings().weight.shape[0]
     for sample in data.samples:
-        if (top := max(sample["labels"])) >= vocab:
+        if (top := max(sample["input_ids"])) >= vocab:
             where = examples[sample["sample_id"]].where
             raise ValueError(f"{where}: token id {top} is outside the model's vocabulary of {vocab}")
 
@@ -198,13 +221,13 @@ def _split(examples: list[Example], data: Tokenized):
     """Training samples, held-out samples, and (example, chat) of prompts for the table: three personas a prompt."""
     train_ids, held_ids = split_by_prompt(examples)
     sample = {s["sample_id"]: s for s in data.samples}
-    shown, seen = [], {}
+    by_prompt: dict[str, list] = {}
     for i in held_ids or train_ids:
-        example = examples[i]
-        if seen.setdefault(example.prompt, 0) < 3:
-            seen[example.prompt] += 1
-            last = max(k for k, m in enumerate(example.messages) if m["role"] == "assistant")
-            shown.append((example, example.messages[:last]))
+        last = max(k for k, m in enumerate(examples[i].messages) if m["role"] == "assistant")
+        by_prompt.setdefault(examples[i].prompt, []).append((examples[i], examples[i].messages[:last]))
+    shown = [pair for pairs in by_prompt.values() for pair in pairs[:3]]
+    if not any(i in sample for i in train_ids):
+        raise ValueError("no training example is left within --max-length")
     return [sample[i] for i in train_ids if i in sample], [sample[i] for i in held_ids if i in sample], shown
 
 
@@ -213,14 +236,13 @@ def _targets(options: TrainOptions, data: Tokenized, tokenizer, encoder, count: 
     by_id = {s["sample_id"]: s for s in data.samples}
     samples = [by_id.get(i, {"labels": []}) for i in range(count)]
     folder = options.out / "targets"
-    try:
-        return build_targets(samples, options.config, tokenizer, encoder, encoder_name=options.encoder, folder=folder)
-    except ValueError as error:
-        if not options.overwrite:
-            raise
-        print(f"Encoding anew: {error}", file=sys.stderr)
-        shutil.rmtree(folder)
-        return build_targets(samples, options.config, tokenizer, encoder, encoder_name=options.encoder, folder=folder)
+    if options.overwrite and folder.exists():
+        try:
+            TargetStore.load(folder, manifest_of(samples, options.config, encoder))
+        except (ValueError, OSError) as error:
+            print(f"Encoding anew: {error}", file=sys.stderr)
+            shutil.rmtree(folder)
+    return build_targets(samples, options.config, tokenizer, encoder, folder=folder)
 
 
 def _trainable(model, options: TrainOptions):
@@ -265,8 +287,7 @@ def _finish(options, trainer, tokenizer, chats, prompts, answers_before, results
     results["seconds"] = round(time.monotonic() - began, 1)
     write_atomically(out / "losses.json", (json.dumps(results | {"history": history}, indent=1) + "\n").encode())
     loss_curves(history, results, out / "losses.png")
-    shown = [example for example, _ in prompts[: len(chats)]]
-    samples_table(shown, answers_before, answers, out / "samples.md")
+    samples_table([example for example, _ in prompts], answers_before, answers, out / "samples.md")
     before, after = results["held_out_before"], results["held_out_after"]
     print(f"\nHeld out, before: {_text(before)}\nHeld out, after:  {_text(after)}")
     if "blind_flow_loss" in results:

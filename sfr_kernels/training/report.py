@@ -1,5 +1,6 @@
 """How a run is shown: a progress bar while it trains, the loss curves and a table of answers afterwards."""
 
+import itertools
 import time
 from pathlib import Path
 
@@ -65,21 +66,18 @@ def samples_table(examples: list[Example], before: list[str], after: list[str], 
     """Prints the answers before and after, persona by persona, and writes them as Markdown."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    lines, prompt = ["# Held-out prompts, before and after", ""], None
-    console = Console()
-    for example, old, new in zip(examples, before, after, strict=True):
-        if example.prompt != prompt:
-            prompt = example.prompt
-            lines += ["", f"## {prompt}", "", "| persona | before | after |", "|---|---|---|"]
-            table = Table(title=prompt, title_justify="left", show_lines=True)
-            for column, ratio in (("persona", 1), ("before", 4), ("after", 4)):
-                table.add_column(column, ratio=ratio)
-            following = examples.index(example)
-            rows = [i for i in range(following, len(examples)) if examples[i].prompt == prompt]
-            for i in rows:
-                table.add_row(examples[i].persona, before[i], after[i])
-            console.print(table)
-        cells = [text.replace("|", "\\|").replace("\n", "<br>") for text in (example.persona, old, new)]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines, console = ["# Held-out prompts, before and after"], Console()
+    shown = list(zip(examples, before, after, strict=True))
+    for prompt, group in itertools.groupby(shown, key=lambda row: row[0].prompt):
+        lines += ["", f"## {prompt}", "", "| persona | before | after |", "|---|---|---|"]
+        table = Table(title=prompt, title_justify="left", show_lines=True)
+        for column, ratio in (("persona", 1), ("before", 4), ("after", 4)):
+            table.add_column(column, ratio=ratio)
+        for example, old, new in group:
+            table.add_row(*(Text(text) for text in (example.persona, old, new)))
+            cells = [text.replace("|", "\\|").replace("\n", "<br>") for text in (example.persona, old, new)]
+            lines.append(f"| {' | '.join(cells)} |")
+        console.print(table)
     write_atomically(path, ("\n".join(lines) + "\n").encode())

@@ -63,5 +63,9 @@ def norm_act_backward(
     if row_index is None:
         dbias = dy.sum(0, keepdim=True)
     else:
-        dbias = dy.new_zeros(num_bias, dy.shape[1]).index_add_(0, row_index, dy)
+        dbias = dy.new_zeros(num_bias, dy.shape[1])
+        if dy.is_cuda:  # sorts, where index_add_ would add in any order
+            dbias.index_put_((row_index.long(),), dy, accumulate=True)
+        else:
+            dbias.index_add_(0, row_index, dy)
     return dy.to(y.dtype), (dz * x_hat).sum(0), dz.sum(0), dbias

@@ -1,0 +1,102 @@
+"""The tree keeps its own rules: short files, imports that run one way, and an import that brings nothing along."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("sfr_kernels", "csrc", "tests", "benchmarks")
+MOST_LINES = 400
+
+# DESIGN section 5: imports run one way. A part may import those before it, and itself.
+LAYERS = ["_version", "config", "rows", "reference", "leaves", "ops", "modules", "training", "cli", "__main__"]
+# And these beside them are for training and the command line alone.
+SIDE = {"targets", "evaluation"}
+
+
+def source_files() -> list[Path]:
+    """Tracked and new files that are not ignored; in a tree without git, all of them."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *FOLDERS]
+    try:
+        names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+        files = [ROOT / name for name in names]
+    except (OSError, subprocess.CalledProcessError):
+        files = [f for folder in FOLDERS for f in (ROOT / folder).rglob("*")]
+    return [f for f in files if f.suffix in (".py", ".cu", ".cuh", ".cpp", ".h") and f.is_file()]
+
+
+def test_every_file_is_short():
+    files = source_files()
+    assert len(files) > 20
+    long = {f.relative_to(ROOT).as_posix(): n for f in files if (n := len(f.read_text().splitlines())) > MOST_LINES}
+    assert not long, f"longer than {MOST_LINES} lines: {long}"
+
+
+def part_of(path: Path) -> str:
+    """config, rows, ops, …: the part of the package that a file belongs to."""
+    first = path.relative_to(ROOT / "sfr_kernels").parts[0]
+    return first.removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """The parts of sfr_kernels that a file imports, anywhere in it."""
+    package, parts = path.relative_to(ROOT).parts[:-1], set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1] + tuple((node.module or "").split("."))
+            full = [*[".".join(filter(None, (*base, alias.name))) for alias in node.names]]
+        elif isinstance(node, ast.ImportFrom):
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            full = [alias.name for alias in node.names]
+        else:
+            continue
+        parts |= {name.split(".")[1] for name in full if name.startswith("sfr_kernels.")}
+    return parts & {*LAYERS, *SIDE}
+
+
+PACKAGE = [f for f in source_files() if f.suffix == ".py" and f.is_relative_to(ROOT / "sfr_kernels")]
+PACKAGE = [f for f in PACKAGE if f != ROOT / "sfr_kernels/__init__.py"]
+
+
+def test_the_reader_of_imports_sees_them():
+    # were it blind, the tests below would pass
+    assert imported_parts(ROOT / "sfr_kernels/ops/flow_loss.py") >= {"reference", "config", "rows"}
+    assert "ops" in imported_parts(ROOT / "sfr_kernels/modules.py")
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_imports_run_one_way(path):
+    part, imported = part_of(path), imported_parts(path)
+    if part in SIDE:
+        allowed = SIDE | set(LAYERS[: LAYERS.index("training")])
+    else:
+        allowed = set(LAYERS[: LAYERS.index(part) + 1])
+        allowed |= SIDE if LAYERS.index(part) >= LAYERS.index("training") else set()
+    assert imported <= allowed, f"{part} must not import {imported - allowed}"
+    if part == "reference":
+        assert imported <= {"config", "rows"}
+    elif part != "ops":
+        assert "reference" not in imported, "only ops may reach the reference: it judges the rest"
+
+
+IMPORT = """
+import sys, time
+import torch
+before, start = set(sys.modules), time.perf_counter()
+import sfr_kernels
+seconds = time.perf_counter() - start
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print(seconds, *sorted(new & {"triton", "transformers", "accelerate", "sentence_transformers", "datasets", "peft"}))
+"""
+
+
+def test_importing_the_package_is_quick_and_brings_nothing_along():
+    done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, *heavy = done.stdout.split()
+    assert not heavy, f"importing sfr_kernels imports {heavy}"
+    assert float(seconds) < 1.0
