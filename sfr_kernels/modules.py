@@ -6,10 +6,8 @@ from torch import Tensor, nn
 from .config import SFRConfig
 from .leaves import RowStats
 from .ops import SFROutput, linear_cross_entropy, sfr_loss
-from .ops.dispatch import leaves, resolve_backend
 from .ops.flow_loss import check_scales
-from .ops.velocity_head import HeadShape, velocity_head
-from .reference import velocity
+from .ops.velocity_head import HeadShape, evaluate_head
 from .rows import IGNORE_INDEX, SupervisedRows
 
 
@@ -85,12 +83,7 @@ class VelocityHead(nn.Module):
             times, index = t, torch.arange(n, dtype=torch.int32, device=hidden.device)
         else:
             raise ValueError(f"t must be a scalar or ({n},), got {tuple(t.shape)}")
-        backend = resolve_backend(None, hidden.device)
-        if backend == "reference":
-            params = {name: p.to(hidden.dtype) for name, p in self.named_parameters()}
-            t = times.to(hidden.dtype)[index]
-            return velocity(params, x_t, t, hidden, self.shape.time_scale, self.shape.hidden_scale)
-        return velocity_head(leaves(backend), self, hidden, x_t, times, index)
+        return evaluate_head(self, hidden, x_t, times, index)
 
     def extra_repr(self) -> str:
         s = self.shape

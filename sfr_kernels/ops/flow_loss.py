@@ -97,7 +97,7 @@ class _FlowLoss(torch.autograd.Function):
         dh = torch.zeros_like(h) if need and ctx.needs_input_grad[0] else None
         loss, grads = run_flow(leaves, flow, h, params, shape, flow.weight if need else None, dh)
         ctx.index, ctx.shape = flow.rows, hidden.shape
-        ctx.save_for_backward(normalizer, dh, *params, *(grads or ()))
+        ctx.save_for_backward(normalizer, dh, *(() if grads is None else (*params, *grads)))
         return (loss * flow.weight).sum() / normalizer
 
     @staticmethod
@@ -131,6 +131,7 @@ def flow_matching_loss(
     Raises TypeError or ValueError naming the argument; "mtp" needs the decoder and is served by `sfr_loss`.
     """
     check_hidden(hidden)
+    check_config(config)
     if config.loss == "mtp":
         raise ValueError("loss='mtp' decodes with the lm_head: call sfr_loss")
     check_flow(hidden, head, rows, targets, times, seed, config)
@@ -176,10 +177,13 @@ def flow_normalizer(normalizer, rows: SupervisedRows, config: SFRConfig, dtype: 
     return normalizer_of(normalizer, rows.num_ce, rows.device, dtype)
 
 
-def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
-    """Errors for arguments of the flow loss that do not fit together."""
+def check_config(config: SFRConfig) -> None:
     if not isinstance(config, SFRConfig):
         raise TypeError(f"config must be an SFRConfig, got {type(config).__name__}")
+
+
+def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
+    """Errors for arguments of the flow loss that do not fit together."""
     if not isinstance(rows, SupervisedRows):
         raise TypeError(f"rows must be SupervisedRows, got {type(rows).__name__}")
     if hidden.shape[:-1].numel() != rows.shape[0] * rows.shape[1]:

@@ -14,7 +14,15 @@ from .. import reference
 from ..config import SFRConfig
 from ..rows import SupervisedRows
 from .dispatch import leaves, resolve_backend
-from .flow_loss import FlowInputs, check_flow, flow_matching_loss, flow_normalizer, reference_head, run_flow
+from .flow_loss import (
+    FlowInputs,
+    check_config,
+    check_flow,
+    flow_matching_loss,
+    flow_normalizer,
+    reference_head,
+    run_flow,
+)
 from .linear_cross_entropy import (
     LogitOptions,
     Plan,
@@ -57,7 +65,7 @@ class _SFRLoss(torch.autograd.Function):
         )
         ctx.index, ctx.shape = rows.rows, hidden.shape
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(normalizer, dh, ce.dweight, ce.dbias, *params, *(grads or ()))
+        ctx.save_for_backward(normalizer, dh, ce.dweight, ce.dbias, *(() if grads is None else (*params, *grads)))
         ce_loss, flow_loss = ce.loss.sum() / normalizer, (row_loss * flow.weight).sum() / flow_norm
         ctx.mark_non_differentiable(ce_loss, flow_loss)
         return ce_loss + lam * flow_loss, ce_loss, flow_loss
@@ -99,6 +107,7 @@ def sfr_loss(
     Raises TypeError or ValueError naming the argument. No rows give 0, still connected to the graph.
     """
     check_hidden(hidden)
+    check_config(config)
     check_decoder(hidden, weight, bias)
     check_flow(hidden, head, rows, targets, times, seed, config)
     lam = config.flow_weight if flow_weight is None else flow_weight

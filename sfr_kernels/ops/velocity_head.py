@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import reference
+from .dispatch import leaves, resolve_backend
 from .numerics import autocast_dtype, scaled, wide_dtype
 
 
@@ -180,6 +182,18 @@ def velocity_head(
         return _VelocityHead.apply(h.to(dtype), x_t, times, time_index, leaves, head.shape, *head.parameters())
 
 
+def evaluate_head(head: torch.nn.Module, h: Tensor, x_t: Tensor, times: Tensor, time_index: Tensor) -> Tensor:
+    """`velocity_head` on the backend of the environment and the device."""
+    backend = resolve_backend(None, h.device)
+    if backend == "reference":
+        params = {name: p.to(h.dtype) for name, p in head.named_parameters()}
+        t = times.to(h.dtype)[time_index]
+        return reference.velocity(params, x_t, t, h, head.shape.time_scale, head.shape.hidden_scale)
+    return velocity_head(leaves(backend), head, h, x_t, times, time_index)
+
+
 def scaled_grads(grads: list[Tensor], params: tuple[Tensor, ...], factor: Tensor, need: tuple[bool, ...]) -> list:
     """The parameters' gradients times `factor`, in the parameters' dtypes; None where not needed."""
+    if not any(need):
+        return [None] * len(need)
     return [scaled(g, factor, p.dtype) if n else None for g, p, n in zip(grads, params, need, strict=True)]

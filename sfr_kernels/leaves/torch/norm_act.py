@@ -32,9 +32,10 @@ def norm_act(
     if row_bias is not None:
         wide = wide + row_bias[row_index]
         y.copy_(wide)
-    variance, mean = torch.var_mean(wide, dim=1, correction=0)
-    rstd = torch.rsqrt(variance + EPS)
-    z = (wide - mean.unsqueeze(1)).mul_(rstd.unsqueeze(1)).mul_(_wide(gamma)).add_(_wide(beta))
+    mean = wide.mean(dim=1)
+    centred = wide - mean.unsqueeze(1)
+    rstd = torch.rsqrt(centred.square().mean(dim=1) + EPS)
+    z = centred.mul_(rstd.unsqueeze(1)).mul_(_wide(gamma)).add_(_wide(beta))
     out = torch.nn.functional.silu(z)
     if residual is not None:
         out = out + residual

@@ -45,7 +45,8 @@ def to_uniform(words: Tensor) -> Tensor:
 
 def gaussian(seed: int | Tensor, identity: Tensor, size: int) -> Tensor:
     """(n, size) float32 standard normal noise: lanes (0, 1) and (2, 3) of a block are Box–Muller pairs."""
-    u = to_uniform(random_words(seed, identity, 0, blocks=-(-size // 4))).view(identity.numel(), -1, 2)
+    blocks = -(-size // 4)
+    u = to_uniform(random_words(seed, identity, 0, blocks)).view(identity.numel(), 2 * blocks, 2)
     radius = u[..., 0].log().mul_(-2.0).sqrt_()
     angle = u[..., 1].mul(2 * math.pi)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(1)[:, :size]
