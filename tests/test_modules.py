@@ -10,6 +10,7 @@ from cases import make_case, make_head, small_config
 
 from sfr_kernels import LinearCrossEntropy, SFRConfig, SFRLoss, VelocityHead, linear_cross_entropy, reference, sfr_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 H, D_TARGET, WIDTH = 7, 6, 10
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from sfr_kernels import SFRConfig, SupervisedRows, reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = [("flow", "default"), ("flow", "official"), ("mse", "default"), ("cosine", "official")]
 KINDS += [("cka", "default"), ("mtp", "default")]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sfr_kernels import SFRConfig, SupervisedRows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 IGNORE = -100
 
 

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sfr_kernels import SupervisedRows, flow_matching_loss, linear_cross_entropy, sfr_loss
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = pytest.mark.parametrize("preset", ["default", "official"])
 KINDS = [(loss, preset) for loss in ("flow", "mse", "cosine", "cka") for preset in ("default", "official")]
 KINDS = pytest.mark.parametrize("loss, preset", [*KINDS, ("mtp", "default")])
@@ -53,6 +54,9 @@ def test_every_kind_in_float64(loss, preset):
     # λ, the normalizer and the transforms of the logits are a call's own
     options = dict(flow_weight=2.5, normalizer=31.0, softcap=2.0, logit_scale=0.5)
     check(case, **options)
+    # and L_flow may have the other normalizer than the preset's
+    other = dict(tokens="weights", weights="tokens")[case.config.flow_normalizer]
+    check(replace(case, config=replace(case.config, flow_normalizer=other)), **options)
     check(case, bias=None, flow_weight=torch.tensor(0.0, dtype=torch.float64), normalizer=torch.tensor(31.0).double())
 
 
@@ -168,7 +172,7 @@ def test_no_rows_is_an_exact_zero_still_connected(loss, preset):
     case = make_case(small_config(preset, loss=loss), labels=torch.full((2, 5), -100))
     for dtype in (torch.float64, torch.float16):
         x = case.inputs(dtype)
-        out = output(case, x)
+        out = output(case, x, normalizer=torch.tensor(0))  # the tokens of a step in which all is ignored
         assert out.loss == out.ce == out.flow == 0 and out.loss.requires_grad
         out.loss.backward()
         for p in (x.hidden, x.weight, x.bias, *x.params.values()):

@@ -195,8 +195,14 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
             raise TypeError(f"seed must be an int or one int64, got {tuple(seed.shape)} of {seed.dtype}")
     elif isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed must be an int or a one-element int64 tensor, got {type(seed).__name__}")
-    if times is not None and (times.dim() != 1 or not times.is_floating_point()):
-        raise ValueError(f"times must be (M,) floating point, got {tuple(times.shape)} of {times.dtype}")
+    if times is not None:
+        if config.is_dirac:
+            raise ValueError(f"times must be None for loss={config.loss!r}, which is taken at t = 0")
+        if not isinstance(times, Tensor) or times.dim() != 1 or not times.is_floating_point():
+            got = f"{tuple(times.shape)} of {times.dtype}" if isinstance(times, Tensor) else type(times).__name__
+            raise ValueError(f"times must be an (M,) floating-point tensor, got {got}")
+        if times.device != hidden.device:
+            raise ValueError(f"times are on {times.device}, hidden on {hidden.device}")
     if config.loss == "mtp":
         if targets.shape != rows.labels.shape or targets.is_floating_point():
             raise ValueError(

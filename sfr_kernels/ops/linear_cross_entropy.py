@@ -6,6 +6,7 @@ behind, and backward only scales them by upstream / normalizer, in float32 and o
 upstream gradient per row, known in backward only: there the chunks are run again, each row weighted by its own.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,8 +36,10 @@ class LogitOptions:
             raise ValueError(f"softcap must be positive, got {self.softcap}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        if self.z_loss < 0:
-            raise ValueError(f"z_loss must not be negative, got {self.z_loss}")
+        if not (self.z_loss >= 0 and math.isfinite(self.z_loss)):
+            raise ValueError(f"z_loss must be finite and not negative, got {self.z_loss}")
+        if not math.isfinite(self.logit_scale):
+            raise ValueError(f"logit_scale must be finite, got {self.logit_scale}")
 
 
 @dataclass(frozen=True)
@@ -233,6 +236,8 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
     if reduction != "mean" and normalizer is not None:
         raise ValueError(f"normalizer divides the mean: it has no meaning with reduction={reduction!r}")
+    if logits_dtype is not None and not logits_dtype.is_floating_point:
+        raise ValueError(f"logits_dtype must be a floating-point dtype, got {logits_dtype}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)

@@ -41,13 +41,13 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
-    blocks = row_blocks(total)
+    blocks, wide = row_blocks(total), b if a.is_cuda else b.to(total.dtype)
     for start in blocks:
         block = slice(start, start + blocks.step)
         if a.is_cuda:
             total[block] = torch.addmm(total[block], a[block], b, out_dtype=total.dtype)
         else:
-            total[block] += a[block] @ b
+            total[block].addmm_(a[block].to(total.dtype), wide)
 
 
 def normalizer_of(normalizer: float | Tensor | None, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:

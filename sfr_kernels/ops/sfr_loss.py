@@ -4,6 +4,7 @@ The rows are ordered [flow only | both | CE only], so the head sees the first ro
 last ones, without another copy. Both write into one dh: first the lm_head's product, then the head's is added to it.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -111,7 +112,12 @@ def sfr_loss(
     check_decoder(hidden, weight, bias)
     check_flow(hidden, head, rows, targets, times, seed, config)
     lam = config.flow_weight if flow_weight is None else flow_weight
-    lam = lam.detach() if isinstance(lam, Tensor) else lam
+    if isinstance(lam, Tensor):
+        if lam.numel() != 1:
+            raise ValueError(f"flow_weight must have one element, got shape {tuple(lam.shape)}")
+        lam = lam.detach().reshape(())
+    elif not math.isfinite(lam):
+        raise ValueError(f"flow_weight must be finite, got {lam}")
     backend = resolve_backend(backend, hidden.device)
     check_labels(rows.labels[rows.ce_start :], weight.shape[0])
     norm = normalizer_of(normalizer, rows.num_ce, hidden.device, wide_dtype(autocast_dtype(hidden)))

@@ -1,0 +1,50 @@
+"""Arguments that would give a wrong number rather than an error."""
+
+import math
+
+import pytest
+import torch
+from cases import make_case, small_config
+
+from sfr_kernels import flow_matching_loss, linear_cross_entropy, sfr_loss
+
+
+def call(case, **options):
+    return sfr_loss(case.hidden, case.weight, case.head, case.rows, case.targets, seed=1, config=case.config, **options)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, torch.ones(2)])
+def test_flow_weight_is_one_finite_number(value):
+    with pytest.raises(ValueError, match="flow_weight"):
+        call(make_case(small_config("default")), flow_weight=value)
+
+
+def test_a_one_element_flow_weight_leaves_the_loss_a_scalar():
+    case = make_case(small_config("default"))
+    out, wanted = call(case, flow_weight=torch.tensor([0.5])), call(case, flow_weight=0.5)
+    assert out.loss.shape == () and out.loss == wanted.loss
+
+
+@pytest.mark.parametrize(
+    "times", [[0.5], torch.tensor(0.5), torch.zeros(3, dtype=torch.int64), torch.zeros(1, device="meta")]
+)
+def test_times_are_a_vector_of_floats_on_the_device(times):
+    case = make_case(small_config("default"))
+    with pytest.raises(ValueError, match="times"):
+        flow_matching_loss(case.hidden, case.head, case.rows, case.targets, times, seed=1, config=case.config)
+
+
+@pytest.mark.parametrize("loss", ["mse", "cosine", "mtp"])
+def test_losses_at_time_zero_take_no_times(loss):
+    """The head would be told of a time at which there is no x_t."""
+    case = make_case(small_config("default", loss=loss))
+    with pytest.raises(ValueError, match="times must be None"):
+        call(case, times=torch.tensor([0.5]))
+
+
+@pytest.mark.parametrize("option", [{"z_loss": math.nan}, {"logit_scale": math.nan}, {"logits_dtype": torch.int64}])
+def test_options_of_the_logits_are_numbers(option):
+    case = make_case(small_config("default"))
+    labels = torch.zeros(case.hidden.shape[:-1], dtype=torch.int64)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        linear_cross_entropy(case.hidden, case.weight, labels, **option)
