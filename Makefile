@@ -39,7 +39,7 @@ $(VENV)/.lint: constraints-ci.txt | $(VENV)/bin/python
 	$(PIP) install $$(sed -n 's/^ruff/ruff/p' constraints-ci.txt)
 	@touch $@
 
-# Without an NVIDIA driver the CPU build of torch, a tenth of the size: from where pip already looks, else from
+# Without an NVIDIA driver the CPU build of torch, which is far smaller: from where pip already looks, else from
 # PyTorch's own index, else (not Linux) the only build there is.
 $(VENV)/.torch: constraints-cpu.txt | $(VENV)/bin/python
 	@echo "Installing torch (about a minute) ..."

@@ -22,8 +22,8 @@ class SFRConfig:
     width            D, the width of the velocity head.
     num_layers       layers of the velocity head: an input layer, num_layers − 2 residual blocks, an output layer.
     time_scale       factor on t before the sinusoidal embedding.
-    hidden_scale     factor on the hidden states before the head. They have a large common offset and a few coordinates
-                     ten times larger than the rest, and unscaled drown x_t in the head's LayerNorm.
+    hidden_scale     factor on the hidden states before the head. Unscaled, their common offset and their few large
+                     coordinates (measured on SmolLM2-135M) drown x_t in the head's LayerNorm.
     target_scale     x_1 = target_scale · embedding; None means √d, unit variance per coordinate.
     source_std       standard deviation of the noise x_0.
     time_sampling    "stratified": a table of `num_times` jittered, stratified times a step, each row draws one;

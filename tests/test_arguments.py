@@ -48,3 +48,22 @@ def test_options_of_the_logits_are_numbers(option):
     labels = torch.zeros(case.hidden.shape[:-1], dtype=torch.int64)
     with pytest.raises(ValueError, match=next(iter(option))):
         linear_cross_entropy(case.hidden, case.weight, labels, **option)
+
+
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_step_of_the_head_between_two_backwards_changes_nothing(joint):
+    """The gradients were made in forward: what the parameters are by now is no concern of backward."""
+    case = make_case(small_config("default"))
+    case.hidden.requires_grad_()
+    if joint:
+        loss = call(case).loss
+    else:
+        loss = flow_matching_loss(case.hidden, case.head, case.rows, case.targets, seed=1, config=case.config)
+    loss.backward(retain_graph=True)
+    first = [p.grad.clone() for p in (case.hidden, *case.head.parameters())]
+    with torch.no_grad():
+        for p in (case.hidden, *case.head.parameters()):
+            p.grad = None
+            p.mul_(2)
+    loss.backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(first, (case.hidden, *case.head.parameters()), strict=True))

@@ -70,6 +70,8 @@ def test_targets_are_the_text_ahead_and_are_kept(minilm, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="stride: stored 4, wanted 5"):
         other = SFRConfig(**{**CONFIG.to_dict(), "stride": 5})
         build_targets(SAMPLES, other, Words(), minilm, folder=tmp_path / "t", progress=False)
+    with pytest.raises(AssertionError, match="encoded again"):  # which is what replace is for
+        build_targets(SAMPLES, other, Words(), minilm, folder=tmp_path / "t", progress=False, replace=True)
     with pytest.raises(ValueError, match="labels: stored"):
         changed = [*SAMPLES[:-1], {"labels": [-100, 5, 6]}]
         build_targets(changed, CONFIG, Words(), minilm, folder=tmp_path / "t", progress=False)

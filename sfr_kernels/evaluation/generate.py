@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from tqdm import tqdm
 
 
 @torch.no_grad()
@@ -17,7 +16,6 @@ def generate(
     top_p: float = 0.9,
     batch_size: int = 16,
     seed: int = 0,
-    progress: bool = False,
 ) -> list[str]:
     """One sampled answer a chat. The global random state is left as it was, and the model in the mode it was in."""
     device = next(model.parameters()).device
@@ -28,7 +26,7 @@ def generate(
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for start in tqdm(range(0, len(chats), batch_size), desc="answers", unit="batch", disable=not progress):
+            for start in range(0, len(chats), batch_size):
                 texts = [
                     tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
                     for chat in chats[start : start + batch_size]

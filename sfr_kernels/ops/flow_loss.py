@@ -97,18 +97,18 @@ class _FlowLoss(torch.autograd.Function):
         dh = torch.zeros_like(h) if need and ctx.needs_input_grad[0] else None
         loss, grads = run_flow(leaves, flow, h, params, shape, flow.weight if need else None, dh)
         ctx.index, ctx.shape = flow.rows, hidden.shape
-        ctx.save_for_backward(normalizer, dh, *(() if grads is None else (*params, *grads)))
+        ctx.dtypes = [p.dtype for p in params]
+        ctx.save_for_backward(normalizer, dh, *(grads or ()))
         return (loss * flow.weight).sum() / normalizer
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        normalizer, dh, *rest = ctx.saved_tensors
-        params, grads = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        normalizer, dh, *grads = ctx.saved_tensors
         factor = upstream / normalizer
         if dh is not None:
             dh = scatter_rows(scaled(dh, factor, dh.dtype), ctx.index, ctx.shape)
-        return dh, None, None, None, None, None, *scaled_grads(grads, params, factor, ctx.needs_input_grad[6:])
+        return dh, None, None, None, None, None, *scaled_grads(grads, ctx.dtypes, factor, ctx.needs_input_grad[6:])
 
 
 def flow_matching_loss(

@@ -1,4 +1,4 @@
-"""Cross-entropy of logits = hidden · weightᵀ + bias over the supervised rows, without ever holding all the logits.
+"""Cross-entropy of logits = hidden · weightᵀ + bias over the supervised rows, a bounded chunk at a time.
 
 Supervised rows are gathered; per chunk of rows the logits are made in one reused buffer, turned into their gradient in
 place, and multiplied out at once: dh = dz W, dW += dzᵀ h. So the forward pass leaves the gradients of Σ_r w_r ℓ_r

@@ -65,8 +65,8 @@ class _SFRLoss(torch.autograd.Function):
             None if dh is None else dh[: rows.num_flow],
         )
         ctx.index, ctx.shape = rows.rows, hidden.shape
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(normalizer, dh, ce.dweight, ce.dbias, *(() if grads is None else (*params, *grads)))
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype, [p.dtype for p in params]
+        ctx.save_for_backward(normalizer, dh, ce.dweight, ce.dbias, *(grads or ()))
         ce_loss, flow_loss = ce.loss.sum() / normalizer, (row_loss * flow.weight).sum() / flow_norm
         ctx.mark_non_differentiable(ce_loss, flow_loss)
         return ce_loss + lam * flow_loss, ce_loss, flow_loss
@@ -74,14 +74,13 @@ class _SFRLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream, *_):
-        normalizer, dh, dw, db, *rest = ctx.saved_tensors
-        params, grads = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        normalizer, dh, dw, db, *grads = ctx.saved_tensors
         factor = upstream / normalizer
         if dh is not None:
             dh = scatter_rows(scaled(dh, factor, dh.dtype), ctx.index, ctx.shape)
         dw = None if dw is None else scaled(dw, factor, ctx.dtypes[0])
         db = None if db is None else scaled(db, factor, ctx.dtypes[1])
-        return dh, dw, db, *(None,) * 8, *scaled_grads(grads, params, factor, ctx.needs_input_grad[11:])
+        return dh, dw, db, *(None,) * 8, *scaled_grads(grads, ctx.dtypes[2], factor, ctx.needs_input_grad[11:])
 
 
 def sfr_loss(

@@ -192,8 +192,8 @@ def evaluate_head(head: torch.nn.Module, h: Tensor, x_t: Tensor, times: Tensor, 
     return velocity_head(leaves(backend), head, h, x_t, times, time_index)
 
 
-def scaled_grads(grads: list[Tensor], params: tuple[Tensor, ...], factor: Tensor, need: tuple[bool, ...]) -> list:
+def scaled_grads(grads: list[Tensor], dtypes: list[torch.dtype], factor: Tensor, need: tuple[bool, ...]) -> list:
     """The parameters' gradients times `factor`, in the parameters' dtypes; None where not needed."""
     if not any(need):
         return [None] * len(need)
-    return [scaled(g, factor, p.dtype) if n else None for g, p, n in zip(grads, params, need, strict=True)]
+    return [scaled(g, factor, t) if n else None for g, t, n in zip(grads, dtypes, need, strict=True)]

@@ -115,12 +115,20 @@ def build_targets(
     encoder,  # SentenceTransformer
     *,
     folder: str | os.PathLike | None = None,
+    replace: bool = False,
     progress: bool = True,
 ) -> TargetStore:
-    """Embeds the segments of every sample; with `folder`, kept there and read back when nothing has changed."""
+    """Embeds the segments of every sample; with `folder`, kept there and read back when nothing has changed.
+
+    A folder whose targets were made differently is a ValueError, or made anew with `replace`.
+    """
     manifest = manifest_of(samples, config, encoder)
     if folder is not None and (Path(folder) / "manifest.json").is_file():
-        return TargetStore.load(folder, manifest)
+        try:
+            return TargetStore.load(folder, manifest)
+        except ValueError:
+            if not replace:
+                raise
     texts, counts = [], []
     for sample in samples:
         labels = torch.tensor(sample["labels"], dtype=torch.int64).reshape(1, -1)

@@ -142,7 +142,7 @@ def attach(
 def detach(model: nn.Module) -> VelocityHead | None:
     """Undoes `attach`: the model is the plain one again. Returns the velocity head (None for "cka")."""
     base = base_of(model)
-    sfr = base.__dict__.get("_modules", {}).get("sfr")
+    sfr = getattr(base, "sfr", None)
     if not isinstance(sfr, Attachment):
         raise ValueError("model has no SFR objective to detach")
     linear = _patched_linear(base)

@@ -18,7 +18,6 @@ from ..config import SFRConfig
 from ..evaluation.generate import generate
 from ..evaluation.held_out import frozen_flow_loss, held_out_losses
 from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
-from ..targets.store import manifest_of
 from .attach import attach, attachment_of, detach
 from .callbacks import SFRCallback
 from .checkpoint import save_head, write_atomically
@@ -236,13 +235,7 @@ def _targets(options: TrainOptions, data: Tokenized, tokenizer, encoder, count: 
     by_id = {s["sample_id"]: s for s in data.samples}
     samples = [by_id.get(i, {"labels": []}) for i in range(count)]
     folder = options.out / "targets"
-    if options.overwrite and folder.exists():
-        try:
-            TargetStore.load(folder, manifest_of(samples, options.config, encoder))
-        except (ValueError, OSError) as error:
-            print(f"Encoding anew: {error}", file=sys.stderr)
-            shutil.rmtree(folder)
-    return build_targets(samples, options.config, tokenizer, encoder, folder=folder)
+    return build_targets(samples, options.config, tokenizer, encoder, folder=folder, replace=options.overwrite)
 
 
 def _trainable(model, options: TrainOptions):
