@@ -1,9 +1,12 @@
 # make demo   fine-tune a small language model with SFR and show what changed
 # make test   run the tests
 # make lint   check style
-# Each sets up .venv first and reuses it.
+# make test-newest-triton   run the kernels' tests on the newest Triton that is supported
+# make gpu-check   on a machine with a GPU, torch, triton and pytest: test and time the kernels; installs nothing
+# All but the last set up .venv first and reuse it.
 
 PYTHON ?= python3
+GPU_PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
@@ -15,7 +18,7 @@ RUN ?= runs/demo
 # an interrupted demo goes on, a finished one starts anew
 AGAIN = $(if $(wildcard $(RUN)/checkpoint-*),--resume,--overwrite)
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-newest-triton lint gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -23,6 +26,12 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+test-newest-triton: $(VENV)/.test $(VENV)/.newest-triton
+	PYTHONPATH=$(CURDIR)/$(VENV)/newest-triton $(BIN)/python -m pytest tests/test_interpreter.py tests/test_ahead_of_time.py $(ARGS)
+
+gpu-check:
+	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
@@ -61,4 +70,10 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
 $(VENV)/.test: $(VENV)/.train
 	@echo "Installing the test tools ..."
 	@$(PIP) install $(PINS) -e ".[train,demo,test]"
+	@touch $@
+
+$(VENV)/.newest-triton: $(VENV)/.test pyproject.toml
+	@echo "Installing the newest Triton ..."
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/newest-triton \
+	"$$(sed -n 's/.*"\(triton[^;]*\);.*/\1/p' pyproject.toml)"
 	@touch $@

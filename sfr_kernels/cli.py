@@ -1,6 +1,9 @@
 """The command line: `python -m sfr_kernels train` and `python -m sfr_kernels info`."""
 
 import argparse
+import importlib.metadata
+import os
+import platform
 import sys
 from pathlib import Path
 
@@ -93,12 +96,35 @@ def _info(args) -> int:
     import torch
 
     from ._version import __version__
-    from .ops.dispatch import BACKENDS, resolve_backend, unavailable
+    from .ops.dispatch import BACKENDS, ENVIRONMENT, automatic, resolve_backend, unavailable
 
+    versions = {"sfr_kernels": __version__, "Python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"triton": _version_of("triton"), "CUDA": torch.version.cuda or "none"}
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    print(f"sfr_kernels {__version__}, torch {torch.__version__}, {name}")
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        print(f"device: {properties.name}, compute capability {properties.major}.{properties.minor}, {memory}")
+    else:
+        print(f"device: CPU ({platform.machine()}, {torch.get_num_threads()} threads); torch sees no GPU")
+    print("backends:")
     for backend in BACKENDS:
-        print(f"  {backend:10} {unavailable(backend) or 'usable'}")
-    print(f"chosen here: {resolve_backend(None, device)}")
+        reason = unavailable(backend)
+        print(f"  {backend:10} {'usable' if reason is None else f'not usable: {reason}'}")
+    print(f"auto picks: {automatic(device)}")
+    if chosen := os.environ.get(ENVIRONMENT):
+        try:
+            resolve_backend(None, device)
+            print(f"{ENVIRONMENT}={chosen} overrides it")
+        except (ValueError, RuntimeError) as error:
+            print(f"{ENVIRONMENT} is wrong: {error}")
+            return 1
     return 0
+
+
+def _version_of(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from .config import SFRConfig
 from .leaves import RowStats
 from .ops import SFROutput, linear_cross_entropy, sfr_loss
-from .ops.flow_loss import check_scales
+from .ops.arguments import check_scales
 from .ops.velocity_head import HeadShape, evaluate_head
 from .rows import IGNORE_INDEX, SupervisedRows
 

@@ -26,6 +26,7 @@ class SupervisedRows:
     anchor: Tensor  # (n,) int32, index into the targets; -1 where the row has no flow
     weight: Tensor  # (n,) float32, weight of the row in the flow loss
     time_index: Tensor | None  # (n,) int32, index into the times; None until the times of the step are drawn
+    token_row: Tensor  # (B·L,) int32, index into the rows of each token; -1 where it is none
     segments: Tensor  # (A, 2) int64: anchor a's text is labels.flatten()[start:stop]; empty means a zero target
     shape: tuple[int, int]  # (B, L)
     num_flow: int  # rows[:num_flow] carry the flow loss
@@ -112,6 +113,8 @@ class SupervisedRows:
             segments = torch.stack([kept + 1, kept + 2], dim=1)
         else:
             segments = _segments(m, first, count, offset, config)
+        token_row = torch.full_like(flat, -1, dtype=torch.int32)
+        token_row[kept] = torch.arange(kept.numel(), dtype=torch.int32, device=device)
         identity = torch.arange(flat.numel(), device=device) if noise_id is None else noise_id.reshape(-1)
         return cls(
             rows=kept,
@@ -120,6 +123,7 @@ class SupervisedRows:
             anchor=anchors.int(),
             weight=torch.where(anchors >= 0, weights[kept], 0.0),
             time_index=(kept // length).int() if config.time_sampling == "sequence" else None,
+            token_row=token_row,
             segments=segments,
             shape=(batch, length),
             num_flow=int(has_flow.sum()),

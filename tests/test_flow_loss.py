@@ -21,8 +21,9 @@ from cases import (
 )
 
 from sfr_kernels import SupervisedRows, flow_matching_loss, reference
-from sfr_kernels.leaves.torch.flow_path import flow_path
-from sfr_kernels.ops.times import draw_times, step_seed
+from sfr_kernels.leaves import FlowPath
+from sfr_kernels.leaves import torch as leaves
+from sfr_kernels.ops.times import draw_times, seed_tensor, sequence_ids, step_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = pytest.mark.parametrize("preset", ["default", "official"])
@@ -202,24 +203,34 @@ def test_seed_is_an_int_or_a_tensor():
         assert our_flow(case, seed=other)(case.inputs()) != value
 
 
+def times_of(rows: SupervisedRows, seed: int, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """The times of a step, and the index of each flow row."""
+    n, index, identity = rows.num_flow, None, None
+    if config.time_sampling == "sequence":
+        index, identity = rows.time_index[:n], sequence_ids(rows)
+    seed = seed_tensor(seed, rows.device)
+    return draw_times(leaves, rows.noise_id[:n], index, identity, seed, config.num_times)
+
+
+def x_t_and_u(path: FlowPath, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the path is, and its velocity as the loss sees it: dv of v = 0 is −u for the coefficient d / 2."""
+    x_t = leaves.flow_path(path, dtype)
+    minus_u = torch.zeros_like(x_t, dtype=torch.promote_types(dtype, torch.float32))
+    leaves.flow_mse(minus_u, path, torch.full((len(x_t),), x_t.shape[1] / 2))
+    return x_t, -minus_u
+
+
 def paths(labels, segments, noise_id, keep=slice(None)) -> dict[int, tuple[float, torch.Tensor, torch.Tensor]]:
     """{identity: (time, x_t, u)} of the flow rows that `keep` selects."""
     config = small_config()
     rows = SupervisedRows.from_labels(labels, config, segments, noise_id)
-    times, index = draw_times(rows, SEED, config)
+    times, index = times_of(rows, SEED, config)
     flow = torch.arange(rows.num_flow)[keep]
     identity, index = rows.noise_id[flow], index[flow]
-    x_t, u = flow_path(
-        embed(rows, labels, 7),
-        times,
-        identity,
-        rows.anchor[flow],
-        index,
-        SEED,
-        target_scale=2.0,
-        source_std=0.5,
-        dtype=torch.float32,
+    path = FlowPath(
+        embed(rows, labels, 7), times, identity, rows.anchor[flow], index, seed_tensor(SEED, rows.device), 2.0, 0.5
     )
+    x_t, u = x_t_and_u(path, torch.float32)
     return dict(zip(identity.tolist(), zip(times[index].tolist(), x_t, u, strict=True), strict=True))
 
 
@@ -246,16 +257,17 @@ def test_noise_and_time_of_a_row_do_not_depend_on_its_batch():
 def test_flow_path_is_its_definition(preset):
     case = make_case(small_config(preset, source_std=0.7))
     rows, n = case.rows, case.rows.num_flow
-    times, index = draw_times(rows, case.seed, case.config)
+    times, index = times_of(rows, case.seed, case.config)
     expected_times, expected_index = reference.draw_times(rows, case.seed, case.config)
-    assert torch.equal(times, expected_times) and torch.equal(index.long(), expected_index)
+    assert torch.equal(times, expected_times) and torch.equal(index.long(), expected_index[:n])
     x_0 = 0.7 * reference.gaussian_noise(case.seed, rows.noise_id[:n], 6).double()
     x_1 = 1.9 * case.targets[rows.anchor[:n].long()].double()
-    t = times[index[:n]].double()[:, None]
+    t = times[index].double()[:, None]
+    seed = seed_tensor(case.seed, rows.device)
+    path = FlowPath(case.targets, times, rows.noise_id[:n], rows.anchor[:n], index, seed, 1.9, 0.7)
     for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)):
-        arguments = (case.targets, times, rows.noise_id[:n], rows.anchor[:n], index[:n], case.seed)
-        x_t, u = flow_path(*arguments, target_scale=1.9, source_std=0.7, dtype=dtype)
-        assert x_t.dtype == dtype and u.dtype == torch.promote_types(dtype, torch.float32)
+        x_t, u = x_t_and_u(path, dtype)
+        assert x_t.dtype == dtype
         torch.testing.assert_close(x_t.double(), (1 - t) * x_0 + t * x_1, rtol=rtol, atol=rtol / 10)
         torch.testing.assert_close(u.double(), x_1 - x_0, rtol=min(rtol, 1e-6), atol=1e-7)
 

@@ -1,25 +1,39 @@
-"""The torch backend on an NVIDIA GPU: values, gradients, and no waiting for the device."""
+"""On an NVIDIA GPU: no waiting for the device, graphs, compilation, sizes past 2³¹, and the noise of any other machine.
+
+Values and gradients of the Triton kernels are judged in tests/triton_leaves, which run on the GPU too.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from cases import SEED, make_case, small_config
 
-from sfr_kernels import SFRConfig, SupervisedRows, VelocityHead, sfr_loss
+from sfr_kernels import SFRConfig, SupervisedRows, VelocityHead, flow_matching_loss, linear_cross_entropy, sfr_loss
+from sfr_kernels.leaves import FlowPath
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
+BACKENDS = ("triton", "torch")
 CONFIG = SFRConfig(width=48, stride=8, min_tokens=4, segment_tokens=16)
 H, V, D = 72, 331, 34
 
 
-def inputs(dtype, device):
+def inputs(dtype, device, batch=4, length=60, hidden_size=H, vocab=V, target_size=D, config=CONFIG):
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(V, (4, 60), generator=generator)
-    labels[:, :17] = labels[2] = -100
-    rows = SupervisedRows.from_labels(labels, CONFIG)
-    hidden, weight = (torch.randn(s, generator=generator) / 3 for s in ((4, 60, H), (V, H)))
-    targets = torch.nn.functional.normalize(torch.randn(rows.num_anchors, D, generator=generator), dim=1)
+    labels = torch.randint(vocab, (batch, length), generator=generator)
+    labels[:, : length // 4] = -100
+    labels[batch // 2, length // 2 :] = -100
+    rows = SupervisedRows.from_labels(labels, config)
+    shapes = (batch, length, hidden_size), (vocab, hidden_size)
+    hidden, weight = (torch.randn(s, generator=generator) / 3 for s in shapes)
+    targets = torch.nn.functional.normalize(torch.randn(rows.num_anchors, target_size, generator=generator), dim=1)
     torch.manual_seed(0)
-    head = VelocityHead.from_config(CONFIG, H, D)
+    head = VelocityHead.from_config(config, hidden_size, target_size)
     torch.nn.init.normal_(head.output_proj.weight, std=0.1)
     leaves = [t.to(device, dtype).requires_grad_() for t in (hidden, weight)]
     return *leaves, head.to(device, dtype), rows.to(device), targets.to(device)
@@ -34,21 +48,234 @@ def gradients(dtype, device, backend):
     ]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_further_from_float64_than_eager_torch(dtype):
+def test_no_further_from_float64_than_eager_torch(dtype, backend):
     """The composites may err half again as much as the reference run in the same dtype on the same device."""
     exact = gradients(torch.float64, "cpu", "reference")
-    eager_run, our_run = (gradients(dtype, "cuda", backend) for backend in ("reference", "torch"))
+    eager_run, our_run = (gradients(dtype, "cuda", b) for b in ("reference", backend))
     for wanted, eager, ours in zip(exact, eager_run, our_run, strict=True):
         floor = 2e-6 * wanted.abs().max()
         assert (ours - wanted).norm() <= 1.5 * (eager - wanted).norm() + floor
 
 
-def test_a_step_never_waits_for_the_device():
-    hidden, weight, head, rows, targets = inputs(torch.float32, "cuda")
-    torch.cuda.synchronize()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("loss", ["flow", "mse", "cosine", "mtp"])
+def test_a_step_never_waits_for_the_device(loss, backend):
+    config = replace(CONFIG, loss=loss)
+    target_size = H if loss == "mtp" else D
+    hidden, weight, head, rows, targets = inputs(torch.float32, "cuda", target_size=target_size, config=config)
+    targets = rows.labels if loss == "mtp" else targets
+    options = dict(config=config, backend=backend)
+    for step in range(2):  # the first compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        try:
+            sfr_loss(hidden, weight, head, rows, targets, seed=step, **options).loss.backward()
+            if loss != "mtp":
+                flow_matching_loss(hidden, head, rows, targets, seed=step, **options).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_rows_of_the_collator_come_without_a_wait():
+    rows = SupervisedRows.from_labels(torch.randint(V, (4, 60)), CONFIG).pin_memory()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG).loss.backward()
+        rows.to("cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_two_runs_give_the_same_bits(dtype):
+    first, second = (gradients(dtype, "cuda", "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_captured_graph_draws_fresh_noise_at_each_replay():
+    hidden, _, head, rows, targets = inputs(torch.bfloat16, "cuda")
+    seed, normalizer = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.tensor(50.0, device="cuda")
+    wanted = [hidden, *head.parameters()]
+
+    def step():
+        loss = flow_matching_loss(hidden, head, rows, targets, seed=seed, config=CONFIG, normalizer=normalizer)
+        return loss, torch.autograd.grad(loss, wanted)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grads = step()
+    found = []
+    for value in (5, 6, 5):
+        seed.fill_(value)
+        graph.replay()
+        found.append([loss.clone(), *(g.clone() for g in grads)])
+        exact = step()
+        assert torch.equal(found[-1][0], exact[0])
+        assert all(torch.equal(a, b) for a, b in zip(found[-1][1:], exact[1], strict=True))
+    assert found[0][0] != found[1][0] and torch.equal(found[0][0], found[2][0])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_equals_eager(dynamic):
+    def step(hidden, weight, head, rows, targets, seed):
+        return sfr_loss(hidden, weight, head, rows, targets, seed=seed, config=CONFIG).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic)
+    for length in (60, 68):
+        results = []
+        for function in (step, compiled):
+            arguments = inputs(torch.bfloat16, "cuda", length=length)
+            loss = function(*arguments, torch.tensor([length], device="cuda"))
+            grads = torch.autograd.grad(loss, [*arguments[:2], *arguments[2].parameters()])
+            results.append([loss.detach(), *grads])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)
+
+
+def test_a_second_backward_and_an_upstream_gradient():
+    hidden, weight, head, rows, targets = inputs(torch.bfloat16, "cuda")
+    wanted = [hidden, weight, *head.parameters()]
+    loss = sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG).loss
+    upstream = torch.tensor(4.0, device="cuda")
+    first = torch.autograd.grad(loss, wanted, retain_graph=True)
+    fourfold = torch.autograd.grad(loss, wanted, upstream, retain_graph=True)
+    again = torch.autograd.grad(loss, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(4 * a, b) for a, b in zip(first, fourfold, strict=True))  # a power of two rounds nothing
+
+
+@pytest.mark.parametrize("needed", range(1, 8))
+def test_every_combination_of_gradients_wanted(needed):
+    hidden, weight, head, rows, targets = inputs(torch.bfloat16, "cuda")
+    leaves = [hidden, weight, *head.parameters()]
+    full = torch.autograd.grad(sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG).loss, leaves)
+    full = dict(zip(map(id, leaves), full, strict=True))
+    for k, t in enumerate(leaves):
+        t.requires_grad_(bool(needed >> min(k, 2) & 1))
+    wanted = [t for t in leaves if t.requires_grad]
+    loss = sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG).loss
+    for t, grad in zip(wanted, torch.autograd.grad(loss, wanted), strict=True):
+        # another choice of GEMM may round another way
+        torch.testing.assert_close(grad, full[id(t)], rtol=2e-2, atol=1e-2 * full[id(t)].abs().max().item())
+    with torch.no_grad():
+        assert not sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG).loss.requires_grad
+
+
+INTERPRETED = """
+import sys, torch
+from sfr_kernels.leaves import FlowPath, triton as leaves
+path = FlowPath(*torch.load(sys.argv[1], weights_only=True), 2.0, 0.5)
+torch.save(leaves.flow_path(path, torch.float32), sys.argv[2])
+"""
+
+
+def test_the_noise_is_that_of_the_interpreter_bit_for_bit(tmp_path):
+    from sfr_kernels.leaves import triton as leaves
+
+    g = torch.Generator().manual_seed(0)
+    n, d = 40, 384
+    tensors = [
+        torch.randn(3, d, generator=g),
+        torch.tensor([0.0, 0.25, 0.9]),
+        torch.randint(2**62, (n,), generator=g),
+        *(torch.randint(3, (n,), generator=g, dtype=torch.int32) for _ in range(2)),
+        torch.tensor([SEED]),
+    ]
+    torch.save(tensors, tmp_path / "in.pt")
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", INTERPRETED, tmp_path / "in.pt", tmp_path / "out.pt"]
+    subprocess.run(command, env=environment, check=True)
+    wanted = torch.load(tmp_path / "out.pt", weights_only=True)
+    found = leaves.flow_path(FlowPath(*(t.cuda() for t in tensors), 2.0, 0.5), torch.float32)
+    assert torch.equal(found.cpu(), wanted)
+
+
+def needs(gib: float) -> None:
+    if torch.cuda.mem_get_info()[0] < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of free GPU memory")
+
+
+def test_offsets_past_two_to_the_31():
+    """The last rows of a large tensor are those of a small one with the same identities."""
+    needs(24)
+    from sfr_kernels.leaves import triton as leaves
+
+    n, d, last = 2**21 + 2**12, 1024, 64  # n · d = 2³¹ + 2²²
+    device = torch.device("cuda")
+    zeros = torch.zeros(n, dtype=torch.int32, device=device)
+    identity = torch.arange(n, device=device)
+    targets, times = torch.randn(1, d, device=device), torch.tensor([0.3], device=device)
+    path = FlowPath(targets, times, identity, zeros, zeros, torch.tensor([SEED], device=device), 2.0, 1.0)
+    tail = replace(path, noise_id=identity[-last:], anchor=zeros[-last:], time_index=zeros[-last:])
+    x_t = leaves.flow_path(path, torch.bfloat16)
+    assert torch.equal(x_t[-last:], leaves.flow_path(tail, torch.bfloat16))
+
+    gamma, beta = torch.randn(2, d, device=device)
+    small = x_t[-last:].clone()
+    out, mean, rstd = leaves.norm_act(x_t, gamma, beta, residual=x_t)
+    wanted, small_mean, small_rstd = leaves.norm_act(small, gamma, beta, residual=small)
+    assert torch.equal(out[-last:], wanted)
+    dy, *_ = leaves.norm_act_backward(out, x_t, gamma, beta, mean, rstd, dy=out)
+    assert torch.equal(dy[-last:], leaves.norm_act_backward(wanted, small, gamma, beta, small_mean, small_rstd)[0])
+
+    coefficient = torch.rand(n, device=device)
+    loss, _ = leaves.flow_mse(x_t, path, coefficient)
+    small_loss, _ = leaves.flow_mse(small, tail, coefficient[-last:])
+    assert torch.equal(loss[-last:], small_loss) and torch.equal(x_t[-last:], small)
+    factor = torch.tensor(0.5, device=device)
+    token_row = torch.arange(n - 1, -1, -1, dtype=torch.int32, device=device)  # reversed
+    scattered = leaves.scatter_rows(x_t, factor, token_row, torch.bfloat16)
+    assert torch.equal(scattered[-1], x_t[0] * 0.5) and torch.equal(scattered[0], x_t[-1] * 0.5)
+
+
+def test_logits_past_two_to_the_31():
+    needs(16)
+    from sfr_kernels.leaves import triton as leaves
+
+    n, vocab, last = 17000, 128256, 8
+    logits = torch.randn(n, vocab, dtype=torch.bfloat16, device="cuda")
+    labels = torch.randint(vocab, (n,), device="cuda")
+    small = logits[-last:].clone()
+    loss, _ = leaves.softmax_xent(logits, labels)
+    wanted, _ = leaves.softmax_xent(small, labels[-last:])
+    assert torch.equal(loss[-last:], wanted) and torch.equal(logits[-last:], small)
+
+
+def test_the_flow_loss_needs_at_most_eight_buffers_beyond_its_gradients():
+    config = SFRConfig()
+    hidden, _, head, rows, targets = inputs(
+        torch.bfloat16, "cuda", 2, 2048, hidden_size=2048, vocab=8, target_size=1024, config=config
+    )
+    wanted = [hidden, *head.parameters()]
+    for measured in (False, True):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss = flow_matching_loss(hidden, head, rows, targets, seed=1, config=config)
+        if measured:
+            forward = torch.cuda.max_memory_allocated() - before
+            kept = torch.cuda.memory_allocated() - before
+        torch.autograd.grad(loss, wanted)
+    buffer = rows.num_flow * 1024 * 2
+    dh, parameters = rows.num_flow * 2048 * 2, sum(p.numel() for p in head.parameters()) * 2
+    assert kept <= dh + parameters + 2**20, "more than gradients is alive after forward"
+    assert forward <= dh + parameters + 8 * buffer
+
+
+def test_linear_cross_entropy_serves_every_dtype_by_default():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        case = make_case(small_config())
+        hidden, weight = (t.to("cuda", dtype).requires_grad_() for t in (case.hidden, case.weight))
+        loss = linear_cross_entropy(hidden, weight, case.labels.cuda(), shift=True)
+        loss.backward()
+        wanted = linear_cross_entropy(case.hidden, case.weight, case.labels, shift=True)
+        torch.testing.assert_close(loss.cpu().double(), wanted, rtol=2e-2, atol=1e-3)

@@ -19,7 +19,7 @@ from cases import (
     reference_sfr,
     small_config,
 )
-from torch.utils.flop_counter import FlopCounterMode
+from operations import Operations
 
 from sfr_kernels import SupervisedRows, flow_matching_loss, linear_cross_entropy, sfr_loss
 
@@ -210,13 +210,13 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(frozen, loss):
 def test_no_grad(loss):
     case = make_case(small_config(loss=loss))
     expected = evaluate(reference_sfr(case), case.inputs())["value"]
-    with torch.no_grad(), FlopCounterMode(display=False) as forward_only:
+    with torch.no_grad(), Operations() as forward_only:
         out = output(case, case.inputs())
     assert not out.loss.requires_grad
     torch.testing.assert_close(out.loss, expected, rtol=1e-10, atol=0)
-    with FlopCounterMode(display=False) as both:
+    with Operations() as both:
         output(case, case.inputs()).loss.backward()
-    assert forward_only.get_total_flops() < 0.6 * both.get_total_flops()
+    assert 0 <= forward_only.flops < 0.6 * both.flops
 
 
 @pytest.mark.parametrize("loss", ["flow", "mtp"])
@@ -239,7 +239,7 @@ def test_a_second_derivative_is_refused(loss):
     case = make_case(small_config(loss=loss))
     x, scale = case.inputs(), torch.ones((), dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(scale * ours(case)(x), x.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula"):
         grad.sum().backward()
 
 

@@ -8,6 +8,7 @@ from tiny import CONFIG, TARGET, pad, tiny_samples, tiny_store
 from transformers import DataCollatorWithFlattening
 
 from sfr_kernels import SFRConfig, SupervisedRows
+from sfr_kernels.leaves import FlowPath
 from sfr_kernels.leaves.torch import flow_path
 from sfr_kernels.targets import SFRCollator, TargetStore, build_targets, encode, load_encoder
 from sfr_kernels.training.models import MINILM, encoder_path
@@ -107,10 +108,9 @@ def noise_of(batch):
     rows = batch["rows"]
     n = rows.num_flow
     half, first = torch.tensor([0.5]), torch.zeros(n, dtype=torch.int32)
-    x_t, _ = flow_path(
-        batch["targets"], half, rows.noise_id[:n], rows.anchor[:n], first, 3,
-        target_scale=2.0, source_std=1.0, dtype=torch.float32,
-    )  # fmt: skip
+    seed = torch.tensor([3])
+    path = FlowPath(batch["targets"], half, rows.noise_id[:n], rows.anchor[:n], first, seed, 2.0, 1.0)
+    x_t = flow_path(path, torch.float32)
     return dict(zip(rows.noise_id.tolist(), x_t, strict=False))
 
 

@@ -1,5 +1,6 @@
-"""The leaf kernels: one package a backend, the same four signatures in each."""
+"""The leaf kernels: one package a backend, the same signatures in each, and the types that they share."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,3 +12,21 @@ class RowStats(NamedTuple):
     lse: Tensor  # (n,) float32, log-sum-exp
     predicted: Tensor  # (n,) int64, argmax
     entropy: Tensor  # (n,) float32, nats
+
+
+@dataclass(frozen=True)
+class FlowPath:
+    """Where each row lies between noise and data; x_t and u are made from it wherever they are needed:
+
+    x_0 = source_std · ε(seed, noise_id)        x_1 = target_scale · targets[anchor]        t = times[time_index]
+    x_t = (1 − t) x_0 + t x_1                   u = x_1 − x_0
+    """
+
+    targets: Tensor  # (A, d), any floating dtype
+    times: Tensor  # (M,)
+    noise_id: Tensor  # (n,) int64
+    anchor: Tensor  # (n,) int32, in [0, A)
+    time_index: Tensor  # (n,) int32, in [0, M)
+    seed: Tensor  # (1,) int64
+    target_scale: float
+    source_std: float

@@ -1,5 +1,7 @@
 """Which backend serves a call: the argument, else the environment, else the device."""
 
+import functools
+import importlib.util
 import os
 from types import ModuleType
 
@@ -7,18 +9,53 @@ import torch
 
 ENVIRONMENT = "SFR_KERNELS_BACKEND"
 BACKENDS = ("torch", "triton", "cuda", "reference")
-_MISSING = {
-    "triton": "this version has no Triton leaves yet",
-    "cuda": "this version has no CUDA extension yet",
-}
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LEAST_CAPABILITY = (8, 0)  # bf16
 
 
-def unavailable(backend: str) -> str | None:
-    """Why `backend` cannot be used, or None if it can."""
-    return _MISSING.get(backend)
+@functools.cache
+def _missing(backend: str) -> str | None:
+    """Why this installation lacks `backend`, whatever the tensor."""
+    if backend == "cuda":
+        return "this version has no CUDA extension yet"
+    if backend == "triton" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'triton>=3.6,<3.10')"
+    return None
 
 
-def resolve_backend(backend: str | None, device: torch.device) -> str:
+def _interpreted() -> bool:
+    """True where Triton runs its kernels in Python, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def unavailable(backend: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> str | None:
+    """Why `backend` cannot serve a tensor of `dtype` on `device`, or None if it can. No device: the best there is."""
+    if reason := _missing(backend):
+        return reason
+    if backend != "triton":
+        return None
+    kind = "cuda" if device is None else torch.device(device).type
+    if not (_interpreted() and (kind == "cpu" or device is None)):
+        if kind != "cuda":
+            return f"it needs a tensor on a GPU, not on {kind}"
+        if not torch.cuda.is_available():
+            return "it needs a GPU, and torch sees none"
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is None and capability < _LEAST_CAPABILITY:
+            return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+    if dtype is not None and dtype not in _TRITON_DTYPES:
+        return f"it serves bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def automatic(device: torch.device | str, dtype: torch.dtype | None = None) -> str:
+    """The backend of the device, where neither an argument nor the environment names one."""
+    if torch.device(device).type == "cuda" and unavailable("triton", device, dtype) is None:
+        return "triton"
+    return "torch"
+
+
+def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend's name. An explicit choice is never replaced: it works or raises.
 
     ValueError for an unknown name, RuntimeError for a backend that is not usable here.
@@ -27,18 +64,24 @@ def resolve_backend(backend: str | None, device: torch.device) -> str:
     if backend is None:
         backend, source = os.environ.get(ENVIRONMENT) or None, ENVIRONMENT
     if backend is None:
-        return "torch"
+        return automatic(device, dtype)
     if backend not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if reason := unavailable(backend):
+    if reason := unavailable(backend, device, dtype):
         raise RuntimeError(f"{source}={backend!r} cannot serve a tensor on {device}: {reason}")
     return backend
+
+
+# What torch.compiler.assume_constant_result would set, had it not to import dynamo, and Triton with it.
+resolve_backend._dynamo_marked_constant = True
 
 
 def leaves(backend: str) -> ModuleType:
     """The leaf kernels of a resolved backend."""
     if backend == "torch":
         from ..leaves import torch as module
-
-        return module
-    raise AssertionError(f"backend {backend} has no leaves")
+    elif backend == "triton":
+        from ..leaves import triton as module
+    else:
+        raise AssertionError(f"backend {backend} has no leaves")
+    return module

@@ -1,114 +1,209 @@
 """The flow loss L_flow = Σ_r weight[r] ℓ_r / normalizer, for every kind of loss that needs no decoder.
 
-"flow" and "mse" go the short way: path, head, loss, and the head's backward in one pass, so that after forward only
+"flow" and "mse" go the short way: path, head, loss, and the head's backward in one op, so that after forward only
 gradients are alive. They are gradients of Σ_r weight[r] ℓ_r; backward scales them by upstream / normalizer.
 "cosine" is the head under autograd; "cka" has no head.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..config import SFRConfig
+from ..leaves import FlowPath
 from ..rows import SupervisedRows
+from .arguments import check_config, check_flow, check_hidden
 from .cka import response_cka
 from .dispatch import leaves, resolve_backend
-from .linear_cross_entropy import scatter_rows
-from .numerics import autocast_dtype, check_hidden, normalizer_of, scaled, wide_dtype
-from .times import draw_times
-from .velocity_head import HeadShape, HeadWeights, head_backward, head_forward, scaled_grads, velocity_head
+from .gradients import fake_parameter_grads, head_dtype_of, parameter_grads, scale_gradients
+from .numerics import as_written, autocast_dtype, normalizer_of, wide_dtype
+from .times import draw_times, seed_tensor, sequence_ids
+from .velocity_head import HeadWeights, head_backward, head_forward, velocity_head
 
 
-@dataclass(frozen=True)
-class FlowInputs:
-    """The flow rows of a call and all that is not differentiable about them."""
-
-    rows: Tensor  # (n,) int64
-    noise_id: Tensor  # (n,) int64
-    anchor: Tensor  # (n,) int32
-    weight: Tensor  # (n,) float32
-    time_index: Tensor  # (n,) int32
-    targets: Tensor  # (A, d)
-    times: Tensor  # (M,)
-    seed: int | Tensor
-    config: SFRConfig
-
-    @classmethod
-    def of(cls, rows: SupervisedRows, targets, times, seed, config) -> "FlowInputs":
-        n = rows.num_flow
-        if times is None:
-            times, time_index = draw_times(rows, seed, config)
-        elif rows.time_index is None:
+def flow_arguments(
+    rows: SupervisedRows,
+    targets: Tensor,
+    times: Tensor | None,
+    seed: int | Tensor,
+    config: SFRConfig,
+    head: nn.Module,
+) -> tuple:
+    """What the flow rows of a call give to `run_flow`, in its order, in types that an op can take."""
+    n, index, sequence_id, num_times = rows.num_flow, rows.time_index, None, 0
+    if config.is_dirac:
+        times = index = None
+    elif times is not None:
+        if index is None:
             raise ValueError("times were given, but rows.time_index is None: set it, or leave both to the seed")
-        else:
-            time_index = rows.time_index
-        return cls(
-            rows.rows[:n],
-            rows.noise_id[:n],
-            rows.anchor[:n],
-            rows.weight[:n],
-            time_index[:n],
-            targets,
-            times,
-            seed,
-            config,
-        )
+        num_times = times.shape[0]
+    elif config.time_sampling == "sequence":
+        if index is None:
+            raise ValueError("rows were made for stratified times; build them with this config (time_sampling)")
+        sequence_id, num_times = sequence_ids(rows), rows.shape[0]
+    else:
+        index, num_times = None, config.num_times
+    return (
+        targets,
+        times,
+        rows.noise_id[:n],
+        rows.anchor[:n],
+        rows.weight[:n],
+        None if index is None else index[:n],
+        sequence_id,
+        seed_tensor(seed, rows.device),
+        num_times,
+        config.scale_for(head.shape.target_size),
+        0.0 if config.is_dirac else config.source_std,
+        head.shape.time_scale,
+        head.shape.hidden_scale,
+    )
 
 
 def run_flow(
     leaves,
-    flow: FlowInputs,
     h: Tensor,  # (n, H)
-    params: tuple[Tensor, ...],
-    shape: HeadShape,
+    params: Sequence[Tensor],
     coefficient: Tensor | None,  # (n,) scale of each row's gradient; None: the loss alone
-    dh: Tensor | None,  # (n, H), to which the gradient of h is added
-) -> tuple[Tensor, list[Tensor] | None]:
-    """Row losses ℓ (n,), and the parameters' gradients of Σ_r coefficient[r] ℓ_r."""
-    config = flow.config
-    dirac = config.is_dirac
-    x_t, u = leaves.flow_path(
-        flow.targets,
-        flow.times,
-        flow.noise_id,
-        flow.anchor,
-        flow.time_index,
-        flow.seed,
-        target_scale=config.scale_for(shape.target_size),
-        source_std=0.0 if dirac else config.source_std,
-        dtype=h.dtype,
-    )
-    weights = HeadWeights(list(params), shape, h.dtype)
-    v, saved = head_forward(leaves, weights, h, None if dirac else x_t, flow.times, flow.time_index)
-    loss, dv, db = leaves.flow_mse(v, u, coefficient)
+    targets: Tensor,  # (A, d)
+    times: Tensor | None,  # (M,)
+    noise_id: Tensor,  # (n,) int64
+    anchor: Tensor,  # (n,) int32
+    time_index: Tensor | None,  # (n,) int32
+    sequence_id: Tensor | None,  # (B,) int64
+    seed: Tensor,  # (1,) int64
+    num_times: int,  # 0: the head sees x_t = 0 at t = 0
+    target_scale: float,
+    source_std: float,
+    time_scale: float,
+    hidden_scale: float,
+    *,
+    need_params: bool = True,
+    dh: Tensor | None = None,  # as in `head_backward`
+    add_to_dh: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row losses ℓ (n,), and the parameters' gradients of Σ_r coefficient[r] ℓ_r in two buffers."""
+    check_finite(targets)
+    if times is None:
+        times, time_index = draw_times(leaves, noise_id, time_index, sequence_id, seed, num_times)
+    path = FlowPath(targets, times, noise_id, anchor, time_index, seed, target_scale, source_std)
+    x_t = leaves.flow_path(path, h.dtype) if num_times else None
+    weights = HeadWeights(params, time_scale, hidden_scale, h.dtype)
+    saved = head_forward(leaves, weights, h, x_t, times, time_index)
     if coefficient is None:
-        return loss, None
-    return loss, head_backward(leaves, weights, saved, dv, db, flow.time_index, dh)
+        loss, _ = leaves.flow_mse(saved.outputs[-1], path)
+        return loss, h.new_empty(0), loss.new_empty(0)
+    loss, db = leaves.flow_mse(saved.outputs[-1], path, coefficient)
+    grads = head_backward(
+        leaves,
+        weights,
+        saved,
+        h,
+        x_t,
+        db,
+        time_index,
+        need_params=need_params,
+        dh=dh,
+        add_to_dh=add_to_dh,
+        overwrite=True,
+    )
+    return loss, *grads
 
 
-class _FlowLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, normalizer, flow, leaves, shape, grad_enabled, *params):
-        h = hidden.index_select(0, flow.rows)
-        need = grad_enabled and any(ctx.needs_input_grad)
-        dh = torch.zeros_like(h) if need and ctx.needs_input_grad[0] else None
-        loss, grads = run_flow(leaves, flow, h, params, shape, flow.weight if need else None, dh)
-        ctx.index, ctx.shape = flow.rows, hidden.shape
-        ctx.dtypes = [p.dtype for p in params]
-        ctx.save_for_backward(normalizer, dh, *(grads or ()))
-        return (loss * flow.weight).sum() / normalizer
+def check_finite(targets: Tensor) -> None:
+    """On the CPU, where looking costs nothing; on a GPU a NaN goes on into the loss, which shows it without a wait."""
+    if targets.device.type == "cpu" and not torch.isfinite(targets).all():
+        raise ValueError("targets contain NaN or infinite values")
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream):
-        normalizer, dh, *grads = ctx.saved_tensors
-        factor = upstream / normalizer
-        if dh is not None:
-            dh = scatter_rows(scaled(dh, factor, dh.dtype), ctx.index, ctx.shape)
-        return dh, None, None, None, None, None, *scaled_grads(grads, ctx.dtypes, factor, ctx.needs_input_grad[6:])
+
+@torch.library.custom_op("sfr_kernels::flow_loss", mutates_args=())
+def flow_loss_op(
+    hidden: Tensor,  # (N, H)
+    params: Sequence[Tensor],
+    rows: Tensor,  # (n,) int64, the flow rows among the N tokens
+    token_row: Tensor,  # (N,) int32, for backward
+    normalizer: Tensor,  # zero-dim
+    targets: Tensor,
+    times: Tensor | None,
+    noise_id: Tensor,
+    anchor: Tensor,
+    weight: Tensor,  # (n,) float32
+    time_index: Tensor | None,
+    sequence_id: Tensor | None,
+    seed: Tensor,
+    num_times: int,
+    target_scale: float,
+    source_std: float,
+    time_scale: float,
+    hidden_scale: float,
+    need_hidden: bool,
+    need_params: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and gradients of Σ_r weight[r] ℓ_r, empty where not needed: dh (n, H), the parameters' two buffers."""
+    with as_written(hidden):
+        h = hidden.index_select(0, rows)
+        loss, matrices, vectors = run_flow(
+            leaves(backend),
+            h,
+            params,
+            weight if need_hidden or need_params else None,
+            targets,
+            times,
+            noise_id,
+            anchor,
+            time_index,
+            sequence_id,
+            seed,
+            num_times,
+            target_scale,
+            source_std,
+            time_scale,
+            hidden_scale,
+            need_params=need_params,
+            dh=h if need_hidden else None,  # the last to read h writes over it
+        )
+        total = (loss * weight).sum() / normalizer
+        return total, h if need_hidden else h.new_empty(0, 0), matrices, vectors
+
+
+@flow_loss_op.register_fake
+def _(hidden, params, rows, token_row, normalizer, targets, times, noise_id, anchor, weight, *options):
+    *_, need_hidden, need_params, _ = options
+    dh = hidden.new_empty(rows.shape[0], hidden.shape[1]) if need_hidden else hidden.new_empty(0, 0)
+    loss = hidden.new_empty((), dtype=wide_dtype(hidden.dtype))
+    return loss, dh, *fake_parameter_grads(hidden, params, need_params)
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, params, _, token_row, normalizer, *_, ctx.backend = inputs
+    ctx.save_for_backward(token_row, normalizer, *output[1:])
+    ctx.dtype, ctx.head_dtype = hidden.dtype, head_dtype_of(params, hidden.dtype)
+    ctx.params = [(p.shape, p.dtype) for p in params]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, upstream, *_):
+    token_row, normalizer, dh, *head = ctx.saved_tensors
+    need_h, need = ctx.needs_input_grad[:2]
+    dhidden, *head = scale_gradients(
+        upstream,
+        normalizer,
+        dh,
+        token_row if need_h else token_row[:0],
+        [],
+        head,
+        ctx.dtype,
+        ctx.head_dtype,
+        ctx.backend,
+    )
+    return dhidden if need_h else None, parameter_grads(*head, ctx.params, need), *(None,) * 19
+
+
+flow_loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def flow_matching_loss(
@@ -135,7 +230,7 @@ def flow_matching_loss(
     if config.loss == "mtp":
         raise ValueError("loss='mtp' decodes with the lm_head: call sfr_loss")
     check_flow(hidden, head, rows, targets, times, seed, config)
-    backend = resolve_backend(backend, hidden.device)
+    backend = resolve_backend(backend, hidden.device, autocast_dtype(hidden))
     if backend == "reference":
         params, scales = reference_head(head, hidden.dtype)
         return reference.flow_matching_loss(
@@ -144,21 +239,34 @@ def flow_matching_loss(
     dtype = autocast_dtype(hidden)
     norm = flow_normalizer(normalizer, rows, config, wide_dtype(dtype))
     flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if config.loss == "cka":
+    if config.loss in ("cosine", "cka") and not torch.compiler.is_compiling():
+        check_finite(targets)
+    if config.loss == "cka":
+        with torch.autocast(hidden.device.type, enabled=False):
             if rows.num_flow == 0:
                 return (flat[:0].sum() * 0).to(norm.dtype)
             anchor = rows.anchor[: rows.num_flow].long()
             cka = response_cka(flat.index_select(0, rows.rows[: rows.num_flow]), targets, anchor)
             return (1 - cka) * (rows.num_flow / norm)
-        flow = FlowInputs.of(rows, targets, times, seed, config)
-        module = leaves(backend)
-        if config.loss == "cosine":
-            v = velocity_head(module, head, flat.index_select(0, flow.rows), None, flow.times, flow.time_index)
-            x_1 = config.scale_for(head.shape.target_size) * targets.to(norm.dtype)[flow.anchor]
-            return (flow.weight * (1 - torch.cosine_similarity(v.to(norm.dtype), x_1, dim=1))).sum() / norm
-        grad = torch.is_grad_enabled()
-        return _FlowLoss.apply(flat, norm, flow, module, head.shape, grad, *head.parameters())
+    flow = flow_arguments(rows, targets, times, seed, config, head)
+    index = rows.rows[: rows.num_flow]
+    if config.loss == "cosine":
+        return _cosine(backend, head, flat.index_select(0, index), targets, rows, config) / norm
+    params, grad = list(head.parameters()), torch.is_grad_enabled()
+    need_params = grad and any(p.requires_grad for p in params)
+    return flow_loss_op(
+        flat, params, index, rows.token_row, norm, *flow, grad and flat.requires_grad, need_params, backend
+    )[0]
+
+
+def _cosine(backend, head, h, targets, rows, config) -> Tensor:
+    """Σ_r weight[r] (1 − cos(head(0, 0, h), x_1))"""
+    n = rows.num_flow
+    v = velocity_head(backend, head, h, None, h.new_zeros(1), torch.zeros_like(rows.anchor[:n]))
+    with torch.autocast(h.device.type, enabled=False):
+        wide = wide_dtype(v.dtype)
+        x_1 = config.scale_for(head.shape.target_size) * targets.to(wide)[rows.anchor[:n]]
+        return (rows.weight[:n] * (1 - torch.cosine_similarity(v.to(wide), x_1, dim=1))).sum()
 
 
 def reference_head(head: nn.Module | None, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -175,76 +283,3 @@ def flow_normalizer(normalizer, rows: SupervisedRows, config: SFRConfig, dtype: 
     if config.flow_normalizer == "weights":
         return rows.weight[: rows.num_flow].sum(dtype=dtype).clamp(min=1.0)
     return normalizer_of(normalizer, rows.num_ce, rows.device, dtype)
-
-
-def check_config(config: SFRConfig) -> None:
-    if not isinstance(config, SFRConfig):
-        raise TypeError(f"config must be an SFRConfig, got {type(config).__name__}")
-
-
-def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
-    """Errors for arguments of the flow loss that do not fit together."""
-    if not isinstance(rows, SupervisedRows):
-        raise TypeError(f"rows must be SupervisedRows, got {type(rows).__name__}")
-    if hidden.shape[:-1].numel() != rows.shape[0] * rows.shape[1]:
-        raise ValueError(f"rows were made for {rows.shape} tokens, hidden has {tuple(hidden.shape[:-1])}")
-    if rows.device != hidden.device:
-        raise ValueError(f"rows are on {rows.device}, hidden on {hidden.device}: move them with rows.to(device)")
-    if isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.dtype != torch.int64:
-            raise TypeError(f"seed must be an int or one int64, got {tuple(seed.shape)} of {seed.dtype}")
-    elif isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int or a one-element int64 tensor, got {type(seed).__name__}")
-    if times is not None:
-        if config.is_dirac:
-            raise ValueError(f"times must be None for loss={config.loss!r}, which is taken at t = 0")
-        if not isinstance(times, Tensor) or times.dim() != 1 or not times.is_floating_point():
-            got = f"{tuple(times.shape)} of {times.dtype}" if isinstance(times, Tensor) else type(times).__name__
-            raise ValueError(f"times must be an (M,) floating-point tensor, got {got}")
-        if times.device != hidden.device:
-            raise ValueError(f"times are on {times.device}, hidden on {hidden.device}")
-    if config.loss == "mtp":
-        if targets.shape != rows.labels.shape or targets.is_floating_point():
-            raise ValueError(
-                f"targets of loss='mtp' must be rows.labels {tuple(rows.labels.shape)}, got "
-                f"{tuple(targets.shape)} of {targets.dtype}"
-            )
-    else:
-        check_targets(targets, rows, hidden.device)
-    if config.loss == "cka":
-        return
-    if not isinstance(getattr(head, "shape", None), HeadShape):
-        raise TypeError(f"head must be a VelocityHead, got {type(head).__name__}")
-    check_scales(head, config)
-    if head.shape.hidden_size != hidden.shape[-1]:
-        raise ValueError(f"head was made for hidden size {head.shape.hidden_size}, hidden has {hidden.shape[-1]}")
-    size = hidden.shape[-1] if config.loss == "mtp" else targets.shape[1]
-    if head.shape.target_size != size:
-        raise ValueError(f"head was made for target size {head.shape.target_size}, targets have {size}")
-
-
-def check_scales(head: nn.Module, config: SFRConfig) -> None:
-    """The head's scales are part of what it learned: they must be those of the objective."""
-    for name in ("time_scale", "hidden_scale"):
-        if getattr(head.shape, name) != getattr(config, name):
-            raise ValueError(
-                f"head was made with {name} {getattr(head.shape, name):g}, config has {getattr(config, name):g}: "
-                "make it with VelocityHead.from_config"
-            )
-
-
-def check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) -> None:
-    if not isinstance(targets, Tensor) or targets.dim() != 2 or not targets.is_floating_point():
-        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        raise ValueError(f"targets must be (A, d) floating point, got {shape}")
-    if targets.shape[0] != rows.num_anchors:
-        raise ValueError(
-            f"targets must have one row for each of the {rows.num_anchors} anchors of rows, got {targets.shape[0]}"
-        )
-    if targets.device != device:
-        raise ValueError(f"targets are on {targets.device}, hidden on {device}")
-    finite = torch.isfinite(targets).all()
-    if targets.is_cuda:
-        torch._assert_async(finite, "targets contain NaN or infinite values")
-    elif not finite:
-        raise ValueError("targets contain NaN or infinite values")

@@ -1,195 +1,189 @@
 """Cross-entropy of logits = hidden · weightᵀ + bias over the supervised rows, a bounded chunk at a time.
 
-Supervised rows are gathered; per chunk of rows the logits are made in one reused buffer, turned into their gradient in
-place, and multiplied out at once: dh = dz W, dW += dzᵀ h. So the forward pass leaves the gradients of Σ_r w_r ℓ_r
-behind, and backward only scales them by upstream / normalizer, in float32 and out of place. `reduction="none"` has an
-upstream gradient per row, known in backward only: there the chunks are run again, each row weighted by its own.
+Supervised rows are gathered and go through the chunk loop (chunks.py), so the forward pass leaves the gradients of
+Σ_r w_r ℓ_r behind, and backward only scales them by upstream / normalizer, in float32 and out of place.
+`reduction="none"` has an upstream gradient per row, known in backward only: there the chunks are run again, each row
+weighted by its own.
 """
 
-import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..leaves import RowStats
 from ..rows import IGNORE_INDEX
+from .arguments import check_decoder, check_hidden
+from .chunks import LogitOptions, Plan, dweight_dtype_for, run_chunks
 from .dispatch import leaves, resolve_backend
-from .numerics import accumulate_product, autocast_dtype, check_hidden, normalizer_of, scaled, wide_dtype
-
-_VOCAB_BLOCK = 4096
-
-
-@dataclass(frozen=True)
-class LogitOptions:
-    """How logits become a loss; the same for every row."""
-
-    softcap: float | None = None
-    logit_scale: float = 1.0
-    label_smoothing: float = 0.0
-    z_loss: float = 0.0
-
-    def __post_init__(self):
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be positive, got {self.softcap}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
-        if not (self.z_loss >= 0 and math.isfinite(self.z_loss)):
-            raise ValueError(f"z_loss must be finite and not negative, got {self.z_loss}")
-        if not math.isfinite(self.logit_scale):
-            raise ValueError(f"logit_scale must be finite, got {self.logit_scale}")
+from .gradients import scale_gradients
+from .numerics import as_written, autocast_dtype, normalizer_of, wide_dtype
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything about a call that is not a differentiable tensor."""
-
-    labels: Tensor  # (n,)
-    options: LogitOptions
-    row_weight: Tensor | None  # (n,)
-    logits_dtype: torch.dtype
-    chunk_rows: int | None
-    leaves: object
-    need_stats: bool = False
-    per_row: bool = False
-    grad_enabled: bool = True
+def supervised(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """The tokens that carry a label (n,) int64, and the place of each token among them (N,) int32, −1 = none."""
+    mask = labels != ignore_index
+    index = mask.nonzero().squeeze(1)
+    token_row = torch.where(mask, mask.cumsum(0, dtype=torch.int32) - 1, -1).int()
+    return index, token_row
 
 
-def chunk_rows_for(n: int, hidden_size: int, dtype: torch.dtype, trained_head: bool) -> int:
-    """Rows of logits held at once.
-
-    Trained head: all of them while they take no more than the float32 dW accumulator that one chunk makes needless
-    (n · itemsize ≤ 4 H), else equal chunks of about H rows. Frozen head: chunks of at most H / 2 rows. Never below
-    1024: small products waste the machine.
-    """
-    if trained_head and n * dtype.itemsize <= 4 * hidden_size:
-        return max(n, 1)
-    most = max(1024, hidden_size if trained_head else hidden_size // 2)
-    chunks = max(1, -(-n // most))
-    return max(1, -(-n // chunks))
-
-
-@dataclass
-class LinearCrossEntropyResult:
-    """Row losses and the gradients of their sum; a gradient is None where it was not asked for."""
-
-    loss: Tensor  # (n,) float32
-    stats: RowStats | None
-    dhidden: Tensor | None  # (n, H)
-    dweight: Tensor | None  # (V, H), float32 where it was accumulated
-    dbias: Tensor | None  # (V,) float32
-
-
-def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """h Wᵀ + b in `out`, whose dtype may be wider than that of the factors; rounded once, bias included."""
-    if out.dtype == h.dtype:
-        return torch.mm(h, weight.T, out=out) if bias is None else torch.addmm(bias, h, weight.T, out=out)
-    if h.is_cuda:
-        torch.mm(h, weight.T, out_dtype=out.dtype, out=out)
-    else:
-        wide = h.to(out.dtype)
-        for start in range(0, weight.shape[0], _VOCAB_BLOCK):
-            block = slice(start, start + _VOCAB_BLOCK)
-            out[:, block] = wide @ weight[block].to(out.dtype).T
-    return out if bias is None else out.add_(bias)
-
-
-def run_chunks(
-    h: Tensor,  # (n, H)
+@torch.library.custom_op("sfr_kernels::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy_op(
+    hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    plan: Plan,
-    need: tuple[bool, bool, bool],  # gradients of h, weight, bias
-    dh: Tensor | None = None,  # (n, H), where to write the gradient of h
-) -> LinearCrossEntropyResult:
-    """The chunk loop: row losses, and the gradients of Σ_r row_weight[r] ℓ_r."""
-    n, hidden_size = h.shape
-    need_h, need_w, need_b = need
-    rows = plan.chunk_rows or chunk_rows_for(n, hidden_size, plan.logits_dtype, need_w)
-    rows = max(1, min(rows, n))
-    wide = wide_dtype(h.dtype)
-    # One chunk needs no accumulator, but fp16 has no room for a sum over thousands of rows.
-    one_product = rows >= n and h.dtype != torch.float16
-    buffer = h.new_empty(rows, weight.shape[0], dtype=plan.logits_dtype)
-    loss = h.new_empty(n, dtype=wide)
-    if need_h and dh is None:
-        dh = torch.empty_like(h)
-    dw = torch.zeros_like(weight, dtype=weight.dtype if one_product else wide) if need_w else None
-    db = h.new_zeros(weight.shape[0], dtype=wide) if need_b else None
-    stats = []
-    for start in range(0, n, rows):
-        chunk = slice(start, min(start + rows, n))
-        x = _logits(h[chunk], weight, bias, buffer[: chunk.stop - start])
-        loss[chunk], row_stats = plan.leaves.softmax_xent(
-            x,
-            plan.labels[chunk],
-            None if plan.row_weight is None else plan.row_weight[chunk],
-            logit_scale=plan.options.logit_scale,
-            softcap=plan.options.softcap,
-            label_smoothing=plan.options.label_smoothing,
-            z_loss=plan.options.z_loss,
-            need_grad=any(need),
-            need_stats=plan.need_stats,
-        )
-        stats.append(row_stats)
-        if any(need):
-            dz = x.to(h.dtype)
-            if need_h:
-                torch.mm(dz, weight, out=dh[chunk])
-            if need_w:
-                accumulate_product(dw, dz.T, h[chunk])
-            if need_b:
-                db += x.sum(0, dtype=wide)
-    if plan.need_stats:
-        empty = RowStats(loss.new_empty(0), plan.labels.new_empty(0), loss.new_empty(0))
-        stats = RowStats(*(torch.cat(column) for column in zip(*(stats or [empty]), strict=True)))
-    return LinearCrossEntropyResult(loss, stats if plan.need_stats else None, dh, dw, db)
+    labels: Tensor,  # (N,) int64
+    row_weight: Tensor | None,  # (N,)
+    normalizer: Tensor,  # zero-dim
+    ignore_index: int | None,  # None: every row is supervised, and nobody has to look
+    per_row: bool,  # the losses are wanted one by one
+    softcap: float | None,
+    logit_scale: float,
+    label_smoothing: float,
+    z_loss: float,
+    logits_dtype: torch.dtype,
+    chunk_rows: int,
+    need_stats: bool,
+    need: Sequence[bool],  # gradients of hidden, weight, bias
+    backend: str,
+) -> list[Tensor]:
+    """[loss, lse, predicted, entropy, token_row, dh (n, H), dW, db], empty where there is nothing to give.
 
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, normalizer, index, plan):
-        h = hidden.index_select(0, index)
-        need = tuple(plan.grad_enabled and not plan.per_row and flag for flag in ctx.needs_input_grad[:3])
-        out = run_chunks(h, weight, bias, plan, need)
-        ctx.plan, ctx.shape = plan, hidden.shape
-        if plan.per_row:
-            ctx.save_for_backward(hidden, weight, bias, normalizer, index)
+    loss is a scalar, or (N,) with `per_row`; there backward runs the chunks again, and no gradient is made here.
+    """
+    with as_written(hidden):
+        h, labels, row_weight, token_row = _gather(hidden, labels, row_weight, ignore_index)
+        options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
+        dw_dtype = dweight_dtype_for(*hidden.shape, h.dtype, logits_dtype, chunk_rows)
+        plan = Plan(labels, options, leaves(backend), logits_dtype, dw_dtype, row_weight, chunk_rows, need_stats)
+        check_labels(labels, weight.shape[0])
+        out = run_chunks(h, weight, bias, plan, (False,) * 3 if per_row else tuple(need))
+        if per_row:
             loss = out.loss / normalizer
+            loss = loss if token_row is None else _spread(loss, token_row)
         else:
-            ctx.save_for_backward(out.dhidden, out.dweight, out.dbias, normalizer, index)
-            ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
             loss = out.loss.sum() / normalizer
-        stats = () if out.stats is None else tuple(out.stats)
-        ctx.mark_non_differentiable(*stats)
-        return loss, *stats
+        empty = h.new_empty(0)
+        stats = out.stats or RowStats(out.loss.new_empty(0), labels.new_empty(0), out.loss.new_empty(0))
+        token_row = labels.new_empty(0, dtype=torch.int32) if token_row is None else token_row
+        dh = h.new_empty(0, 0) if out.dhidden is None else out.dhidden
+        return [loss, *stats, token_row, dh, *(empty.clone() if g is None else g for g in (out.dweight, out.dbias))]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream, *_):
-        if ctx.plan.per_row:
-            hidden, weight, bias, normalizer, index = ctx.saved_tensors
-            upstream = upstream.to(normalizer.dtype)
-            row_weight = upstream if ctx.plan.row_weight is None else upstream * ctx.plan.row_weight
-            plan = replace(ctx.plan, row_weight=row_weight, need_stats=False)
-            out = run_chunks(hidden.index_select(0, index), weight, bias, plan, ctx.needs_input_grad[:3])
-            dh, dw, db, factor = out.dhidden, out.dweight, out.dbias, 1 / normalizer
-            dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+
+def _gather(hidden, labels, row_weight, ignore_index):
+    """The supervised rows of each, and where each token's row is; the latter None if all are supervised."""
+    if ignore_index is None:
+        return hidden, labels, row_weight, None
+    index, token_row = supervised(labels, ignore_index)
+    return hidden[index], labels[index], None if row_weight is None else row_weight[index], token_row
+
+
+def _spread(rows: Tensor, token_row: Tensor) -> Tensor:
+    """(N,) values of rows at their tokens, 0 elsewhere."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(token_row.shape)
+    return torch.where(token_row >= 0, rows[token_row.clamp(min=0)], 0.0)
+
+
+@linear_cross_entropy_op.register_fake
+def _(hidden, weight, bias, labels, row_weight, normalizer, ignore_index, per_row, *options):
+    *_, logits_dtype, chunk_rows, need_stats, need, _ = options
+    wide = wide_dtype(hidden.dtype)
+    n = tokens = hidden.shape[0]
+    need = [flag and not per_row for flag in need]
+    if ignore_index is not None and (need_stats or need[0]):
+        n = torch.library.get_ctx().new_dynamic_size()
+    stats = n if need_stats else 0
+    dw_dtype = dweight_dtype_for(*hidden.shape, hidden.dtype, logits_dtype, chunk_rows)
+    dh = hidden.new_empty(n, hidden.shape[1]) if need[0] else hidden.new_empty(0, 0)
+    return [
+        hidden.new_empty(tokens if per_row else (), dtype=wide),
+        *(hidden.new_empty(stats, dtype=t) for t in (wide, torch.int64, wide)),
+        hidden.new_empty(0 if ignore_index is None else tokens, dtype=torch.int32),
+        dh,
+        torch.empty_like(weight, dtype=dw_dtype) if need[1] else hidden.new_empty(0),
+        hidden.new_empty(weight.shape[0], dtype=wide) if need[2] else hidden.new_empty(0),
+    ]
+
+
+@torch.library.custom_op("sfr_kernels::linear_cross_entropy_backward", mutates_args=())
+def linear_cross_entropy_backward(
+    upstream: Tensor,  # (N,)
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    row_weight: Tensor | None,
+    normalizer: Tensor,
+    ignore_index: int | None,
+    softcap: float | None,
+    logit_scale: float,
+    label_smoothing: float,
+    z_loss: float,
+    logits_dtype: torch.dtype,
+    chunk_rows: int,
+    need: Sequence[bool],
+    backend: str,
+) -> list[Tensor]:
+    """[dhidden, dW, db] of losses that were wanted one by one."""
+    with as_written(hidden):
+        kernels = leaves(backend)
+        row_weight = upstream.to(normalizer.dtype) * (1 if row_weight is None else row_weight)
+        h, labels, row_weight, token_row = _gather(hidden, labels, row_weight, ignore_index)
+        options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
+        dw_dtype = dweight_dtype_for(*hidden.shape, h.dtype, logits_dtype, chunk_rows)
+        plan = Plan(labels, options, kernels, logits_dtype, dw_dtype, row_weight, chunk_rows)
+        out = run_chunks(h, weight, bias, plan, tuple(need))
+        factor, grads = 1 / normalizer, []
+        if not need[0]:
+            grads.append(hidden.new_empty(0, 0))
+        elif token_row is None:
+            grads.append(kernels.scale(out.dhidden, factor, hidden.dtype))
         else:
-            dh, dw, db, normalizer, index = ctx.saved_tensors
-            factor, dtypes = upstream / normalizer, ctx.dtypes
-        if dh is not None:
-            dh = scatter_rows(scaled(dh, factor, dtypes[0]), index, ctx.shape)
-        dw = None if dw is None else scaled(dw, factor, dtypes[1])
-        db = None if db is None else scaled(db, factor, dtypes[2])
-        return dh, dw, db, None, None, None
+            grads.append(kernels.scatter_rows(out.dhidden, factor, token_row, hidden.dtype))
+        for g in (out.dweight, out.dbias):
+            grads.append(hidden.new_empty(0) if g is None else kernels.scale(g, factor, hidden.dtype))
+        return grads
 
 
-def scatter_rows(rows: Tensor, index: Tensor, shape: torch.Size) -> Tensor:
-    """(n, H) rows at their places in an (N, H) tensor of zeros."""
-    return rows.new_zeros(shape).index_copy_(0, index, rows)
+@linear_cross_entropy_backward.register_fake
+def _(upstream, hidden, weight, bias, labels, row_weight, normalizer, ignore_index, *options):
+    need = options[-2]
+    shapes = [
+        hidden.shape if need[0] else (0, 0),
+        weight.shape if need[1] else (0,),
+        weight.shape[:1] if need[2] else (0,),
+    ]
+    return [hidden.new_empty(shape) for shape in shapes]
+
+
+def _setup_context(ctx, inputs, output):
+    hidden, weight, bias, labels, row_weight, normalizer, ignore_index, ctx.per_row, *options = inputs
+    *options, _, _, ctx.backend = options
+    ctx.options, ctx.dtype = (ignore_index, *options), hidden.dtype
+    if ctx.per_row:
+        ctx.save_for_backward(hidden, weight, bias, labels, row_weight, normalizer)
+    else:
+        ctx.save_for_backward(normalizer, *output[4:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grads):
+    upstream, need = grads[0], ctx.needs_input_grad[:3]
+    if ctx.per_row:
+        found = linear_cross_entropy_backward(upstream, *ctx.saved_tensors, *ctx.options, list(need), ctx.backend)
+    else:
+        normalizer, token_row, dh, *decoder = ctx.saved_tensors
+        if not need[0]:
+            token_row = token_row[:0]
+        found = scale_gradients(upstream, normalizer, dh, token_row, decoder, [], ctx.dtype, ctx.dtype, ctx.backend)
+    return *(g if flag else None for g, flag in zip(found, need, strict=True)), *(None,) * 14
+
+
+linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear_cross_entropy(
@@ -241,63 +235,95 @@ def linear_cross_entropy(
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
-    backend = resolve_backend(backend, hidden.device)
+    dtype = autocast_dtype(hidden)
+    backend = resolve_backend(backend, hidden.device, dtype)
 
-    shape, hidden = labels.shape, hidden.reshape(-1, hidden.shape[-1])
+    shape, hidden = labels.shape, hidden.reshape(-1, hidden.shape[-1]).to(dtype)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if shift:
         following = torch.full_like(labels, ignore_index)
         following[..., :-1] = labels[..., 1:]
         labels = following
     labels = labels.reshape(-1).long()
-    index = (labels != ignore_index).nonzero().squeeze(1)
-    labels = labels[index]
-    check_labels(labels, weight.shape[0])
-    row_weight = None if row_weight is None else row_weight.detach().reshape(-1)[index]
-    dtype = autocast_dtype(hidden)
-    norm = normalizer_of(normalizer if reduction == "mean" else 1, index.numel(), hidden.device, wide_dtype(dtype))
-    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if backend == "reference":
-            if return_stats:
-                raise ValueError("return_stats is not served by backend='reference'")
-            rows = reference.linear_cross_entropy(
-                hidden[index], weight, labels, bias=bias, row_weight=row_weight, ignore_index=-1, **vars(options)
-            )
-            loss = rows if reduction == "none" else rows.sum() / norm
-            stats = ()
-        else:
-            plan = Plan(
-                labels,
-                options,
-                row_weight,
-                logits_dtype or dtype,
-                chunk_rows,
-                leaves(backend),
-                return_stats,
-                reduction == "none",
-                torch.is_grad_enabled(),
-            )
-            loss, *stats = _LinearCrossEntropy.apply(hidden, weight, bias, norm, index, plan)
-    if reduction == "none":
-        loss = loss.new_zeros(shape.numel()).index_copy(0, index, loss).view(shape)
+    row_weight = None if row_weight is None else row_weight.detach().reshape(-1)
+    if reduction != "mean":
+        normalizer = 1
+    elif normalizer is None:
+        normalizer = (labels != ignore_index).sum()
+    norm = normalizer_of(normalizer, 0, hidden.device, wide_dtype(dtype))
+    if backend == "reference":
+        if return_stats:
+            raise ValueError("return_stats is not served by backend='reference'")
+        return _reference(hidden, weight, bias, labels, row_weight, norm, ignore_index, options, reduction, shape)
+    loss, *stats = cross_entropy(
+        hidden,
+        weight,
+        bias,
+        labels,
+        row_weight,
+        norm,
+        ignore_index,
+        options,
+        per_row=reduction == "none",
+        logits_dtype=logits_dtype,
+        chunk_rows=chunk_rows or 0,
+        need_stats=return_stats,
+        backend=backend,
+    )
+    loss = loss.view(shape) if reduction == "none" else loss
     return (loss, RowStats(*stats)) if return_stats else loss
 
 
-def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Errors for a decoder that does not fit the hidden states."""
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"weight must be (V, H) with H = {hidden.shape[-1]} as in hidden, got {shape}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
-    cast = torch.is_autocast_enabled(hidden.device.type)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        if value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
-        if value.dtype != hidden.dtype and not cast:
-            raise TypeError(f"{name} is {value.dtype}, hidden is {hidden.dtype}: cast one, or use autocast")
+def cross_entropy(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,
+    labels: Tensor,  # (N,)
+    row_weight: Tensor | None,
+    normalizer: Tensor,
+    ignore_index: int | None,  # None: every row is supervised
+    options: LogitOptions,
+    *,
+    per_row: bool = False,
+    logits_dtype: torch.dtype | None = None,
+    chunk_rows: int = 0,
+    need_stats: bool = False,
+    backend: str,
+) -> list[Tensor]:
+    """[loss, lse, predicted, entropy], differentiable in hidden, weight and bias, which share one dtype."""
+    need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    return linear_cross_entropy_op(
+        hidden,
+        weight,
+        bias,
+        labels,
+        row_weight,
+        normalizer,
+        ignore_index,
+        per_row,
+        options.softcap,
+        options.logit_scale,
+        options.label_smoothing,
+        options.z_loss,
+        logits_dtype or hidden.dtype,
+        chunk_rows,
+        need_stats,
+        need,
+        backend,
+    )[:4]
+
+
+def _reference(hidden, weight, bias, labels, row_weight, norm, ignore_index, options, reduction, shape) -> Tensor:
+    index, token_row = supervised(labels, ignore_index)
+    row_weight = None if row_weight is None else row_weight[index]
+    check_labels(labels[index], weight.shape[0])
+    with torch.autocast(hidden.device.type, enabled=False):
+        rows = reference.linear_cross_entropy(
+            hidden[index], weight, labels[index], bias=bias, row_weight=row_weight, ignore_index=-1, **vars(options)
+        )
+    if reduction != "none":
+        return rows.sum() / norm
+    return rows.new_zeros(token_row.shape).index_copy(0, index, rows).view(shape)
 
 
 def check_labels(labels: Tensor, vocab: int) -> None:

@@ -1,11 +1,12 @@
-"""What every composite needs of arithmetic: casts under autocast, float32 accumulation and scaling, normalizers."""
+"""What every composite needs of arithmetic: casts under autocast, products with float32 sums, normalizers."""
 
+import contextlib
 import math
 
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 22
+from ..leaves.torch.scale import row_blocks
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -21,19 +22,20 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def row_blocks(x: Tensor) -> range:
-    """Starts of blocks of rows small enough that a temporary of one costs nothing; the step is the block's rows."""
-    return range(0, x.shape[0], max(1, _BLOCK_ELEMENTS // max(1, x[:1].numel())))
+@contextlib.contextmanager
+def as_written(x: Tensor):
+    """Inside an op: the dtypes that the code says, on the device where `x` is."""
+    guard = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    with guard, torch.autocast(x.device.type, enabled=False):
+        yield
 
 
-def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x · factor in float32, rounded once to `dtype`; x is left as it is."""
-    out = torch.empty_like(x, dtype=dtype)
-    blocks = row_blocks(x)
-    for start in blocks:
-        block = slice(start, start + blocks.step)
-        out[block] = x[block].to(wide_dtype(x.dtype)) * factor
-    return out
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, not rounded to the factors' dtype where that is of 16 bit."""
+    wide = wide_dtype(a.dtype)
+    if wide == a.dtype:
+        return a @ b
+    return torch.mm(a, b, out_dtype=wide) if a.is_cuda else a.to(wide) @ b.to(wide)
 
 
 def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -41,9 +43,8 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
         return
-    blocks, wide = row_blocks(total), b if a.is_cuda else b.to(total.dtype)
-    for start in blocks:
-        block = slice(start, start + blocks.step)
+    wide = b if a.is_cuda else b.to(total.dtype)
+    for block in row_blocks(total):
         if a.is_cuda:
             total[block] = torch.addmm(total[block], a[block], b, out_dtype=total.dtype)
         else:
@@ -61,13 +62,6 @@ def normalizer_of(normalizer: float | Tensor | None, count: int, device: torch.d
         return torch.where(normalizer == 0, 1.0, normalizer)
     if isinstance(normalizer, bool) or not isinstance(normalizer, int | float):
         raise TypeError(f"normalizer must be a number or a tensor, got {type(normalizer).__name__}")
-    if not (math.isfinite(normalizer) and normalizer >= 0):
+    if not 0 <= normalizer < math.inf:
         raise ValueError(f"normalizer must be a finite number, at least 0, got {normalizer}")
     return torch.full((), normalizer or 1, device=device, dtype=dtype)
-
-
-def check_hidden(hidden: Tensor) -> None:
-    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
-        raise TypeError(f"hidden must be a floating-point tensor, got {getattr(hidden, 'dtype', type(hidden))}")
-    if hidden.dim() < 2:
-        raise ValueError(f"hidden must be (..., H) with at least two dimensions, got {tuple(hidden.shape)}")

@@ -1,34 +1,39 @@
-"""The flow times of a step: which times there are, and which of them each row uses (DESIGN section 1, Presets)."""
+"""The randomness of a step: its seed, and the flow times drawn from it (DESIGN section 1, Presets)."""
 
 import torch
 from torch import Tensor
 
-from ..config import SFRConfig
-from ..leaves.torch.philox import random_words, to_uniform
 from ..rows import SupervisedRows
 
 
 def draw_times(
-    rows: SupervisedRows,
-    seed: int | Tensor,
-    config: SFRConfig,
+    leaves,
+    noise_id: Tensor,  # (n,) int64
+    time_index: Tensor | None,  # (n,) int32, the sequence of each row; None: one table for all rows
+    sequence_id: Tensor | None,  # (B,) int64, the identity of each sequence
+    seed: Tensor,  # (1,) int64
+    num_times: int,  # M, the size of the table; 0: every row at t = 0
 ) -> tuple[Tensor, Tensor]:  # times (M,) float32, time_index (n,) int32
     """The table of times and every row's index into it, from the seed and the rows' identities alone."""
-    n, device = len(rows), rows.device
-    if config.is_dirac:
-        return torch.zeros(1, device=device), torch.zeros(n, dtype=torch.int32, device=device)
-    if config.time_sampling == "sequence":
-        if rows.time_index is None:
-            raise ValueError("rows were made for stratified times; build them with this config (time_sampling)")
-        batch = rows.shape[0]
-        first = torch.zeros(batch, dtype=torch.int64, device=device)
-        first.scatter_reduce_(0, rows.time_index.long(), rows.noise_id, "amin", include_self=False)
-        return to_uniform(random_words(seed, first, 3)[:, 0]), rows.time_index
-    size = config.num_times
-    step = torch.zeros(1, dtype=torch.int64, device=device)
-    jitter = to_uniform(random_words(seed, step, 2, blocks=-(-size // 4))[0, :size])
-    times = (torch.arange(size, device=device) + jitter) / size
-    return times, (random_words(seed, rows.noise_id, 1)[:, 0] * size >> 32).int()
+    if num_times == 0:
+        device = noise_id.device
+        return torch.zeros(1, device=device), torch.zeros(noise_id.shape[0], dtype=torch.int32, device=device)
+    if time_index is None:
+        return leaves.stratified_times(noise_id, seed, num_times)
+    return leaves.sequence_times(sequence_id, seed), time_index
+
+
+def sequence_ids(rows: SupervisedRows) -> Tensor:
+    """(B,) int64: the first identity among the rows of each sequence."""
+    first = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
+    return first.scatter_reduce_(0, rows.time_index.long(), rows.noise_id, "amin", include_self=False)
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The seed as one int64 on the device: the same 64 bits, whether they came signed or not."""
+    if isinstance(seed, Tensor):
+        return seed.reshape(1).to(device)
+    return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -4,20 +4,21 @@
     a = a + SiLU(LN(W_i a + b_i))                       num_layers − 2 times
     v = W_o a + b_o
 
-Products run in the dtype of `hidden`, to which the parameters are cast; the time path, M rows of it, in float32.
-Gradients of parameters come back in float32 or in the dtype of the products, whichever they were made in.
+Products run in the dtype of `hidden`, to which the parameters are cast. Nothing is concatenated: the products with h
+and with x_t add up in one buffer, and each gradient is written where it belongs in the gradient of the joint weight.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from .dispatch import leaves, resolve_backend
-from .numerics import autocast_dtype, scaled, wide_dtype
+from .gradients import fake_parameter_grads, matrix_views, new_matrices, parameter_grads
+from .numerics import as_written, autocast_dtype, wide_dtype, wide_product
 
 
 @dataclass(frozen=True)
@@ -32,49 +33,42 @@ class HeadShape:
     hidden_scale: float
 
 
-@dataclass
 class HeadWeights:
     """The head's parameters, `VelocityHead.parameters()` in order, ready for the products."""
 
-    flat: list[Tensor]
-    shape: HeadShape
-    dtype: torch.dtype
+    def __init__(self, params: Sequence[Tensor], time_scale: float, hidden_scale: float, dtype: torch.dtype):
+        self.shapes = [p.shape for p in params]
+        gains = {k for k in range(6, len(params) - 2) if k % 4 >= 2}  # γ and β, of which no product is made
+        flat = [p if k in gains else p.to(dtype) for k, p in enumerate(params)]
+        self.time_scale, self.hidden_scale, self.dtype = time_scale, hidden_scale, dtype
+        self.w1, self.b1, self.w2, self.b2, w_in, self.b_in, self.gamma_in, self.beta_in = flat[:8]
+        self.size = self.w1.shape[0]  # d
+        self.w_x, self.w_tau, self.w_h = self.columns(w_in)
+        self.blocks = [flat[k : k + 4] for k in range(8, len(flat) - 2, 4)]
+        self.w_out, self.b_out = flat[-2:]
 
-    def __post_init__(self):
-        self.w1, self.b1, self.w2, self.b2 = (p.detach().to(wide_dtype(self.dtype)) for p in self.flat[:4])
-        rest = [p.detach() for p in self.flat[4:]]
-        w_in, self.b_in, self.gamma_in, self.beta_in = rest[:4]
-        d = self.shape.target_size
-        self.w_x = w_in[:, :d].to(self.dtype)
-        self.w_h = (w_in[:, 2 * d :] * self.shape.hidden_scale).to(self.dtype)
-        self.w_tau = w_in[:, d : 2 * d].to(wide_dtype(self.dtype))
-        self.blocks = [
-            (rest[k].to(self.dtype), rest[k + 1].to(self.dtype), rest[k + 2], rest[k + 3])
-            for k in range(4, 4 + 4 * self.shape.num_blocks, 4)
-        ]
-        self.w_out, self.b_out = (p.to(self.dtype) for p in rest[-2:])
+    def columns(self, w_in: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The parts of (D, d + d + H) that meet x_t, τ and h."""
+        d = self.size
+        return w_in[:, :d], w_in[:, d : 2 * d], w_in[:, 2 * d :]
 
 
 @dataclass
 class HeadActivations:
-    """What forward leaves for backward."""
+    """What forward leaves for backward, which takes it apart."""
 
-    inputs: list[Tensor]  # per normed layer: its input a, (n, D); the first is h, (n, H)
+    time: list[Tensor]  # sinusoid, pre-activation, activation and τ, each (M, d)
     normed: list[tuple[Tensor, Tensor, Tensor]]  # per normed layer: y (n, D), mean and rstd (n,)
-    a: Tensor  # (n, D), input of the output layer
-    x_t: Tensor | None  # (n, d)
-    time: tuple[Tensor, ...]  # sinusoid, pre-activation, activation and τ, each (M, d)
+    outputs: list[Tensor]  # per normed layer: a (n, D); at last v (n, d), whose place dv takes
 
+    def flatten(self) -> list[Tensor]:
+        return [*self.time, *(t for layer in self.normed for t in layer), *self.outputs]
 
-def sinusoid(times: Tensor, size: int, time_scale: float) -> Tensor:
-    """(M, size) in the dtype of `times`; DESIGN section 1, τ(t)."""
-    half = size // 2
-    exponent = torch.arange(half, dtype=times.dtype, device=times.device) / max(half - 1, 1)
-    angle = torch.outer(times * time_scale, torch.pow(10000.0, -exponent))
-    out = times.new_zeros(times.shape[0], size)
-    torch.sin(angle, out=out[:, :half])
-    torch.cos(angle, out=out[:, half : 2 * half])
-    return out
+    @classmethod
+    def unflatten(cls, flat: Sequence[Tensor]) -> "HeadActivations":
+        layers = (len(flat) - 5) // 4
+        stop = 4 + 3 * layers
+        return cls(list(flat[:4]), [tuple(flat[k : k + 3]) for k in range(4, stop, 3)], list(flat[stop:]))
 
 
 def head_forward(
@@ -84,91 +78,217 @@ def head_forward(
     x_t: Tensor | None,  # (n, d); None is x_t = 0
     times: Tensor,  # (M,)
     time_index: Tensor,  # (n,) int32
-) -> tuple[Tensor, HeadActivations]:
-    """v (n, d) and what backward needs."""
+) -> HeadActivations:
+    """v (n, d), the last of the outputs, and all that backward needs."""
     w = weights
-    s = sinusoid(times.to(w.w1.dtype), w.shape.target_size, w.shape.time_scale)
+    s = leaves.sinusoid(times, w.size, w.time_scale, w.dtype)
     z = torch.addmm(w.b1, s, w.w1.T)
     silu = F.silu(z)
     tau = torch.addmm(w.b2, silu, w.w2.T)
-    table = torch.addmm(w.b_in.to(tau.dtype), tau, w.w_tau.T)
+    table = wide_product(tau, w.w_tau.T).add_(w.b_in)
 
-    y = h @ w.w_h.T
+    y = h.new_empty(h.shape[0], w.w_h.shape[0])
+    torch.addmm(y, h, w.w_h.T, beta=0, alpha=w.hidden_scale, out=y)
     if x_t is not None:
         y.addmm_(x_t, w.w_x.T)
     a, mean, rstd = leaves.norm_act(y, w.gamma_in, w.beta_in, row_bias=table, row_index=time_index)
-    inputs, normed = [h], [(y, mean, rstd)]
+    saved = HeadActivations([s, z, silu, tau], [(y, mean, rstd)], [a])
     for weight, bias, gamma, beta in w.blocks:
         y = torch.addmm(bias, a, weight.T)
-        out, mean, rstd = leaves.norm_act(y, gamma, beta, residual=a)
-        inputs.append(a)
-        normed.append((y, mean, rstd))
-        a = out
-    return torch.addmm(w.b_out, a, w.w_out.T), HeadActivations(inputs, normed, a, x_t, (s, z, silu, tau))
+        a, mean, rstd = leaves.norm_act(y, gamma, beta, residual=a)
+        saved.normed.append((y, mean, rstd))
+        saved.outputs.append(a)
+    saved.outputs.append(torch.addmm(w.b_out, a, w.w_out.T))
+    return saved
 
 
 def head_backward(
     leaves,
     weights: HeadWeights,
-    saved: HeadActivations,
-    dv: Tensor,  # (n, d)
+    saved: HeadActivations,  # with dv for v; emptied on the way, so that what is used up is freed
+    h: Tensor,  # (n, H)
+    x_t: Tensor | None,  # (n, d)
     db_out: Tensor,  # (d,), Σ dv
     time_index: Tensor,  # (n,) int32
-    dh: Tensor | None,  # (n, H), to which the gradient of h is added; None if it is not needed
-) -> list[Tensor]:
-    """Gradients of the parameters, in the order of `weights.flat`."""
+    *,
+    need_params: bool = True,
+    dh: Tensor | None = None,  # (n, H), where the gradient of h goes, may be h itself; None if it is not needed
+    add_to_dh: bool = False,  # add to what dh holds
+    overwrite: bool = False,  # dy may take the place of y in `saved`
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the parameters: the matrices' buffer and the vectors', empty if not needed."""
     w = weights
+    matrices = new_matrices(w.shapes, h) if need_params else h.new_empty(0)
+    count = sum(len(s) == 2 for s in w.shapes)
+    views = matrix_views(matrices, w.shapes) if need_params else [None] * count
+    d_w1, d_w2, d_w_in, *d_blocks, d_out = views
+    dv, a = saved.outputs.pop(), saved.outputs.pop()
+    if need_params:
+        torch.mm(dv.T, a, out=d_out)
+    del a
+    tail = [db_out]
     da = dv @ w.w_out
-    tail = [dv.T @ saved.a, db_out]
-    for block in range(len(w.blocks) - 1, -1, -1):
-        weight, _, gamma, beta = w.blocks[block]
-        y, mean, rstd = saved.normed[block + 1]
-        dy, dgamma, dbeta, dbias = leaves.norm_act_backward(da, y, gamma, beta, mean, rstd)
-        tail = [dy.T @ saved.inputs[block + 1], dbias[0], dgamma, dbeta, *tail]
-        da = torch.addmm(da, dy, weight)
-    y, mean, rstd = saved.normed[0]
+    del dv
+    for (weight, _, gamma, beta), d_weight in zip(reversed(w.blocks), reversed(d_blocks), strict=True):
+        y, mean, rstd = saved.normed.pop()
+        dy, dgamma, dbeta, dbias = leaves.norm_act_backward(da, y, gamma, beta, mean, rstd, dy=y if overwrite else None)
+        a = saved.outputs.pop()
+        if need_params:
+            torch.mm(dy.T, a, out=d_weight)
+        tail = [dbias[0], dgamma, dbeta, *tail]
+        da.addmm_(dy, weight)
+    y, mean, rstd = saved.normed.pop()
     dy, dgamma, dbeta, dtable = leaves.norm_act_backward(
-        da, y, w.gamma_in, w.beta_in, mean, rstd, row_index=time_index, num_bias=saved.time[0].shape[0]
+        da,
+        y,
+        w.gamma_in,
+        w.beta_in,
+        mean,
+        rstd,
+        row_index=time_index,
+        num_bias=saved.time[0].shape[0],
+        dy=y if overwrite else None,
     )
-    s, z, silu, tau = saved.time
-    dw_tau, dtau = dtable.T @ tau, dtable @ w.w_tau
-    sigma = torch.sigmoid(z)
-    dz = (dtau @ w.w2) * sigma * (1 + z * (1 - sigma))
-    time_grads = [dz.T @ s, dz.sum(0), dtau.T @ silu, dtau.sum(0)]
-
-    h, x_t = saved.inputs[0], saved.x_t
-    dw_h = (dy.T @ h).mul_(w.shape.hidden_scale)
-    dw_x = torch.zeros_like(w.w_x) if x_t is None else dy.T @ x_t
-    dw_in = torch.cat([g.to(dw_tau.dtype) for g in (dw_x, dw_tau, dw_h)], dim=1)
+    vectors = h.new_empty(0, dtype=wide_dtype(w.dtype))
+    if need_params:
+        d_x, d_tau, d_h = w.columns(d_w_in)
+        d_time = _time_backward(leaves, w, saved.time, dtable, d_w1, d_w2, d_tau)
+        if x_t is None:
+            d_x.zero_()
+        else:
+            torch.mm(dy.T, x_t, out=d_x)
+        torch.addmm(d_h, dy.T, h, beta=0, alpha=w.hidden_scale, out=d_h)
+        vectors = torch.cat([*d_time, dgamma, dbeta, *tail])
     if dh is not None:
-        dh.addmm_(dy, w.w_h)
-    return [*time_grads, dw_in, dtable.sum(0), dgamma, dbeta, *tail]
+        torch.addmm(dh, dy, w.w_h, beta=int(add_to_dh), alpha=w.hidden_scale, out=dh)
+    return matrices, vectors
 
 
-class _VelocityHead(torch.autograd.Function):
-    """The head alone, with an upstream gradient for v: what cosine and mtp are built on."""
+def _time_backward(
+    leaves,
+    w: HeadWeights,
+    time: Sequence[Tensor],
+    dtable: Tensor,  # (M, D) float32
+    d_w1: Tensor,  # (d, d), where its gradient goes; the others alike
+    d_w2: Tensor,  # (d, d)
+    d_tau: Tensor,  # (D, d)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of the table of row biases; the gradients of b_1, b_2 and b.
 
-    @staticmethod
-    def forward(ctx, h, x_t, times, time_index, leaves, shape, *params):
-        weights = HeadWeights(list(params), shape, h.dtype)
-        v, ctx.saved = head_forward(leaves, weights, h, x_t, times, time_index)
-        ctx.leaves, ctx.shape = leaves, shape
-        ctx.save_for_backward(time_index, h, *params)
-        return v
+    A row of dtable is a sum over many tokens. Rounded to 16 bit it would be worse than the sums of a product over all
+    tokens, which is what this path replaces; so it goes on in two parts of 16 bit.
+    """
+    s, z, silu, tau = time
+    m, wide = dtable.shape[0], dtable.dtype
+    parts = leaves.split(dtable, m, w.dtype)
+    times = len(parts) // m
+    s, silu, tau = torch.cat([t for t in (s, silu, tau) for _ in range(times)]).split(times * m)
+    torch.mm(parts.T, tau, out=d_tau)
+    parts = leaves.split(wide_product(parts, w.w_tau), m, w.dtype)
+    db2 = parts.sum(0, dtype=wide)
+    torch.mm(parts.T, silu, out=d_w2)
+    parts = leaves.split(wide_product(parts, w.w2), m, w.dtype, z)
+    torch.mm(parts.T, s, out=d_w1)
+    return parts.sum(0, dtype=wide), db2, dtable.sum(0)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dv):
-        time_index, h, *params = ctx.saved_tensors
-        weights = HeadWeights(params, ctx.shape, h.dtype)
+
+@torch.library.custom_op("sfr_kernels::velocity_head", mutates_args=())
+def velocity_head_op(
+    h: Tensor,  # (n, H)
+    x_t: Tensor | None,  # (n, d); None is x_t = 0
+    times: Tensor,  # (M,)
+    time_index: Tensor,  # (n,) int32
+    params: Sequence[Tensor],
+    time_scale: float,
+    hidden_scale: float,
+    need_grad: bool,
+    backend: str,
+) -> list[Tensor]:
+    """[v (n, d)], and where a gradient is needed the other activations behind it."""
+    with as_written(h):
+        weights = HeadWeights(params, time_scale, hidden_scale, h.dtype)
+        saved = head_forward(leaves(backend), weights, h, x_t, times, time_index)
+        v = saved.outputs.pop()
+        return [v, *saved.flatten()] if need_grad else [v]
+
+
+@velocity_head_op.register_fake
+def _(h, x_t, times, time_index, params, time_scale, hidden_scale, need_grad, backend):
+    n, m, d, width = h.shape[0], times.shape[0], params[0].shape[0], params[4].shape[0]
+    v, wide = h.new_empty(n, d), wide_dtype(h.dtype)
+    if not need_grad:
+        return [v]
+    layers = 1 + (len(params) - 10) // 4
+    time = [h.new_empty(m, d) for _ in range(4)]
+    stats = [h.new_empty(n, dtype=wide) for _ in range(2)]
+    normed = [torch.empty_like(t) for _ in range(layers) for t in (h.new_empty(n, width), *stats)]
+    return [v, *time, *normed, *(h.new_empty(n, width) for _ in range(layers))]
+
+
+@torch.library.custom_op("sfr_kernels::velocity_head_backward", mutates_args=())
+def velocity_head_backward(
+    dv: Tensor,  # (n, d)
+    h: Tensor,
+    x_t: Tensor | None,
+    time_index: Tensor,
+    params: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    time_scale: float,
+    hidden_scale: float,
+    need_hidden: bool,
+    need_params: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dh, and the parameters' gradients in the matrices' and the vectors' buffer; empty where not needed."""
+    with as_written(h):
+        weights = HeadWeights(params, time_scale, hidden_scale, h.dtype)
         dv = dv.contiguous()
-        dh = torch.zeros_like(h) if ctx.needs_input_grad[0] else None
-        grads = head_backward(ctx.leaves, weights, ctx.saved, dv, dv.sum(0, dtype=wide_dtype(dv.dtype)), time_index, dh)
-        return dh, None, None, None, None, None, *(g.to(p.dtype) for g, p in zip(grads, params, strict=True))
+        activations = HeadActivations.unflatten([*saved, dv])
+        dh = torch.empty_like(h) if need_hidden else None
+        matrices, vectors = head_backward(
+            leaves(backend),
+            weights,
+            activations,
+            h,
+            x_t,
+            dv.sum(0, dtype=wide_dtype(dv.dtype)),
+            time_index,
+            need_params=need_params,
+            dh=dh,
+        )
+        return h.new_empty(0, 0) if dh is None else dh, matrices, vectors
+
+
+@velocity_head_backward.register_fake
+def _(dv, h, x_t, time_index, params, saved, time_scale, hidden_scale, need_hidden, need_params, backend):
+    dh = torch.empty_like(h) if need_hidden else h.new_empty(0, 0)
+    return dh, *fake_parameter_grads(h, params, need_params)
+
+
+def _setup_context(ctx, inputs, output):
+    h, x_t, _, time_index, params, *ctx.scales, _, ctx.backend = inputs
+    ctx.num_params = len(params)
+    ctx.save_for_backward(h, x_t, time_index, *params, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grads):
+    h, x_t, time_index, *rest = ctx.saved_tensors
+    params, saved = rest[: ctx.num_params], rest[ctx.num_params :]
+    need_h, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+    dh, matrices, vectors = velocity_head_backward(
+        grads[0], h, x_t, time_index, params, saved, *ctx.scales, need_h, any(need), ctx.backend
+    )
+    d_params = parameter_grads(matrices, vectors, [(p.shape, p.dtype) for p in params], need)
+    return dh if need_h else None, None, None, None, d_params, None, None, None, None
+
+
+velocity_head_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def velocity_head(
-    leaves,
+    backend: str,
     head: torch.nn.Module,  # a VelocityHead
     h: Tensor,  # (n, H)
     x_t: Tensor | None,  # (n, d); None is x_t = 0
@@ -176,24 +296,28 @@ def velocity_head(
     time_index: Tensor,  # (n,) int32
 ) -> Tensor:
     """v (n, d), differentiable in h and the parameters; not in x_t."""
-    dtype = autocast_dtype(h)
-    with torch.autocast(h.device.type, enabled=False):
-        x_t = None if x_t is None else x_t.to(dtype)
-        return _VelocityHead.apply(h.to(dtype), x_t, times, time_index, leaves, head.shape, *head.parameters())
+    dtype, params = autocast_dtype(h), list(head.parameters())
+    h = h.to(dtype)
+    need_grad = torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in params))
+    shape = head.shape
+    return velocity_head_op(
+        h,
+        None if x_t is None else x_t.to(dtype),
+        times,
+        time_index,
+        params,
+        shape.time_scale,
+        shape.hidden_scale,
+        need_grad,
+        backend,
+    )[0]
 
 
 def evaluate_head(head: torch.nn.Module, h: Tensor, x_t: Tensor, times: Tensor, time_index: Tensor) -> Tensor:
     """`velocity_head` on the backend of the environment and the device."""
-    backend = resolve_backend(None, h.device)
+    backend = resolve_backend(None, h.device, h.dtype)
     if backend == "reference":
         params = {name: p.to(h.dtype) for name, p in head.named_parameters()}
         t = times.to(h.dtype)[time_index]
         return reference.velocity(params, x_t, t, h, head.shape.time_scale, head.shape.hidden_scale)
-    return velocity_head(leaves(backend), head, h, x_t, times, time_index)
-
-
-def scaled_grads(grads: list[Tensor], dtypes: list[torch.dtype], factor: Tensor, need: tuple[bool, ...]) -> list:
-    """The parameters' gradients times `factor`, in the parameters' dtypes; None where not needed."""
-    if not any(need):
-        return [None] * len(need)
-    return [scaled(g, factor, t) if n else None for g, t, n in zip(grads, dtypes, need, strict=True)]
+    return velocity_head(backend, head, h, x_t, times, time_index)

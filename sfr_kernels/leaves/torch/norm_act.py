@@ -52,6 +52,7 @@ def norm_act_backward(
     *,
     row_index: Tensor | None = None,  # (n,) int32
     num_bias: int = 1,  # M
+    dy: Tensor | None = None,  # (n, D), where to write dy; may be y or dout itself
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dy (n, D) in y's dtype; dγ, dβ (D,) and d row_bias (M, D) in float32; Σ dy (1, D) where row_index is None."""
     x_hat = (_wide(y) - mean.unsqueeze(1)).mul_(rstd.unsqueeze(1))
@@ -59,14 +60,15 @@ def norm_act_backward(
     sigma = torch.sigmoid(z)
     dz = _wide(dout) * sigma * (1 + z * (1 - sigma))
     q = dz * _wide(gamma)
-    dy = q - q.mean(1, keepdim=True) - x_hat * (q * x_hat).mean(1, keepdim=True)
-    dy.mul_(rstd.unsqueeze(1))
+    wide = q - q.mean(1, keepdim=True) - x_hat * (q * x_hat).mean(1, keepdim=True)
+    wide.mul_(rstd.unsqueeze(1))
     if row_index is None:
-        dbias = dy.sum(0, keepdim=True)
+        dbias = wide.sum(0, keepdim=True)
     else:
-        dbias = dy.new_zeros(num_bias, dy.shape[1])
-        if dy.is_cuda:  # sorts, where index_add_ would add in any order
-            dbias.index_put_((row_index.long(),), dy, accumulate=True)
+        dbias = wide.new_zeros(num_bias, wide.shape[1])
+        if wide.is_cuda:  # sorts, where index_add_ would add in any order
+            dbias.index_put_((row_index.long(),), wide, accumulate=True)
         else:
-            dbias.index_add_(0, row_index, dy)
-    return dy.to(y.dtype), (dz * x_hat).sum(0), dz.sum(0), dbias
+            dbias.index_add_(0, row_index, wide)
+    dy = wide.to(y.dtype) if dy is None else dy.copy_(wide)
+    return dy, (dz * x_hat).sum(0), dz.sum(0), dbias

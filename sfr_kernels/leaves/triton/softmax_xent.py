@@ -1,0 +1,198 @@
+"""Cross-entropy of rows of logits, and its gradient written over them:
+
+    z = cap · tanh(s x / cap)      lse = log Σ_j exp z_j
+    ℓ = lse − (1 − ε) z_y − ε mean(z) + λ_z lse²
+    dz = p (1 + 2 λ_z lse) − (1 − ε) onehot(y) − ε / V      dx = w s (1 − (z / cap)²) dz
+
+One program a row, two passes over it. The first keeps a running maximum and sums relative to it; the second, only
+where there is a gradient, writes dx. Nothing is saved: the gradient is the only thing backward needs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import RowStats
+from .elementary import tanh
+from .launch import launch
+
+
+@triton.jit
+def _exp(x):
+    """What `tl.exp` does but for its care of subnormal results, a third of the instructions of a pass."""
+    return tl.exp2(1.4426950408889634 * x)
+
+
+@triton.jit
+def _squash(x, rate, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """z, and tanh where there is a cap."""
+    x = x.to(tl.float32)
+    if HAS_SCALE or HAS_SOFTCAP:
+        x *= rate
+    t = x
+    if HAS_SOFTCAP:
+        t = tanh(x)
+        x = softcap * t
+    return x, t
+
+
+@triton.jit
+def _softmax_xent_kernel(
+    x_ptr, x_row, x_col, label_ptr, weight_ptr, loss_ptr, lse_ptr, predicted_ptr, entropy_ptr,
+    V, logit_scale, softcap, label_smoothing, z_loss,
+    HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr, NEED_STATS: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """A block is (LANES, WIDTH) columns; a lane, which lies in one thread, has its own maximum and sums until the row
+    is over, so that no thread waits for another between the blocks."""
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_row
+    label = tl.load(label_ptr + row)
+    rate = logit_scale / softcap if HAS_SOFTCAP else logit_scale
+    z_label = _squash(tl.load(x_ptr + label * x_col), rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
+    # Σ (z − pivot) instead of Σ z: a large common offset cancels before it can cost digits.
+    pivot = tl.where(z_label > float("-inf"), z_label, 0.0)
+
+    lane, within = tl.arange(0, LANES)[:, None], tl.arange(0, WIDTH)[None, :]
+    # Neighbours lie in one thread where it can read them at once, else in neighbouring threads.
+    offs_block = lane * WIDTH + within if VECTOR else within * LANES + lane
+    blocks = tl.cdiv(V, LANES * WIDTH)
+
+    # Finite, so that z = −inf leaves exp(z − top) = 0; no finite z is lower.
+    top = tl.full((LANES,), -3.4028234663852886e38, dtype=tl.float32)
+    total = tl.zeros((LANES,), dtype=tl.float32)  # Σ exp(z − top)
+    moment = tl.zeros((LANES,), dtype=tl.float32)  # Σ exp(z − top) (z − top)
+    rest = tl.zeros((LANES,), dtype=tl.float32)  # Σ (z − pivot)
+    best = tl.zeros((LANES,), dtype=tl.int32)
+    for block in range(blocks):
+        first = block * (LANES * WIDTH)
+        offs = first + offs_block
+        mask = offs < V
+        at = x_ptr + offs.to(tl.int64) * x_col
+        policy: tl.constexpr = "evict_last" if NEED_GRAD else "evict_first"
+        x = tl.load(at, mask=mask, other=float("-inf"), eviction_policy=policy)
+        z = _squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
+        if HAS_SCALE or HAS_SOFTCAP:
+            z = tl.where(mask, z, float("-inf"))
+        if NEED_STATS:
+            high, index = tl.max(z, axis=1, return_indices=True)
+            column = index * (1 if VECTOR else LANES) + tl.arange(0, LANES) * (WIDTH if VECTOR else 1)
+            best = tl.where(high > top, first + column, best)
+        else:
+            high = tl.max(z, axis=1)
+        high = tl.maximum(top, high)
+        below = top - high
+        carry = _exp(below)
+        d = z - high[:, None]
+        e = _exp(d)
+        if NEED_STATS:
+            moment = (moment + total * below) * carry + tl.sum(tl.where(e > 0.0, e * d, 0.0), axis=1)
+        total = total * carry + tl.sum(e, axis=1)
+        if HAS_SMOOTHING:
+            rest += tl.sum(tl.where(mask, z - pivot, 0.0), axis=1)
+        top = high
+
+    lane_top = top
+    top = tl.max(lane_top, axis=0)
+    below = lane_top - top
+    carry = _exp(below)
+    lane_total = total
+    total = tl.sum(lane_total * carry, axis=0)
+    log_total = tl.log(total)
+    lse = top + log_total
+    loss = log_total - (1.0 - label_smoothing) * (z_label - top)
+    if HAS_SMOOTHING:
+        loss -= label_smoothing * (pivot - top + tl.sum(rest, axis=0) / V)
+    if HAS_Z_LOSS:
+        loss += z_loss * lse * lse
+    weight = tl.load(weight_ptr + row).to(tl.float32) if HAS_WEIGHT else 1.0
+    tl.store(loss_ptr + row, loss * weight)
+    if NEED_STATS:
+        moment = tl.sum((moment + lane_total * below) * carry, axis=0)
+        index = tl.min(tl.where(lane_top == top, best, V - 1), axis=0)
+        tl.store(lse_ptr + row, lse)
+        tl.store(predicted_ptr + row, index.to(tl.int64))
+        tl.store(entropy_ptr + row, log_total - moment / total)
+
+    if NEED_GRAD:
+        slope = weight * logit_scale
+        share = slope / total
+        if HAS_Z_LOSS:
+            share *= 1.0 + 2.0 * z_loss * lse
+        # From the end: what was read last is what caches still hold.
+        for back in range(blocks):
+            first = (blocks - 1 - back) * (LANES * WIDTH)
+            offs = first + offs_block
+            mask = offs < V
+            at = x_ptr + offs.to(tl.int64) * x_col
+            x = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+            z, t = _squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)
+            dx = _exp(z - top) * share
+            if HAS_SMOOTHING:
+                dx -= slope * (label_smoothing / V)
+            dx = tl.where(offs == label.to(tl.int32), dx - slope * (1.0 - label_smoothing), dx)
+            if HAS_SOFTCAP:
+                dx *= 1.0 - t * t
+            tl.store(at, dx.to(x_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+def _block(logits: Tensor, has_more: bool) -> dict:
+    """LANES, WIDTH, VECTOR and num_warps.
+
+    A thread has four 16-byte loads in flight: 64 KiB a multiprocessor where it holds 1024 threads, more than an H100's
+    memory needs to be busy. It reads about 256 bytes of the row in all. So the rows of the 1024 threads take 256 KiB
+    together, 34 MB on the chip, and the second pass finds them in its 50 MB of L2. At V = 128256 in bf16 that is one
+    program of 1024 threads with at most 64 registers each; a cap or smoothing needs some of them, and float32 is no
+    denser in registers than in memory: two loads.
+    """
+    vocab, size = logits.shape[1], logits.element_size()
+    warps = min(32, max(1, triton.next_power_of_2(triton.cdiv(vocab * size, 32 * 256))))
+    # What Triton can see: one number that 16 does not divide, and every load becomes a load of one element.
+    if logits.stride(1) == 1 and not any(k % 16 for k in (vocab, logits.stride(0), logits.data_ptr())):
+        loads = 2 if has_more or size == 4 else 4
+        return dict(LANES=loads * 32 * warps, WIDTH=16 // size, VECTOR=True, num_warps=warps)
+    return dict(LANES=32 * warps, WIDTH=8, VECTOR=False, num_warps=warps)
+
+
+def softmax_xent(
+    logits: Tensor,  # (n, V); holds dlogits afterwards if need_grad
+    labels: Tensor,  # (n,) int64 in [0, V)
+    row_weight: Tensor | None = None,  # (n,) float32
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    need_grad: bool = True,
+    need_stats: bool = False,
+) -> tuple[Tensor, RowStats | None]:
+    """row_weight · ℓ (n,) in float32, and the statistics if asked for."""
+    n, vocab = logits.shape
+    loss = torch.empty(n, dtype=torch.float32, device=logits.device)
+    stats = RowStats(torch.empty_like(loss), torch.empty_like(labels), torch.empty_like(loss)) if need_stats else None
+    launch(
+        _softmax_xent_kernel,
+        (n,),
+        logits,
+        *logits.stride(),
+        labels.contiguous(),
+        None if row_weight is None else row_weight.contiguous(),
+        loss,
+        *(stats or (None,) * 3),
+        vocab,
+        float(logit_scale),
+        1.0 if softcap is None else float(softcap),
+        float(label_smoothing),
+        float(z_loss),
+        HAS_WEIGHT=row_weight is not None,
+        HAS_SCALE=logit_scale != 1,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_SMOOTHING=label_smoothing != 0,
+        HAS_Z_LOSS=z_loss != 0,
+        NEED_GRAD=need_grad,
+        NEED_STATS=need_stats,
+        **_block(logits, has_more=softcap is not None or label_smoothing != 0),
+    )
+    return loss, stats

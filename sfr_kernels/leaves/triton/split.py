@@ -1,0 +1,56 @@
+"""A float32 matrix as two of 16 bit, x = hi + lo, so that products with it are nearly those of float32:
+
+x ← Σ parts of x (· SiLU'(z))      hi = round(x)      lo = round(x − hi)
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import launch
+
+
+@triton.jit
+def _split_kernel(
+    x_ptr, z_ptr, out_ptr, numel, TWO_PARTS: tl.constexpr, HAS_Z: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < numel
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    if TWO_PARTS:
+        x += tl.load(x_ptr + numel + offs, mask=mask, other=0.0)
+    if HAS_Z:
+        z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        sigma = tl.sigmoid(z)
+        x *= sigma * (1.0 + z * (1.0 - sigma))
+    hi = x.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offs, hi, mask=mask)
+    if SPLIT:
+        tl.store(out_ptr + numel + offs, (x - hi.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def split(
+    x: Tensor,  # (j · M, d) float32, contiguous: j parts of M rows, one or two, to be added
+    size: int,  # M
+    dtype: torch.dtype,
+    z: Tensor | None = None,  # (M, d), contiguous
+) -> Tensor:
+    """[hi; lo] (2M, d) in a `dtype` of 16 bit; else x alone, (M, d)."""
+    width, parts = x.shape[1], 2 if dtype.itemsize == 2 else 1
+    out = torch.empty(parts * size, width, dtype=dtype, device=x.device)
+    launch(
+        _split_kernel,
+        (triton.cdiv(size * width, 1024),),
+        x,
+        z,
+        out,
+        size * width,
+        TWO_PARTS=x.shape[0] > size,
+        HAS_Z=z is not None,
+        SPLIT=parts == 2,
+        BLOCK=1024,
+        num_warps=4,
+    )
+    return out

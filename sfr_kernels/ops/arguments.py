@@ -1,0 +1,100 @@
+"""Errors for arguments that do not fit together: raised once, by the public functions, naming the argument."""
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SFRConfig
+from ..rows import SupervisedRows
+from .velocity_head import HeadShape
+
+
+def check_hidden(hidden: Tensor) -> None:
+    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+        raise TypeError(f"hidden must be a floating-point tensor, got {getattr(hidden, 'dtype', type(hidden))}")
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden must be (..., H) with at least two dimensions, got {tuple(hidden.shape)}")
+
+
+def check_config(config: SFRConfig) -> None:
+    if not isinstance(config, SFRConfig):
+        raise TypeError(f"config must be an SFRConfig, got {type(config).__name__}")
+
+
+def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
+    """Errors for arguments of the flow loss that do not fit together."""
+    if not isinstance(rows, SupervisedRows):
+        raise TypeError(f"rows must be SupervisedRows, got {type(rows).__name__}")
+    if hidden.shape[:-1].numel() != rows.shape[0] * rows.shape[1]:
+        raise ValueError(f"rows were made for {rows.shape} tokens, hidden has {tuple(hidden.shape[:-1])}")
+    if rows.device != hidden.device:
+        raise ValueError(f"rows are on {rows.device}, hidden on {hidden.device}: move them with rows.to(device)")
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int or one int64, got {tuple(seed.shape)} of {seed.dtype}")
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int or a one-element int64 tensor, got {type(seed).__name__}")
+    if times is not None:
+        if config.is_dirac:
+            raise ValueError(f"times must be None for loss={config.loss!r}, which is taken at t = 0")
+        if not isinstance(times, Tensor) or times.dim() != 1 or not times.is_floating_point():
+            got = f"{tuple(times.shape)} of {times.dtype}" if isinstance(times, Tensor) else type(times).__name__
+            raise ValueError(f"times must be an (M,) floating-point tensor, got {got}")
+        if times.device != hidden.device:
+            raise ValueError(f"times are on {times.device}, hidden on {hidden.device}")
+    if config.loss == "mtp":
+        if targets.shape != rows.labels.shape or targets.is_floating_point():
+            raise ValueError(
+                f"targets of loss='mtp' must be rows.labels {tuple(rows.labels.shape)}, got "
+                f"{tuple(targets.shape)} of {targets.dtype}"
+            )
+    else:
+        check_targets(targets, rows, hidden.device)
+    if config.loss == "cka":
+        return
+    if not isinstance(getattr(head, "shape", None), HeadShape):
+        raise TypeError(f"head must be a VelocityHead, got {type(head).__name__}")
+    check_scales(head, config)
+    if head.shape.hidden_size != hidden.shape[-1]:
+        raise ValueError(f"head was made for hidden size {head.shape.hidden_size}, hidden has {hidden.shape[-1]}")
+    size = hidden.shape[-1] if config.loss == "mtp" else targets.shape[1]
+    if head.shape.target_size != size:
+        raise ValueError(f"head was made for target size {head.shape.target_size}, targets have {size}")
+
+
+def check_scales(head: nn.Module, config: SFRConfig) -> None:
+    """The head's scales are part of what it learned: they must be those of the objective."""
+    for name in ("time_scale", "hidden_scale"):
+        if getattr(head.shape, name) != getattr(config, name):
+            raise ValueError(
+                f"head was made with {name} {getattr(head.shape, name):g}, config has {getattr(config, name):g}: "
+                "make it with VelocityHead.from_config"
+            )
+
+
+def check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) -> None:
+    if not isinstance(targets, Tensor) or targets.dim() != 2 or not targets.is_floating_point():
+        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
+        raise ValueError(f"targets must be (A, d) floating point, got {shape}")
+    if targets.shape[0] != rows.num_anchors:
+        raise ValueError(
+            f"targets must have one row for each of the {rows.num_anchors} anchors of rows, got {targets.shape[0]}"
+        )
+    if targets.device != device:
+        raise ValueError(f"targets are on {targets.device}, hidden on {device}")
+
+
+def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Errors for a decoder that does not fit the hidden states."""
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"weight must be (V, H) with H = {hidden.shape[-1]} as in hidden, got {shape}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+    cast = torch.is_autocast_enabled(hidden.device.type)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
+        if value.dtype != hidden.dtype and not cast:
+            raise TypeError(f"{name} is {value.dtype}, hidden is {hidden.dtype}: cast one, or use autocast")

@@ -1,0 +1,91 @@
+"""The gradients that a forward pass leaves behind, and the one thing backward does with them: scale them.
+
+Forward keeps gradients of Σ_r coefficient[r] ℓ_r. The head's many parameters share two buffers, one for matrices in the
+dtype of the products and one for vectors in float32, so that backward scales all of them in two launches.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import leaves
+from .numerics import as_written, wide_dtype
+
+_ALIGNMENT = 64  # elements: every matrix starts where a GEMM likes to write
+
+
+def _matrix_sizes(shapes: Sequence[torch.Size]) -> list[int]:
+    """Elements of the matrices among `shapes`, rounded up to the alignment."""
+    return [-(-math.prod(s) // _ALIGNMENT) * _ALIGNMENT for s in shapes if len(s) == 2]
+
+
+def matrix_views(buffer: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The matrices among `shapes` as views of one buffer."""
+    matrices = [s for s in shapes if len(s) == 2]
+    parts = buffer.split(_matrix_sizes(shapes))
+    return [part[: math.prod(s)].view(s) for part, s in zip(parts, matrices, strict=True)]
+
+
+def new_matrices(shapes: Sequence[torch.Size], like: Tensor) -> Tensor:
+    """The buffer of the matrices. A gap between two of them holds zeros: it is scaled along with them."""
+    exact = sum(math.prod(s) for s in shapes if len(s) == 2)
+    total = sum(_matrix_sizes(shapes))
+    return like.new_empty(total) if total == exact else like.new_zeros(total)
+
+
+def parameter_grads(
+    matrices: Tensor, vectors: Tensor, params: Sequence[tuple[torch.Size, torch.dtype]], need: Sequence[bool]
+) -> list[Tensor | None]:
+    """Each parameter's gradient from the two scaled buffers; None where it is not needed."""
+    if not any(need):
+        return [None] * len(params)
+    shapes = [shape for shape, _ in params]
+    matrix = iter(matrix_views(matrices, shapes))
+    vector = iter(vectors.split([s[0] for s in shapes if len(s) == 1]))
+    grads = [next(matrix) if len(shape) == 2 else next(vector) for shape in shapes]
+    return [g.to(dtype) if n else None for g, (_, dtype), n in zip(grads, params, need, strict=True)]
+
+
+def fake_parameter_grads(like: Tensor, params: Sequence[Tensor], need: bool) -> tuple[Tensor, Tensor]:
+    """Tensors of the shape and dtype of the two buffers."""
+    shapes = [p.shape for p in params] if need else []
+    vectors = sum(s[0] for s in shapes if len(s) == 1)
+    return like.new_empty(sum(_matrix_sizes(shapes))), like.new_empty(vectors, dtype=wide_dtype(like.dtype))
+
+
+@torch.library.custom_op("sfr_kernels::scale_gradients", mutates_args=())
+def scale_gradients(
+    upstream: Tensor,  # zero-dim
+    normalizer: Tensor,  # zero-dim
+    dh: Tensor,  # (n, H)
+    token_row: Tensor,  # (N,) int32, the row of dh of each token; empty: dh has one for every token, in order
+    decoder: Sequence[Tensor],
+    head: Sequence[Tensor],
+    dtype: torch.dtype,  # of dhidden and the decoder's gradients
+    head_dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    """[dhidden (N, H), *decoder, *head], each times upstream / normalizer in float32."""
+    with as_written(dh):
+        kernels, factor = leaves(backend), upstream.to(normalizer.dtype) / normalizer
+        if token_row.numel():
+            dhidden = kernels.scatter_rows(dh, factor, token_row, dtype)
+        else:
+            dhidden = kernels.scale(dh, factor, dtype)
+        rest = [(x, dtype) for x in decoder] + [(x, head_dtype) for x in head]
+        return [dhidden, *(kernels.scale(x, factor, t) for x, t in rest)]
+
+
+@scale_gradients.register_fake
+def _(upstream, normalizer, dh, token_row, decoder, head, dtype, head_dtype, backend):
+    tokens = token_row.shape[0] or dh.shape[0]
+    rest = [(x, dtype) for x in decoder] + [(x, head_dtype) for x in head]
+    return [dh.new_empty(tokens, dh.shape[1], dtype=dtype), *(torch.empty_like(x, dtype=t) for x, t in rest)]
+
+
+def head_dtype_of(params: Sequence[Tensor], hidden_dtype: torch.dtype) -> torch.dtype:
+    """One dtype in which every parameter's gradient can be kept until it is cast to its own."""
+    dtypes = {p.dtype for p in params}
+    return dtypes.pop() if len(dtypes) == 1 else wide_dtype(hidden_dtype)

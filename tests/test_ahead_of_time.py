@@ -1,0 +1,179 @@
+"""Every kernel configuration compiles for every supported chip, without a GPU: no spill, and shared memory that fits.
+
+The launchers themselves say what they would launch: they are run on small CPU tensors with the launch recorded instead.
+"""
+
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+from sfr_kernels.leaves import FlowPath  # noqa: E402
+from sfr_kernels.leaves import triton as leaves  # noqa: E402
+
+if not isinstance(leaves.flow_path.__globals__["_flow_path_kernel"], JITFunction):
+    pytest.skip("the interpreter has nothing to compile", allow_module_level=True)
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+HALF, FLOAT = torch.bfloat16, torch.float32
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Whole 16-byte accesses at every width of block; one width that no vector divides, and one wider than any block.
+WIDTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+ODD, WIDE = 777, 12288
+
+
+def flow(width: int, targets=FLOAT, source_std=1.0) -> FlowPath:
+    n = 3
+    index = torch.zeros(n, dtype=torch.int32)
+    e = torch.zeros(2, width, dtype=targets)
+    return FlowPath(
+        e, torch.zeros(5), torch.zeros(n, dtype=torch.int64), index, index, torch.zeros(1).long(), 2.0, source_std
+    )
+
+
+def flow_calls(width: int, dtype: torch.dtype, **options):
+    path = flow(width, **options)
+    leaves.flow_path(path, dtype)
+    for coefficient in (None, torch.zeros(3)):
+        leaves.flow_mse(torch.zeros(3, width, dtype=dtype), path, coefficient)
+
+
+def norm_calls(width: int, dtype: torch.dtype, vectors: torch.dtype):
+    y, gamma, table = torch.zeros(3, width, dtype=dtype), torch.zeros(width, dtype=vectors), torch.zeros(5, width)
+    index, stats = torch.zeros(3, dtype=torch.int32), torch.zeros(3)
+    for bias, residual in product((False, True), repeat=2):
+        leaves.norm_act(
+            y, gamma, gamma, residual=y if residual else None, **dict(row_bias=table, row_index=index) if bias else {}
+        )
+    leaves.norm_act_backward(y, y, gamma, gamma, stats, stats)
+    leaves.norm_act_backward(y, y, gamma, gamma, stats, stats, row_index=index, num_bias=5)
+
+
+def scale_calls(width: int, dtype: torch.dtype, out: torch.dtype):
+    x, factor = torch.zeros(3, width, dtype=dtype), torch.zeros(())
+    leaves.scale(x, factor, out)
+    leaves.scatter_rows(x, factor, torch.zeros(7, dtype=torch.int32), out)
+
+
+def split_calls(dtype: torch.dtype):
+    x, z = torch.zeros(10, 1024), torch.zeros(5, 1024, dtype=dtype)
+    for rows, gate in product((5, 10), (None, z)):
+        leaves.split(x[:rows], 5, dtype, gate)
+
+
+def time_calls(width: int, dtype: torch.dtype):
+    leaves.sinusoid(torch.zeros(5), width, 1000.0, dtype)
+    leaves.stratified_times(torch.zeros(3).long(), torch.zeros(1).long(), 256)
+    leaves.sequence_times(torch.zeros(3).long(), torch.zeros(1).long())
+
+
+def cross_entropy_calls(vocab: int, dtype: torch.dtype):
+    logits, labels, weight = torch.zeros(2, vocab, dtype=dtype), torch.zeros(2).long(), torch.zeros(2)
+    everything = dict(softcap=3.0, logit_scale=0.5, label_smoothing=0.1, z_loss=0.1)
+    for row_weight, options in product((None, weight), ({}, everything)):
+        leaves.softmax_xent(logits, labels, row_weight, **options)
+    for options in (dict(need_grad=False), dict(need_stats=True), dict(softcap=3.0), dict(label_smoothing=0.1)):
+        leaves.softmax_xent(logits, labels, **options)
+    leaves.softmax_xent(logits, labels, weight, need_grad=False, need_stats=True, **everything)
+
+
+def all_calls():
+    for vocab, dtype in product((16, 331, 32000, 50257, 128256), DTYPES):  # a vocabulary of any size, and popular ones
+        cross_entropy_calls(vocab, dtype)
+    for width, dtype in [*product(WIDTHS, [HALF]), *product((1024, ODD, WIDE), DTYPES)]:
+        flow_calls(width, dtype)
+        norm_calls(width, dtype, dtype)
+        scale_calls(width, dtype, dtype)
+        time_calls(width, dtype)
+    for targets in DTYPES:
+        flow_calls(1024, HALF, targets=targets, source_std=0.0)
+        flow_calls(1024, HALF, targets=targets)
+    norm_calls(1024, HALF, FLOAT)
+    for dtype in DTYPES:
+        split_calls(dtype)
+        scale_calls(1024, dtype, FLOAT)
+        scale_calls(1024, FLOAT, dtype)
+
+
+def configuration(kernel, args, meta):
+    """What Triton would compile for a launch: (signature, constants, divisible arguments, options)."""
+    given = dict(zip(kernel.arg_names, args, strict=False))
+    options = {name: value for name, value in meta.items() if name not in kernel.arg_names}
+    given |= {name: value for name, value in meta.items() if name in kernel.arg_names}
+    signature, constants, divisible = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, given[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                divisible.append(parameter.num)
+        elif isinstance(value, int):
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(parameter.num)
+        else:
+            signature[name] = "fp32"
+    return tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(options.items())
+
+
+@pytest.fixture(scope="module")
+def configurations():
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            JITFunction,
+            "__getitem__",
+            lambda kernel, grid: (
+                lambda *args, **meta: found.setdefault((kernel.__name__, configuration(kernel, args, meta)), kernel)
+            ),
+        )
+        all_calls()
+    return found
+
+
+def compiled(kernel, configuration, capability: int):
+    signature, constants, divisible, options = configuration
+    source = ASTSource(kernel, dict(signature), dict(constants), {(i,): [["tt.divisibility", 16]] for i in divisible})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED, … of the one function in a cubin."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    line = next(line for line in done.stdout.splitlines() if "REG:" in line)
+    return {key: int(value) for key, value in (field.split(":") for field in line.split() if field.count(":") == 1)}
+
+
+@pytest.mark.parametrize("capability", SHARED)
+def test_every_configuration_compiles_without_a_spill(configurations, capability):
+    def judge(item):
+        (name, config), kernel = item
+        result = compiled(kernel, config, capability)
+        used = resources(result.asm["cubin"])
+        return name, dict(config[1]), used["STACK"], result.metadata.shared
+
+    with ThreadPoolExecutor(2) as pool:
+        rows = list(pool.map(judge, configurations.items()))
+    assert len(rows) > 100
+    assert len({name for name, *_ in rows}) >= 12  # every kernel of the package
+    for name, constants, stack, shared in rows:
+        assert stack == 0, f"{name} {constants} keeps {stack} bytes on the stack of sm_{capability}"
+        assert shared <= SHARED[capability], f"{name} {constants} wants {shared} bytes of shared memory"

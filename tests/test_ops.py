@@ -1,0 +1,125 @@
+"""The public functions as operators: they trace whole under torch.compile with dynamic shapes, and keep its rules."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import Case, assert_same, evaluate, make_case, small_config
+
+from sfr_kernels import SupervisedRows, flow_matching_loss, linear_cross_entropy, sfr_loss
+from sfr_kernels.ops.flow_loss import flow_arguments, flow_loss_op
+from sfr_kernels.ops.gradients import scale_gradients
+from sfr_kernels.ops.linear_cross_entropy import linear_cross_entropy_op
+from sfr_kernels.ops.sfr_loss import sfr_loss_op
+from sfr_kernels.ops.velocity_head import velocity_head_op
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def run_sfr(x: SimpleNamespace, case: Case, rows: SupervisedRows, targets, seed):
+    return sfr_loss(x.hidden, x.weight, x.head, rows, targets, seed=seed, config=case.config, bias=x.bias).loss
+
+
+def run_flow(x, case, rows, targets, seed):
+    return flow_matching_loss(x.hidden, x.head, rows, targets, seed=seed, config=case.config)
+
+
+def run_cross_entropy(x, case, rows, targets, seed):
+    return linear_cross_entropy(x.hidden, x.weight, case.labels, bias=x.bias, shift=True)
+
+
+def run_row_losses(x, case, rows, targets, seed):
+    losses, stats = linear_cross_entropy(
+        x.hidden, x.weight, case.labels, shift=True, reduction="none", return_stats=True, softcap=3.0
+    )
+    return losses.square().sum() + stats.lse.sum()
+
+
+COMPILED = {
+    "flow": (run_flow, "flow", "default"),
+    "flow, official": (run_flow, "flow", "official"),
+    "mse": (run_flow, "mse", "default"),
+    "cosine": (run_flow, "cosine", "default"),
+    "cka": (run_flow, "cka", "default"),
+    "sfr": (run_sfr, "flow", "default"),
+    "sfr, mtp": (run_sfr, "mtp", "default"),
+    "cross-entropy": (run_cross_entropy, "flow", "default"),
+    "row losses and statistics": (run_row_losses, "flow", "default"),
+}
+
+
+@pytest.mark.parametrize("function, loss, preset", COMPILED.values(), ids=COMPILED.keys())
+def test_compiles_whole_with_dynamic_shapes(function, loss, preset):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (13, 17):
+        case = make_case(small_config(preset, loss=loss), length=length)
+        seed = torch.tensor([length])
+        results = [
+            evaluate(lambda x, f=f, c=case, s=seed: f(x, c, c.rows, c.targets, s), case.inputs())
+            for f in (function, compiled)
+        ]
+        assert_same(*results[::-1])
+    counters = torch._dynamo.utils.counters["stats"]
+    assert counters["unique_graphs"] == 1, "recompiled for another length"
+    torch._dynamo.utils.counters.clear()
+
+
+def operators():
+    """Each operator with arguments of a small call: every gradient needed, and none."""
+    for loss, preset in (("flow", "default"), ("flow", "official"), ("mse", "default")):
+        case = make_case(small_config(preset, loss=loss, num_layers=3))
+        x, rows = case.inputs(), case.rows
+        norm = torch.tensor(7.0, dtype=torch.float64)
+        arguments = flow_arguments(rows, case.targets, None, 3, case.config, x.head)
+        index = rows.rows[: rows.num_flow]
+        for need in (True, False):
+            params = [p.detach().requires_grad_(need) for p in x.head.parameters()]
+            hidden = x.hidden.detach().flatten(0, 1).requires_grad_(need)
+            decoder = [t.detach().requires_grad_(need) for t in (x.weight, x.bias)]
+            model, labels = (hidden, *decoder, params, rows.rows), rows.labels[rows.ce_start :]
+            yield (
+                f"flow_loss, {loss}, {preset}, {need}",
+                flow_loss_op,
+                (hidden, params, index, rows.token_row, norm, *arguments, need, need, "torch"),
+            )
+            yield (
+                f"sfr_loss, {loss}, {preset}, {need}",
+                sfr_loss_op,
+                (*model, labels, rows.token_row, norm, norm, norm / 7, None, 1.0, *arguments, [need] * 4, "torch"),
+            )
+    time_index = torch.zeros(5, dtype=torch.int32)
+    x_t = torch.randn(5, 6, dtype=torch.float64)
+    for need in (True, False):
+        h, *params = (t.detach().requires_grad_(need) for t in (hidden[:5], *params))
+        yield (
+            f"velocity_head, {need}",
+            velocity_head_op,
+            (h, x_t, torch.rand(2), time_index, params, 2.0, 0.3, need, "torch"),
+        )
+    labels = case.labels.flatten()
+    for ignore in (-100, None):
+        for per_row in (True, False):
+            kept = labels.clamp(min=0) if ignore is None else labels
+            options = (None, 1.0, 0.0, 0.0, torch.float64, 5, True, [True] * 3, "torch")
+            yield (
+                f"linear_cross_entropy, {ignore}, {per_row}",
+                linear_cross_entropy_op,
+                (hidden, x.weight, x.bias, kept, torch.rand(len(kept)), norm, ignore, per_row, *options),
+            )
+    dh, vectors = torch.randn(5, 4), [torch.randn(6), torch.randn(7)]
+    token_row = torch.tensor([3, -1, 4, 0, 9, 1, 2], dtype=torch.int32)
+    half = torch.bfloat16
+    yield (
+        "scale_gradients",
+        scale_gradients,
+        (norm.float(), norm.float(), dh, token_row, vectors, vectors, half, torch.float32, "torch"),
+    )
+
+
+OPERATORS = list(operators())
+
+
+@pytest.mark.parametrize("operator, arguments", [o[1:] for o in OPERATORS], ids=[o[0] for o in OPERATORS])
+def test_opcheck(operator, arguments):
+    torch.library.opcheck(operator, arguments)

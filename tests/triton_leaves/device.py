@@ -1,0 +1,26 @@
+"""Where the Triton kernels run in these tests: on a GPU, else in Triton's interpreter, which takes a process of its own
+(tests/test_interpreter.py)."""
+
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU or Triton's interpreter", allow_module_level=True)
+
+# The interpreter computes with the raw bits of bfloat16.
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return (found.double().cpu() - exact.double().cpu()).norm().item()
+
+
+def assert_as_good(found, eager, exact, k: float = 1.5) -> None:
+    """‖found − exact‖ ≤ k ‖eager − exact‖ + 2⁻²² ‖exact‖: the floor is one rounding of a float32 result, or two."""
+    mine, theirs = error(found, exact), error(eager, exact)
+    bound = k * theirs + 2.0**-22 * exact.double().norm().item()
+    assert mine <= bound, f"error {mine:.3e}, eager torch {theirs:.3e}, norm {exact.double().norm().item():.3e}"

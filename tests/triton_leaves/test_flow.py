@@ -1,0 +1,154 @@
+"""flow_path and flow_mse in Triton: the reference's noise, bit for bit up to the logarithm, and the loss on it."""
+
+import pytest
+import torch
+from device import DEVICE, DTYPES, assert_as_good, error
+
+from sfr_kernels.leaves import FlowPath
+from sfr_kernels.leaves import torch as eager
+from sfr_kernels.leaves import triton as leaves
+from sfr_kernels.leaves.torch.philox import random_words, to_uniform
+
+triton = pytest.importorskip("triton")
+import triton.language as tl  # noqa: E402
+
+from sfr_kernels.leaves.triton import column_sum as rows_of  # noqa: E402
+from sfr_kernels.leaves.triton.elementary import log, sincos_turns  # noqa: E402
+from sfr_kernels.leaves.triton.philox import words  # noqa: E402
+
+SEEDS = (0, -6917529027641081857, 2**63 - 1)  # both halves of the key in use, signs included
+
+
+def make_path(n, d, dtype=torch.float32, seed=SEEDS[1], source_std=0.7, strided=False, anchors=3) -> FlowPath:
+    g = torch.Generator().manual_seed(0)
+    targets = torch.randn(anchors, 2 * d if strided else d, generator=g).to(dtype)
+    targets = targets[:, ::2] if strided else targets
+    anchor, index = (torch.randint(k, (n,), generator=g, dtype=torch.int32) for k in (anchors, 5))
+    identity = torch.randint(2**62, (n,), generator=g)
+    tensors = (targets, torch.rand(5, generator=g), identity, anchor, index, torch.tensor([seed]))
+    return FlowPath(*(t.to(DEVICE) for t in tensors), 1.9, source_std)
+
+
+def on_cpu(path: FlowPath, dtype=None) -> FlowPath:
+    values = [v.cpu() if isinstance(v, torch.Tensor) else v for v in vars(path).values()]
+    return FlowPath(values[0].to(dtype or values[0].dtype), *values[1:])
+
+
+def exact_ends(path: FlowPath):
+    """x_0 and x_1 in float64, the noise from the uniform numbers as float32 has them."""
+    path = on_cpu(path)
+    size = path.targets.shape[1]
+    u = to_uniform(random_words(path.seed, path.noise_id, 0, -(-size // 4))).double().unflatten(1, (-1, 2))
+    radius, angle = (-2 * u[..., 0].log()).sqrt(), 2 * torch.pi * u[..., 1]
+    noise = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=2).flatten(1)[:, :size]
+    return path.source_std * noise, path.target_scale * path.targets.double()[path.anchor.long()]
+
+
+@triton.jit
+def _words_kernel(out_ptr, identity_ptr, seed_ptr, STREAM: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    block = tl.arange(0, BLOCK)
+    found = words(tl.load(seed_ptr), tl.load(identity_ptr + row), block, STREAM)
+    for lane in tl.static_range(4):
+        tl.store(out_ptr + (row * BLOCK + block) * 4 + lane, found[lane].to(tl.int64))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("stream", [0, 1, 2, 3])
+def test_words_are_the_bits_of_the_torch_leaf(seed, stream):
+    identity = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**40 + 7, -1, -(2**63), 2**63 - 1])
+    out = torch.empty(len(identity), 32, dtype=torch.int64, device=DEVICE)
+    arguments = (t.to(DEVICE) for t in (identity, torch.tensor([seed])))
+    _words_kernel[(len(identity),)](out, *arguments, STREAM=stream, BLOCK=8)
+    assert torch.equal(out.cpu(), random_words(seed, identity, stream, 8))
+
+
+@triton.jit
+def _elementary_kernel(x_ptr, log_ptr, sin_ptr, cos_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs, mask=offs < n, other=0.5)
+    sine, cosine = sincos_turns(x)
+    tl.store(log_ptr + offs, log(x), mask=offs < n)
+    tl.store(sin_ptr + offs, sine, mask=offs < n)
+    tl.store(cos_ptr + offs, cosine, mask=offs < n)
+
+
+def test_logarithm_and_circle_are_within_two_units_of_the_last_place():
+    edges = torch.tensor([2.0**-33, 2.0**-32, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1 - 2.0**-24])
+    x = torch.cat([edges, torch.rand(5000, generator=torch.Generator().manual_seed(0)).clamp(min=1e-9)])
+    found = torch.empty(3, len(x), device=DEVICE)
+    _elementary_kernel[(triton.cdiv(len(x), 1024),)](x.to(DEVICE), *found, len(x), BLOCK=1024, enable_fp_fusion=False)
+    turn = 2 * torch.pi * x.double()
+    exact = torch.stack([x.double().log(), turn.sin(), turn.cos()])
+    unit = torch.maximum(exact.abs(), torch.tensor([[0.0], [2.0**-10], [2.0**-10]])) * 2.0**-23
+    assert ((found.double().cpu() - exact).abs() <= 2 * unit + 1e-300).all()
+
+
+# d: below, at and above whole Philox blocks of four; not a power of two; more than one block of columns
+@pytest.mark.parametrize("n, d", [(5, 1), (4, 6), (3, 64), (7, 384), (2, 2500)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_flow_path(n, d, dtype):
+    for path in (make_path(n, d), make_path(n, d, torch.float16, seed=SEEDS[2], strided=True)):
+        x_0, x_1 = exact_ends(path)
+        t = path.times.cpu().double()[path.time_index.cpu().long()].unsqueeze(1)
+        found = leaves.flow_path(path, dtype)
+        assert found.dtype == dtype and found.shape == (n, d)
+        assert_as_good(found, eager.flow_path(on_cpu(path), dtype), (1 - t) * x_0 + t * x_1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source_std", [0.7, 0.0])  # with noise, and from a point
+@pytest.mark.parametrize("n, d", [(1, 3), (9, 384), (2, 2500)])  # 2500: two blocks of columns
+def test_flow_mse(n, d, source_std, dtype, monkeypatch):
+    path = make_path(n, d, source_std=source_std)
+    g = torch.Generator().manual_seed(1)
+    v, coefficient = torch.randn(n, d, generator=g).to(dtype), torch.randn(n, generator=g)
+    x_0, x_1 = exact_ends(path)
+    e = v.double() - (x_1 - (x_0 if source_std else 0))
+    dv = e * coefficient.double().unsqueeze(1) * 2 / d
+    theirs = v.clone()
+    loss, db = eager.flow_mse(theirs, on_cpu(path), coefficient)
+    monkeypatch.setattr(rows_of, "MAX_PARTS", 4)  # nine rows: three programs of three
+    on_device = v.to(DEVICE, copy=True)
+    for mine in (on_device, on_device.T.clone().T, torch.cat([on_device, on_device], 1)[:, d:]):  # strided twice
+        only, nothing = leaves.flow_mse(mine, path)
+        assert nothing is None and torch.equal(mine.cpu(), v)
+        found = leaves.flow_mse(mine, path, coefficient.to(DEVICE))
+        assert torch.equal(only, found[0]) and found[0].shape == (n,) and found[1].shape == (d,)
+        for ours, eagers, exact in (
+            (found[0], loss, e.square().mean(1)),
+            (found[1], db, dv.sum(0)),
+            (mine, theirs, dv),
+        ):
+            assert_as_good(ours, eagers, exact)
+
+
+def test_no_rows():
+    path = make_path(0, 6)
+    assert leaves.flow_path(path, torch.float32).shape == (0, 6)
+    loss, db = leaves.flow_mse(torch.empty(0, 6, device=DEVICE), path, torch.empty(0, device=DEVICE))
+    assert loss.shape == (0,) and torch.equal(db.cpu(), torch.zeros(6))
+
+
+@pytest.mark.parametrize("num_times", [1, 7, 256])
+@pytest.mark.parametrize("n", [0, 3, 300])
+def test_times_are_those_of_the_reference(n, num_times):
+    seed = torch.tensor([SEEDS[1]])
+    identity = torch.randint(-(2**63), 2**63 - 1, (n,), generator=torch.Generator().manual_seed(n))
+    for found, wanted in zip(
+        leaves.stratified_times(identity.to(DEVICE), seed.to(DEVICE), num_times),
+        eager.stratified_times(identity, seed, num_times),
+        strict=True,
+    ):
+        assert found.dtype == wanted.dtype and torch.equal(found.cpu(), wanted)
+    found = leaves.sequence_times(identity.to(DEVICE), seed.to(DEVICE))
+    assert torch.equal(found.cpu(), eager.sequence_times(identity, seed))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 34, 384, 1030])  # one frequency, odd ones, more than one block
+def test_sinusoid(size):
+    times = torch.cat([torch.tensor([0.0, 1.0]), torch.rand(6, generator=torch.Generator().manual_seed(0))])
+    exact = eager.sinusoid(times.double(), size, 1000.0, torch.float64)
+    found = leaves.sinusoid(times.to(DEVICE), size, 1000.0, torch.float32)
+    # the angle is taken in float64 here: closer than float32, where a thousand radians cost four digits
+    assert error(found, exact) <= 2.0**-22 * max(1.0, exact.norm().item())

@@ -1,0 +1,127 @@
+"""The losses over the Triton leaves: every value and gradient against the reference in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import assert_as_good_as_eager, evaluate, in_float64, make_case, reference_flow, reference_sfr, small_config
+from device import DEVICE, DTYPES, ON_GPU
+
+from sfr_kernels import flow_matching_loss, linear_cross_entropy, reference, sfr_loss
+
+
+def on_device(case, dtype, head_dtype=None):
+    """The case's rows and targets where the kernels run, and fresh leaves there in `dtype`."""
+    x = case.inputs(dtype, head_dtype)
+    tensors = {name: t.detach().to(DEVICE).requires_grad_() for name, t in vars(x).items() if torch.is_tensor(t)}
+    head = None if x.head is None else x.head.to(DEVICE)
+    moved = replace(case, rows=case.rows.to(DEVICE), targets=case.targets.to(DEVICE))
+    return moved, type(x)(**tensors, head=head, params={} if head is None else dict(head.named_parameters()))
+
+
+def judge(case, ours, eager, dtype, k=1.5, draws=4 if ON_GPU else 2):
+    """‖ours − exact‖ ≤ k ‖eager − exact‖ for every value and gradient, over several hidden states and seeds."""
+    found = [], [], []
+    for draw in range(draws):
+        hidden = torch.randn(case.hidden.shape, generator=torch.Generator().manual_seed(draw), dtype=torch.float64)
+        drawn = replace(case, hidden=hidden, seed=draw)
+        moved, x = on_device(drawn, dtype)
+        mine = evaluate(ours(moved), x)
+        assert mine["value"].dtype == torch.float32 and mine["hidden"].dtype == dtype
+        found[0].append({name: t.cpu() for name, t in mine.items()})
+        moved, y = on_device(drawn, dtype)
+        found[1].append({name: t.cpu() for name, t in evaluate(eager(moved), y).items()})
+        found[2].append(evaluate(eager(drawn), in_float64(drawn.inputs(dtype))))
+    assert_as_good_as_eager(*({name: torch.stack([r[name] for r in rs]) for name in rs[0]} for rs in found), k)
+
+
+def ours_flow(case, **overrides):
+    options = dict(seed=case.seed, config=case.config, backend="triton") | overrides
+    return lambda x: flow_matching_loss(x.hidden, x.head, case.rows, case.targets, **options)
+
+
+def ours_sfr(case, **overrides):
+    options = dict(seed=case.seed, config=case.config, bias=True, backend="triton") | case.options | overrides
+    options.pop("bias")
+    return lambda x: sfr_loss(x.hidden, x.weight, x.head, case.rows, case.targets, bias=x.bias, **options).loss
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("preset, loss", [("default", "flow"), ("official", "flow"), ("default", "mse")])
+def test_flow_loss(preset, loss, dtype):
+    case = make_case(small_config(preset, loss=loss, width=24, num_layers=4), hidden_size=20, target_size=14)
+    judge(case, ours_flow, reference_flow, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("preset, options", [("default", {}), ("official", dict(softcap=3.0, logit_scale=0.7))])
+def test_sfr_loss(preset, options, dtype):
+    case = make_case(small_config(preset, width=24), hidden_size=20, target_size=14, vocab=37)
+    judge(replace(case, options=options), ours_sfr, reference_sfr, dtype)
+
+
+@pytest.mark.parametrize("loss", ["cosine", "cka", "mtp"])
+def test_relatives_of_the_flow_loss(loss):
+    case = make_case(small_config(loss=loss), hidden_size=20, target_size=14, vocab=37)
+    exact = evaluate(reference_sfr(case), case.inputs())
+    moved, x = on_device(case, torch.float32)
+    for name, value in evaluate(ours_sfr(moved), x).items():
+        torch.testing.assert_close(
+            value.cpu().double(), exact[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy(dtype, reduction):
+    case = make_case(small_config(), hidden_size=20, vocab=37)
+    options = dict(softcap=4.0, logit_scale=0.8, label_smoothing=0.1, z_loss=0.01)
+
+    def ours(case):
+        labels = case.labels.to(DEVICE)
+        return lambda x: linear_cross_entropy(
+            x.hidden, x.weight, labels, bias=x.bias, shift=True, reduction=reduction, backend="triton", **options
+        ).sum()
+
+    def eager(case):
+        labels = torch.full_like(case.labels, -100)
+        labels[:, :-1] = case.labels[:, 1:]
+        index = (labels.flatten() != -100).nonzero().squeeze(1)
+
+        def loss(x):
+            h = x.hidden.flatten(0, 1)[index.to(x.hidden.device)]
+            chosen = labels.flatten()[index].to(h.device)
+            out = reference.linear_cross_entropy(h, x.weight, chosen, bias=x.bias, **options)
+            return out.mean() if reduction == "mean" else out.sum()
+
+        return loss
+
+    case = replace(case, head=None)
+    moved, x = on_device(case, dtype)
+    _, y = on_device(case, dtype)
+    leaves = {name: t.detach().cpu().double().requires_grad_() for name, t in vars(x).items() if torch.is_tensor(t)}
+    exact = evaluate(eager(case), type(x)(**leaves))
+    mine, theirs = ({n: t.cpu() for n, t in evaluate(f(moved), z).items()} for f, z in ((ours, x), (eager, y)))
+    assert_as_good_as_eager(mine, theirs, exact, 1.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_two_runs_give_the_same_bits(dtype):
+    case = make_case(small_config(width=24), hidden_size=20, target_size=14, vocab=37)
+    first, second = (evaluate(ours_sfr(moved), x) for moved, x in (on_device(case, dtype) for _ in range(2)))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("rows", ["none", "one"])
+def test_few_rows(rows):
+    labels = torch.full((2, 5), -100)
+    if rows == "one":
+        labels[1, 3] = 4
+    case = make_case(small_config(min_tokens=1), labels=labels)
+    exact = evaluate(reference_sfr(case), case.inputs())
+    moved, x = on_device(case, torch.float32)
+    found = evaluate(ours_sfr(moved), x)
+    if rows == "none":
+        assert all(torch.equal(t, torch.zeros_like(t)) for t in found.values())
+    for name, value in found.items():
+        torch.testing.assert_close(value.cpu().double(), exact[name], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,189 @@
+"""norm_act, its backward and the sums over rows in Triton, against the torch leaves in float64."""
+
+import pytest
+import torch
+from device import DEVICE, DTYPES, assert_as_good
+
+from sfr_kernels.leaves import torch as eager
+from sfr_kernels.leaves import triton as leaves
+from sfr_kernels.leaves.triton import column_sum as rows_of
+from sfr_kernels.leaves.triton.column_sum import column_sum, parts_for
+from sfr_kernels.leaves.triton.index_sum import sum_by_index
+
+# one number; below and above the smallest block; not a power of two; several rows a program; more than one block of
+# columns, forward and backward
+SHAPES = [(1, 1), (5, 10), (3, 100), (9, 16), (4, 5000)]
+
+
+@pytest.fixture(autouse=True)
+def few_row_blocks(monkeypatch):
+    """Nine rows are three programs of three, as thousands would be."""
+    monkeypatch.setattr(rows_of, "MAX_PARTS", 4)
+
+
+def make(n, width, dtype, rows_of_bias=4):
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g)
+
+    # a mean of its own, that the statistics have to take away
+    values = dict(y=normal(n, width) + 3, dout=normal(n, width), residual=normal(n, width))
+    values = {k: v.to(dtype) for k, v in values.items()}
+    values |= dict(gamma=1 + 0.3 * normal(width), beta=0.3 * normal(width), row_bias=normal(rows_of_bias, width))
+    values["row_index"] = torch.randint(rows_of_bias, (n,), generator=g, dtype=torch.int32)
+    return values
+
+
+def moved(x: dict, device, dtype=None) -> dict:
+    return {k: v.to(device, dtype if v.is_floating_point() and dtype else v.dtype, copy=True) for k, v in x.items()}
+
+
+def forward(module, x: dict, bias: bool, residual: bool):
+    options = dict(row_bias=x["row_bias"], row_index=x["row_index"]) if bias else {}
+    out, mean, rstd = module.norm_act(
+        x["y"], x["gamma"], x["beta"], residual=x["residual"] if residual else None, **options
+    )
+    return {"out": out, "mean": mean, "rstd": rstd, "y": x["y"]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias, residual", [(False, True), (True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("n, width", SHAPES)
+def test_norm_act(n, width, bias, residual, dtype):
+    x = make(n, width, dtype)
+    exact = forward(eager, moved(x, "cpu", torch.float64), bias, residual)
+    theirs = forward(eager, moved(x, "cpu"), bias, residual)
+    found = forward(leaves, moved(x, DEVICE), bias, residual)
+    assert found["out"].dtype == dtype and found["mean"].dtype == torch.float32
+    if not bias:
+        assert torch.equal(found["y"].cpu(), x["y"])
+    for name in exact:
+        if width > 1 or name in ("mean", "y"):  # of one number nothing is left but the rounding
+            assert_as_good(found[name], theirs[name], exact[name])
+
+
+def backward(module, x: dict, index: bool, **options):
+    y = x["y"].contiguous().to(torch.promote_types(x["y"].dtype, torch.float32))
+    mean = y.mean(1)
+    rstd = (y.var(1, unbiased=False) + 1e-5).rsqrt()
+    if index:
+        options |= dict(row_index=x["row_index"], num_bias=len(x["row_bias"]))
+    found = module.norm_act_backward(x["dout"], x["y"], x["gamma"], x["beta"], mean, rstd, **options)
+    return dict(zip(("dy", "dgamma", "dbeta", "dbias"), found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("n, width", SHAPES[1:])
+def test_norm_act_backward(n, width, index, dtype):
+    x = make(n, width, dtype)
+    exact = backward(eager, moved(x, "cpu", torch.float64), index)
+    theirs = backward(eager, moved(x, "cpu"), index)
+    mine = moved(x, DEVICE)
+    found = backward(leaves, mine, index)
+    assert torch.equal(mine["y"].cpu(), x["y"]) and torch.equal(mine["dout"].cpu(), x["dout"])
+    for name in exact:
+        assert found[name].shape == exact[name].shape
+        if name == "dbias" and index and dtype != torch.float32:
+            # the table adds up dy as it was stored; the torch leaf, before it is rounded
+            floor = n**0.5 * torch.finfo(dtype).eps * exact["dy"].abs().max()
+            assert (found[name].cpu().double() - exact[name]).abs().max() <= floor
+        else:
+            assert_as_good(found[name], theirs[name], exact[name])
+
+
+@pytest.mark.parametrize("place", ["y", "dout"])
+def test_dy_may_be_written_over_what_it_is_made_from(place):
+    x = make(5, 100, torch.float32)
+    apart = backward(leaves, moved(x, DEVICE), True)
+    mine = moved(x, DEVICE)
+    within = backward(leaves, mine, True, dy=mine[place])
+    assert within["dy"] is mine[place]
+    assert all(torch.equal(apart[name], within[name]) for name in apart)
+
+
+def test_strided_rows_and_columns():
+    x = make(5, 100, torch.float32)
+    apart = backward(leaves, moved(x, DEVICE), True)
+    outs = forward(leaves, moved(x, DEVICE), True, True)
+    mine = moved(x, DEVICE)
+    for name in ("y", "dout", "residual"):
+        wide = torch.zeros(5, 203, device=DEVICE)
+        wide[:, 1:201:2] = mine[name]
+        mine[name] = wide[:, 1:201:2]
+    found = backward(leaves, mine, True)
+    assert all(torch.equal(apart[name], found[name]) for name in apart)
+    found = forward(leaves, mine, True, True)
+    assert all(torch.equal(outs[name], found[name]) for name in outs)
+
+
+def test_no_rows():
+    x = make(0, 10, torch.float32)
+    assert forward(leaves, moved(x, DEVICE), True, True)["out"].shape == (0, 10)
+    for index in (False, True):
+        found = backward(leaves, moved(x, DEVICE), index)
+        assert found["dy"].shape == (0, 10)
+        assert all(torch.equal(g.cpu(), torch.zeros(g.shape)) for name, g in found.items() if name != "dy")
+
+
+def test_sums_over_rows_are_in_a_fixed_order():
+    x = make(9, 16, torch.float32)
+    first, second = (backward(leaves, moved(x, DEVICE), True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("parts, width", [(0, 5), (1, 5), (128, 33), (513, 70)])  # none, one, whole blocks, ragged ones
+def test_column_sum(parts, width):
+    partial = torch.randn(2, parts, width, generator=torch.Generator().manual_seed(0))
+    found = column_sum(partial.to(DEVICE))
+    assert_as_good(found, partial.sum(1), partial.double().sum(1))
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 6145])
+def test_row_blocks_cover_every_row_once(n):
+    parts, rows = parts_for(n)
+    assert parts <= 4 and (parts - 1) * rows < n <= parts * rows
+
+
+# no row; an index nobody has; one for all; 2100 rows: three blocks of the index, the last ragged
+@pytest.mark.parametrize("n, size, width", [(0, 3, 5), (4, 9, 5), (20, 1, 130), (2100, 3, 7)])
+def test_sum_by_index(n, size, width):
+    g = torch.Generator().manual_seed(0)
+    x, index = torch.randn(n, width, generator=g), torch.randint(size, (n,), generator=g, dtype=torch.int32)
+    exact = torch.zeros(size, width, dtype=torch.float64).index_add_(0, index, x.double())
+    theirs = torch.zeros(size, width).index_add_(0, index, x)
+    assert_as_good(sum_by_index(x.to(DEVICE), index.to(DEVICE), size), theirs, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out", DTYPES)
+def test_scale_and_scatter(dtype, out):
+    x = torch.randn(5, 2100, generator=torch.Generator().manual_seed(0)).to(dtype)  # two blocks of columns
+    token_row = torch.tensor([3, -1, 4, 0, 5, 1, 2, 77], dtype=torch.int32)  # −1, 5 and 77 are no rows
+    factor, before = torch.tensor(1.7), x.clone()
+    for found, wanted in (
+        (leaves.scale(x.to(DEVICE), factor.to(DEVICE), out), eager.scale(x, factor, out)),
+        (
+            leaves.scatter_rows(x.to(DEVICE), factor.to(DEVICE), token_row.to(DEVICE), out),
+            eager.scatter_rows(x, factor, token_row, out),
+        ),
+    ):
+        assert found.dtype == out and torch.equal(found.cpu(), wanted)
+    assert torch.equal(x, before)
+    empty = leaves.scatter_rows(x[:0].to(DEVICE), factor.to(DEVICE), token_row.to(DEVICE), out)
+    assert torch.equal(empty.cpu(), torch.zeros(8, 2100, dtype=out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts, gated", [(1, False), (2, False), (2, True), (1, True)])
+def test_split(parts, gated, dtype):
+    g = torch.Generator().manual_seed(0)
+    x, z = torch.randn(parts * 7, 333, generator=g), torch.randn(7, 333, generator=g).to(dtype) if gated else None
+    found = leaves.split(x.to(DEVICE), 7, dtype, None if z is None else z.to(DEVICE))
+    exact = eager.split(x.double(), 7, torch.float64, None if z is None else z.double())
+    assert found.dtype == dtype and len(found) == (7 if dtype == torch.float32 else 14)
+    whole = found.cpu().double().view(-1, 7, 333).sum(0)
+    # what is left out of two parts: half a unit in the last place of the second, or the least number of float16
+    assert ((whole - exact).abs() <= 2.0**-16 * exact.abs() + 2.0**-24).all()
+    assert torch.equal(found[:7].cpu(), eager.split(x, 7, dtype, z)[:7]) or gated
