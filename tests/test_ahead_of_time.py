@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from benchmarks.fused_output import TILES, fused_output  # noqa: E402
 from sfr_kernels.leaves import FlowPath  # noqa: E402
 from sfr_kernels.leaves import triton as leaves  # noqa: E402
 
@@ -89,7 +90,14 @@ def cross_entropy_calls(vocab: int, dtype: torch.dtype):
     leaves.softmax_xent(logits, labels, weight, need_grad=False, need_stats=True, **everything)
 
 
+def fused_output_calls(dtype: torch.dtype):
+    a, path = torch.zeros(3, 1024, dtype=dtype), flow(1024)
+    for tile in TILES:
+        fused_output(a, torch.zeros(1024, 1024, dtype=dtype), a[0], path, torch.zeros(3), tile)
+
+
 def all_calls():
+    fused_output_calls(HALF)
     for vocab, dtype in product((16, 331, 32000, 50257, 128256), DTYPES):  # a vocabulary of any size, and popular ones
         cross_entropy_calls(vocab, dtype)
     for width, dtype in [*product(WIDTHS, [HALF]), *product((1024, ODD, WIDE), DTYPES)]:

@@ -26,7 +26,7 @@ def path_ends(
     x_1 = tl.load(targets_ptr + anchor.to(tl.int64) * target_stride + offs, mask=offs < d, other=0.0).to(tl.float32)
     x_1 *= target_scale
     if HAS_NOISE:
-        x_0 = gaussian(seed, noise_id, first, BLOCK) * source_std
+        x_0 = gaussian(seed, noise_id, first // 4 + tl.arange(0, BLOCK // 4)) * source_std
     else:
         x_0 = tl.zeros_like(x_1)
     return x_0, x_1

@@ -12,11 +12,11 @@ from .elementary import log, sincos_turns
 
 @triton.jit
 def words(seed, identity, block, STREAM: tl.constexpr):
-    """Four uint32 words of each counter; identity is int64, block int32, of one shape with each other."""
+    """Four uint32 words of each counter; identity is int64, block int32, of shapes that broadcast."""
     low = identity.to(tl.uint32)
     high = (identity >> 32).to(tl.uint32)
-    zero = (block * 0).to(tl.uint32)
-    return tl.philox(seed, block.to(tl.uint32), low + zero, high + zero, zero + STREAM)
+    zero = (block * 0).to(tl.uint32) + low * 0
+    return tl.philox(seed, block.to(tl.uint32) + zero, low + zero, high + zero, zero + STREAM)
 
 
 @triton.jit
@@ -26,9 +26,8 @@ def uniform(word):
 
 
 @triton.jit
-def gaussian(seed, identity, first, BLOCK: tl.constexpr):
-    """ε of the BLOCK coordinates from `first` on, a multiple of four: lanes (0, 1) and (2, 3) are Box–Muller pairs."""
-    block = first // 4 + tl.arange(0, BLOCK // 4)
+def gaussian(seed, identity, block):
+    """ε of the four coordinates of each block, side by side: lanes (0, 1) and (2, 3) are Box–Muller pairs."""
     w0, w1, w2, w3 = words(seed, identity, block, 0)
     radius_a, radius_b = tl.sqrt_rn(-2.0 * log(uniform(w0))), tl.sqrt_rn(-2.0 * log(uniform(w2)))
     sin_a, cos_a = sincos_turns(uniform(w1))

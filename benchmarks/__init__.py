@@ -1,0 +1,1 @@
+"""Measurements: the GPU check, its peers and floors, and experiments."""
