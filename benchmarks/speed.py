@@ -1,0 +1,116 @@
+"""Time and memory of one problem: every backend, its floor, and for the flow loss the published way, all in turn."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from .errors import message
+from .floor import Floor, gemms_of
+from .peers import COMPILED, EAGER, PublishedFlowLoss
+from .problems import Problem
+from .timing import Candidate, Graph, Timing, compare, peak_extra
+
+FLOOR = "floor"
+
+
+def measure(
+    problem: Problem,
+    backends: Iterable[str],
+    *,
+    peers: bool = False,  # the published eager loss, and torch.compile of it
+    graphs: bool = False,  # the same calls in a CUDA graph
+    seconds: float = 2.0,
+) -> tuple[dict[str, dict], dict[str, str]]:
+    """What was measured of each candidate, by the names of the fields of a result row, and what the others raised."""
+    device, runs = problem.device, {b: lambda b=b: problem.run(b) for b in backends}
+    if peers:
+        torch.compiler.reset()
+        runs |= published(problem)
+    raised, memory = {}, {}
+    for name, run in list(runs.items()):
+        try:
+            run()  # compiles
+            memory[name] = peak_extra(run, device)
+        except Exception as error:  # one candidate that fails must not hide the others
+            raised[name] = message(error)
+            del runs[name]
+    floor = Floor(gemms_of(problem), problem.dtype, device)
+    candidates = {name: Candidate(run) for name, run in runs.items()} | {FLOOR: Candidate(floor.run)}
+    captured = {}
+    for name in [n for n in runs if graphs and n != COMPILED]:
+        try:
+            captured[name] = Graph(runs[name])
+            if name != EAGER:
+                check_replay(problem, captured[name], runs[name])
+        except Exception as error:
+            raised[f"{name} in a graph"] = message(error)
+            captured.pop(name, None)
+            continue
+        draw = None if name == EAGER else lambda: problem.seed.add_(1)
+        candidates[f"{name} in a graph"] = Candidate(captured[name].replay, draw)
+    times = compare(candidates, device, seconds)
+    found = {}
+    for name in runs:
+        found[name] = row(times[name], times[FLOOR], floor.flops) | dict(extra_bytes=memory[name])
+        if memory[name] is not None and problem.head is not None:
+            found[name]["extra_buffers"] = round(memory[name] / buffer_bytes(problem), 2)
+        if name in captured:
+            replayed = times[f"{name} in a graph"]
+            found[name] |= dict(graph_ms=round(replayed.ms, 5), graph_spread_ms=round(replayed.spread_ms, 5))
+    return found, raised
+
+
+def row(time: Timing, floor: Timing, flops: int) -> dict[str, float]:
+    times = dict(ms=time.ms, spread_ms=time.spread_ms, issue_ms=time.issue_ms, floor_ms=floor.ms)
+    return {name: round(ms, 5) for name, ms in times.items()} | dict(runs=time.runs, floor_flops=flops)
+
+
+def buffer_bytes(problem: Problem) -> int:
+    """One buffer of (n, max(d, D)) in the input's dtype."""
+    s = problem.shape
+    return problem.num_flow * max(s.target_size, s.width) * problem.hidden.element_size()
+
+
+def published(problem: Problem) -> dict[str, Callable[[], list[Tensor]]]:
+    """Forward and backward of the published loss, eager and compiled, on the problem's batch; its targets, one for
+    every position, are given for free."""
+    s, rows = problem.shape, problem.rows
+    peer = PublishedFlowLoss(s.hidden_size, s.target_size, s.width, s.num_layers, source_std=problem.config.source_std)
+    peer.load_state_dict(problem.head.state_dict())
+    peer.to(problem.device, problem.dtype)
+    index = rows.rows[: rows.num_flow]
+    x_1 = problem.targets.new_zeros(s.batch * s.length, s.target_size)
+    x_1[index] = problem.config.scale_for(s.target_size) * problem.targets[rows.anchor[: rows.num_flow].long()]
+    x_1 = x_1.view(s.batch, s.length, -1).to(problem.dtype)
+    weight = problem.targets.new_zeros(s.batch * s.length)
+    weight[index] = rows.weight[: rows.num_flow]
+    weight = weight.view(s.batch, s.length)
+    leaves = [problem.hidden, *peer.parameters()]
+    # the harness can be tried on a CPU, where generating code would take longer than all the rest
+    compiled = torch.compile(peer, dynamic=False, backend="inductor" if problem.device.type == "cuda" else "eager")
+
+    def through(module):
+        def run():
+            loss = module(problem.hidden, x_1, weight)
+            return [loss, *torch.autograd.grad(loss, leaves)]
+
+        return run
+
+    return {EAGER: through(peer), COMPILED: through(compiled)}
+
+
+def check_replay(problem: Problem, graph: Graph, run: Callable[[], list[Tensor]]) -> None:
+    """A replay is the launched call with the seed that the device holds at that moment."""
+    losses = []
+    for seed in (11, 12):
+        problem.seed.fill_(seed)
+        graph.replay()
+        losses.append(graph.outputs[0].item())
+        for replayed, launched in zip(graph.outputs, run(), strict=True):
+            # cuBLAS may choose another kernel under capture: the same up to rounding
+            wrong = (replayed.double() - launched.double()).norm() / launched.double().norm().clamp(min=1e-30)
+            if not wrong <= 4 * torch.finfo(problem.dtype).eps + 1e-5:
+                raise AssertionError(f"a graph replay differs from the launched call by {wrong:.1e}")
+    if losses[0] == losses[1]:
+        raise AssertionError("two replays with different seeds gave the same loss")
