@@ -15,9 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sfr_kernels.leaves import FlowPath
+from sfr_kernels.leaves import triton as leaves
 from sfr_kernels.leaves.triton.column_sum import column_sum
 from sfr_kernels.leaves.triton.launch import launch
 from sfr_kernels.leaves.triton.philox import gaussian
+
+from .timing import Candidate, compare
 
 # (rows, columns, depth) of a tile, warps, stages: candidates to be timed
 TILES = ((128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 4, 4), (64, 128, 64, 8, 3))
@@ -105,3 +108,50 @@ def fused_output(
         contract=False,  # the noise of `flow_path`; tensor cores have no products to contract
     )
     return loss.sum(1), dv, column_sum(partial)[0]
+
+
+def measure(
+    device: torch.device,
+    seconds: float = 2.0,
+    n: int = 6144,
+    width: int = 1024,  # D and d
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[dict]:
+    """Rows of a result file: both ways, every tile, beside the product alone."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=g)
+
+    a, w, b, v = normal(n, width), normal(width, width) / 32, normal(width), normal(n, width)
+    index = torch.zeros(n, dtype=torch.int32, device=device)
+    targets, coefficient = normal(96, width, dtype=torch.float32) / 32, torch.ones(n, device=device)
+    identity, seed = torch.arange(n, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    path = FlowPath(targets, targets[0, :1], identity, index + identity.int() % 96, index, seed, 32.0, 1.0)
+
+    def apart():
+        return leaves.flow_mse(torch.addmm(b, a, w.T, out=v), path, coefficient)
+
+    runs = {
+        "fused {}x{}x{}, {} warps, {} stages".format(*tile): lambda tile=tile: fused_output(
+            a, w, b, path, coefficient, tile
+        )
+        for tile in TILES
+    }
+    common = dict(op="output layer and loss", label=f"n{n} d{width} D{width}", dtype=str(dtype)[6:])
+    found, (loss, db) = {"cuBLAS + flow_mse": common}, apart()
+    for name, run in list(runs.items()):
+        row, (ours, dv, sums) = common, run()
+        for one, other in ((ours, loss), (dv, v), (sums, db)):
+            wrong = (one.double() - other.double()).norm() / other.double().norm()
+            if not wrong <= 2.0**-7:
+                row = common | dict(failure=f"differs from cuBLAS + flow_mse by {wrong:.1e}")
+        found[name] = row
+    candidates = {"cuBLAS + flow_mse": Candidate(apart)} | {name: Candidate(run) for name, run in runs.items()}
+    candidates["floor"] = Candidate(lambda: torch.mm(a, w.T, out=v))
+    times = compare(candidates, device, seconds)
+    floor = times.pop("floor")
+    for name, time in times.items():
+        values = dict(ms=time.ms, spread_ms=time.spread_ms, issue_ms=time.issue_ms, floor_ms=floor.ms)
+        found[name] = found[name] | {key: round(ms, 5) for key, ms in values.items()}
+    return [dict(failure=None) | row | dict(candidate=name, ok="failure" not in row) for name, row in found.items()]

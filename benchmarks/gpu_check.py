@@ -158,6 +158,17 @@ def tests(file: ResultFile, deadline: float) -> None:
             file.add("steps", entry)
 
 
+def experiment(device: torch.device) -> list[dict]:
+    """The output layer and the loss in one kernel against the two of the package."""
+    try:
+        from .fused_output import measure as measure_fused_output  # which needs Triton
+
+        return measure_fused_output(device)
+    except Exception as error:
+        names = dict(op="output layer and loss", label="", dtype="", candidate="fused")
+        return [names | dict(ok=False, failure=message(error))]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="errors only: no tests, no times")
@@ -189,6 +200,10 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 rows = check(case, backends, device, options.quick)
             for row in rows:
+                print(progress(row), flush=True)
+                file.add("rows", row)
+        if on_gpu and not options.quick and time.monotonic() < start + ROWS_UNTIL * whole:
+            for row in experiment(device):
                 print(progress(row), flush=True)
                 file.add("rows", row)
         print(f"\n{render(file.content)}\n")

@@ -5,7 +5,7 @@ import torch
 from device import DEVICE, DTYPES, assert_as_good
 from test_flow import make_path, on_cpu
 
-from benchmarks.fused_output import fused_output
+from benchmarks.fused_output import TILES, fused_output, measure
 from sfr_kernels.leaves import torch as eager
 
 
@@ -27,3 +27,9 @@ def test_fused_output(n, width, d, source_std, dtype):
     for mine, theirs, exact in zip(found, in_torch(dtype), in_torch(torch.float64), strict=True):
         # float64 here means float32 noise: what flow_mse of the torch leaves makes
         assert_as_good(mine, theirs, exact)
+
+
+def test_measure_says_whether_the_ways_agree_and_how_long_they_take():
+    rows = measure(torch.device(DEVICE), 0.01, n=5, width=64, dtype=torch.float16)
+    assert len(rows) == 1 + len(TILES)
+    assert all(row["ok"] and row["failure"] is None and row["ms"] > 0 and row["floor_ms"] > 0 for row in rows)
