@@ -34,13 +34,13 @@ def calls() -> list:
     """Each public loss, as a function of its backend."""
     case = make_case(small_config())
     flow = dict(seed=1, config=case.config)
-    yield lambda backend: flow_matching_loss(case.hidden, case.head, case.rows, case.targets, backend=backend, **flow)
-    yield lambda backend: linear_cross_entropy(case.hidden, case.weight, case.labels, backend=backend)
-    yield (
-        lambda backend: (
-            sfr_loss(case.hidden, case.weight, case.head, case.rows, case.targets, backend=backend, **flow).loss
-        )
-    )
+    inputs = (case.hidden, case.head, case.rows, case.targets)
+    joint = (case.hidden, case.weight, case.head, case.rows, case.targets)
+    return [
+        lambda backend: flow_matching_loss(*inputs, backend=backend, **flow),
+        lambda backend: linear_cross_entropy(case.hidden, case.weight, case.labels, backend=backend),
+        lambda backend: sfr_loss(*joint, backend=backend, **flow).loss,
+    ]
 
 
 @pytest.mark.parametrize("call", calls(), ids=["flow", "cross-entropy", "sfr"])
