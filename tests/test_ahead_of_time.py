@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from benchmarks.fused_output import TILES, fused_output  # noqa: E402
 from sfr_kernels.leaves import FlowPath  # noqa: E402
 from sfr_kernels.leaves import triton as leaves  # noqa: E402
+from sfr_kernels.leaves.triton import column_sum  # noqa: E402
 
 if not isinstance(leaves.flow_path.__globals__["_flow_path_kernel"], JITFunction):
     pytest.skip("the interpreter has nothing to compile", allow_module_level=True)
@@ -96,6 +97,12 @@ def fused_output_calls(dtype: torch.dtype):
         fused_output(a, torch.zeros(1024, 1024, dtype=dtype), a[0], path, torch.zeros(3), tile)
 
 
+def row_calls():
+    for dtype in DTYPES:
+        flow_calls(1024, dtype)
+        norm_calls(1024, dtype, dtype)
+
+
 def all_calls():
     fused_output_calls(HALF)
     for vocab, dtype in product((16, 331, 32000, 50257, 128256), DTYPES):  # a vocabulary of any size, and popular ones
@@ -149,7 +156,9 @@ def configurations():
                 lambda *args, **meta: found.setdefault((kernel.__name__, configuration(kernel, args, meta)), kernel)
             ),
         )
-        all_calls()
+        for parts in (2, 512):  # two rows a program, as thousands of rows have, and one, which is a constant
+            patch.setattr(column_sum, "MAX_PARTS", parts)
+            all_calls() if parts == 2 else row_calls()
     return found
 
 
