@@ -51,6 +51,7 @@ COMPILED = {
 @pytest.mark.parametrize("function, loss, preset", COMPILED.values(), ids=COMPILED.keys())
 def test_compiles_whole_with_dynamic_shapes(function, loss, preset):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (13, 17):
         case = make_case(small_config(preset, loss=loss), length=length)
@@ -60,9 +61,7 @@ def test_compiles_whole_with_dynamic_shapes(function, loss, preset):
             for f in (function, compiled)
         ]
         assert_same(*results[::-1])
-    counters = torch._dynamo.utils.counters["stats"]
-    assert counters["unique_graphs"] == 1, "recompiled for another length"
-    torch._dynamo.utils.counters.clear()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "recompiled for another length"
 
 
 def operators():

@@ -144,24 +144,17 @@ def flow_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, and gradients of Σ_r weight[r] ℓ_r, empty where not needed: dh (n, H), the parameters' two buffers."""
     with as_written(hidden):
+        flow = (
+            targets, times, noise_id, anchor, time_index, sequence_id, seed, num_times,
+            target_scale, source_std, time_scale, hidden_scale,
+        )  # fmt: skip
         h = hidden.index_select(0, rows)
         loss, matrices, vectors = run_flow(
             leaves(backend),
             h,
             params,
             weight if need_hidden or need_params else None,
-            targets,
-            times,
-            noise_id,
-            anchor,
-            time_index,
-            sequence_id,
-            seed,
-            num_times,
-            target_scale,
-            source_std,
-            time_scale,
-            hidden_scale,
+            *flow,
             need_params=need_params,
             dh=h if need_hidden else None,  # the last to read h writes over it
         )

@@ -71,6 +71,10 @@ def sfr_loss_op(
     with as_written(hidden):
         check_labels(labels, weight.shape[0])
         kernels, flow_rows = leaves(backend), noise_id.shape[0]
+        flow = (
+            targets, times, noise_id, anchor, time_index, sequence_id, seed, num_times,
+            target_scale, source_std, time_scale, hidden_scale,
+        )  # fmt: skip
         h = hidden.index_select(0, rows)
         first = h.shape[0] - labels.shape[0]
         dh = torch.zeros_like(h) if need_h else None
@@ -85,18 +89,7 @@ def sfr_loss_op(
             h[:flow_rows],
             params,
             coefficient,
-            targets,
-            times,
-            noise_id,
-            anchor,
-            time_index,
-            sequence_id,
-            seed,
-            num_times,
-            target_scale,
-            source_std,
-            time_scale,
-            hidden_scale,
+            *flow,
             need_params=need_params,
             dh=dh[:flow_rows] if need_h else None,
             add_to_dh=True,
