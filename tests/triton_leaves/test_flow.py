@@ -1,5 +1,7 @@
 """flow_path and flow_mse in Triton: the reference's noise, bit for bit up to the logarithm, and the loss on it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from device import DEVICE, DTYPES, assert_as_good, error
@@ -121,6 +123,33 @@ def test_flow_mse(n, d, source_std, dtype, monkeypatch):
             (mine, theirs, dv),
         ):
             assert_as_good(ours, eagers, exact)
+
+
+def every_other(t: torch.Tensor) -> torch.Tensor:
+    """The same values, with a gap behind each."""
+    return torch.stack([t, torch.zeros_like(t)], dim=-1).flatten(-2)[..., ::2]
+
+
+def test_strided_vectors():
+    path = make_path(6, 10)
+    names = ("times", "noise_id", "anchor", "time_index")
+    loose = replace(path, **{name: every_other(getattr(path, name)) for name in names})
+    assert all(getattr(loose, name).stride() == (2,) for name in names)
+    assert torch.equal(leaves.flow_path(loose, torch.float32), leaves.flow_path(path, torch.float32))
+    v, coefficient = torch.randn(2, 6, 10, device=DEVICE), torch.rand(6, device=DEVICE)
+    v[1] = v[0]
+    losses = [leaves.flow_mse(v[0], path, coefficient), leaves.flow_mse(v[1], loose, every_other(coefficient))]
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True)) and torch.equal(v[0], v[1])
+    for function in (
+        lambda p: leaves.stratified_times(p.noise_id, p.seed, 7)[1],
+        lambda p: leaves.sequence_times(p.noise_id, p.seed),
+        lambda p: leaves.sinusoid(p.times, 6, 10.0, torch.float32),
+    ):
+        assert torch.equal(function(loose), function(path))
+    one = torch.tensor(0.3, device=DEVICE).expand(4)
+    assert torch.equal(
+        leaves.sinusoid(one, 6, 10.0, torch.float32)[3], leaves.sinusoid(one[:1], 6, 10.0, torch.float32)[0]
+    )
 
 
 def test_no_rows():

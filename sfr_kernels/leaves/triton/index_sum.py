@@ -53,7 +53,7 @@ def sum_by_index(
     size: int,  # M
 ) -> Tensor:
     """(M, D) float32."""
-    n, width = x.shape
+    (n, width), index = x.shape, index.contiguous()
     out = torch.empty(size, width, dtype=torch.float32, device=x.device)
     order = torch.empty(n, dtype=torch.int32, device=x.device)
     start, stop = torch.empty(2, size, dtype=torch.int32, device=x.device)

@@ -111,7 +111,7 @@ def norm_act(
         gamma.contiguous(),
         beta.contiguous(),
         None if row_bias is None else row_bias.contiguous(),
-        row_index,
+        None if row_index is None else row_index.contiguous(),
         residual,
         *((0, 0) if residual is None else residual.stride()),
         out,

@@ -116,7 +116,7 @@ def norm_act_backward(
     block = row_block(width, most=2048)
     blocks, meta = triton.cdiv(width, block), dict(BLOCK=block, num_warps=warps_for(block))
     parts, rows = parts_for(n)
-    inputs = (dout, *dout.stride(), y, *y.stride(), gamma, beta, mean, rstd)
+    inputs = (dout, *dout.stride(), y, *y.stride(), gamma, beta, mean.contiguous(), rstd.contiguous())
     moments = None
     if blocks > 1:
         moments = mean.new_empty(n, 2)

@@ -54,7 +54,7 @@ def scatter_rows(
         (tokens, triton.cdiv(width, block)),
         x,
         factor,
-        token_row,
+        token_row.contiguous(),
         out,
         x.shape[0],
         width,

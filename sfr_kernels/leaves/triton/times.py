@@ -61,7 +61,7 @@ def stratified_times(
     launch(
         _stratified_kernel,
         (triton.cdiv(max(n, num_times), 128),),
-        noise_id,
+        noise_id.contiguous(),
         seed,
         times,
         index,
@@ -81,7 +81,16 @@ def sequence_times(
     """A uniform time (B,) float32 for each sequence."""
     batch = sequence_id.shape[0]
     times = torch.empty(batch, dtype=torch.float32, device=sequence_id.device)
-    launch(_uniform_kernel, (triton.cdiv(batch, 128),), sequence_id, seed, times, batch, BLOCK=128, num_warps=4)
+    launch(
+        _uniform_kernel,
+        (triton.cdiv(batch, 128),),
+        sequence_id.contiguous(),
+        seed,
+        times,
+        batch,
+        BLOCK=128,
+        num_warps=4,
+    )
     return times
 
 
@@ -92,7 +101,7 @@ def sinusoid(times: Tensor, size: int, time_scale: float, dtype: torch.dtype) ->
     launch(
         _sinusoid_kernel,
         (times.shape[0], triton.cdiv(size, block)),
-        times,
+        times.contiguous(),
         out,
         size,
         time_scale,
