@@ -2,6 +2,7 @@
 imported."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,4 +21,5 @@ def test_kernels_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "triton_leaves"]
     done = subprocess.run(command, cwd=tests, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout.splitlines()[-1])
+    assert passed and int(passed[1]) > 200, done.stdout[-2000:]  # nothing was left out as a whole

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import triton
 from cases import make_case, small_config
 from device import DEVICE, ON_GPU
 from torch.profiler import ProfilerActivity, profile
@@ -27,6 +28,9 @@ def allocated(function) -> tuple[int, int, object]:
     return now, peak, out
 
 
+@pytest.mark.skipif(
+    not ON_GPU and not triton.__version__.startswith("3.6."), reason="later interpreters allocate tensors of their own"
+)
 @pytest.mark.parametrize("num_layers", [2, 3])
 def test_forward_leaves_gradients_alone_and_needs_eight_buffers(num_layers, monkeypatch):
     monkeypatch.setattr(rows_of, "MAX_PARTS", 4)  # as few beside these rows as 512 beside thousands

@@ -138,17 +138,17 @@ def _softmax_xent_kernel(
             tl.store(at, dx.to(x_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
-def _block(logits: Tensor, has_more: bool) -> dict:
+def _block(logits: Tensor, has_more: bool, need_stats: bool) -> dict:
     """LANES, WIDTH, VECTOR and num_warps.
 
     A thread has four 16-byte loads in flight: 64 KiB a multiprocessor where it holds 1024 threads, more than an H100's
     memory needs to be busy. It reads about 256 bytes of the row in all. So the rows of the 1024 threads take 256 KiB
     together, 34 MB on the chip, and the second pass finds them in its 50 MB of L2. At V = 128256 in bf16 that is one
     program of 1024 threads with at most 64 registers each; a cap or smoothing needs some of them, and float32 is no
-    denser in registers than in memory: two loads.
+    denser in registers than in memory: two loads. Statistics need more of them: two loads and 512 threads.
     """
     vocab, size = logits.shape[1], logits.element_size()
-    warps = min(32, max(1, triton.next_power_of_2(triton.cdiv(vocab * size, 32 * 256))))
+    warps = min(16 if need_stats else 32, max(1, triton.next_power_of_2(triton.cdiv(vocab * size, 32 * 256))))
     # What Triton can see: one number that 16 does not divide, and every load becomes a load of one element.
     if logits.stride(1) == 1 and not any(k % 16 for k in (vocab, logits.stride(0), logits.data_ptr())):
         loads = 2 if has_more or size == 4 else 4
@@ -193,6 +193,6 @@ def softmax_xent(
         HAS_Z_LOSS=z_loss != 0,
         NEED_GRAD=need_grad,
         NEED_STATS=need_stats,
-        **_block(logits, has_more=softcap is not None or label_smoothing != 0),
+        **_block(logits, softcap is not None or label_smoothing != 0 or need_stats, need_stats),
     )
     return loss, stats
