@@ -15,18 +15,10 @@ from .. import reference
 from ..leaves import RowStats
 from ..rows import IGNORE_INDEX
 from .arguments import check_decoder, check_hidden
-from .chunks import LogitOptions, Plan, dweight_dtype_for, run_chunks
+from .chunks import LinearCrossEntropyResult, LogitOptions, Plan, dweight_dtype_for, run_chunks
 from .dispatch import leaves, resolve_backend
 from .gradients import scale_gradients
 from .numerics import as_written, autocast_dtype, normalizer_of, wide_dtype
-
-
-def supervised(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """The tokens that carry a label (n,) int64, and the place of each token among them (N,) int32, −1 = none."""
-    mask = labels != ignore_index
-    index = mask.nonzero().squeeze(1)
-    token_row = torch.where(mask, mask.cumsum(0, dtype=torch.int32) - 1, -1).int()
-    return index, token_row
 
 
 @torch.library.custom_op("sfr_kernels::linear_cross_entropy", mutates_args=())
@@ -62,22 +54,29 @@ def linear_cross_entropy_op(
         out = run_chunks(h, weight, bias, plan, (False,) * 3 if per_row else tuple(need))
         if per_row:
             loss = out.loss / normalizer
-            loss = loss if token_row is None else _spread(loss, token_row)
+            loss = _spread(loss, token_row) if token_row.numel() else loss
         else:
             loss = out.loss.sum() / normalizer
-        empty = h.new_empty(0)
         stats = out.stats or RowStats(out.loss.new_empty(0), labels.new_empty(0), out.loss.new_empty(0))
-        token_row = labels.new_empty(0, dtype=torch.int32) if token_row is None else token_row
-        dh = h.new_empty(0, 0) if out.dhidden is None else out.dhidden
-        return [loss, *stats, token_row, dh, *(empty.clone() if g is None else g for g in (out.dweight, out.dbias))]
+        return [loss, *stats, token_row, *_given(out, h)]
 
 
 def _gather(hidden, labels, row_weight, ignore_index):
-    """The supervised rows of each, and where each token's row is; the latter None if all are supervised."""
+    """The supervised rows of each, and where each token's row is; the latter empty if all are supervised."""
     if ignore_index is None:
-        return hidden, labels, row_weight, None
-    index, token_row = supervised(labels, ignore_index)
-    return hidden[index], labels[index], None if row_weight is None else row_weight[index], token_row
+        return hidden, labels, row_weight, labels.new_empty(0, dtype=torch.int32)
+    mask = labels != ignore_index
+    index = mask.nonzero().squeeze(1)
+    token_row = torch.where(mask, mask.cumsum(0, dtype=torch.int32) - 1, -1).int()
+    row_weight = None if row_weight is None else row_weight[index]
+    return hidden.index_select(0, index), labels[index], row_weight, token_row
+
+
+def _given(out: LinearCrossEntropyResult, h: Tensor) -> list[Tensor]:
+    """dh, dW and db as an op returns them: empty for those that were not asked for."""
+    empty = (0, 0), (0,), (0,)
+    grads = (out.dhidden, out.dweight, out.dbias)
+    return [h.new_empty(shape) if g is None else g for g, shape in zip(grads, empty, strict=True)]
 
 
 def _spread(rows: Tensor, token_row: Tensor) -> Tensor:
@@ -129,23 +128,15 @@ def linear_cross_entropy_backward(
 ) -> list[Tensor]:
     """[dhidden, dW, db] of losses that were wanted one by one."""
     with as_written(hidden):
-        kernels = leaves(backend)
         row_weight = upstream.to(normalizer.dtype) * (1 if row_weight is None else row_weight)
         h, labels, row_weight, token_row = _gather(hidden, labels, row_weight, ignore_index)
         options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
         dw_dtype = dweight_dtype_for(*hidden.shape, h.dtype, logits_dtype, chunk_rows)
-        plan = Plan(labels, options, kernels, logits_dtype, dw_dtype, row_weight, chunk_rows)
-        out = run_chunks(h, weight, bias, plan, tuple(need))
-        factor, grads = 1 / normalizer, []
-        if not need[0]:
-            grads.append(hidden.new_empty(0, 0))
-        elif token_row is None:
-            grads.append(kernels.scale(out.dhidden, factor, hidden.dtype))
-        else:
-            grads.append(kernels.scatter_rows(out.dhidden, factor, token_row, hidden.dtype))
-        for g in (out.dweight, out.dbias):
-            grads.append(hidden.new_empty(0) if g is None else kernels.scale(g, factor, hidden.dtype))
-        return grads
+        plan = Plan(labels, options, leaves(backend), logits_dtype, dw_dtype, row_weight, chunk_rows)
+        dh, *decoder = _given(run_chunks(h, weight, bias, plan, tuple(need)), h)
+        token_row = token_row if need[0] else token_row[:0]
+        one, dtype = torch.ones_like(normalizer), hidden.dtype  # the rows have the upstream gradient already
+        return scale_gradients(one, normalizer, dh, token_row, decoder, [], dtype, dtype, backend)
 
 
 @linear_cross_entropy_backward.register_fake
@@ -314,7 +305,7 @@ def cross_entropy(
 
 
 def _reference(hidden, weight, bias, labels, row_weight, norm, ignore_index, options, reduction, shape) -> Tensor:
-    index, token_row = supervised(labels, ignore_index)
+    index = (labels != ignore_index).nonzero().squeeze(1)
     row_weight = None if row_weight is None else row_weight[index]
     check_labels(labels[index], weight.shape[0])
     with torch.autocast(hidden.device.type, enabled=False):
@@ -323,7 +314,7 @@ def _reference(hidden, weight, bias, labels, row_weight, norm, ignore_index, opt
         )
     if reduction != "none":
         return rows.sum() / norm
-    return rows.new_zeros(token_row.shape).index_copy(0, index, rows).view(shape)
+    return rows.new_zeros(labels.shape).index_copy(0, index, rows).view(shape)
 
 
 def check_labels(labels: Tensor, vocab: int) -> None:

@@ -95,8 +95,7 @@ def sfr_loss_op(
             add_to_dh=True,
         )
         ce_loss, flow_loss = ce.loss.sum() / normalizer, (row_loss * row_weight).sum() / flow_normalizer
-        empty = [h.new_empty(0) for _ in range(2)]
-        decoder = [e if g is None else g for g, e in zip((ce.dweight, ce.dbias), empty, strict=True)]
+        decoder = [h.new_empty(0) if g is None else g for g in (ce.dweight, ce.dbias)]
         dh = h.new_empty(0, 0) if dh is None else dh
         return [ce_loss + flow_weight * flow_loss, ce_loss, flow_loss, dh, *decoder, matrices, vectors]
 

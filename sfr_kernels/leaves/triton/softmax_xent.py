@@ -20,7 +20,7 @@ from .launch import launch
 
 @triton.jit
 def _exp(x):
-    """What `tl.exp` does but for its care of subnormal results, a third of the instructions of a pass."""
+    """`tl.exp` without its care of subnormal results: a probability below 2⁻¹²⁶ may as well be 0."""
     return tl.exp2(1.4426950408889634 * x)
 
 
