@@ -240,9 +240,12 @@ def sfr_loss(
     normalizer: float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(L_CE + λ L_flow, L_CE, L_flow)."""
-    decoder = dict(bias=bias, softcap=softcap, logit_scale=logit_scale)
+    logits = dict(softcap=softcap, logit_scale=logit_scale, label_smoothing=label_smoothing, z_loss=z_loss)
+    decoder = dict(bias=bias, **logits)
     h = hidden.reshape(-1, hidden.shape[-1])[rows.rows]
     ce = linear_cross_entropy(h, weight, rows.labels, **decoder).sum() / _normalizer(normalizer, rows)
     flow = flow_matching_loss(

@@ -7,9 +7,9 @@ import torch
 from cases import Case, assert_same, evaluate, make_case, small_config
 
 from sfr_kernels import SupervisedRows, flow_matching_loss, linear_cross_entropy, sfr_loss
+from sfr_kernels.ops.cross_entropy import linear_cross_entropy_op, supervised_rows
 from sfr_kernels.ops.flow_loss import flow_arguments, flow_loss_op
 from sfr_kernels.ops.gradients import scale_gradients
-from sfr_kernels.ops.linear_cross_entropy import linear_cross_entropy_op
 from sfr_kernels.ops.sfr_loss import sfr_loss_op
 from sfr_kernels.ops.velocity_head import velocity_head_op
 
@@ -77,6 +77,7 @@ def operators():
             hidden = x.hidden.detach().flatten(0, 1).requires_grad_(need)
             decoder = [t.detach().requires_grad_(need) for t in (x.weight, x.bias)]
             model, labels = (hidden, *decoder, params, rows.rows), rows.labels[rows.ce_start :]
+            scales, logits = (norm, norm, norm / 7), (None, 1.0, 0.0, 0.0, 0, None, False)
             yield (
                 f"flow_loss, {loss}, {preset}, {need}",
                 flow_loss_op,
@@ -85,7 +86,7 @@ def operators():
             yield (
                 f"sfr_loss, {loss}, {preset}, {need}",
                 sfr_loss_op,
-                (*model, labels, rows.token_row, norm, norm, norm / 7, None, 1.0, *arguments, [need] * 4, "torch"),
+                (*model, labels, rows.token_row, *scales, *logits, *arguments, [need] * 4, "torch"),
             )
     time_index = torch.zeros(5, dtype=torch.int32)
     x_t = torch.randn(5, 6, dtype=torch.float64)
@@ -100,12 +101,21 @@ def operators():
     for ignore in (-100, None):
         for per_row in (True, False):
             kept = labels.clamp(min=0) if ignore is None else labels
-            options = (None, 1.0, 0.0, 0.0, torch.float64, 5, True, [True] * 3, "torch")
+            options = (None, 1.0, 0.0, 0.0, torch.float64, 5, None, True, False, "", 0, [True] * 3, "torch")
+            given = kept, torch.rand(len(kept)), None, None
             yield (
                 f"linear_cross_entropy, {ignore}, {per_row}",
                 linear_cross_entropy_op,
-                (hidden, x.weight, x.bias, kept, torch.rand(len(kept)), norm, ignore, per_row, *options),
+                (hidden, x.weight, x.bias, *given, norm, ignore, per_row, *options),
             )
+    for per_row in (True, False):
+        chosen, token_row = supervised_rows(labels, -100)
+        given = labels[chosen], torch.rand(len(chosen)), chosen, token_row
+        yield (
+            f"linear_cross_entropy, rows, {per_row}",
+            linear_cross_entropy_op,
+            (hidden, x.weight, x.bias, *given, norm, None, per_row, *options),
+        )
     dh, vectors = torch.randn(5, 4), [torch.randn(6), torch.randn(7)]
     token_row = torch.tensor([3, -1, 4, 0, 9, 1, 2], dtype=torch.int32)
     half = torch.bfloat16

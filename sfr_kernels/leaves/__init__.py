@@ -12,6 +12,22 @@ class RowStats(NamedTuple):
     lse: Tensor  # (n,) float32, log-sum-exp
     predicted: Tensor  # (n,) int64, argmax
     entropy: Tensor  # (n,) float32, nats
+    correct: Tensor  # (n,) bool, predicted == label
+
+
+class RowPartials(NamedTuple):
+    """What one part of the vocabulary adds to each row's softmax, for labels that may lie in another part.
+
+    All (n,) float32 (float64 for float64 logits), `rest` and `moment` zero where they were not asked for.
+    """
+
+    top: Tensor  # the largest logit z
+    total: Tensor  # Σ exp(z − top)
+    chosen: Tensor  # z of the label, 0 if it is not in this part
+    owned: Tensor  # 1 if it is, else 0
+    rest: Tensor  # Σ (z − top)
+    moment: Tensor  # Σ exp(z − top) (z − top)
+    best: Tensor  # where z is largest
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..config import SFRConfig
 from ..rows import SupervisedRows
+from .numerics import autocast_dtype, wide_dtype
 from .velocity_head import HeadShape
 
 
@@ -20,14 +21,18 @@ def check_config(config: SFRConfig) -> None:
         raise TypeError(f"config must be an SFRConfig, got {type(config).__name__}")
 
 
-def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
-    """Errors for arguments of the flow loss that do not fit together."""
+def check_rows(rows: SupervisedRows, hidden: Tensor) -> None:
     if not isinstance(rows, SupervisedRows):
         raise TypeError(f"rows must be SupervisedRows, got {type(rows).__name__}")
     if hidden.shape[:-1].numel() != rows.shape[0] * rows.shape[1]:
         raise ValueError(f"rows were made for {rows.shape} tokens, hidden has {tuple(hidden.shape[:-1])}")
     if rows.device != hidden.device:
         raise ValueError(f"rows are on {rows.device}, hidden on {hidden.device}: move them with rows.to(device)")
+
+
+def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
+    """Errors for arguments of the flow loss that do not fit together."""
+    check_rows(rows, hidden)
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int or one int64, got {tuple(seed.shape)} of {seed.dtype}")
@@ -85,6 +90,18 @@ def check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) -
 
 def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Errors for a decoder that does not fit the hidden states."""
+    for name, value in (("weight", weight), ("bias", bias)):
+        if type(value).__name__ == "DTensor":
+            raise TypeError(
+                f"{name} is a DTensor, of which this process has a part: call the loss inside the module that owns it, "
+                "where FSDP has gathered it (attach does), or give the local part, with process_group and vocab_start, "
+                "if it is spread over the vocabulary"
+            )
+    if isinstance(weight, Tensor) and weight.numel() == 0:
+        raise ValueError(
+            f"weight is empty {tuple(weight.shape)}: an engine that shards parameters (ZeRO-3, FSDP) has taken it. "
+            "Call the loss inside the module that owns it (attach does), or gather it first"
+        )
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"weight must be (V, H) with H = {hidden.shape[-1]} as in hidden, got {shape}")
@@ -98,3 +115,18 @@ def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
         if value.dtype != hidden.dtype and not cast:
             raise TypeError(f"{name} is {value.dtype}, hidden is {hidden.dtype}: cast one, or use autocast")
+
+
+def check_memory(
+    hidden: Tensor, logits_dtype: torch.dtype | None, chunk_rows: int | None, accum_dtype: torch.dtype | None
+) -> None:
+    """Errors for what says how the logits and dW are held."""
+    if logits_dtype is not None and not logits_dtype.is_floating_point:
+        raise ValueError(f"logits_dtype must be a floating-point dtype, got {logits_dtype}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    dtype = autocast_dtype(hidden)
+    if accum_dtype not in (None, dtype, wide_dtype(dtype)):
+        raise ValueError(f"accum_dtype must be {dtype} or {wide_dtype(dtype)}, got {accum_dtype}")
+    if accum_dtype == torch.float16:
+        raise ValueError("accum_dtype must not be float16, which has no room for a sum over thousands of rows")

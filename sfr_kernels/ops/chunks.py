@@ -1,7 +1,7 @@
 """The chunk loop of the cross-entropy of a linear layer, over rows that are all supervised.
 
 Per chunk of rows the logits are made in one reused buffer, turned into their gradient in place, and multiplied out at
-once: dh = dz W, dW += dzᵀ h.
+once: dW += dzᵀ h, dh = dz W.
 """
 
 import math
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..leaves import RowStats
-from .numerics import accumulate_product, wide_dtype
+from .numerics import product_into, wide_dtype
+from .sharded_vocab import VocabShard, sharded_softmax_xent
 
-_VOCAB_BLOCK = 4096
+# Rows of a product at which cuBLAS runs at its rate; at some row counts above, 4096 among them, it is a fifth slower.
+_PRODUCT_ROWS, _MANY_ROWS = 2048, 8192
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Plan:
     row_weight: Tensor | None = None  # (n,)
     chunk_rows: int = 0  # 0: chunk_rows_for decides
     need_stats: bool = False
+    shard: VocabShard | None = None  # the weight has a part of the vocabulary
 
 
 def chunk_rows_for(n: int, hidden_size: int, dtype: torch.dtype, trained_head: bool) -> int:
@@ -70,11 +73,24 @@ def dweight_dtype_for(
     dtype: torch.dtype,  # of the products
     logits_dtype: torch.dtype,
     chunk_rows: int,
+    accum_dtype: torch.dtype | None,
 ) -> torch.dtype:
-    """float32 where dW may be a sum over chunks. One chunk needs no accumulator, but fp16 has no room for a sum over
-    thousands of rows."""
+    """float32 where dW may be a sum over chunks, unless the caller chose. One chunk needs no accumulator, but fp16 has
+    no room for a sum over thousands of rows."""
     rows = chunk_rows or chunk_rows_for(most, hidden_size, logits_dtype, True)
-    return dtype if rows >= most and dtype != torch.float16 else wide_dtype(dtype)
+    if rows >= most and dtype != torch.float16:
+        return dtype
+    return accum_dtype or wide_dtype(dtype)
+
+
+def product_blocks(rows: int) -> list[slice]:
+    """Blocks of rows in which a product of so many rows is made: all at once up to 2048 and from 8192 on, else equal
+    blocks of at most 2048, a multiple of 128."""
+    step = rows
+    if _PRODUCT_ROWS < rows < _MANY_ROWS:
+        step = -(-rows // -(-rows // _PRODUCT_ROWS))
+        step = -(-step // 128) * 128
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 @dataclass
@@ -84,22 +100,18 @@ class LinearCrossEntropyResult:
     loss: Tensor  # (n,) float32
     stats: RowStats | None
     dhidden: Tensor | None  # (n, H)
-    dweight: Tensor | None  # (V, H), float32 where it was accumulated
+    dweight: Tensor | None  # (V, H), in the plan's dtype
     dbias: Tensor | None  # (V,) float32
 
 
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """h Wᵀ + b in `out`, whose dtype may be wider than that of the factors; rounded once, bias included."""
-    if out.dtype == h.dtype:
-        return torch.mm(h, weight.T, out=out) if bias is None else torch.addmm(bias, h, weight.T, out=out)
-    if h.is_cuda:
-        torch.mm(h, weight.T, out_dtype=out.dtype, out=out)
-    else:
-        wide = h.to(out.dtype)
-        for start in range(0, weight.shape[0], _VOCAB_BLOCK):
-            block = slice(start, start + _VOCAB_BLOCK)
-            out[:, block] = wide @ weight[block].to(out.dtype).T
-    return out if bias is None else out.add_(bias)
+    for block in product_blocks(h.shape[0]):
+        if bias is not None and out.dtype == h.dtype:
+            torch.addmm(bias, h[block], weight.T, out=out[block])
+        else:
+            product_into(out[block], h[block], weight.T)
+    return out if bias is None or out.dtype == h.dtype else out.add_(bias)
 
 
 def run_chunks(
@@ -108,7 +120,7 @@ def run_chunks(
     bias: Tensor | None,  # (V,)
     plan: Plan,
     need: tuple[bool, bool, bool],  # gradients of h, weight, bias
-    dh: Tensor | None = None,  # (n, H), where to write the gradient of h
+    dh: Tensor | None = None,  # (n, H), where to write the gradient of h; may be h itself
 ) -> LinearCrossEntropyResult:
     """The chunk loop: row losses, and the gradients of Σ_r row_weight[r] ℓ_r."""
     n, hidden_size = h.shape
@@ -118,35 +130,52 @@ def run_chunks(
     wide = wide_dtype(h.dtype)
     buffer = h.new_empty(rows, weight.shape[0], dtype=plan.logits_dtype)
     loss = h.new_empty(n, dtype=wide)
-    if need_h and dh is None:
+    if not need_h:
+        dh = None
+    elif plan.shard is not None:
+        dh = h.new_empty(n, hidden_size, dtype=wide)  # a part of a sum over the group
+    elif dh is None:
         dh = torch.empty_like(h)
-    dw = torch.zeros_like(weight, dtype=plan.dweight_dtype) if need_w else None
+    dw = weight.new_empty(weight.shape, dtype=plan.dweight_dtype) if need_w else None
+    if need_w and n == 0:
+        dw.zero_()
     db = h.new_zeros(weight.shape[0], dtype=wide) if need_b else None
     stats = []
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
         x = _logits(h[chunk], weight, bias, buffer[: chunk.stop - start])
-        loss[chunk], row_stats = plan.leaves.softmax_xent(
-            x,
-            plan.labels[chunk],
-            None if plan.row_weight is None else plan.row_weight[chunk],
-            logit_scale=plan.options.logit_scale,
-            softcap=plan.options.softcap,
-            label_smoothing=plan.options.label_smoothing,
-            z_loss=plan.options.z_loss,
-            need_grad=any(need),
-            need_stats=plan.need_stats,
-        )
+        loss[chunk], row_stats = _softmax_xent(plan, x, chunk, need_grad=any(need))
         stats.append(row_stats)
         if any(need):
             dz = x.to(h.dtype)
-            if need_h:
-                torch.mm(dz, weight, out=dh[chunk])
             if need_w:
-                accumulate_product(dw, dz.T, h[chunk])
+                product_into(dw, dz.T, h[chunk], add=start > 0)
             if need_b:
                 db += x.sum(0, dtype=wide)
+            if need_h:
+                for block in product_blocks(dz.shape[0]):
+                    product_into(dh[chunk][block], dz[block], weight)
+    if need_h and plan.shard is not None:
+        dh = plan.shard.sum(dh).to(h.dtype)
     if plan.need_stats:
-        empty = RowStats(loss.new_empty(0), plan.labels.new_empty(0), loss.new_empty(0))
+        empty = RowStats(*(loss.new_empty(0, dtype=t) for t in (wide, torch.int64, wide, torch.bool)))
         stats = RowStats(*(torch.cat(column) for column in zip(*(stats or [empty]), strict=True)))
     return LinearCrossEntropyResult(loss, stats if plan.need_stats else None, dh, dw, db)
+
+
+def _softmax_xent(plan: Plan, x: Tensor, chunk: slice, need_grad: bool) -> tuple[Tensor, RowStats | None]:
+    """The row losses of a chunk of logits, which become their own gradient."""
+    function = plan.leaves.softmax_xent if plan.shard is None else sharded_softmax_xent
+    where = {} if plan.shard is None else dict(leaves=plan.leaves, shard=plan.shard)
+    return function(
+        x,
+        plan.labels[chunk],
+        None if plan.row_weight is None else plan.row_weight[chunk],
+        logit_scale=plan.options.logit_scale,
+        softcap=plan.options.softcap,
+        label_smoothing=plan.options.label_smoothing,
+        z_loss=plan.options.z_loss,
+        need_grad=need_grad,
+        need_stats=plan.need_stats,
+        **where,
+    )

@@ -1,7 +1,7 @@
 """The flow loss L_flow = Σ_r weight[r] ℓ_r / normalizer, for every kind of loss that needs no decoder.
 
 "flow" and "mse" go the short way: path, head, loss, and the head's backward in one op, so that after forward only
-gradients are alive. They are gradients of Σ_r weight[r] ℓ_r; backward scales them by upstream / normalizer.
+gradients are alive; backward scales them by the upstream one.
 "cosine" is the head under autograd; "cka" has no head.
 """
 
@@ -17,8 +17,8 @@ from ..rows import SupervisedRows
 from .arguments import check_config, check_flow, check_hidden
 from .cka import response_cka
 from .dispatch import leaves, resolve_backend
-from .gradients import fake_parameter_grads, head_dtype_of, parameter_grads, scale_gradients
-from .numerics import as_written, autocast_dtype, normalizer_of, wide_dtype
+from .gradients import fake_parameter_grads, finish_gradients, head_dtype_of, parameter_grads
+from .numerics import as_written, autocast_dtype, normalizer_of, split_normalizer, wide_dtype
 from .times import draw_times, seed_tensor, sequence_ids
 from .velocity_head import HeadWeights, head_backward, head_forward, velocity_head
 
@@ -142,8 +142,11 @@ def flow_loss_op(
     need_params: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The loss, and gradients of Σ_r weight[r] ℓ_r, empty where not needed: dh (n, H), the parameters' two buffers."""
+    """The loss, and its gradients (in float16 those of normalizer times the loss), empty where not needed: dh (n, H),
+    the parameters' two buffers."""
     with as_written(hidden):
+        early, _ = split_normalizer(normalizer, hidden.dtype)
+        coefficient = weight if early is None else weight.to(early.dtype) / early
         flow = (
             targets, times, noise_id, anchor, time_index, sequence_id, seed, num_times,
             target_scale, source_std, time_scale, hidden_scale,
@@ -153,7 +156,7 @@ def flow_loss_op(
             leaves(backend),
             h,
             params,
-            weight if need_hidden or need_params else None,
+            coefficient if need_hidden or need_params else None,
             *flow,
             need_params=need_params,
             dh=h if need_hidden else None,  # the last to read h writes over it
@@ -172,7 +175,7 @@ def _(hidden, params, rows, token_row, normalizer, targets, times, noise_id, anc
 
 def _setup_context(ctx, inputs, output):
     hidden, params, _, token_row, normalizer, *_, ctx.backend = inputs
-    ctx.save_for_backward(token_row, normalizer, *output[1:])
+    ctx.save_for_backward(split_normalizer(normalizer, hidden.dtype)[1], token_row, *output[1:])
     ctx.dtype, ctx.head_dtype = hidden.dtype, head_dtype_of(params, hidden.dtype)
     ctx.params = [(p.shape, p.dtype) for p in params]
     ctx.mark_non_differentiable(*output[1:])
@@ -180,19 +183,11 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, upstream, *_):
-    token_row, normalizer, dh, *head = ctx.saved_tensors
+    late, token_row, dh, *head = ctx.saved_tensors
     need_h, need = ctx.needs_input_grad[:2]
-    dhidden, *head = scale_gradients(
-        upstream,
-        normalizer,
-        dh,
-        token_row if need_h else token_row[:0],
-        [],
-        head,
-        ctx.dtype,
-        ctx.head_dtype,
-        ctx.backend,
-    )
+    token_row = token_row if need_h else token_row[:0]
+    scales = upstream, late
+    dhidden, *head = finish_gradients(*scales, dh, token_row, [], head, ctx.dtype, ctx.head_dtype, ctx.backend)
     return dhidden if need_h else None, parameter_grads(*head, ctx.params, need), *(None,) * 19
 
 

@@ -1,7 +1,9 @@
 """The gradients that a forward pass leaves behind, and the one thing backward does with them: scale them.
 
-Forward keeps gradients of Σ_r coefficient[r] ℓ_r. The head's many parameters share two buffers, one for matrices in the
-dtype of the products and one for vectors in float32, so that backward scales all of them in two launches.
+Forward keeps gradients of the loss itself (in float16, of the loss times its normalizer). The head's many parameters
+share two buffers, one for matrices in the dtype of the products and one for vectors in float32, so that backward scales
+all of them in two launches. Where the graph is freed by this backward, what is kept in its final dtype is scaled in
+place, and not even read where the factor is 1: no second lm_head gradient, and in the usual case no time.
 """
 
 import math
@@ -58,7 +60,7 @@ def fake_parameter_grads(like: Tensor, params: Sequence[Tensor], need: bool) -> 
 @torch.library.custom_op("sfr_kernels::scale_gradients", mutates_args=())
 def scale_gradients(
     upstream: Tensor,  # zero-dim
-    normalizer: Tensor,  # zero-dim
+    normalizer: Tensor | None,  # zero-dim; None is 1
     dh: Tensor,  # (n, H)
     token_row: Tensor,  # (N,) int32, the row of dh of each token; empty: dh has one for every token, in order
     decoder: Sequence[Tensor],
@@ -67,9 +69,9 @@ def scale_gradients(
     head_dtype: torch.dtype,
     backend: str,
 ) -> list[Tensor]:
-    """[dhidden (N, H), *decoder, *head], each times upstream / normalizer in float32."""
+    """[dhidden (N, H), *decoder, *head], each times upstream / normalizer in float32, all of them new."""
     with as_written(dh):
-        kernels, factor = leaves(backend), upstream.to(normalizer.dtype) / normalizer
+        kernels, factor = leaves(backend), _factor(upstream, normalizer, dh)
         if token_row.numel():
             dhidden = kernels.scatter_rows(dh, factor, token_row, dtype)
         else:
@@ -83,6 +85,37 @@ def _(upstream, normalizer, dh, token_row, decoder, head, dtype, head_dtype, bac
     tokens = token_row.shape[0] or dh.shape[0]
     rest = [(x, dtype) for x in decoder] + [(x, head_dtype) for x in head]
     return [dh.new_empty(tokens, dh.shape[1], dtype=dtype), *(torch.empty_like(x, dtype=t) for x, t in rest)]
+
+
+def _factor(upstream: Tensor, normalizer: Tensor | None, dh: Tensor) -> Tensor:
+    factor = upstream.to(wide_dtype(dh.dtype))
+    return factor if normalizer is None else factor / normalizer
+
+
+def finish_gradients(upstream, normalizer, dh, token_row, decoder, head, dtype, head_dtype, backend) -> list[Tensor]:
+    """`scale_gradients` in a backward; in place where nobody will look at the saved tensors again."""
+    if type(dh) is not Tensor or _graph_is_kept():  # traced, or there may be another backward
+        return scale_gradients(upstream, normalizer, dh, token_row, decoder, head, dtype, head_dtype, backend)
+    with as_written(dh):
+        factor = _factor(upstream, normalizer, dh)
+        return scale_in_place(leaves(backend), factor, dh, token_row, decoder, head, dtype, head_dtype)
+
+
+def scale_in_place(kernels, factor, dh, token_row, decoder, head, dtype, head_dtype) -> list[Tensor]:
+    """As `scale_gradients`, but what has its final dtype and place is written over."""
+
+    def scaled(x, wanted):
+        return kernels.scale_(x, factor) if x.dtype == wanted else kernels.scale(x, factor, wanted)
+
+    scattered = token_row.numel() > 0
+    dhidden = kernels.scatter_rows(dh, factor, token_row, dtype) if scattered else scaled(dh, dtype)
+    return [dhidden, *(scaled(x, dtype) for x in decoder), *(scaled(x, head_dtype) for x in head)]
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward leaves the graph for another one; if torch cannot say, it may."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
 
 
 def head_dtype_of(params: Sequence[Tensor], hidden_dtype: torch.dtype) -> torch.dtype:

@@ -32,23 +32,31 @@ def as_written(x: Tensor):
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, not rounded to the factors' dtype where that is of 16 bit."""
-    wide = wide_dtype(a.dtype)
-    if wide == a.dtype:
-        return a @ b
-    return torch.mm(a, b, out_dtype=wide) if a.is_cuda else a.to(wide) @ b.to(wide)
+    out = a.new_empty(a.shape[0], b.shape[1], dtype=wide_dtype(a.dtype))
+    return product_into(out, a, b)
 
 
-def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b with the sum kept in total's dtype, float32 for 16-bit factors."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-        return
-    wide = b if a.is_cuda else b.to(total.dtype)
-    for block in row_blocks(total):
-        if a.is_cuda:
-            total[block] = torch.addmm(total[block], a[block], b, out_dtype=total.dtype)
-        else:
-            total[block].addmm_(a[block].to(total.dtype), wide)
+def product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
+    """out = a @ b, or out += a @ b, with the sum kept in out's dtype, which may be wider than that of the factors."""
+    if out.dtype == a.dtype:
+        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    if a.is_cuda:
+        if add:
+            return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    # No such product here: the factor with more rows or columns is widened a block at a time.
+    total, a, b = (out.T, b.T, a.T) if a.shape[0] < b.shape[1] else (out, a, b)
+    b = b.to(out.dtype)
+    for block in row_blocks(a):
+        wide = a[block].to(out.dtype)
+        total[block].addmm_(wide, b) if add else torch.mm(wide, b, out=total[block])
+    return out
+
+
+def split_normalizer(normalizer: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """What gradients in `dtype` are divided by from the start, and in backward: all of it at the start, but in float16,
+    where a gradient of 1 / normalizer of a probability would be lost below 6e-8. None is 1."""
+    return (None, normalizer) if dtype == torch.float16 else (normalizer, None)
 
 
 def normalizer_of(normalizer: float | Tensor | None, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from .. import reference
 from ..config import SFRConfig
 from ..rows import SupervisedRows
-from .arguments import check_config, check_decoder, check_flow, check_hidden
+from .arguments import check_config, check_decoder, check_flow, check_hidden, check_memory
 from .chunks import LogitOptions, Plan, dweight_dtype_for, run_chunks
+from .cross_entropy import check_labels, cross_entropy, warn_of_no_rows
 from .dispatch import leaves, resolve_backend
 from .flow_loss import flow_arguments, flow_matching_loss, flow_normalizer, reference_head, run_flow
-from .gradients import fake_parameter_grads, head_dtype_of, parameter_grads, scale_gradients
-from .linear_cross_entropy import check_labels, cross_entropy
-from .numerics import as_written, autocast_dtype, normalizer_of, wide_dtype
+from .gradients import fake_parameter_grads, finish_gradients, head_dtype_of, parameter_grads
+from .numerics import as_written, autocast_dtype, normalizer_of, split_normalizer, wide_dtype
 from .velocity_head import velocity_head
 
 
@@ -46,6 +46,11 @@ def sfr_loss_op(
     flow_weight: Tensor,  # zero-dim, λ
     softcap: float | None,
     logit_scale: float,
+    label_smoothing: float,
+    z_loss: float,
+    chunk_rows: int,  # 0: the default
+    accum_dtype: torch.dtype | None,
+    debug: bool,
     targets: Tensor,
     times: Tensor | None,
     noise_id: Tensor,
@@ -64,37 +69,42 @@ def sfr_loss_op(
 ) -> list[Tensor]:
     """[loss, L_CE, L_flow, dh (n, H), dW, db, the head's gradients in two buffers], empty where not needed.
 
-    The gradients are of Σ CE + λ (normalizer / flow_normalizer) Σ_r row_weight[r] ℓ_r: backward divides all of them by
-    the one normalizer.
+    The gradients are those of the loss, in float16 of normalizer times the loss.
     """
     need_h, need_w, need_b, need_params = need
     with as_written(hidden):
-        check_labels(labels, weight.shape[0])
-        kernels, flow_rows = leaves(backend), noise_id.shape[0]
+        n, flow_rows = labels.shape[0], noise_id.shape[0]
+        if n == 0:
+            warn_of_no_rows()
+        check_labels(labels, weight.shape[0], debug)
+        kernels, early, late = leaves(backend), *split_normalizer(normalizer, hidden.dtype)
         flow = (
             targets, times, noise_id, anchor, time_index, sequence_id, seed, num_times,
             target_scale, source_std, time_scale, hidden_scale,
         )  # fmt: skip
         h = hidden.index_select(0, rows)
-        first = h.shape[0] - labels.shape[0]
-        dh = torch.zeros_like(h) if need_h else None
-        dw_dtype = dweight_dtype_for(labels.shape[0], h.shape[1], h.dtype, h.dtype, 0)
-        plan = Plan(labels, LogitOptions(softcap, logit_scale), kernels, h.dtype, dw_dtype)
+        first = h.shape[0] - n
+        dh = torch.empty_like(h) if need_h else None
+        if need_h:
+            dh[:first].zero_()  # rows without a label: only the head adds to them
+        ce_weight = None if early is None else (1 / early).expand(n)
+        options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
+        dw_dtype = dweight_dtype_for(n, h.shape[1], h.dtype, h.dtype, chunk_rows, accum_dtype)
+        plan = Plan(labels, options, kernels, h.dtype, dw_dtype, ce_weight, chunk_rows)
         ce = run_chunks(h[first:], weight, bias, plan, (need_h, need_w, need_b), dh[first:] if need_h else None)
-        coefficient = None
-        if need_h or need_params:
-            coefficient = row_weight.to(normalizer.dtype) * (flow_weight * normalizer / flow_normalizer)
+        ce_loss = ce.loss.sum() if late is None else ce.loss.sum() / late
+        scale = flow_weight / flow_normalizer if late is None else flow_weight * late / flow_normalizer
         row_loss, matrices, vectors = run_flow(
             kernels,
             h[:flow_rows],
             params,
-            coefficient,
+            row_weight.to(normalizer.dtype) * scale if need_h or need_params else None,
             *flow,
             need_params=need_params,
             dh=dh[:flow_rows] if need_h else None,
             add_to_dh=True,
         )
-        ce_loss, flow_loss = ce.loss.sum() / normalizer, (row_loss * row_weight).sum() / flow_normalizer
+        flow_loss = (row_loss * row_weight).sum() / flow_normalizer
         decoder = [h.new_empty(0) if g is None else g for g in (ce.dweight, ce.dbias)]
         dh = h.new_empty(0, 0) if dh is None else dh
         return [ce_loss + flow_weight * flow_loss, ce_loss, flow_loss, dh, *decoder, matrices, vectors]
@@ -103,8 +113,9 @@ def sfr_loss_op(
 @sfr_loss_op.register_fake
 def _(hidden, weight, bias, params, rows, labels, *options):
     need_h, need_w, need_b, need_params = options[-2]
-    wide, width = wide_dtype(hidden.dtype), hidden.shape[1]
-    dw_dtype = dweight_dtype_for(labels.shape[0], width, hidden.dtype, hidden.dtype, 0)
+    chunk_rows, accum_dtype = options[8:10]
+    wide, width, dtype = wide_dtype(hidden.dtype), hidden.shape[1], hidden.dtype
+    dw_dtype = dweight_dtype_for(labels.shape[0], width, dtype, dtype, chunk_rows, accum_dtype)
     return [
         *(hidden.new_empty((), dtype=wide) for _ in range(3)),
         hidden.new_empty(rows.shape[0], width) if need_h else hidden.new_empty(0, 0),
@@ -116,7 +127,7 @@ def _(hidden, weight, bias, params, rows, labels, *options):
 
 def _setup_context(ctx, inputs, output):
     hidden, _, _, params, _, _, token_row, normalizer, *_, ctx.backend = inputs
-    ctx.save_for_backward(token_row, normalizer, *output[3:])
+    ctx.save_for_backward(split_normalizer(normalizer, hidden.dtype)[1], token_row, *output[3:])
     ctx.dtype, ctx.head_dtype = hidden.dtype, head_dtype_of(params, hidden.dtype)
     ctx.params = [(p.shape, p.dtype) for p in params]
     ctx.mark_non_differentiable(*output[1:])
@@ -124,21 +135,14 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grads):
-    token_row, normalizer, dh, dw, db, *head = ctx.saved_tensors
+    late, token_row, dh, dw, db, *head = ctx.saved_tensors
     need, need_params = ctx.needs_input_grad[:3], ctx.needs_input_grad[3]
-    *found, matrices, vectors = scale_gradients(
-        grads[0],
-        normalizer,
-        dh,
-        token_row if need[0] else token_row[:0],
-        [dw, db],
-        head,
-        ctx.dtype,
-        ctx.head_dtype,
-        ctx.backend,
+    token_row = token_row if need[0] else token_row[:0]
+    *found, matrices, vectors = finish_gradients(
+        grads[0], late, dh, token_row, [dw, db], head, ctx.dtype, ctx.head_dtype, ctx.backend
     )
     found = [g if flag else None for g, flag in zip(found, need, strict=True)]
-    return *found, parameter_grads(matrices, vectors, ctx.params, need_params), *(None,) * 23
+    return *found, parameter_grads(matrices, vectors, ctx.params, need_params), *(None,) * 28
 
 
 sfr_loss_op.register_autograd(_backward, setup_context=_setup_context)
@@ -159,12 +163,18 @@ def sfr_loss(
     normalizer: float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    chunk_rows: int | None = None,
+    accum_dtype: torch.dtype | None = None,
+    debug: bool = False,
     backend: str | None = None,
 ) -> SFROutput:
     """L_CE + λ L_flow over the same rows, with one normalizer (None: the supervised rows of this call).
 
     Equal to `linear_cross_entropy` + λ · `flow_matching_loss` in value and in every gradient (DESIGN sections 1 to 3).
-    softcap and logit_scale act on the logits as in `linear_cross_entropy`.
+    softcap, logit_scale, label_smoothing, z_loss, chunk_rows, accum_dtype and debug are those of
+    `linear_cross_entropy`.
     Raises TypeError or ValueError naming the argument. No rows give 0, still connected to the graph.
     """
     check_hidden(hidden)
@@ -174,9 +184,10 @@ def sfr_loss(
     lam = _flow_weight(config.flow_weight if flow_weight is None else flow_weight)
     dtype = autocast_dtype(hidden)
     backend = resolve_backend(backend, hidden.device, dtype)
-    options = LogitOptions(softcap, logit_scale)
+    options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
+    check_memory(hidden, None, chunk_rows, accum_dtype)
     if backend == "reference":
-        check_labels(rows.labels[rows.ce_start :], weight.shape[0])
+        check_labels(rows.labels[rows.ce_start :], weight.shape[0], debug=True)
         params, scales = reference_head(head, hidden.dtype)
         loss, ce, flow = reference.sfr_loss(
             hidden,
@@ -191,8 +202,7 @@ def sfr_loss(
             bias=bias,
             flow_weight=lam,
             normalizer=normalizer,
-            softcap=softcap,
-            logit_scale=logit_scale,
+            **vars(options),
         )
         return SFROutput(loss, ce.detach(), flow.detach())
     norm = normalizer_of(normalizer, rows.num_ce, hidden.device, wide_dtype(dtype))
@@ -213,8 +223,10 @@ def sfr_loss(
             norm,
             flow_normalizer(norm, rows, config, norm.dtype),
             lam.to(norm) if isinstance(lam, Tensor) else torch.full_like(norm, lam),
-            softcap,
-            logit_scale,
+            *vars(options).values(),
+            chunk_rows or 0,
+            accum_dtype,
+            debug,
             *flow_arguments(rows, targets, times, seed, config, head),
             [
                 grad and flat.requires_grad,
@@ -225,12 +237,11 @@ def sfr_loss(
             backend,
         )
         return SFROutput(loss, ce, flow)
-    index = rows.rows[rows.ce_start :]
-    ce, *_ = cross_entropy(
-        flat.index_select(0, index), weight, bias, labels, None, norm, None, options, backend=backend
-    )
+    memory = dict(chunk_rows=chunk_rows, accum_dtype=accum_dtype, debug=debug, backend=backend)
+    where = dict(rows=rows.rows[rows.ce_start :], token_row=rows.token_row - rows.ce_start)
+    ce, *_ = cross_entropy(flat, weight, bias, labels, None, norm, options, **where, **memory)
     if config.loss == "mtp":
-        flow = _mtp(flat, weight, bias, head, rows, targets, config, norm, options, backend)
+        flow = _mtp(flat, weight, bias, head, rows, targets, config, norm, options, memory)
     else:
         flow = flow_matching_loss(
             hidden, head, rows, targets, times, seed=seed, config=config, normalizer=norm, backend=backend
@@ -249,11 +260,12 @@ def _flow_weight(value: float | Tensor) -> float | Tensor:
     return value
 
 
-def _mtp(h, weight, bias, head, rows, targets, config, norm, options, backend) -> Tensor:
+def _mtp(h, weight, bias, head, rows, targets, config, norm, options, memory) -> Tensor:
     """Multi-token prediction: the head maps h to the hidden state whose logits predict the token mtp_offset ahead."""
     n = rows.num_flow
     anchor = rows.anchor[:n]
-    v = velocity_head(backend, head, h.index_select(0, rows.rows[:n]), None, h.new_zeros(1), torch.zeros_like(anchor))
+    index, start = rows.rows[:n], h.new_zeros(1)
+    v = velocity_head(memory["backend"], head, h.index_select(0, index), None, start, torch.zeros_like(anchor))
     labels, row_weight = targets[anchor.long()], rows.weight[:n]
     norm = flow_normalizer(norm, rows, config, norm.dtype)
-    return cross_entropy(v, weight, bias, labels, row_weight, norm, None, options, backend=backend)[0]
+    return cross_entropy(v, weight, bias, labels, row_weight, norm, options, **memory)[0]

@@ -1,4 +1,4 @@
-"""What backward does with the gradients that forward left: factor · x in float32, rounded once, x as it was."""
+"""What backward does with the gradients that forward left: factor · x in float32, rounded once."""
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ def scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     for block in row_blocks(x):
         out[block] = x[block].to(factor.dtype) * factor
     return out
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x *= factor, and x; untouched where the factor is 1."""
+    if factor.is_cpu and factor == 1:
+        return x
+    for block in row_blocks(x):
+        x[block] = x[block].to(factor.dtype) * factor
+    return x
 
 
 def scatter_rows(

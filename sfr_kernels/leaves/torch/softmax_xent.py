@@ -70,4 +70,4 @@ def softmax_xent(
             if weight is not None:
                 dz.mul_(weight)
             logits[block] = dz.mul_(logit_scale) if logit_scale != 1.0 else dz
-    return loss, RowStats(lse, predicted, entropy) if need_stats else None
+    return loss, RowStats(lse, predicted, entropy, predicted == labels) if need_stats else None

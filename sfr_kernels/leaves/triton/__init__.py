@@ -4,7 +4,8 @@ from .flow_mse import flow_mse
 from .flow_path import flow_path
 from .norm_act import norm_act
 from .norm_act_backward import norm_act_backward
-from .scale import scale, scatter_rows
+from .scale import scale, scale_, scatter_rows
+from .softmax_shard import softmax_gradient, softmax_partials
 from .softmax_xent import softmax_xent
 from .split import split
 from .times import sequence_times, sinusoid, stratified_times
@@ -15,9 +16,12 @@ __all__ = [
     "norm_act",
     "norm_act_backward",
     "scale",
+    "scale_",
     "scatter_rows",
     "sequence_times",
     "sinusoid",
+    "softmax_gradient",
+    "softmax_partials",
     "softmax_xent",
     "split",
     "stratified_times",

@@ -1,4 +1,4 @@
-"""What backward does with the gradients that forward left: factor · x in float32, rounded once, x as it was.
+"""What backward does with the gradients that forward left: factor · x in float32, rounded once.
 
 `scatter_rows` also puts compact rows back in their places: every token looks for its row, so that the zeros of the
 others are written in the same pass.
@@ -21,6 +21,19 @@ def _scale_kernel(x_ptr, factor_ptr, out_ptr, numel, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _scale_in_place_kernel(x_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
+    """Few programs with many blocks each, so that those that find nothing to do are soon gone."""
+    factor = tl.load(factor_ptr)
+    if factor != 1.0:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, numel, tl.num_programs(0) * BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            mask = offs < numel
+            x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            tl.store(x_ptr + offs, (x * factor).to(x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _scatter_rows_kernel(x_ptr, factor_ptr, token_row_ptr, out_ptr, n, H, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -37,6 +50,14 @@ def scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     # 16 bytes a thread, twice; blocks no larger, so that small tensors still fill the chip.
     launch(_scale_kernel, (triton.cdiv(x.numel(), 2048),), x, factor, out, x.numel(), BLOCK=2048, num_warps=4)
     return out
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """x *= factor, and x; x contiguous, factor a zero-dim float32. Where it is 1, x is not even read."""
+    blocks = triton.cdiv(x.numel(), 4096)
+    # 16 programs of 128 threads fill a multiprocessor, of which a chip has at most 160
+    launch(_scale_in_place_kernel, (min(blocks, 16 * 160),), x, factor, x.numel(), BLOCK=4096, num_warps=4)
+    return x
 
 
 def scatter_rows(

@@ -25,7 +25,7 @@ def _exp(x):
 
 
 @triton.jit
-def _squash(x, rate, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def squash(x, rate, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """z, and tanh where there is a cap."""
     x = x.to(tl.float32)
     if HAS_SCALE or HAS_SOFTCAP:
@@ -38,42 +38,39 @@ def _squash(x, rate, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 
 
 @triton.jit
-def _softmax_xent_kernel(
-    x_ptr, x_row, x_col, label_ptr, weight_ptr, loss_ptr, lse_ptr, predicted_ptr, entropy_ptr,
-    V, logit_scale, softcap, label_smoothing, z_loss,
-    HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
-    HAS_Z_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr, NEED_STATS: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    """A block is (LANES, WIDTH) columns; a lane, which lies in one thread, has its own maximum and sums until the row
-    is over, so that no thread waits for another between the blocks."""
-    row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * x_row
-    label = tl.load(label_ptr + row)
-    rate = logit_scale / softcap if HAS_SOFTCAP else logit_scale
-    z_label = _squash(tl.load(x_ptr + label * x_col), rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
-    # Σ (z − pivot) instead of Σ z: a large common offset cancels before it can cost digits.
-    pivot = tl.where(z_label > float("-inf"), z_label, 0.0)
-
+def lane_columns(LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+    """The columns of a block by lane and place in it. Neighbours lie in one thread where it can read them at once,
+    else in neighbouring threads."""
     lane, within = tl.arange(0, LANES)[:, None], tl.arange(0, WIDTH)[None, :]
-    # Neighbours lie in one thread where it can read them at once, else in neighbouring threads.
-    offs_block = lane * WIDTH + within if VECTOR else within * LANES + lane
-    blocks = tl.cdiv(V, LANES * WIDTH)
+    return lane * WIDTH + within if VECTOR else within * LANES + lane
 
+
+@triton.jit
+def row_sums(
+    x_ptr, x_col, V, rate, softcap, pivot,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NEED_REST: tl.constexpr, NEED_STATS: tl.constexpr,
+    READ_AGAIN: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """One pass over a row: top = max z, Σ exp(z − top), Σ exp(z − top) (z − top), Σ (z − pivot), argmax z.
+
+    A block is (LANES, WIDTH) columns; a lane, which lies in one thread, has its own maximum and sums until the row is
+    over, so that no thread waits for another between the blocks.
+    """
+    offs_block = lane_columns(LANES, WIDTH, VECTOR)
     # Finite, so that z = −inf leaves exp(z − top) = 0; no finite z is lower.
     top = tl.full((LANES,), -3.4028234663852886e38, dtype=tl.float32)
-    total = tl.zeros((LANES,), dtype=tl.float32)  # Σ exp(z − top)
-    moment = tl.zeros((LANES,), dtype=tl.float32)  # Σ exp(z − top) (z − top)
-    rest = tl.zeros((LANES,), dtype=tl.float32)  # Σ (z − pivot)
+    total = tl.zeros((LANES,), dtype=tl.float32)
+    moment = tl.zeros((LANES,), dtype=tl.float32)
+    rest = tl.zeros((LANES,), dtype=tl.float32)
     best = tl.zeros((LANES,), dtype=tl.int32)
-    for block in range(blocks):
+    for block in range(tl.cdiv(V, LANES * WIDTH)):
         first = block * (LANES * WIDTH)
         offs = first + offs_block
         mask = offs < V
         at = x_ptr + offs.to(tl.int64) * x_col
-        policy: tl.constexpr = "evict_last" if NEED_GRAD else "evict_first"
+        policy: tl.constexpr = "evict_last" if READ_AGAIN else "evict_first"
         x = tl.load(at, mask=mask, other=float("-inf"), eviction_policy=policy)
-        z = _squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
+        z = squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
         if HAS_SCALE or HAS_SOFTCAP:
             z = tl.where(mask, z, float("-inf"))
         if NEED_STATS:
@@ -90,7 +87,7 @@ def _softmax_xent_kernel(
         if NEED_STATS:
             moment = (moment + total * below) * carry + tl.sum(tl.where(e > 0.0, e * d, 0.0), axis=1)
         total = total * carry + tl.sum(e, axis=1)
-        if HAS_SMOOTHING:
+        if NEED_REST:
             rest += tl.sum(tl.where(mask, z - pivot, 0.0), axis=1)
         top = high
 
@@ -98,22 +95,69 @@ def _softmax_xent_kernel(
     top = tl.max(lane_top, axis=0)
     below = lane_top - top
     carry = _exp(below)
-    lane_total = total
-    total = tl.sum(lane_total * carry, axis=0)
+    moment = tl.sum((moment + total * below) * carry, axis=0)
+    best = tl.min(tl.where(lane_top == top, best, V - 1), axis=0)
+    return top, tl.sum(total * carry, axis=0), moment, tl.sum(rest, axis=0), best
+
+
+@triton.jit
+def write_gradient(
+    x_ptr, x_col, V, label, rate, softcap, top, share, label_share, uniform,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """(share · exp(z − top) − label_share · onehot − uniform) · (1 − (z / cap)²) over a row's logits, in float32 until
+    it is stored."""
+    offs_block = lane_columns(LANES, WIDTH, VECTOR)
+    blocks = tl.cdiv(V, LANES * WIDTH)
+    # From the end: what was read last is what caches still hold.
+    for back in range(blocks):
+        offs = (blocks - 1 - back) * (LANES * WIDTH) + offs_block
+        mask = offs < V
+        at = x_ptr + offs.to(tl.int64) * x_col
+        x = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+        z, t = squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)
+        dx = _exp(z - top) * share
+        if HAS_SMOOTHING:
+            dx -= uniform
+        dx = tl.where(offs == label.to(tl.int32), dx - label_share, dx)
+        if HAS_SOFTCAP:
+            dx *= 1.0 - t * t
+        tl.store(at, dx.to(x_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def _softmax_xent_kernel(
+    x_ptr, x_row, x_col, label_ptr, weight_ptr, loss_ptr, lse_ptr, predicted_ptr, entropy_ptr,
+    V, logit_scale, softcap, label_smoothing, z_loss,
+    HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr, NEED_STATS: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    x_ptr += row * x_row
+    label = tl.load(label_ptr + row)
+    rate = logit_scale / softcap if HAS_SOFTCAP else logit_scale
+    x_label = tl.load(x_ptr + label * x_col, mask=tl.where(label >= 0, label < V, False), other=float("nan"))
+    z_label = squash(x_label, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
+    # Σ (z − pivot) instead of Σ z: a large common offset cancels before it can cost digits.
+    pivot = tl.where(z_label > float("-inf"), z_label, 0.0)
+    top, total, moment, rest, best = row_sums(
+        x_ptr, x_col, V, rate, softcap, pivot,
+        HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, NEED_STATS, NEED_GRAD, LANES, WIDTH, VECTOR,
+    )  # fmt: skip
     log_total = tl.log(total)
     lse = top + log_total
     loss = log_total - (1.0 - label_smoothing) * (z_label - top)
     if HAS_SMOOTHING:
-        loss -= label_smoothing * (pivot - top + tl.sum(rest, axis=0) / V)
+        loss -= label_smoothing * (pivot - top + rest / V)
     if HAS_Z_LOSS:
         loss += z_loss * lse * lse
     weight = tl.load(weight_ptr + row).to(tl.float32) if HAS_WEIGHT else 1.0
     tl.store(loss_ptr + row, loss * weight)
     if NEED_STATS:
-        moment = tl.sum((moment + lane_total * below) * carry, axis=0)
-        index = tl.min(tl.where(lane_top == top, best, V - 1), axis=0)
         tl.store(lse_ptr + row, lse)
-        tl.store(predicted_ptr + row, index.to(tl.int64))
+        tl.store(predicted_ptr + row, best.to(tl.int64))
         tl.store(entropy_ptr + row, log_total - moment / total)
 
     if NEED_GRAD:
@@ -121,24 +165,14 @@ def _softmax_xent_kernel(
         share = slope / total
         if HAS_Z_LOSS:
             share *= 1.0 + 2.0 * z_loss * lse
-        # From the end: what was read last is what caches still hold.
-        for back in range(blocks):
-            first = (blocks - 1 - back) * (LANES * WIDTH)
-            offs = first + offs_block
-            mask = offs < V
-            at = x_ptr + offs.to(tl.int64) * x_col
-            x = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-            z, t = _squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)
-            dx = _exp(z - top) * share
-            if HAS_SMOOTHING:
-                dx -= slope * (label_smoothing / V)
-            dx = tl.where(offs == label.to(tl.int32), dx - slope * (1.0 - label_smoothing), dx)
-            if HAS_SOFTCAP:
-                dx *= 1.0 - t * t
-            tl.store(at, dx.to(x_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+        write_gradient(
+            x_ptr, x_col, V, label, rate, softcap, top, share,
+            slope * (1.0 - label_smoothing), slope * (label_smoothing / V),
+            HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, LANES, WIDTH, VECTOR,
+        )  # fmt: skip
 
 
-def _block(logits: Tensor, has_more: bool, need_stats: bool) -> dict:
+def row_layout(logits: Tensor, has_more: bool, need_stats: bool) -> dict:
     """LANES, WIDTH, VECTOR and num_warps.
 
     A thread has four 16-byte loads in flight: 64 KiB a multiprocessor where it holds 1024 threads, more than an H100's
@@ -153,6 +187,7 @@ def _block(logits: Tensor, has_more: bool, need_stats: bool) -> dict:
     if logits.stride(1) == 1 and not any(k % 16 for k in (vocab, logits.stride(0), logits.data_ptr())):
         loads = 2 if has_more or size == 4 else 4
         return dict(LANES=loads * 32 * warps, WIDTH=16 // size, VECTOR=True, num_warps=warps)
+    warps = min(warps, 16) if has_more else warps
     return dict(LANES=32 * warps, WIDTH=8, VECTOR=False, num_warps=warps)
 
 
@@ -171,7 +206,7 @@ def softmax_xent(
     """row_weight · ℓ (n,) in float32, and the statistics if asked for."""
     n, vocab = logits.shape
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
-    stats = RowStats(torch.empty_like(loss), torch.empty_like(labels), torch.empty_like(loss)) if need_stats else None
+    stats = (torch.empty_like(loss), torch.empty_like(labels), torch.empty_like(loss)) if need_stats else (None,) * 3
     launch(
         _softmax_xent_kernel,
         (n,),
@@ -180,7 +215,7 @@ def softmax_xent(
         labels.contiguous(),
         None if row_weight is None else row_weight.contiguous(),
         loss,
-        *(stats or (None,) * 3),
+        *stats,
         vocab,
         float(logit_scale),
         1.0 if softcap is None else float(softcap),
@@ -193,6 +228,6 @@ def softmax_xent(
         HAS_Z_LOSS=z_loss != 0,
         NEED_GRAD=need_grad,
         NEED_STATS=need_stats,
-        **_block(logits, softcap is not None or label_smoothing != 0 or need_stats, need_stats),
+        **row_layout(logits, softcap is not None or label_smoothing != 0 or need_stats, need_stats),
     )
-    return loss, stats
+    return loss, RowStats(*stats, stats[1] == labels) if need_stats else None
