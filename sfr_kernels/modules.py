@@ -92,7 +92,11 @@ class VelocityHead(nn.Module):
 
 
 class LinearCrossEntropy(nn.Module):
-    """`linear_cross_entropy` with its options fixed; takes (hidden, weight, labels, bias)."""
+    """`linear_cross_entropy` with its options fixed; takes (hidden, weight, labels, bias).
+
+    In place of `F.cross_entropy(lm_head(hidden).flatten(0, 1), labels.flatten())`:
+    `loss = LinearCrossEntropy()(hidden, lm_head.weight, labels, lm_head.bias)`.
+    """
 
     def __init__(
         self,
@@ -106,7 +110,11 @@ class LinearCrossEntropy(nn.Module):
         z_loss: float = 0.0,
         logits_dtype: torch.dtype | None = None,
         chunk_rows: int | None = None,
+        accum_dtype: torch.dtype | None = None,
         return_stats: bool = False,
+        process_group: "torch.distributed.ProcessGroup | None" = None,
+        vocab_start: int = 0,
+        debug: bool = False,
         backend: str | None = None,
     ):
         super().__init__()
@@ -120,7 +128,11 @@ class LinearCrossEntropy(nn.Module):
             z_loss=z_loss,
             logits_dtype=logits_dtype,
             chunk_rows=chunk_rows,
+            accum_dtype=accum_dtype,
             return_stats=return_stats,
+            process_group=process_group,
+            vocab_start=vocab_start,
+            debug=debug,
             backend=backend,
         )
 
@@ -128,7 +140,7 @@ class LinearCrossEntropy(nn.Module):
         self,
         hidden: Tensor,  # (..., H)
         weight: Tensor,  # (V, H)
-        labels: Tensor,  # (...)
+        labels: Tensor | SupervisedRows,  # (...)
         bias: Tensor | None = None,  # (V,)
         *,
         normalizer: float | Tensor | None = None,
@@ -140,15 +152,34 @@ class LinearCrossEntropy(nn.Module):
 
 
 class SFRLoss(nn.Module):
-    """`sfr_loss` with its configuration and its velocity head, whose parameters are this module's."""
+    """`sfr_loss` with its configuration, its options and its velocity head, whose parameters are this module's."""
 
-    def __init__(self, config: SFRConfig, head: VelocityHead | None, *, backend: str | None = None):
+    def __init__(
+        self,
+        config: SFRConfig,
+        head: VelocityHead | None,
+        *,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        chunk_rows: int | None = None,
+        accum_dtype: torch.dtype | None = None,
+        debug: bool = False,
+        backend: str | None = None,
+    ):
         super().__init__()
         if (head is None) != (config.loss == "cka"):
             raise ValueError(f"loss={config.loss!r} {'has no' if head is not None else 'needs a'} velocity head")
         if head is not None:
             check_scales(head, config)
-        self.config, self.head, self.backend = config, head, backend
+        self.config, self.head = config, head
+        self.options = dict(
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            chunk_rows=chunk_rows,
+            accum_dtype=accum_dtype,
+            debug=debug,
+            backend=backend,
+        )
 
     def forward(
         self,
@@ -179,5 +210,5 @@ class SFRLoss(nn.Module):
             normalizer=normalizer,
             softcap=softcap,
             logit_scale=logit_scale,
-            backend=self.backend,
+            **self.options,
         )

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny import CONFIG, HIDDEN, SIZES, TARGET, VOCAB, pad, tiny_llama, tiny_samples, tiny_store
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sfr_kernels import SFRConfig, SFRLoss, VelocityHead, attach, detach, sfr_loss
+from sfr_kernels import LinearCrossEntropy, SFRConfig, SFRLoss, VelocityHead, attach, detach, sfr_loss
 from sfr_kernels.targets import SFRCollator
 from sfr_kernels.training.checkpoint import load_head
 
@@ -57,6 +57,50 @@ def test_cross_entropy_and_gradients_are_the_models_own(name):
     model(**BATCH).loss.backward()
     for parameter, grad in wanted.items():
         torch.testing.assert_close(model.get_parameter(parameter).grad, grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cross_entropy_alone_is_the_models_own_loss(name):
+    model = family(name)
+    keys, attributes = list(model.state_dict()), set(model.__dict__)
+    loss = model(**PLAIN, num_items_in_batch=torch.tensor(50)).loss
+    loss.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    for batch in (PLAIN, BATCH):  # labels, and rows made by a collator
+        model.zero_grad()
+        attach(model, objective="ce")
+        batch = {k: v for k, v in batch.items() if k != "targets"}
+        out = model(**batch, num_items_in_batch=torch.tensor(50))
+        torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-6)
+        assert torch.equal(out.ce_loss, out.loss) and "flow_loss" not in out and "logits" not in out
+        out.loss.backward()
+        for parameter, grad in wanted.items():
+            torch.testing.assert_close(model.get_parameter(parameter).grad, grad, rtol=1e-4, atol=1e-6)
+        assert model.generate(batch["input_ids"][:1], max_new_tokens=2, do_sample=False).shape[1] > 0
+        assert detach(model) is None
+        assert list(model.state_dict()) == keys and set(model.__dict__) == attributes
+
+
+def test_cross_entropy_alone_takes_the_options_of_its_module(tmp_path):
+    model = tiny_llama().eval()
+    wanted = model(**PLAIN).loss
+    attach(model, LinearCrossEntropy(chunk_rows=5, accum_dtype=torch.float32), objective="ce")
+    with Operations() as seen:
+        torch.testing.assert_close(model(**PLAIN).loss, wanted, rtol=1e-5, atol=1e-6)
+    assert max(torch.Size(s).numel() // VOCAB for s in seen.shapes if len(s) == 2 and s[-1] == VOCAB) == 5
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("sfr_*"))
+    detach(model)
+    for error, match, arguments in [
+        (ValueError, "objective", dict(objective="mse")),
+        (ValueError, "targets", dict(objective="ce", targets=STORE)),
+        (TypeError, "head_or_config", dict(objective="ce", head_or_config=CONFIG)),
+        (TypeError, "head_or_config", dict(targets=STORE)),
+        (ValueError, "reduction", dict(objective="ce", head_or_config=LinearCrossEntropy(reduction="sum"))),
+        (ValueError, "softcap", dict(objective="ce", head_or_config=LinearCrossEntropy(softcap=3.0))),
+    ]:
+        with pytest.raises(error, match=match):
+            attach(model, **arguments)
 
 
 def test_a_mixture_of_experts_keeps_its_router_loss():

@@ -1,80 +1,19 @@
-"""`linear_cross_entropy`: every option and gradient, its memory and its work, against the float64 reference."""
+"""`linear_cross_entropy`: every option and gradient against the float64 reference."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import assert_as_good_as_eager, assert_same, evaluate
+from cases import assert_as_good_as_eager, assert_same
+from decoder_cases import IGNORE, LEAVES, OPTIONS, again, leaves_only, make, oracle, ours
 from operations import Operations
 from torch import Tensor
 
-from sfr_kernels import linear_cross_entropy, reference
-from sfr_kernels.ops.chunks import chunk_rows_for
+from sfr_kernels import SFRConfig, SupervisedRows, linear_cross_entropy, reference
+from sfr_kernels.ops.cross_entropy import warn_of_no_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-IGNORE = -100
-LEAVES = ("hidden", "weight", "bias")
 META = torch.zeros(1, device="meta")
-
-
-def make(shape=(3, 11), hidden_size=20, vocab=37, dtype=torch.float64, used=0.6) -> SimpleNamespace:
-    """Leaves hidden, weight and bias in `dtype`; labels, some of them ignored, and a weight for each row."""
-    g = torch.Generator().manual_seed(0)
-
-    def normal(*size):
-        return torch.randn(size, generator=g, dtype=torch.float64)
-
-    tensors = normal(*shape, hidden_size), normal(vocab, hidden_size) / 2, normal(vocab)
-    hidden, weight, bias = (t.to(dtype).requires_grad_() for t in tensors)
-    labels = torch.randint(0, vocab, shape, generator=g)
-    labels[torch.rand(shape, generator=g) > used] = IGNORE
-    x = SimpleNamespace(hidden=hidden, weight=weight, bias=bias, labels=labels)
-    x.row_weight = torch.rand(shape, generator=g)
-    return x
-
-
-def again(x: SimpleNamespace, dtype: torch.dtype) -> SimpleNamespace:
-    """The same values as fresh leaves in `dtype`."""
-    leaves = {name: getattr(x, name).detach().to(dtype, copy=True).requires_grad_() for name in LEAVES}
-    return SimpleNamespace(**vars(x) | leaves)
-
-
-def leaves_only(x: SimpleNamespace, function) -> dict[str, Tensor]:
-    """value and gradients of function(), by the names of LEAVES."""
-    return evaluate(lambda _: function(), SimpleNamespace(**{name: getattr(x, name) for name in LEAVES}))
-
-
-def oracle(x: SimpleNamespace, reduce=None, labels=None, row_weight=None, bias=True, **options) -> dict[str, Tensor]:
-    """The reference under autograd; `reduce` takes the row losses (N,) to a scalar, the mean if None."""
-    labels = (x.labels if labels is None else labels).flatten()
-
-    def run():
-        h = x.hidden.reshape(-1, x.hidden.shape[-1])
-        weights = None if row_weight is None else row_weight.flatten().to(h.dtype)
-        both = dict(bias=x.bias if bias else None, row_weight=weights)
-        rows = reference.linear_cross_entropy(h, x.weight, labels, **both, **options)
-        used = max(int((labels != options.get("ignore_index", IGNORE)).sum()), 1)
-        return rows.sum() / used if reduce is None else reduce(rows)
-
-    return leaves_only(x, run)
-
-
-def ours(x: SimpleNamespace, bias=True, **options) -> dict[str, Tensor]:
-    bias = x.bias if bias else None
-    return leaves_only(x, lambda: linear_cross_entropy(x.hidden, x.weight, x.labels, bias=bias, **options))
-
-
-OPTIONS = {
-    "nothing but the bias": dict(),
-    "no bias": dict(bias=False),
-    "softcap": dict(softcap=3.0),  # logits have a deviation of about 2.5: most are in the bend of the tanh
-    "logit_scale": dict(logit_scale=0.3),
-    "label_smoothing": dict(label_smoothing=0.2),
-    "z_loss": dict(z_loss=0.05),
-    "row_weight": dict(row_weight=True),
-    "ignore_index is a class": dict(ignore_index=5),
-    "everything": dict(softcap=3.0, logit_scale=0.7, label_smoothing=0.1, z_loss=0.02, row_weight=True),
-}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -87,7 +26,7 @@ def test_options_in_float64(options):
     assert_same(ours(x, backend="reference", **options), oracle(x, **options))
 
 
-@pytest.mark.parametrize("dtype, k", [(torch.float32, 1.5), (torch.bfloat16, 1.1), (torch.float16, 1.1)])
+@pytest.mark.parametrize("dtype, k", [(torch.float32, 1.2), (torch.bfloat16, 1.1), (torch.float16, 1.1)])
 @pytest.mark.parametrize("chunk_rows", [None, 16])  # dW in one product, and accumulated over chunks
 @pytest.mark.parametrize("options", [dict(), OPTIONS["everything"]], ids=["plain", "everything"])
 def test_options_as_good_as_eager(dtype, k, options, chunk_rows):
@@ -121,6 +60,36 @@ def test_reductions_with_an_upstream_gradient_for_each_row():
     assert_same(ours(x, reduction="sum"), oracle(x, Tensor.sum))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_supervised_rows_instead_of_labels(reduction, autocast):
+    """The same values, at the same tokens, as labels shifted; the rows lie in an order of their own."""
+    x = make((3, 31), dtype=torch.float32 if autocast else torch.float64)
+    x.labels[0, :6] = IGNORE
+    rows = SupervisedRows.from_labels(x.labels, SFRConfig(stride=3, min_tokens=2, segment_tokens=4))
+    assert 0 < rows.num_flow < len(rows) and not torch.equal(rows.rows, rows.rows.sort().values)
+    options = dict(bias=x.bias, reduction=reduction, row_weight=x.row_weight)
+
+    def run(labels, **more):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = linear_cross_entropy(x.hidden, x.weight, labels, **options | more)
+        assert reduction != "none" or loss.shape == x.labels.shape
+        return loss if reduction != "none" else (loss * x.row_weight).sum()
+
+    wanted = leaves_only(x, lambda: run(x.labels, shift=True))
+    found = leaves_only(x, lambda: run(rows))
+    for name, value in wanted.items():
+        rtol = 2e-2 if autocast else 1e-10
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=1e-3 if autocast else 1e-14)
+    loss, stats = linear_cross_entropy(x.hidden, x.weight, rows, reduction="none", return_stats=True)
+    picked = rows.rows[rows.ce_start :]
+    logits = x.hidden.flatten(0, 1)[picked] @ x.weight.T
+    assert torch.equal(stats.predicted, logits.argmax(1))
+    assert torch.equal(stats.correct, logits.argmax(1) == rows.labels[rows.ce_start :])
+    exact = torch.nn.functional.cross_entropy(logits, rows.labels[rows.ce_start :], reduction="none")
+    torch.testing.assert_close(loss.flatten()[picked], exact)
+
+
 @pytest.mark.parametrize("normalizer", [7.5, 3, torch.tensor(7.5), torch.tensor([3])])
 def test_normalizer_is_a_number_or_a_tensor(normalizer):
     x = make()
@@ -148,6 +117,29 @@ def test_chunks_change_nothing_beyond_rounding(chunk_rows, reduction):
     x = make()
     exact = oracle(x, None if reduction == "mean" else lambda rows: rows.view(3, 11))
     assert_same(ours(x, reduction=reduction, chunk_rows=chunk_rows), exact, rtol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_the_loss_by_float32_rounding_and_runs_by_nothing(dtype):
+    x = make((7, 43), hidden_size=24, vocab=57, dtype=dtype)
+    first, second = ours(x), ours(x)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for chunk_rows in (1, 13, 100):
+        other = ours(x, chunk_rows=chunk_rows)
+        torch.testing.assert_close(other["value"], first["value"], rtol=4e-7, atol=0)
+        torch.testing.assert_close(other["hidden"], first["hidden"], rtol=0.02, atol=1e-6)
+
+
+def test_the_accumulator_of_the_weight_gradient_is_float32_unless_asked():
+    x = make((5, 41), hidden_size=64, vocab=203, dtype=torch.bfloat16)
+    exact = oracle(again(x, torch.float64))["weight"]
+
+    def error(**options):
+        return (ours(x, chunk_rows=1, **options)["weight"].double() - exact).norm()
+
+    assert error(accum_dtype=torch.float32) == error()
+    assert 1.2 * error() < error(accum_dtype=torch.bfloat16) < 30 * error()
+    assert ours(x, accum_dtype=torch.bfloat16)["weight"].equal(ours(x)["weight"])  # one chunk has no accumulator
 
 
 def test_shift_predicts_the_next_token_of_the_same_sequence():
@@ -199,6 +191,20 @@ def test_an_offset_common_to_all_logits_costs_no_digit():
     exact, result = oracle(again(x, torch.float64), lambda rows: rows, bias=False), ours(x, reduction="none")
     for name in ("value", "hidden", "weight"):
         torch.testing.assert_close(result[name].double(), exact[name], rtol=1e-6, atol=1e-6)
+
+
+def test_float16_at_32_thousand_rows():
+    """1 / n of a probability is below what float16 can hold: dlogits must not be divided by n, but only gradients, and
+    after they have the loss scaler's factor."""
+    x = make((8, 4096), hidden_size=8, vocab=64, dtype=torch.float16, used=1.0)
+    exact = oracle(again(x, torch.float64))
+    for chunk_rows in (None, 4096):
+        loss = linear_cross_entropy(x.hidden, x.weight, x.labels, bias=x.bias, chunk_rows=chunk_rows)
+        torch.testing.assert_close(loss.double(), exact["value"], rtol=1e-4, atol=0)
+        grads = torch.autograd.grad(loss, [getattr(x, name) for name in LEAVES], torch.tensor(2.0**14))
+        for name, grad in zip(LEAVES, grads, strict=True):
+            error = (grad.double() / 2**14 - exact[name]).norm() / exact[name].norm()
+            assert error < 1e-3, name
 
 
 @pytest.mark.parametrize("chunk_rows", [64, 4096])
@@ -272,56 +278,19 @@ def test_statistics_of_the_supervised_rows_in_order(softcap):
     torch.testing.assert_close(stats.lse.double(), logits.logsumexp(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(stats.entropy.double(), -(p * p.log()).sum(1), rtol=1e-6, atol=0)
     assert torch.equal(stats.predicted, logits.argmax(1))
+    assert torch.equal(stats.correct, stats.predicted == x.labels[x.labels != IGNORE]) and stats.correct.any()
     assert not any(s.requires_grad for s in stats) and loss.requires_grad
 
 
-def test_chunk_rows_are_the_documented_function():
-    bf16, fp32 = torch.bfloat16, torch.float32
-    # trained head: one chunk while n · itemsize ≤ 4 H, which is n ≤ 2 H in 16 bit and n ≤ H in 32
-    assert chunk_rows_for(8192, 4096, bf16, True) == 8192
-    assert chunk_rows_for(4096, 4096, fp32, True) == 4096
-    # beyond that equal chunks of about H rows
-    assert chunk_rows_for(8193, 4096, bf16, True) == 2731
-    assert chunk_rows_for(4097, 4096, fp32, True) == 2049
-    # frozen head: at most H / 2 rows
-    assert chunk_rows_for(4096, 4096, bf16, False) == 2048
-    assert chunk_rows_for(2049, 4096, bf16, False) == 1025
-    # never fewer than 1024 without need
-    assert chunk_rows_for(1000, 64, bf16, True) == 1000
-    assert chunk_rows_for(2048, 64, bf16, False) == 1024
-    assert chunk_rows_for(0, 64, bf16, True) == 1
+def test_a_batch_without_labels_is_warned_of_once(recwarn):
+    warn_of_no_rows.cache_clear()
+    x = make(used=0.0)
+    for _ in range(3):
+        linear_cross_entropy(x.hidden, x.weight, x.labels)
+    assert ["no label is supervised" in str(w.message) for w in recwarn if w.category is RuntimeWarning] == [True]
 
 
-@pytest.mark.parametrize("dtype, logits_dtype", [(torch.float32, None), (torch.bfloat16, torch.float32)])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype, logits_dtype, reduction):
-    n, hidden_size, vocab, chunk = 4096, 8, 1024, 64
-    x = make((4, n // 4), hidden_size, vocab, dtype, used=0.9)
-    with Operations() as produced:
-        options = dict(chunk_rows=chunk, logits_dtype=logits_dtype, reduction=reduction, label_smoothing=0.1)
-        loss = linear_cross_entropy(x.hidden, x.weight, x.labels, softcap=5.0, z_loss=0.1, **options)
-        loss.sum().backward()
-    largest = max(torch.Size(s).numel() for s in produced.shapes)
-    assert largest == max(chunk * vocab, n * hidden_size, vocab * hidden_size)
-    assert x.weight.grad is not None and len(produced.shapes) > 64 * 10  # the mode saw every chunk
-
-
-def test_a_frozen_head_has_no_gradient_buffer():
-    x = make((8, 16), hidden_size=64, vocab=512, dtype=torch.float32)
-    for trained in (True, False):
-        x.weight.requires_grad_(trained)
-        with Operations() as produced:
-            linear_cross_entropy(x.hidden, x.weight, x.labels, chunk_rows=16).backward()
-        assert (produced.made(x.weight.shape) > 0) == trained
-
-
-def test_ignored_rows_are_never_multiplied():
-    for used in (0.0, 0.1, 1.0):
-        x = make((8, 32), hidden_size=16, vocab=64, dtype=torch.float32, used=used)
-        with Operations() as operations:
-            linear_cross_entropy(x.hidden, x.weight, x.labels).backward()
-        n = int((x.labels != IGNORE).sum())
-        assert operations.flops == 3 * 2 * n * 16 * 64  # logits, dh, dW
+ROWS = SupervisedRows.from_labels(torch.zeros(2, 3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +320,18 @@ def test_ignored_rows_are_never_multiplied():
         (ValueError, "softcap", dict(softcap=0.0)),
         (ValueError, "label_smoothing", dict(label_smoothing=1.0)),
         (ValueError, "z_loss", dict(z_loss=-0.1)),
+        (ValueError, "labels .* got 5", dict(labels=torch.full((2, 3), 5), debug=True)),
+        (ValueError, "labels .* got 5", dict(labels=torch.full((2, 3), 5), backend="reference")),
+        (ValueError, "shift", dict(labels=ROWS, shift=True)),
+        (ValueError, "rows", dict(labels=ROWS, hidden=torch.zeros(3, 3, 4))),
+        (ValueError, "weight is empty", dict(weight=torch.zeros(0))),  # as ZeRO-3 leaves it
+        (ValueError, "weight is empty", dict(weight=torch.zeros(0, 4))),
         (ValueError, "chunk_rows", dict(chunk_rows=0)),
+        (ValueError, "accum_dtype", dict(accum_dtype=torch.bfloat16)),
+        (ValueError, "accum_dtype", dict(accum_dtype=torch.float64)),
+        (ValueError, "vocab_start", dict(vocab_start=4)),
+        (ValueError, "vocab_start", dict(vocab_start=-1)),
+        (TypeError, "process_group", dict(process_group="tensor parallel")),
         (ValueError, "backend", dict(backend="fast")),
     ],
 )

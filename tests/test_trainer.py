@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from sfr_kernels import SFRConfig, attach
 from sfr_kernels.targets import SFRCollator
-from sfr_kernels.training.attach import attachment_of
+from sfr_kernels.training.attachment import attachment_of
 from sfr_kernels.training.callbacks import SFRCallback, flow_weight_at
 
 SAMPLES = tiny_samples(24)

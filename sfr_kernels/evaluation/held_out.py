@@ -23,17 +23,14 @@ def held_out_losses(model: nn.Module, batches: Iterable[dict], device: torch.dev
     """Mean cross-entropy per supervised token, and L_flow if the model has an SFR objective."""
     training = model.training
     model.eval()
-    totals, tokens = {"ce_loss": 0.0, "flow_loss": 0.0}, 0
+    totals, tokens = {}, 0
     for batch in batches:
         count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         out = model(**{k: v.to(device) for k, v in batch.items()})
         tokens += count
-        if "ce_loss" in out:
-            totals["ce_loss"] += out.ce_loss.item() * count
-            totals["flow_loss"] += out.flow_loss.item() * count
-        else:
-            totals["ce_loss"] += out.loss.item() * count
-            totals.pop("flow_loss", None)
+        for name, loss in (("ce_loss", out.get("ce_loss", out.loss)), ("flow_loss", out.get("flow_loss"))):
+            if loss is not None:
+                totals[name] = totals.get(name, 0.0) + loss.item() * count
     model.train(training)
     return {name: total / max(tokens, 1) for name, total in totals.items()}
 

@@ -86,7 +86,7 @@ def dweight_dtype_for(
 def product_blocks(rows: int) -> list[slice]:
     """Blocks of rows in which a product of so many rows is made: all at once up to 2048 and from 8192 on, else equal
     blocks of at most 2048, a multiple of 128."""
-    step = rows
+    step = max(rows, 1)
     if _PRODUCT_ROWS < rows < _MANY_ROWS:
         step = -(-rows // -(-rows // _PRODUCT_ROWS))
         step = -(-step // 128) * 128

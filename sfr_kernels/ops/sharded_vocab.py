@@ -30,7 +30,7 @@ class VocabShard:
         """(world, *x.shape), those of every process in order of rank."""
         group = self.group
         out = x.new_empty(dist.get_world_size(group), *x.shape)
-        dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=group)
+        dist.all_gather(list(out.unbind(0)), x.contiguous(), group=group)
         return out
 
     def sum(self, x: Tensor) -> Tensor:

@@ -16,15 +16,12 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from ..config import SFRConfig
-from ..modules import SFRLoss, VelocityHead
+from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from ..ops import SFROutput
-from ..ops.times import step_seed
-from ..rows import SupervisedRows
-from ..targets.collator import sfr_inputs
 from ..targets.store import TargetStore
+from .attachment import Attachment, BatchInputs, CrossEntropyAttachment, SFRModelOutput, attachment_of
 from .checkpoint import pairing, save_head
 
 _KWARGS_FLAG = "accepts_loss_kwargs"  # read by Trainer: forward takes num_items_in_batch
@@ -32,45 +29,10 @@ _EXTRA_INPUTS = ("rows", "targets", "times", "seed", "sample_id")
 
 
 @dataclass
-class SFRModelOutput(ModelOutput):
-    """What an attached model returns for labels: the loss to train on, and its detached parts."""
-
-    loss: Tensor | None = None
-    ce_loss: Tensor | None = None
-    flow_loss: Tensor | None = None
-    aux_loss: Tensor | None = None
-
-
-class Attachment(SFRLoss):
-    """What `attach` adds to a model, as its submodule `sfr`: the objective, the head and the state of a run."""
-
-    def __init__(self, loss: SFRLoss, store: TargetStore | None):
-        super().__init__(loss.config, loss.head, backend=loss.backend)
-        self.store = store
-        self.flow_weight = loss.config.flow_weight
-        self.step: int | None = None  # set by SFRCallback; without it, every training forward is a step
-        self.forwards = 0
-        self.logit_options: dict | None = None  # measured at the first loss
-        self.totals: list[Tensor] | None = None  # sums of ce and flow since the last log
-
-    def seed(self) -> int:
-        """The seed of this forward's noise: of the step in training, always the same in evaluation."""
-        if not self.training:
-            return step_seed(self.config.seed, -1)
-        return step_seed(self.config.seed, self.forwards if self.step is None else self.step)
-
-    def record(self, out: SFROutput) -> None:
-        """Adds to the running sums, on the device."""
-        values = [out.ce, out.flow]
-        self.totals = values if self.totals is None else [a + b for a, b in zip(self.totals, values, strict=True)]
-        self.forwards += 1
-
-
-@dataclass
 class _Call:
     """One loss, on its way through the model's forward to the lm_head; or a probe of the logits' transform."""
 
-    sfr: Attachment
+    sfr: Attachment | CrossEntropyAttachment
     inputs: dict | None = None
     probe: Tensor | None = None
     out: SFROutput | None = None
@@ -82,25 +44,23 @@ def base_of(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment of a model, however it is wrapped."""
-    return next((m for m in model.modules() if isinstance(m, Attachment)), None)
-
-
 def attach(
     model: nn.Module,
-    head_or_config: VelocityHead | SFRConfig | SFRLoss,
+    head_or_config: VelocityHead | SFRConfig | SFRLoss | LinearCrossEntropy | None = None,
     targets: TargetStore | None = None,
     *,
+    objective: str = "sfr",
     target_size: int | None = None,
 ) -> nn.Module:
     """Makes `model(input_ids=…, labels=…, rows=…, targets=…)` return the SFR loss; returns the same model.
 
     model           a transformers causal LM, or a PEFT model around one (wrap with PEFT first, then attach).
     head_or_config  the objective: an SFRConfig (a new head is made), a VelocityHead (with the default config of its
-                    sizes), or an SFRLoss, which is both.
+                    sizes), or an SFRLoss, which is both. With objective "ce", nothing, or a LinearCrossEntropy for its
+                    options.
     targets         the store of the data set: says how wide the head must be, and lets a batch that has `sample_id`
                     but no rows and targets look them up.
+    objective       "sfr", or "ce": cross-entropy alone, fused, for people who want only that.
     target_size     d, where there is no store.
 
     Without labels the model is what it was. `rows` default to those of `labels`; `seed` to one per optimizer step under
@@ -112,17 +72,15 @@ def attach(
     if attachment_of(base) is not None:
         raise ValueError("model already has an SFR objective: detach it first")
     linear = _output_linear(base)
-    loss = _objective(head_or_config, linear, targets, target_size)
-    if loss.head is not None:
-        shape = loss.head.shape
-        if shape.hidden_size != linear.in_features:
-            raise ValueError(f"head is for hidden size {shape.hidden_size}, the model's is {linear.in_features}")
-        if targets is not None and loss.config.loss != "mtp" and shape.target_size != targets.target_size:
-            raise ValueError(f"head is for target size {shape.target_size}, targets have {targets.target_size}")
-        if linear.weight.device.type != "meta":
-            loss.head.to(linear.weight.device)
+    if objective not in ("sfr", "ce"):
+        raise ValueError(f"objective must be sfr or ce, got {objective!r}")
+    if objective == "ce":
+        sfr = _cross_entropy(head_or_config, targets)
+    else:
+        sfr = Attachment(_objective(head_or_config, linear, targets, target_size), targets)
+    _fit(sfr, linear, targets)
 
-    base.sfr = Attachment(loss, targets).train(base.training)
+    base.sfr = sfr.train(base.training)
     ignored = base._keys_to_ignore_on_save
     base.sfr.restore = {"_keys_to_ignore_on_save": ignored, _KWARGS_FLAG: base.__dict__.get(_KWARGS_FLAG)}
     base._keys_to_ignore_on_save = {*(ignored or ()), *(f"sfr.{name}" for name in base.sfr.state_dict())}
@@ -140,10 +98,10 @@ def attach(
 
 
 def detach(model: nn.Module) -> VelocityHead | None:
-    """Undoes `attach`: the model is the plain one again. Returns the velocity head (None for "cka")."""
+    """Undoes `attach`: the model is the plain one again. Returns the velocity head, None where there was none."""
     base = base_of(model)
     sfr = getattr(base, "sfr", None)
-    if not isinstance(sfr, Attachment):
+    if not isinstance(sfr, Attachment | CrossEntropyAttachment):
         raise ValueError("model has no SFR objective to detach")
     linear = _patched_linear(base)
     slot, plain = linear.__dict__.pop("_sfr_plain")
@@ -204,6 +162,29 @@ def _objective(given, linear: nn.Linear, targets: TargetStore | None, target_siz
     return SFRLoss(given, VelocityHead.from_config(given, linear.in_features, target_size))
 
 
+def _cross_entropy(given, targets: TargetStore | None) -> CrossEntropyAttachment:
+    if targets is not None:
+        raise ValueError("targets have no meaning with objective='ce'")
+    if not isinstance(given, LinearCrossEntropy | None):
+        raise TypeError(
+            f"head_or_config must be None or a LinearCrossEntropy with objective='ce', got {type(given).__name__}"
+        )
+    return CrossEntropyAttachment(LinearCrossEntropy() if given is None else given)
+
+
+def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets: TargetStore | None) -> None:
+    """Errors for a head that does not fit the model or the targets; moves it to the model."""
+    if sfr.head is None:
+        return
+    shape = sfr.head.shape
+    if shape.hidden_size != linear.in_features:
+        raise ValueError(f"head is for hidden size {shape.hidden_size}, the model's is {linear.in_features}")
+    if targets is not None and sfr.config.loss != "mtp" and shape.target_size != targets.target_size:
+        raise ValueError(f"head is for target size {shape.target_size}, targets have {targets.target_size}")
+    if linear.weight.device.type != "meta":
+        sfr.head.to(linear.weight.device)
+
+
 def _patched_linear(base: nn.Module) -> nn.Linear:
     for module in base.get_output_embeddings().modules():
         if "_sfr_plain" in module.__dict__:
@@ -242,12 +223,12 @@ def _forward_like(plain):
                 num_items_in_batch=None, **kwargs):  # fmt: skip
         if labels is None and rows is None:
             return self._sfr_plain_forward(*args, **kwargs)
-        sfr: Attachment = self.sfr
-        inputs = _loss_inputs(sfr, labels, rows, targets, sample_id, kwargs)
+        sfr, given = self.sfr, (labels, rows, targets, times, seed, sample_id, num_items_in_batch)
+        inputs = sfr.inputs(BatchInputs(*given, kwargs))
         if sfr.logit_options is None:
-            sfr.logit_options = _measure_logits(self, sfr, inputs["rows"].device)
-        inputs |= dict(times=times, seed=sfr.seed() if seed is None else seed, normalizer=num_items_in_batch,
-                       flow_weight=sfr.flow_weight, **sfr.logit_options)  # fmt: skip
+            device = (labels if rows is None else rows).device
+            sfr.logit_options = _measure_logits(self, sfr, device)
+        inputs |= sfr.logit_options
         call = _Call(sfr, inputs)
         with _waiting(self, call):
             outputs = self._sfr_plain_forward(*args, **{"use_cache": False, **kwargs, "return_dict": True})
@@ -267,30 +248,8 @@ def _forward_like(plain):
     return forward
 
 
-def _loss_inputs(sfr: Attachment, labels, rows, targets, sample_id, kwargs) -> dict:
-    """rows and targets, from the call where given, else from labels and the store."""
-    if rows is not None:
-        if not isinstance(rows, SupervisedRows):
-            raise TypeError(f"rows must be SupervisedRows, got {type(rows).__name__}")
-        if labels is not None and tuple(labels.shape) != rows.shape:
-            raise ValueError(f"rows were made for {rows.shape} tokens, labels are {tuple(labels.shape)}")
-        found = {"rows": rows, "targets": rows.labels if sfr.config.loss == "mtp" else targets}
-    elif sample_id is not None and (sfr.store is not None or sfr.config.loss == "mtp"):
-        ids = sample_id.tolist() if isinstance(sample_id, Tensor) else list(sample_id)
-        found = sfr_inputs({"labels": labels, **kwargs}, ids, sfr.config, sfr.store)
-    else:
-        rows = SupervisedRows.from_labels(labels, sfr.config)
-        found = {"rows": rows, "targets": rows.labels if sfr.config.loss == "mtp" else targets}
-    if found["targets"] is None:
-        raise ValueError(
-            f"targets must be given for loss={sfr.config.loss!r}: use SFRCollator, or pass sample_id to a model "
-            "attached with a TargetStore"
-        )
-    return found
-
-
 @torch.no_grad()
-def _measure_logits(base: nn.Module, sfr: Attachment, device: torch.device) -> dict:
+def _measure_logits(base: nn.Module, sfr: Attachment | CrossEntropyAttachment, device: torch.device) -> dict:
     """softcap and scale of the model's logits, found by passing known numbers off as logits of one token."""
     values = torch.tensor([2.0**-9, 1.0, -3.0, 1e6], device=device)
     call = _Call(sfr, probe=values.reshape(1, 1, -1))
@@ -310,6 +269,6 @@ def _save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
     """The model's own save_pretrained, which leaves the head out, and the head beside it."""
     result = self._sfr_plain_save(save_directory, *args, **kwargs)
     sfr = attachment_of(self)  # None if the model inside a PEFT model was detached
-    if sfr is not None and kwargs.get("is_main_process", True):
+    if isinstance(sfr, Attachment) and kwargs.get("is_main_process", True):
         save_head(save_directory, sfr, pairing(self))
     return result

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from ..config import SFRConfig
-from .attach import attachment_of
+from .attachment import Attachment, attachment_of
 from .checkpoint import pairing, restore_head
 
 
@@ -41,7 +41,7 @@ class SFRCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         sfr = attachment_of(model)
-        if sfr is None:
+        if not isinstance(sfr, Attachment):
             raise ValueError("SFRCallback needs a model with an SFR objective: attach it before Trainer is made")
         if state.global_step > 0:
             folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"

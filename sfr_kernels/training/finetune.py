@@ -18,7 +18,8 @@ from ..config import SFRConfig
 from ..evaluation.generate import generate
 from ..evaluation.held_out import frozen_flow_loss, held_out_losses
 from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
-from .attach import attach, attachment_of, detach
+from .attach import attach, detach
+from .attachment import attachment_of
 from .callbacks import SFRCallback
 from .checkpoint import save_head, write_atomically
 from .data import Example, Tokenized, read_chats, split_by_prompt, tokenize
@@ -101,8 +102,7 @@ def finetune(options: TrainOptions) -> Path:
     collator = DataCollatorForSeq2Seq(tokenizer)
     collate = SFRCollator(options.config, store, collator) if sfr else _without_sample_id(collator)
     model = _trainable(model, options)
-    if sfr:
-        attach(model, options.config, targets=store)
+    attach(model, options.config if sfr else None, store, objective=options.objective)
 
     order = torch.Generator().manual_seed(options.seed)
 
@@ -267,9 +267,9 @@ def _finish(options, trainer, tokenizer, chats, prompts, answers_before, results
     history = [h for h in trainer.state.log_history if "loss" in h]
     answers = generate(model, tokenizer, chats, seed=options.seed)
     folder = out / "model"
+    loss = attachment_of(model)
+    detach(model)
     if options.objective == "sfr":
-        loss = attachment_of(model)
-        detach(model)
         save_head(folder, loss)
     plain = model if options.full else model.merge_and_unload()
     plain.save_pretrained(folder)

@@ -3,29 +3,12 @@
 import pytest
 import torch
 import triton
+from accounting import allocated
 from cases import make_case, small_config
 from device import DEVICE, ON_GPU
-from torch.profiler import ProfilerActivity, profile
 
 from sfr_kernels import flow_matching_loss
 from sfr_kernels.leaves.triton import column_sum as rows_of
-
-
-def allocated(function) -> tuple[int, int, object]:
-    """Bytes that a call leaves behind, the most it had at once, and what it returned."""
-    if ON_GPU:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        out = function()
-        return torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before, out
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        out = function()
-    now = peak = 0
-    for event in record.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return now, peak, out
 
 
 @pytest.mark.skipif(

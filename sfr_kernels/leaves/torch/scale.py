@@ -24,6 +24,8 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """x *= factor, and x; untouched where the factor is 1."""
     if factor.is_cpu and factor == 1:
         return x
+    if x.dtype == factor.dtype:
+        return x.mul_(factor)
     for block in row_blocks(x):
         x[block] = x[block].to(factor.dtype) * factor
     return x
