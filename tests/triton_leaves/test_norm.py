@@ -1,5 +1,7 @@
 """norm_act, its backward and the sums over rows in Triton, against the torch leaves in float64."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from device import DEVICE, DTYPES, assert_as_good
@@ -173,6 +175,25 @@ def test_scale_and_scatter(dtype, out):
     assert torch.equal(x, before)
     empty = leaves.scatter_rows(x[:0].to(DEVICE), factor.to(DEVICE), token_row.to(DEVICE), out)
     assert torch.equal(empty.cpu(), torch.zeros(8, 2100, dtype=out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, width", [(5, 2100), (1, 1), (0, 7)])  # three blocks, with a ragged end
+def test_scale_in_place(rows, width, dtype):
+    x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for factor in (torch.tensor(1.7), torch.tensor(1.0)):
+        mine, theirs = x.to(DEVICE, copy=True), x.clone()
+        assert leaves.scale_(mine, factor.to(DEVICE)) is mine and eager.scale_(theirs, factor) is theirs
+        assert torch.equal(mine.cpu(), theirs) and torch.equal(theirs, eager.scale(x, factor, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_blocks_than_programs(dtype, monkeypatch):
+    """As a lm_head's gradient has: each program takes several, in strides."""
+    monkeypatch.setattr(import_module("sfr_kernels.leaves.triton.scale"), "MAX_PROGRAMS", 2)
+    x = torch.randn(9, 2100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = leaves.scale_(x.to(DEVICE, copy=True), torch.tensor(1.7).to(DEVICE))
+    assert torch.equal(found.cpu(), eager.scale(x, torch.tensor(1.7), dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -76,6 +76,15 @@ def test_one_row_and_a_weight_of_zero():
     assert found["loss"][1] == 0 and (found["dlogits"][1] == 0).all() and (found["dlogits"][2] != 0).any()
 
 
+@pytest.mark.parametrize("label", [50, -1, -100])
+def test_a_label_outside_the_vocabulary_reads_nothing(label):
+    """Composites refuse it; should one come so far, it must not be an address."""
+    logits, labels, _ = make(3, 50, torch.float32)
+    labels[1] = label
+    loss, _ = leaves.softmax_xent(logits.to(DEVICE), labels.to(DEVICE))
+    assert loss.isnan().tolist() == [False, True, False]
+
+
 def test_no_rows():
     logits = torch.empty(0, 50, device=DEVICE)
     loss, stats = leaves.softmax_xent(logits, torch.empty(0, dtype=torch.int64, device=DEVICE), need_stats=True)
@@ -100,7 +109,7 @@ def test_minus_infinity_is_a_class_of_no_probability():
     labels[:] = 320
     found = outputs(leaves, logits, labels, weight, device=DEVICE)
     exact = outputs(eager, logits, labels, weight, torch.float64)
-    for name in ("loss", "dlogits", "lse"):
+    for name in ("loss", "dlogits", "lse", "entropy"):
         torch.testing.assert_close(found[name].cpu().double(), exact[name], rtol=2e-6, atol=1e-7)
     assert (found["dlogits"][:, 50:300] == 0).all()
 

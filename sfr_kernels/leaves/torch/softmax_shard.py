@@ -45,7 +45,7 @@ def softmax_partials(
         if need_rest:
             out.rest[block] = d.sum(dim=1)
         if need_stats:
-            out.moment[block] = e.mul_(d).sum(dim=1)
+            out.moment[block] = torch.where(e > 0, e * d, 0.0).sum(dim=1)
     return out
 
 

@@ -57,7 +57,8 @@ def softmax_xent(
         lse[block] = row_lse.squeeze(1)
         if need_stats:
             predicted[block] = best.squeeze(1)
-            entropy[block] = (log_total - (p * (z - top)).sum(1, keepdim=True) / total).squeeze(1)
+            moment = torch.where(p > 0, p * (z - top), 0.0).sum(dim=1, keepdim=True)
+            entropy[block] = (log_total - moment / total).squeeze(1)
         if need_grad:
             dz = p.div_(total)
             if z_loss:

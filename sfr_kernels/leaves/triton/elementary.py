@@ -43,7 +43,8 @@ def sincos_turns(r):
 
 @triton.jit
 def tanh(x):
-    """tanh x, to a few units in the last place also where it is small; `tl.exp2` makes a GPU's bits its own."""
+    """tanh x and its derivative, to a few units in the last place also where either is small; `tl.exp2` makes a GPU's
+    bits its own."""
     size = tl.abs(x)
     w = x * x
     series = 62.0 / 2835.0 + w * (-1382.0 / 155925.0 + w * (21844.0 / 6081075.0))
@@ -51,4 +52,5 @@ def tanh(x):
     # Of a negative exponent, so that nothing overflows.
     e = tl.exp2(-2.0 * 1.4426950408889634 * size)
     far = (1.0 - e) / (1.0 + e)
-    return tl.where(size < 0.4, x + x * series, tl.where(x < 0.0, -far, far))
+    t = tl.where(size < 0.4, x + x * series, tl.where(x < 0.0, -far, far))
+    return t, 4.0 * e / ((1.0 + e) * (1.0 + e))

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .launch import launch
 
+# 16 programs of 128 threads fill a multiprocessor, of which a chip has at most 160.
+MAX_PROGRAMS = 16 * 160
+
 
 @triton.jit
 def _scale_kernel(x_ptr, factor_ptr, out_ptr, numel, BLOCK: tl.constexpr):
@@ -54,9 +57,8 @@ def scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """x *= factor, and x; x contiguous, factor a zero-dim float32. Where it is 1, x is not even read."""
-    blocks = triton.cdiv(x.numel(), 4096)
-    # 16 programs of 128 threads fill a multiprocessor, of which a chip has at most 160
-    launch(_scale_in_place_kernel, (min(blocks, 16 * 160),), x, factor, x.numel(), BLOCK=4096, num_warps=4)
+    programs = min(triton.cdiv(x.numel(), 4096), MAX_PROGRAMS)
+    launch(_scale_in_place_kernel, (programs,), x, factor, x.numel(), BLOCK=4096, num_warps=4)
     return x
 
 

@@ -26,15 +26,15 @@ def _exp(x):
 
 @triton.jit
 def squash(x, rate, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """z, and tanh where there is a cap."""
+    """z, and where there is a cap the derivative of tanh: 1 − (z / cap)², without the cancellation."""
     x = x.to(tl.float32)
     if HAS_SCALE or HAS_SOFTCAP:
         x *= rate
-    t = x
+    bend = x
     if HAS_SOFTCAP:
-        t = tanh(x)
+        t, bend = tanh(x)
         x = softcap * t
-    return x, t
+    return x, bend
 
 
 @triton.jit
@@ -116,13 +116,13 @@ def write_gradient(
         mask = offs < V
         at = x_ptr + offs.to(tl.int64) * x_col
         x = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-        z, t = squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)
+        z, bend = squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)
         dx = _exp(z - top) * share
         if HAS_SMOOTHING:
             dx -= uniform
         dx = tl.where(offs == label.to(tl.int32), dx - label_share, dx)
         if HAS_SOFTCAP:
-            dx *= 1.0 - t * t
+            dx *= bend
         tl.store(at, dx.to(x_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
