@@ -1,0 +1,135 @@
+"""On an NVIDIA GPU: the cross-entropy of a linear layer at its size, its memory, its checks and its process groups."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from accounting import allocated
+from cases import make_case, small_config
+
+from sfr_kernels import SupervisedRows, linear_cross_entropy
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+
+def needs(gib: float) -> None:
+    if torch.cuda.mem_get_info()[0] < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of free GPU memory")
+
+
+def test_logits_past_two_to_the_31():
+    needs(16)
+    from sfr_kernels.leaves import triton as leaves
+
+    n, vocab, last = 17000, 128256, 8
+    logits = torch.randn(n, vocab, dtype=torch.bfloat16, device="cuda")
+    labels = torch.randint(vocab, (n,), device="cuda")
+    small = logits[-last:].clone()
+    loss, _ = leaves.softmax_xent(logits, labels)
+    wanted, _ = leaves.softmax_xent(small, labels[-last:])
+    assert torch.equal(loss[-last:], wanted) and torch.equal(logits[-last:], small)
+
+
+def test_a_call_with_more_than_two_to_the_31_logits_at_once():
+    """The last rows of a large call are those of a small one."""
+    needs(16)
+    n, vocab, last = 17000, 128256, 8
+    g = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(n, 64, dtype=torch.bfloat16, device="cuda", generator=g)
+    weight = torch.randn(vocab, 64, dtype=torch.bfloat16, device="cuda", generator=g) / 8
+    labels = torch.randint(vocab, (n,), device="cuda", generator=g)
+    results = []
+    for rows in (slice(None), slice(n - last, None)):
+        h = hidden[rows].clone().requires_grad_()
+        loss = linear_cross_entropy(h, weight, labels[rows], reduction="none", chunk_rows=n)
+        (grad,) = torch.autograd.grad(loss.sum(), h)
+        results.append((loss[-last:].detach(), grad[-last:]))
+    for large, small in zip(*results, strict=True):  # cuBLAS may take another kernel for another shape
+        torch.testing.assert_close(large.float(), small.float(), rtol=2e-2, atol=2e-2)
+
+
+# Options, a frozen head or not, and the most bytes beyond the returned gradients, in units of the weight's own.
+MEMORY = {
+    "trained, one chunk": ({}, False, 4096, 2.5),
+    "trained, chunks": ({}, False, 6000, 2.5),
+    "frozen": ({}, True, 4096, 0.55),  # half, and a little for the rows
+    "small": (dict(chunk_rows=256, accum_dtype=torch.bfloat16), False, 6000, 0.3),
+    "row losses": (dict(reduction="none"), False, 6000, 2.5),
+}
+
+
+@pytest.mark.parametrize("options, frozen, n, most", MEMORY.values(), ids=MEMORY.keys())
+def test_peak_memory_in_units_of_the_weight(options, frozen, n, most):
+    hidden_size, vocab = 2048, 65536
+    hidden = torch.randn(n, hidden_size, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    weight = torch.randn(vocab, hidden_size, dtype=torch.bfloat16, device="cuda") / 45
+    weight.requires_grad_(not frozen)
+    labels = torch.randint(vocab, (n,), device="cuda")
+    labels[: n // 4] = -100
+    wanted = [t for t in (hidden, weight) if t.requires_grad]
+
+    def run():
+        return torch.autograd.grad(linear_cross_entropy(hidden, weight, labels, **options).sum(), wanted)
+
+    run()  # workspaces of cuBLAS
+    _, peak, grads = allocated(run)
+    given = sum(g.numel() * g.element_size() for g in grads)
+    unit = weight.numel() * weight.element_size()
+    assert peak - given <= most * unit, f"{(peak - given) / unit:.2f} units"
+
+
+def test_a_label_outside_the_vocabulary():
+    hidden = torch.randn(4, 8, device="cuda")
+    weight, labels = torch.randn(16, 8, device="cuda"), torch.tensor([0, 1, 16, -100], device="cuda")
+    with pytest.raises(ValueError, match="got 16"):
+        linear_cross_entropy(hidden, weight, labels, debug=True)
+    # without debug the device itself stops, and with it the process
+    script = (
+        "import torch; from sfr_kernels import linear_cross_entropy\n"
+        "hidden, weight = torch.randn(4, 8, device='cuda'), torch.randn(16, 8, device='cuda')\n"
+        "linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 16, -100], device='cuda')).item()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0 and "labels must be in [0, 16)" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_one_process_of_a_group_has_the_whole_vocabulary(backend, tmp_path):
+    case = make_case(small_config())
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        results = []
+        for options in (dict(process_group=dist.group.WORLD), {}):
+            hidden, weight = (t.to("cuda", torch.float32).requires_grad_() for t in (case.hidden, case.weight))
+            labels = case.labels.cuda()
+            loss, stats = linear_cross_entropy(
+                hidden, weight, labels, shift=True, label_smoothing=0.1, return_stats=True, backend=backend, **options
+            )
+            results.append([loss.detach(), *torch.autograd.grad(loss, [hidden, weight]), *stats])
+        for mine, wanted in zip(*results, strict=True):
+            torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_rows_and_labels_give_the_same():
+    case = make_case(small_config())
+    hidden, weight = (t.to("cuda", torch.bfloat16).requires_grad_() for t in (case.hidden, case.weight))
+    rows = SupervisedRows.from_labels(case.labels).to("cuda")
+    losses = [
+        linear_cross_entropy(hidden, weight, case.labels.cuda(), shift=True),
+        linear_cross_entropy(hidden, weight, rows),
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+def test_linear_cross_entropy_serves_every_dtype_by_default():
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        case = make_case(small_config())
+        hidden, weight = (t.to("cuda", dtype).requires_grad_() for t in (case.hidden, case.weight))
+        loss = linear_cross_entropy(hidden, weight, case.labels.cuda(), shift=True)
+        loss.backward()
+        wanted = linear_cross_entropy(case.hidden, case.weight, case.labels, shift=True)
+        torch.testing.assert_close(loss.cpu().double(), wanted, rtol=2e-2, atol=1e-3)
