@@ -3,7 +3,8 @@
 # make lint   check style
 # make test-newest-triton   run the kernels' tests on the newest Triton that is supported
 # make gpu-check   on a machine with a GPU, torch, triton and pytest: test and time the kernels; installs nothing
-# All but the last set up .venv first and reuse it.
+# make bench-decoder   where torch is: time the cross-entropy and the joint loss against what people use instead
+# All but the last two set up .venv first and reuse it.
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -18,7 +19,7 @@ RUN ?= runs/demo
 # an interrupted demo goes on, a finished one starts anew
 AGAIN = $(if $(wildcard $(RUN)/checkpoint-*),--resume,--overwrite)
 
-.PHONY: demo test test-newest-triton lint gpu-check clean
+.PHONY: demo test test-newest-triton lint gpu-check bench-decoder clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -29,6 +30,9 @@ test: $(VENV)/.test
 
 test-newest-triton: $(VENV)/.test $(VENV)/.newest-triton
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest-triton $(BIN)/python -m pytest tests/test_interpreter.py tests/test_ahead_of_time.py $(ARGS)
+
+bench-decoder:
+	$(GPU_PYTHON) -m benchmarks.decoder $(ARGS)
 
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)

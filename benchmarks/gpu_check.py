@@ -44,11 +44,13 @@ class Case:
     peers: bool = False
     graphs: bool = False
     seconds: float = 2.0
+    small: bool = False  # the setting of the least memory
 
     @property
     def fields(self) -> dict:
         dtype = str(self.dtype).removeprefix("torch.")
-        return dict(op=self.op, label=self.shape.label(self.op), dtype=dtype, shape=asdict(self.shape))
+        label = self.shape.label(self.op) + (" small" if self.small else "")
+        return dict(op=self.op, label=label, dtype=dtype, shape=asdict(self.shape))
 
 
 # Nothing here is a multiple of a block; four layers, so that a block follows a block.
@@ -103,7 +105,7 @@ def check(case: Case, backends: tuple[str, ...], device: torch.device, quick: bo
     try:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the last case has left
-        problem = Problem(case.op, case.shape, case.dtype, device)
+        problem = Problem(case.op, case.shape, case.dtype, device, small=case.small)
         errors, raised = judge(problem, backends, case.draws)
         failures |= raised
         for backend, found in errors.items():
@@ -120,7 +122,7 @@ def check(case: Case, backends: tuple[str, ...], device: torch.device, quick: bo
     except Exception as error:  # the reference or the floor: nothing can be said of any backend
         failures |= {b: message(error) for b in backends if b not in failures}
     for name, failure in failures.items():
-        rows.setdefault(name, case.fields | dict(candidate=name))["failure"] = failure
+        rows.setdefault(name, case.fields | dict(candidate=name, peer=name not in backends))["failure"] = failure
     return [dict(ok="failure" not in row, failure=None) | row for row in rows.values()]
 
 

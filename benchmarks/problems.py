@@ -59,8 +59,10 @@ class Shape:
 class Problem:
     """Inputs of `op` in `dtype` on `device`. `run` is forward and backward through the public function."""
 
-    def __init__(self, op: str, shape: Shape, dtype: torch.dtype, device: torch.device):
+    def __init__(self, op: str, shape: Shape, dtype: torch.dtype, device: torch.device, *, small: bool = False):
         self.op, self.shape, self.dtype, self.device = op, shape, dtype, device
+        # what keeps memory least: small chunks, and dW accumulated in its own dtype
+        self.memory = dict(chunk_rows=shape.hidden_size // 8, accum_dtype=dtype) if small else {}
         self.config = shape.config
         self.labels = self._labels()
         rows = SupervisedRows.from_labels(self.labels, self.config)
@@ -119,14 +121,21 @@ class Problem:
     def loss(self, backend: str, *, judged: bool = False) -> Tensor:
         """The op's value; judged: at TIMES instead of times drawn from the seed."""
         if self.op == "linear_cross_entropy":
-            return linear_cross_entropy(
-                self.hidden, self.weight, self.labels, normalizer=self.normalizer, backend=backend
-            )
+            return self._cross_entropy(self.labels, backend)
         if self.op == "flow_matching_loss":
             return self._flow(backend, judged)
         rows, times = (self.timed_rows, self.times) if judged else (self.rows, None)
         options = dict(seed=self.seed, config=self.config, normalizer=self.normalizer, backend=backend)
-        return sfr_loss(self.hidden, self.weight, self.head, rows, self.targets, times, **options).loss
+        return sfr_loss(self.hidden, self.weight, self.head, rows, self.targets, times, **options, **self.memory).loss
+
+    def apart(self, backend: str) -> list[Tensor]:
+        """The joint loss as its two parts, one after the other, and the gradient of every leaf."""
+        loss = self._cross_entropy(self.rows, backend) + self.config.flow_weight * self._flow(backend, judged=False)
+        return [loss, *torch.autograd.grad(loss, list(self.leaves.values()))]
+
+    def _cross_entropy(self, labels: Tensor | SupervisedRows, backend: str) -> Tensor:
+        options = dict(normalizer=self.normalizer, backend=backend) | self.memory
+        return linear_cross_entropy(self.hidden, self.weight, labels, **options)
 
     def _flow(self, backend: str, judged: bool) -> Tensor:
         rows, times = (self.timed_rows, self.times) if judged else (self.rows, None)

@@ -110,7 +110,8 @@ def read(path: Path) -> dict:
 
 COLUMNS = (
     "op", "shape", "dtype", "candidate", "error", "eager's", "of bound", "worst at", "ms", "spread", "issue ms",
-    "graph ms", "floor ms", "of floor", "eager / it", "compiled / it", "extra MiB", "buffers", "",
+    "graph ms", "floor ms", "of floor", "eager / it", "compiled / it", "peer / it", "extra MiB", "buffers", "lm_heads",
+    "",
 )  # fmt: skip
 
 
@@ -142,8 +143,10 @@ def cells(row: dict, peers: dict[str, float]) -> list[str]:
         " / ".join(filter(None, [ratio(floor, ms, ".0%"), ratio(floor, graph, ".0%")])),
         ratio(peers.get(EAGER), ms, ".2f"),
         ratio(peers.get(COMPILED), ms, ".2f"),
+        "" if row.get("peer") else ratio(peers.get("fastest"), ms, ".2f"),
         "" if extra is None else f"{extra / 2**20:.0f}",
         number(row.get("extra_buffers"), ".1f"),
+        number(row.get("weight_units"), ".2f"),
         "ok" if row["ok"] else "FAILED",
     ]
 
@@ -158,6 +161,9 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         if row["candidate"] in (EAGER, COMPILED) and row.get("ms"):
             peers.setdefault(problem(row), {})[row["candidate"]] = row["ms"]
+        if row.get("peer") and row.get("ms"):
+            known = peers.setdefault(problem(row), {})
+            known["fastest"] = min(row["ms"], known.get("fastest", row["ms"]))
     body = [list(COLUMNS), *(cells(row, peers.get(problem(row), {})) for row in rows)]
     kept = [i for i in range(len(COLUMNS)) if any(line[i] for line in body[1:])]
     widths = [max(len(line[i]) for line in body) for i in kept]
@@ -170,8 +176,8 @@ error, eager's: relative L2 error against float64 of the output that comes neare
 of eager torch in the same dtype; "of bound" must not exceed 1. ms: median of forward + backward, launched, cold L2;
 spread: between the quartiles; issue ms: what the launches cost the CPU; graph ms: the same call in a CUDA graph.
 of floor: the time of the matrix products alone over ms / over graph ms. eager / it, compiled / it: how many times as
-long the published loss takes. extra: peak memory beyond inputs and gradients; buffers: the same in buffers of
-(n, max(d, D))."""
+long the published loss takes; peer / it: the fastest peer. extra: peak memory beyond inputs and gradients; the same in
+buffers of (n, max(d, D)), and in lm_head weights."""
 
 
 def render(content: dict) -> str:

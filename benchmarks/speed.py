@@ -1,10 +1,11 @@
-"""Time and memory of one problem: every backend, its floor, and for the flow loss the published way, all in turn."""
+"""Time and memory of one problem: every backend, its floor, and what people would use instead, all in turn."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from . import decoder_peers
 from .errors import message
 from .floor import Floor, gemms_of
 from .peers import COMPILED, EAGER, PublishedFlowLoss
@@ -18,7 +19,7 @@ def measure(
     problem: Problem,
     backends: Iterable[str],
     *,
-    peers: bool = False,  # the published eager loss, and torch.compile of it
+    peers: bool = False,  # what people would use instead
     graphs: bool = False,  # the same calls in a CUDA graph
     seconds: float = 2.0,
 ) -> tuple[dict[str, dict], dict[str, str]]:
@@ -26,7 +27,7 @@ def measure(
     device, runs = problem.device, {b: lambda b=b: problem.run(b) for b in backends}
     if peers:
         torch.compiler.reset()
-        runs |= published(problem)
+        runs |= peers_of(problem)
     raised, memory = {}, {}
     for name, run in list(runs.items()):
         try:
@@ -53,8 +54,13 @@ def measure(
     found = {}
     for name in runs:
         found[name] = row(times[name], times[FLOOR], floor.flops) | dict(extra_bytes=memory[name])
+        found[name]["floor_blocks"] = [floor.blocks[gemm] for gemm in floor.chain]
+        found[name]["peer"] = name not in backends
         if memory[name] is not None and problem.head is not None:
             found[name]["extra_buffers"] = round(memory[name] / buffer_bytes(problem), 2)
+        if memory[name] is not None and problem.weight is not None:
+            weight = problem.weight.numel() * problem.weight.element_size()
+            found[name]["weight_units"] = round(memory[name] / weight, 3)
         if name in captured:
             replayed = times[f"{name} in a graph"]
             found[name] |= dict(graph_ms=round(replayed.ms, 5), graph_spread_ms=round(replayed.spread_ms, 5))
@@ -70,6 +76,28 @@ def buffer_bytes(problem: Problem) -> int:
     """One buffer of (n, max(d, D)) in the input's dtype."""
     s = problem.shape
     return problem.num_flow * max(s.target_size, s.width) * problem.hidden.element_size()
+
+
+APART = "one after the other"
+
+
+def peers_of(problem: Problem) -> dict[str, Callable[[], list[Tensor]]]:
+    """Forward and backward of every peer on the problem's tensors."""
+    if problem.op == "flow_matching_loss":
+        return published(problem)
+    if problem.op == "sfr_loss":
+        backend = "triton" if problem.device.type == "cuda" else "torch"
+        return {APART: lambda: problem.apart(backend)}
+    hidden, labels, leaves = problem.hidden.flatten(0, 1), problem.labels.flatten(), list(problem.leaves.values())
+
+    def through(loss_of):
+        def run():
+            loss = loss_of(problem.hidden.flatten(0, 1), problem.weight, labels)
+            return [loss, *torch.autograd.grad(loss, leaves)]
+
+        return run
+
+    return {name: through(loss_of) for name, loss_of in decoder_peers.installed(hidden.device).items()}
 
 
 def published(problem: Problem) -> dict[str, Callable[[], list[Tensor]]]:

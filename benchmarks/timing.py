@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 LEAST_RUNS, MOST_RUNS, WARM_UP = 10, 100, 3
 LEAST_FLUSH = 256 * 2**20  # bytes
@@ -115,15 +116,28 @@ class Graph:
 def peak_extra(
     run: Callable[[], Iterable[Tensor]],  # returns what it leaves behind: the loss and the gradients
     device: torch.device,
-) -> int | None:
-    """Bytes allocated at the peak beyond what was there before and what is left behind; None on a CPU."""
-    if device.type != "cuda":
-        list(run())
-        return None
+) -> int:
+    """Bytes allocated at the peak beyond what was there before and what is left behind."""
     gc.collect()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    left = list(run())
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before - sum(t.numel() * t.element_size() for t in left)
+    _, peak, left = allocated(lambda: list(run()), device)
+    return peak - sum(t.numel() * t.element_size() for t in left)
+
+
+def allocated(function: Callable[[], object], device: torch.device) -> tuple[int, int, object]:
+    """Bytes that a call leaves behind, the most it had at once, and what it returned: by the allocator's own account,
+    which a CPU keeps as well as a GPU does."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        out = function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before, out
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        out = function()
+    now = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return now, peak, out

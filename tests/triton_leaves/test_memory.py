@@ -3,10 +3,10 @@
 import pytest
 import torch
 import triton
-from accounting import allocated
 from cases import make_case, small_config
 from device import DEVICE, ON_GPU
 
+from benchmarks.timing import allocated
 from sfr_kernels import flow_matching_loss
 from sfr_kernels.leaves.triton import column_sum as rows_of
 
@@ -34,7 +34,7 @@ def test_forward_leaves_gradients_alone_and_needs_eight_buffers(num_layers, monk
 
     if ON_GPU:
         call()  # whatever cuBLAS makes once
-    kept, peak, loss = allocated(call)
+    kept, peak, loss = allocated(call, torch.device(DEVICE))
     buffer = n * width * dtype.itemsize
     small = 4 * 2**10  # statistics, times and the like
     assert loss.requires_grad
