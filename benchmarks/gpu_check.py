@@ -12,8 +12,10 @@ import faulthandler
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -160,15 +162,14 @@ def tests(file: ResultFile, deadline: float) -> None:
             file.add("steps", entry)
 
 
-def experiment(device: torch.device) -> list[dict]:
-    """The output layer and the loss in one kernel against the two of the package."""
-    try:
-        from .fused_output import measure as measure_fused_output  # which needs Triton
-
-        return measure_fused_output(device)
-    except Exception as error:
-        names = dict(op="output layer and loss", label="", dtype="", candidate="fused")
-        return [names | dict(ok=False, failure=message(error))]
+def experiments(device: torch.device) -> Iterator[dict]:
+    """What the package might do instead: each against what it does."""
+    for name in ("fused_output", "one_read"):
+        try:
+            yield from import_module(f".{name}", __package__).measure(device)  # both need Triton
+        except Exception as error:
+            names = dict(op=name, label="", dtype="", candidate="")
+            yield names | dict(ok=False, failure=message(error))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(progress(row), flush=True)
                 file.add("rows", row)
         if on_gpu and not options.quick and time.monotonic() < start + ROWS_UNTIL * whole:
-            for row in experiment(device):
+            for row in experiments(device):
                 print(progress(row), flush=True)
                 file.add("rows", row)
         print(f"\n{render(file.content)}\n")

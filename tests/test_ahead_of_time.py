@@ -18,6 +18,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
 from benchmarks.fused_output import TILES, fused_output  # noqa: E402
+from benchmarks.one_read import WARPS, one_read  # noqa: E402
 from sfr_kernels.leaves import FlowPath  # noqa: E402
 from sfr_kernels.leaves import triton as leaves  # noqa: E402
 from sfr_kernels.leaves.triton import column_sum  # noqa: E402
@@ -103,6 +104,11 @@ def fused_output_calls(dtype: torch.dtype):
         fused_output(a, torch.zeros(1024, 1024, dtype=dtype), a[0], path, torch.zeros(3), tile)
 
 
+def one_read_calls(dtype: torch.dtype):
+    for warps in WARPS:
+        one_read(torch.zeros(2, 32000, dtype=dtype), torch.zeros(2).long(), warps)
+
+
 def row_calls():
     for dtype in DTYPES:
         flow_calls(1024, dtype)
@@ -111,6 +117,8 @@ def row_calls():
 
 def all_calls():
     fused_output_calls(HALF)
+    if triton.__version__.startswith("3.6."):  # of an experiment: a later compiler holds more in registers, and spills
+        one_read_calls(HALF)
     for vocab, dtype in product((16, 331, 32000, 50257, 128256), DTYPES):  # a vocabulary of any size, and popular ones
         cross_entropy_calls(vocab, dtype)
     for width, dtype in [*product(WIDTHS, [HALF]), *product((1024, ODD, WIDE), DTYPES)]:

@@ -1,0 +1,31 @@
+"""The experimental softmax_xent with one read, against the leaf that it would replace."""
+
+import pytest
+import torch
+from device import DEVICE, DTYPES, assert_as_good
+from test_softmax_xent import make
+
+from benchmarks.one_read import WIDEST, measure, one_read
+from sfr_kernels.leaves import torch as eager
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [7, 331, 512])
+def test_one_read(vocab, dtype):
+    logits, labels, _ = make(5, vocab, dtype)
+    exact, theirs, mine = logits.double(), logits.clone(), logits.to(DEVICE, copy=True)
+    wanted, _ = eager.softmax_xent(exact, labels)
+    eager_loss, _ = eager.softmax_xent(theirs, labels)
+    assert_as_good(one_read(mine, labels.to(DEVICE), warps=1), eager_loss, wanted)
+    assert_as_good(mine, theirs, exact)
+
+
+def test_a_row_too_wide_is_refused():
+    with pytest.raises(ValueError, match="columns"):
+        one_read(torch.zeros(1, WIDEST + 1), torch.zeros(1).long())
+
+
+def test_measure_says_whether_the_ways_agree_and_how_long_they_take():
+    rows = measure(torch.device(DEVICE), 0.01, ((5, 320), (2, WIDEST + 8)), torch.float16)
+    assert [row["label"] for row in rows] == ["n5 V320"] * 3 + [f"n2 V{WIDEST + 8}"]
+    assert all(row["ok"] and row["ms"] > 0 and row["floor_ms"] > 0 for row in rows)
