@@ -8,8 +8,8 @@ multiprocessor takes rows in turn). Without that overlap one read was no faster 
 up to 32768 numbers in 16 bit, of which two fit a multiprocessor: with 50304 it spills 240 bytes a thread, and
 128256 would need a cluster of blocks, which Triton does not offer.
 
-Expected to win by a tenth at V = 32000, where the two passes of the leaf have least to hide behind; the package uses two
-passes until a measurement says otherwise.
+Expected to win by a tenth at V = 32000, where the second read has least to hide behind; the package reads twice until a
+measurement says otherwise.
 """
 
 import torch

@@ -28,6 +28,12 @@ def run_cross_entropy(x, case, rows, targets, seed):
     return linear_cross_entropy(x.hidden, x.weight, case.labels, bias=x.bias, shift=True)
 
 
+def run_cross_entropy_of_rows(x, case, rows, targets, seed):
+    options = dict(bias=x.bias, label_smoothing=0.1, chunk_rows=5, return_stats=True)
+    loss, stats = linear_cross_entropy(x.hidden, x.weight, rows, **options)
+    return loss + stats.entropy.sum()
+
+
 def run_row_losses(x, case, rows, targets, seed):
     losses, stats = linear_cross_entropy(
         x.hidden, x.weight, case.labels, shift=True, reduction="none", return_stats=True, softcap=3.0
@@ -44,6 +50,7 @@ COMPILED = {
     "sfr": (run_sfr, "flow", "default"),
     "sfr, mtp": (run_sfr, "mtp", "default"),
     "cross-entropy": (run_cross_entropy, "flow", "default"),
+    "cross-entropy of rows": (run_cross_entropy_of_rows, "flow", "default"),
     "row losses and statistics": (run_row_losses, "flow", "default"),
 }
 
