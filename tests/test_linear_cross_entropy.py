@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import assert_as_good_as_eager, assert_same
+from cases import assert_as_good_as_eager, assert_same, small_config
 from decoder_cases import IGNORE, LEAVES, OPTIONS, again, leaves_only, make, oracle, ours
 from operations import Operations
 from torch import Tensor
 
-from sfr_kernels import SFRConfig, SupervisedRows, linear_cross_entropy, reference
+from sfr_kernels import SupervisedRows, linear_cross_entropy, reference
 from sfr_kernels.ops.cross_entropy import warn_of_no_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,12 +64,13 @@ def test_reductions_with_an_upstream_gradient_for_each_row():
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_supervised_rows_instead_of_labels(reduction, autocast):
+@pytest.mark.parametrize("preset", ["default", "official"])  # the latter has rows with flow only, before those with CE
+def test_supervised_rows_instead_of_labels(preset, reduction, autocast):
     """The same values, at the same tokens, as labels shifted; the rows lie in an order of their own."""
     x = make((3, 31), dtype=torch.float32 if autocast else torch.float64)
     x.labels[0, :6] = IGNORE
-    rows = SupervisedRows.from_labels(x.labels, SFRConfig(stride=3, min_tokens=2, segment_tokens=4))
-    assert 0 < rows.num_flow < len(rows) and not torch.equal(rows.rows, rows.rows.sort().values)
+    rows = SupervisedRows.from_labels(x.labels, small_config(preset))
+    assert (rows.ce_start > 0) == (preset == "official") and not torch.equal(rows.rows, rows.rows.sort().values)
     options = dict(bias=x.bias, reduction=reduction, row_weight=x.row_weight)
 
     def run(labels, **more):

@@ -123,6 +123,36 @@ def test_loss_is_the_sum_of_its_parts(loss, preset):
     assert_same(evaluate(ours(case, flow_weight=0.3), case.inputs()), separate)
 
 
+@pytest.mark.parametrize("loss", ["flow", "mtp"])
+def test_options_of_the_cross_entropy_are_passed_on(loss):
+    case = make_case(small_config("official", loss=loss) if loss == "flow" else small_config(loss=loss))
+    options = dict(softcap=3.0, logit_scale=0.7, label_smoothing=0.1, z_loss=0.02)
+    check(case, **options)
+    with Operations() as seen:
+        found = evaluate(ours(case, chunk_rows=3, accum_dtype=torch.float64, **options), case.inputs())
+    assert_same(found, evaluate(reference_sfr(case, **options), case.inputs()))
+    assert max(s[0] for s in seen.shapes if len(s) == 2 and s[1] == len(case.weight)) == 3
+
+
+def test_the_accumulator_of_the_weight_gradient_is_float32_unless_asked():
+    case = make_case(small_config(), length=60)
+    exact = evaluate(ours(case), case.inputs())["weight"]
+
+    def error(**options):
+        found = evaluate(ours(case, chunk_rows=1, **options), case.inputs(torch.bfloat16, torch.float32))
+        return (found["weight"].double() - exact).norm()
+
+    assert error() == error(accum_dtype=torch.float32) != error(accum_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_labels_outside_the_vocabulary_are_refused(debug):
+    case = make_case(small_config())
+    case.rows.labels[-1] = 17
+    with pytest.raises(ValueError, match=r"labels .* got 17"):
+        output(case, case.inputs(), debug=debug)
+
+
 def multi_token_prediction(case: Case, x: SimpleNamespace) -> torch.Tensor:
     """Plain multi-token prediction: cross-entropy of head(0, 0, h) with the label mtp_offset ahead in the response."""
     labels = torch.full_like(case.labels, -100)

@@ -61,7 +61,7 @@ def linear_cross_entropy_op(
         if shard is None:
             check_labels(labels, weight.shape[0], debug)
         early, late = split_normalizer(normalizer, h.dtype)
-        if early is not None and not per_row:
+        if early is not None:
             row_weight = (1 / early).expand(n) if row_weight is None else row_weight.to(early.dtype) / early
         options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
         most = hidden.shape[0] if ignore_index is not None else n
@@ -172,7 +172,7 @@ def linear_cross_entropy_backward(
         plan = Plan(labels, options, leaves(backend), logits_dtype, dw_dtype, row_weight, chunk_rows, shard=shard)
         out = run_chunks(h, weight, bias, plan, tuple(need), dh=h if h is not hidden else None)
         dh, *decoder = _given(out, h)
-        if token_row is None or not need[0]:
+        if token_row is None:
             token_row = labels.new_empty(0, dtype=torch.int32)
         # the rows had their upstream gradients in their weights: what is left is to change dtypes and places
         one, dtype = upstream.new_ones(()), hidden.dtype
@@ -210,7 +210,6 @@ def _backward(ctx, grads):
         found = linear_cross_entropy_backward(upstream, *ctx.saved_tensors, *ctx.options, list(need), ctx.backend)
     else:
         late, token_row, dh, *decoder = ctx.saved_tensors
-        token_row = token_row if need[0] else token_row[:0]
         found = finish_gradients(upstream, late, dh, token_row, decoder, [], ctx.dtype, ctx.dtype, ctx.backend)
     return *(g if flag else None for g, flag in zip(found, need, strict=True)), *(None,) * 20
 

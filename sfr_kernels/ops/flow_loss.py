@@ -185,7 +185,6 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, upstream, *_):
     late, token_row, dh, *head = ctx.saved_tensors
     need_h, need = ctx.needs_input_grad[:2]
-    token_row = token_row if need_h else token_row[:0]
     scales = upstream, late
     dhidden, *head = finish_gradients(*scales, dh, token_row, [], head, ctx.dtype, ctx.head_dtype, ctx.backend)
     return dhidden if need_h else None, parameter_grads(*head, ctx.params, need), *(None,) * 19

@@ -137,7 +137,6 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grads):
     late, token_row, dh, dw, db, *head = ctx.saved_tensors
     need, need_params = ctx.needs_input_grad[:3], ctx.needs_input_grad[3]
-    token_row = token_row if need[0] else token_row[:0]
     *found, matrices, vectors = finish_gradients(
         grads[0], late, dh, token_row, [dw, db], head, ctx.dtype, ctx.head_dtype, ctx.backend
     )
