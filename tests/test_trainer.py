@@ -48,6 +48,33 @@ def test_one_batch_of_8_equals_4_accumulated_batches_of_2(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_cross_entropy_alone_trains_as_the_plain_model_does(tmp_path, lora):
+    """Under accumulation, where the normalizer is the whole step's; the checkpoint is a plain model."""
+    runs = []
+    for fused in (False, True):
+        model = tiny_llama()
+        if lora:
+            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        if fused:
+            attach(model, objective="ce")
+        arguments = TrainingArguments(
+            str(tmp_path / str(fused)), per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=4,
+            logging_steps=1, save_steps=4, report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        )  # fmt: skip
+        samples = [{k: v for k, v in s.items() if k != "sample_id"} for s in SAMPLES]
+        trainer = Trainer(model=model, args=arguments, train_dataset=samples, data_collator=pad)
+        trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        trainer.train()
+        history = [h["loss"] for h in trainer.state.log_history if "loss" in h]
+        runs.append((history, [p.detach() for p in model.parameters()], tmp_path / str(fused) / "checkpoint-4"))
+    (plain, weights, _), (fused, ours, folder) = runs
+    assert fused == pytest.approx(plain, rel=1e-5) and len(plain) == 4 and plain[0] > plain[-1]
+    for a, b in zip(ours, weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert not list(folder.glob("sfr_*")) and list(folder.glob("*.safetensors"))
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path):
     reseeded = SFRConfig(**{**CONFIG.to_dict(), "seed": 1})
     first, again, other = (make_trainer(tmp_path / f"{i}", config=c) for i, c in enumerate((CONFIG, CONFIG, reseeded)))
