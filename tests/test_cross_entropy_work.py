@@ -8,7 +8,7 @@ from operations import Operations
 from benchmarks.timing import allocated
 from sfr_kernels import linear_cross_entropy
 from sfr_kernels.ops import chunks
-from sfr_kernels.ops.chunks import chunk_rows_for, product_blocks
+from sfr_kernels.ops.chunks import chunk_rows_for, dweight_dtype_for, product_blocks
 from sfr_kernels.ops.numerics import product_into
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,9 +19,13 @@ def test_chunk_rows_are_the_documented_function():
     # trained head: one chunk while n · itemsize ≤ 4 H, which is n ≤ 2 H in 16 bit and n ≤ H in 32
     assert chunk_rows_for(8192, 4096, bf16, True) == 8192
     assert chunk_rows_for(4096, 4096, fp32, True) == 4096
-    # beyond that equal chunks of about H rows
-    assert chunk_rows_for(8193, 4096, bf16, True) == 2731
-    assert chunk_rows_for(4097, 4096, fp32, True) == 2049
+    # beyond that equal chunks of at most 1.4 H rows
+    assert chunk_rows_for(8193, 4096, bf16, True) == 4097
+    assert chunk_rows_for(11469, 4096, bf16, True) == 3823
+    assert chunk_rows_for(8192, 2048, bf16, True) == 2731
+    assert chunk_rows_for(5735, 4096, fp32, True) == 2868
+    # float16 has an accumulator in any case
+    assert chunk_rows_for(8192, 4096, torch.float16, True) == 4096
     # frozen head: at most H / 2 rows
     assert chunk_rows_for(4096, 4096, bf16, False) == 2048
     assert chunk_rows_for(2049, 4096, bf16, False) == 1025
@@ -146,10 +150,12 @@ def test_no_peak_above_a_chunk_of_logits(options):
 
 def test_default_chunks_keep_within_the_documented_multiples_of_the_weight():
     """Peak bytes beyond the returned gradients: 2.5 times the weight's for a trained head, half for a frozen one."""
-    hidden_size, vocab, dtype = 4096, 128256, torch.bfloat16
+    hidden_size, vocab = 4096, 128256
     weight = vocab * hidden_size * 2
-    for n in (1, 1024, 4096, 8192, 8193, 16384, 50000):
-        rows = chunk_rows_for(n, hidden_size, dtype, True)
-        accumulator = 0 if rows >= n else 2 * weight  # beside the one that is returned, if chunks are summed in float32
-        assert rows * vocab * 2 + accumulator - (0 if rows >= n else weight) <= 2.5 * weight
-        assert chunk_rows_for(n, hidden_size, dtype, False) * vocab * 2 <= 0.5 * weight
+    for dtype in (torch.bfloat16, torch.float16):
+        for n in (1, 1024, 4096, 5734, 5735, 8192, 8193, 16384, 50000):
+            rows = chunk_rows_for(n, hidden_size, dtype, True)
+            # float32 where it is a sum over chunks, instead of the one in 16 bit that is returned
+            wide = dweight_dtype_for(n, hidden_size, dtype, dtype, 0, None) == torch.float32
+            assert rows * vocab * 2 + wide * weight <= 2.5 * weight
+            assert chunk_rows_for(n, hidden_size, dtype, False) * vocab * 2 <= 0.5 * weight

@@ -57,12 +57,13 @@ def chunk_rows_for(n: int, hidden_size: int, dtype: torch.dtype, trained_head: b
     """Rows of logits held at once.
 
     Trained head: all of them while they take no more than the float32 dW accumulator that one chunk makes needless
-    (n · itemsize ≤ 4 H), else equal chunks of about H rows. Frozen head: chunks of at most H / 2 rows. Never below
-    1024: small products waste the machine.
+    (n · itemsize ≤ 4 H; float16 needs one all the same), else equal chunks of at most 1.4 H rows: every chunk reads and
+    writes the accumulator, and with it, in 16 bit, they take 2.4 times the weight's bytes beyond the gradient returned.
+    Frozen head: chunks of at most H / 2 rows. Never below 1024: small products waste the machine.
     """
-    if trained_head and n * dtype.itemsize <= 4 * hidden_size:
+    if trained_head and dtype != torch.float16 and n * dtype.itemsize <= 4 * hidden_size:
         return max(n, 1)
-    most = max(1024, hidden_size if trained_head else hidden_size // 2)
+    most = max(1024, 7 * hidden_size // 5 if trained_head else hidden_size // 2)
     chunks = max(1, -(-n // most))
     return max(1, -(-n // chunks))
 
