@@ -116,13 +116,29 @@ def test_a_frozen_decoder_gets_no_gradient_and_every_draw_is_another():
         (1.0, 0.0, 0.0, True),
         (math.nan, 1.0, 1.0, True),
         (math.inf, math.inf, 1.0, True),
-        (1.0, math.inf, 1.0, False),  # eager overflowed, ours did not
+        (0.05, math.inf, 1.0, False),  # eager overflowed, ours did not
+        (0.1, math.inf, 1.0, True),  # nor is it right
     ],
 )
 def test_the_verdict(ours, eager, exact, wrong):
     error = errors.Error(ours**2, eager**2, exact**2)
     assert (error.ratio > 1) == wrong
     json.dumps(error.to_dict(), allow_nan=False)
+
+
+def test_a_shape_too_large_for_eager_torch_is_judged_all_the_same(monkeypatch):
+    problem = problems.Problem("linear_cross_entropy", TINY, torch.float32, CPU)
+    real = problem.loss
+
+    def loss(backend, **options):
+        if backend == "reference":
+            raise torch.OutOfMemoryError("planted")
+        return real(backend, **options)
+
+    monkeypatch.setattr(problem, "loss", loss)
+    found, raised = errors.judge(problem, ["torch"], draws=1)
+    assert not raised
+    assert all(e.to_dict()["eager"] is None and 0 < e.ratio < 1e-3 for e in found["torch"].values())
 
 
 def test_the_floor_counts_the_products_of_supervised_rows():
