@@ -67,6 +67,38 @@ def test_ignored_rows_are_never_multiplied():
         assert operations.flops == 3 * 2 * n * 16 * 64  # logits, dh, dW
 
 
+PRODUCTS = {  # what needs a gradient, and how many of the three products that takes
+    "everything": (("hidden", "weight"), 3),
+    "frozen head": (("hidden",), 2),
+    "frozen trunk": (("weight",), 2),
+    "nothing": ((), 1),
+}
+
+
+@pytest.mark.parametrize("needed, products", PRODUCTS.values(), ids=PRODUCTS.keys())
+@pytest.mark.parametrize("options", [{}, dict(return_stats=True, chunk_rows=7)])
+def test_only_the_products_that_are_needed(needed, products, options):
+    x = make((8, 32), hidden_size=16, vocab=64, dtype=torch.float32)
+    for name in LEAVES:
+        getattr(x, name).requires_grad_(name in needed)
+    with Operations() as operations:
+        out = linear_cross_entropy(x.hidden, x.weight, x.labels, **options)
+    n = int((x.labels != IGNORE).sum())
+    assert operations.flops == products * 2 * n * 16 * 64
+    loss = out[0] if options else out
+    assert loss.requires_grad == bool(needed)
+
+
+def test_the_weight_is_cast_once_under_autocast():
+    x = make((8, 32), hidden_size=16, vocab=64, dtype=torch.float32)
+    counts = []
+    for chunk_rows in (7, 1000):
+        with Operations() as operations, torch.autocast("cpu", dtype=torch.bfloat16):
+            linear_cross_entropy(x.hidden, x.weight, x.labels, chunk_rows=chunk_rows)
+        counts.append(operations.made(x.weight.shape))
+    assert counts == [2, 2]  # the weight in 16 bit, and its gradient
+
+
 def test_products_are_split_at_row_counts_that_are_known_to_be_slow():
     def sizes(rows):
         return [block.stop - block.start for block in product_blocks(rows)]
