@@ -32,11 +32,12 @@ SHAPES = (
 )
 MEMORY = {False: 2.5, True: 0.5}  # most bytes beyond the returned gradients, in lm_heads; by whether it is frozen
 SMALL = dict(of_floor=1.25, peer=None, units=0.3)  # chunks of H / 8 rows, accumulated in the weight's dtype
+ON_CPU = dict(of_floor=2.2, peer=None, units=4.0)  # measured: 1.3 to 1.7, and 3.0
 JOINT = dict(of_floor=1.10, peer=1.0, units=None)  # its peer is the two ops one after the other
 
 
 def cases(device: torch.device, seconds: float) -> list[tuple[Case, dict]]:
-    """Each case with its targets; on a CPU no targets, and a sixteenth of the tokens and classes, an eighth of H."""
+    """Each case with its targets; on a CPU coarse ones, and a sixteenth of the tokens and classes, an eighth of H."""
     on_gpu = device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     found = []
@@ -52,7 +53,7 @@ def cases(device: torch.device, seconds: float) -> list[tuple[Case, dict]]:
     for frozen in (False, True):
         joint = Case("sfr_loss", replace(shape, frozen=frozen), dtype, draws=1, peers=True, seconds=seconds)
         found.append((joint, JOINT))
-    return found if on_gpu else [(case, {}) for case, _ in found]
+    return found if on_gpu else [(case, ON_CPU) for case, _ in found]
 
 
 def scaled(shape: Shape) -> Shape:
@@ -63,17 +64,19 @@ def scaled(shape: Shape) -> Shape:
 
 
 def misses(row: dict, targets: dict, fastest: float | None) -> list[str]:
-    """What a row of ours should have reached and did not."""
+    """What a row of ours should have reached and did not, or nobody knows."""
     found = []
     if not row.get("ms"):
-        return found
+        return ["not measured"] if targets else found
     if (limit := targets.get("of_floor")) and row["ms"] > limit * row["floor_ms"]:
         found.append(f"{row['ms'] / row['floor_ms']:.2f} × floor, wanted {limit}")
-    if (least := targets.get("peer")) and fastest and fastest < least * row["ms"]:
-        found.append(f"fastest peer / ours {fastest / row['ms']:.2f}, wanted {least}")
-    units = row.get("weight_units")
-    if (limit := targets.get("units")) and units is not None and units > 1.01 * limit:
-        found.append(f"{units:.2f} lm_heads of memory, wanted {limit}")
+    if least := targets.get("peer"):
+        if fastest is None:
+            found.append("no peer was measured")
+        elif fastest < least * row["ms"]:
+            found.append(f"fastest peer / ours {fastest / row['ms']:.2f}, wanted {least}")
+    if (limit := targets.get("units")) and row["weight_units"] > limit:
+        found.append(f"{row['weight_units']:.2f} lm_heads of memory, wanted {limit}")
     return found
 
 
@@ -108,8 +111,8 @@ def main(argv: list[str] | None = None) -> int:
                 missed += [f"{row['op']} {row['label']} {row['candidate']}: {text}" for text in row["misses"]]
             file.add("rows", row)
     print(f"\n{render(file.content)}\n")
-    print("\n".join(["Missed:", *missed]) if missed else "No target missed." if device.type == "cuda" else "")
-    failed = [row for row in file.content["rows"] if not row["ok"] and not row.get("peer")]
+    print("\n".join(["Missed:", *missed]) if missed else "No target missed, of the peers that were measured.")
+    failed = missed + [row for row in file.content["rows"] if not row["ok"] and not row.get("peer")]
     print(f"Kept in {file.path}, after {time.monotonic() - start:.0f} s")
     return 1 if failed else 0
 

@@ -27,6 +27,7 @@ class Error:
     ours: float = 0.0
     eager: float = 0.0
     exact: float = 0.0  # of the output itself
+    factor: float = FACTOR
 
     @property
     def ratio(self) -> float:
@@ -38,7 +39,7 @@ class Error:
             return 0.0
         if not math.isfinite(self.eager):
             return (self.ours / self.exact) ** 0.5 / COARSE if self.exact else math.inf
-        bound = FACTOR * self.eager**0.5 + FLOOR * self.exact**0.5
+        bound = self.factor * self.eager**0.5 + FLOOR * self.exact**0.5
         return self.ours**0.5 / bound if bound else math.inf
 
     def to_dict(self) -> dict[str, float | None]:
@@ -49,10 +50,12 @@ class Error:
         return {name: float(f"{value:.4g}") if math.isfinite(value) else None for name, value in values.items()}
 
 
-def judge(problem: Problem, backends: Iterable[str], draws: int) -> tuple[dict[str, dict[str, Error]], dict[str, str]]:
+def judge(
+    problem: Problem, backends: Iterable[str], draws: int, factor: float = FACTOR
+) -> tuple[dict[str, dict[str, Error]], dict[str, str]]:
     """Every output's error of each backend, and what the others raised."""
     names = ["loss", *problem.leaves]
-    errors, raised = {b: {name: Error() for name in names} for b in backends}, {}
+    errors, raised = {b: {name: Error(factor=factor) for name in names} for b in backends}, {}
     twin = problem.in_float64()
     for draw in range(draws):
         problem.redraw(draw)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from . import sanitize
-from .errors import Error, judge, message
+from .errors import FACTOR, Error, judge, message
 from .problems import OPS, Problem, Shape
 from .results import FOLDER, ResultFile, render
 from .speed import measure
@@ -31,6 +31,7 @@ MINUTES = 8.0
 MARGIN = 15.0  # seconds kept back for starting and ending
 # Shares of the time: when tests and sanitizers have to be done, and when the last row may begin.
 TESTS_UNTIL, ROWS_UNTIL = 0.5, 0.92
+SMALL_FACTOR = 3.0  # where dW is accumulated in 16 bit: every chunk rounds it once more
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -108,7 +109,7 @@ def check(case: Case, backends: tuple[str, ...], device: torch.device, quick: bo
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the last case has left
         problem = Problem(case.op, case.shape, case.dtype, device, small=case.small)
-        errors, raised = judge(problem, backends, case.draws)
+        errors, raised = judge(problem, backends, case.draws, SMALL_FACTOR if case.small else FACTOR)
         failures |= raised
         for backend, found in errors.items():
             worst = max(found, key=lambda name, f=found: f[name].ratio)

@@ -51,17 +51,30 @@ def compare(
     candidates: dict[str, Candidate],
     device: torch.device,
     seconds: float = 2.0,  # for all of them together, unless LEAST_RUNS of each take longer
+    raised: dict[str, Exception] | None = None,  # gets what candidates raise, which then take no further part
 ) -> dict[str, Timing]:
     """Every candidate's time, in rounds of one run each, in turn forwards and backwards."""
     flush, samples = Flush(device), {name: [] for name in candidates}
-    for candidate in candidates.values():
+
+    def once(name: str) -> None:
+        try:
+            samples[name].append(_once(candidates[name], flush, device))
+        except Exception as error:
+            if raised is None:
+                raise
+            raised[name] = error.with_traceback(None)
+            del samples[name]
+
+    for name in candidates:
         for _ in range(WARM_UP):
-            _once(candidate, flush, device)
+            if name in samples:
+                once(name)
+    samples = {name: [] for name in samples}
     gc.collect()
     start = time.perf_counter()
     for turn in range(MOST_RUNS):
-        for name in list(candidates)[:: 1 if turn % 2 == 0 else -1]:
-            samples[name].append(_once(candidates[name], flush, device))
+        for name in list(samples)[:: 1 if turn % 2 == 0 else -1]:
+            once(name)
         if turn + 1 >= LEAST_RUNS and time.perf_counter() - start > seconds:
             break
     return {name: _summary(s) for name, s in samples.items()}

@@ -72,13 +72,29 @@ def test_cross_entropy_alone_is_the_models_own_loss(name):
         batch = {k: v for k, v in batch.items() if k != "targets"}
         out = model(**batch, num_items_in_batch=torch.tensor(50))
         torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-6)
-        assert torch.equal(out.ce_loss, out.loss) and "flow_loss" not in out and "logits" not in out
+        assert set(out) == {"loss"}  # anything else would be a prediction to Trainer
         out.loss.backward()
         for parameter, grad in wanted.items():
             torch.testing.assert_close(model.get_parameter(parameter).grad, grad, rtol=1e-4, atol=1e-6)
         assert model.generate(batch["input_ids"][:1], max_new_tokens=2, do_sample=False).shape[1] > 0
         assert detach(model) is None
         assert list(model.state_dict()) == keys and set(model.__dict__) == attributes
+
+
+def test_cross_entropy_alone_takes_what_the_models_own_loss_takes():
+    plain, model = tiny_llama().eval(), tiny_llama().eval()
+    attach(model, objective="ce")
+    shifted = torch.nn.functional.pad(PLAIN["labels"], (0, 1), value=-100)[:, 1:].clone()
+    shifted[:, ::2] = -100  # not what labels say: as padding-free collators send them
+    zero = PLAIN["labels"].masked_fill(PLAIN["labels"] == -100, 0)
+    for options in (dict(shift_labels=shifted), dict(labels=zero, ignore_index=0)):
+        batch = {**PLAIN, **options}
+        torch.testing.assert_close(model(**batch).loss, plain(**batch).loss, rtol=1e-5, atol=1e-6)
+    for name, value in dict(targets=BATCH["targets"], seed=3, times=torch.rand(4)).items():
+        with pytest.raises(ValueError, match=name):
+            model(**PLAIN, **{name: value})
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(**PLAIN).loss, model(**PLAIN).loss)
 
 
 def test_cross_entropy_alone_takes_the_options_of_its_module(tmp_path):
@@ -98,6 +114,7 @@ def test_cross_entropy_alone_takes_the_options_of_its_module(tmp_path):
         (TypeError, "head_or_config", dict(targets=STORE)),
         (ValueError, "reduction", dict(objective="ce", head_or_config=LinearCrossEntropy(reduction="sum"))),
         (ValueError, "softcap", dict(objective="ce", head_or_config=LinearCrossEntropy(softcap=3.0))),
+        (ValueError, "vocab_start", dict(objective="ce", head_or_config=LinearCrossEntropy(vocab_start=3))),
     ]:
         with pytest.raises(error, match=match):
             attach(model, **arguments)

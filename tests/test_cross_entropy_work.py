@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from cases import make_case, small_config
 from decoder_cases import IGNORE, LEAVES, again, make
 from operations import Operations
 
 from benchmarks.timing import allocated
-from sfr_kernels import linear_cross_entropy
+from sfr_kernels import flow_matching_loss, linear_cross_entropy, sfr_loss
+from sfr_kernels.leaves import torch as leaves
 from sfr_kernels.ops import chunks
 from sfr_kernels.ops.chunks import chunk_rows_for, dweight_dtype_for, product_blocks
 from sfr_kernels.ops.numerics import product_into
@@ -87,6 +89,28 @@ def test_only_the_products_that_are_needed(needed, products, options):
     assert operations.flops == products * 2 * n * 16 * 64
     loss = out[0] if options else out
     assert loss.requires_grad == bool(needed)
+
+
+def test_the_joint_op_multiplies_what_its_parts_do_and_gathers_once(monkeypatch):
+    case = make_case(small_config(), length=60)
+    parts, scattered, scatter = [], [], leaves.scatter_rows
+    monkeypatch.setattr(leaves, "scatter_rows", lambda *a: scattered.append(1) or scatter(*a))
+    for run in (
+        lambda x: linear_cross_entropy(x.hidden, x.weight, case.rows, bias=x.bias),
+        lambda x: flow_matching_loss(x.hidden, x.head, case.rows, case.targets, seed=1, config=case.config),
+        lambda x: (
+            sfr_loss(x.hidden, x.weight, x.head, case.rows, case.targets, seed=1, config=case.config, bias=x.bias).loss
+        ),
+    ):
+        with Operations() as seen:
+            run(case.inputs()).backward()
+        parts.append(seen)
+    cross_entropy, flow, joint = parts
+    assert joint.flops == cross_entropy.flops + flow.flops
+    n, width = len(case.rows), case.hidden.shape[-1]
+    # the gathered rows, and the one buffer of their gradients; each part alone writes the latter over the former
+    assert joint.made((n, width)) == 2
+    assert scattered == [1, 1, 1]  # once each
 
 
 def test_the_weight_is_cast_once_under_autocast():

@@ -2,12 +2,14 @@
 that shows a regression where there is no GPU."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from decoder_cases import make
 
 from benchmarks import decoder, decoder_peers
+from benchmarks.gpu_check import Case, check
 from benchmarks.problems import Problem, Shape
 from benchmarks.speed import measure
 from sfr_kernels import linear_cross_entropy
@@ -45,28 +47,72 @@ def test_two_ops_one_after_the_other_are_the_joint_op():
 def test_what_was_missed():
     row = dict(ms=12.0, floor_ms=10.0, weight_units=2.0)
     assert decoder.misses(row, dict(of_floor=1.25, peer=1.9, units=2.0), 24.0) == []
-    assert decoder.misses(row, {}, None) == decoder.misses({}, dict(of_floor=1.0), None) == []
+    assert decoder.misses(row, {}, None) == decoder.misses({}, {}, None) == []
+    assert decoder.misses({}, dict(of_floor=1.0), None) == ["not measured"]
+    assert decoder.misses(row, dict(peer=1.9), None) == ["no peer was measured"]
     missed = decoder.misses(row, dict(of_floor=1.1, peer=1.9, units=0.5), 15.0)
     assert len(missed) == 3
     assert "1.20 × floor" in missed[0] and "1.25, wanted 1.9" in missed[1] and "2.00 lm_heads" in missed[2]
 
 
 def test_targets_are_those_of_the_shapes():
+    """Tokens, H, V, share supervised, frozen; times of the floor, of the fastest peer, lm_heads of memory."""
     found = decoder.cases(torch.device("cuda"), 1.0)
-    shapes = [
-        (c.op, c.shape.batch * c.shape.length, c.shape.hidden_size, c.shape.vocab, c.shape.frozen) for c, _ in found
+    table = []
+    for case, targets in found:
+        s = case.shape
+        table.append((s.batch * s.length, s.hidden_size, s.vocab, s.supervised, s.frozen, *targets.values()))
+    assert table == [
+        (8192, 4096, 128256, 0.5, False, 1.09, 1.9, 2.5),
+        (8192, 4096, 128256, 0.5, True, 1.10, 1.9, 0.5),
+        (8192, 4096, 128256, 1.0, False, 1.10, 1.0, 2.5),
+        (8192, 4096, 128256, 1.0, True, 1.10, None, 0.5),
+        (4096, 2048, 151936, 0.5, False, 1.12, 1.9, 2.5),
+        (4096, 2048, 151936, 0.5, True, 1.15, None, 0.5),
+        (16384, 2048, 248320, 0.5, False, 1.20, None, 2.5),
+        (16384, 2048, 248320, 0.5, True, 1.15, None, 0.5),
+        (8192, 4096, 128256, 0.5, False, 1.25, None, 0.3),
+        (8192, 4096, 128256, 0.5, False, 1.10, 1.0, None),
+        (8192, 4096, 128256, 0.5, True, 1.10, 1.0, None),
     ]
-    assert shapes[0] == ("linear_cross_entropy", 8192, 4096, 128256, False)
-    assert shapes[6][1:] == (16384, 2048, 248320, False)
-    assert found[0][1] == dict(of_floor=1.09, peer=1.9, units=2.5) and found[1][1]["units"] == 0.5
-    small = next(c for c, _ in found if c.small)
-    problem = Problem(small.op, Shape(1, 8, 64, vocab=5), torch.bfloat16, CPU, small=True)
-    assert problem.memory == dict(chunk_rows=8, accum_dtype=torch.bfloat16)
+    assert [list(t) for _, t in found] == [["of_floor", "peer", "units"]] * 11
+    assert [c.op for c, _ in found] == ["linear_cross_entropy"] * 9 + ["sfr_loss"] * 2
+    assert [c.small for c, _ in found] == [False] * 8 + [True] + [False] * 2
+
+
+def test_the_setting_of_the_least_memory_is_within_its_own_bound():
+    """Eight chunks, each of which rounds dW once more: further from float64 than eager torch, and no wrong result."""
+    shape = Shape(1, 8 * 64, 64, vocab=700)
+    case = Case("linear_cross_entropy", shape, torch.bfloat16, draws=2, timed=False, small=True)
+    assert Problem(case.op, shape, case.dtype, CPU, small=True).memory == dict(chunk_rows=8, accum_dtype=torch.bfloat16)
+    (row,) = check(replace(case, shape=replace(shape, length=64)), ("torch",), CPU, quick=False)
+    assert row["ok"], row["failure"]
+
+
+def test_a_peer_that_fails_or_computes_something_else_hides_no_other(monkeypatch):
+    calls = []
+
+    def late(hidden, weight, labels):
+        calls.append(1)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("planted")
+        return decoder_peers.eager(hidden, weight, labels)
+
+    def nothing(hidden, weight, labels):
+        return 0.0 * (hidden.sum() + weight.sum())
+
+    peers = {"late": late, "nothing": nothing, "eager": decoder_peers.eager}
+    monkeypatch.setattr(decoder_peers, "installed", lambda device: peers)
+    problem = Problem("linear_cross_entropy", Shape(2, 24, 16, 0.7, vocab=37), torch.float32, CPU)
+    found, raised = measure(problem, ["torch"], peers=True, seconds=0.01)
+    assert set(found) == {"torch", "eager"} and set(raised) == {"late", "nothing"}
+    assert "planted" in raised["late"] and "differs from ours" in raised["nothing"]
 
 
 def test_a_run_on_the_cpu(tmp_path, monkeypatch, capsys):
     tiny = Shape(2, 16 * 24, 8 * 16, 0.5, vocab=16 * 40)
     monkeypatch.setattr(decoder, "SHAPES", ((tiny, (1.1, 1.9), (1.1, None)),))
+    monkeypatch.setattr(decoder, "ON_CPU", {})  # of shapes so small, times say nothing
     run = ["--device", "cpu", "--out", str(tmp_path), "--seconds", "0.01"]
     assert decoder.main(run) == 0
     (path,) = tmp_path.glob("decoder-*.json")
@@ -76,13 +122,16 @@ def test_a_run_on_the_cpu(tmp_path, monkeypatch, capsys):
     assert {row["candidate"] for row in rows} >= {"torch", "eager", "one after the other"}
     assert all(row["ok"] and row["ms"] > 0 and row["weight_units"] > 0 and row["floor_blocks"] for row in rows)
     assert all("errors" in row for row in rows if not row["peer"])
+    monkeypatch.setattr(decoder, "ON_CPU", dict(of_floor=1e-3, peer=None, units=None))
+    assert decoder.main([*run, "--minutes", "0.001"]) == 1 and "× floor, wanted 0.001" in capsys.readouterr().out
+    monkeypatch.setattr(decoder, "ON_CPU", {})
 
     def wrong(*arguments, **options):
         factor = 1.0 if options["backend"] == "reference" else 1.001
         return factor * linear_cross_entropy(*arguments, **options)
 
     monkeypatch.setattr("benchmarks.problems.linear_cross_entropy", wrong)
-    assert decoder.main([*run, "--minutes", "1"]) == 1
+    assert decoder.main([*run, "--minutes", "0.001"]) == 1
     assert decoder.main([*run, "--minutes", "0"]) == 1  # nothing was run
     if not torch.cuda.is_available():
         assert decoder.main(["--device", "cuda"]) == 2

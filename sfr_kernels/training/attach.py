@@ -71,7 +71,7 @@ def attach(
     base = base_of(model)
     if attachment_of(base) is not None:
         raise ValueError("model already has an SFR objective: detach it first")
-    linear = _output_linear(base)
+    linear = output_linear(base)
     if objective not in ("sfr", "ce"):
         raise ValueError(f"objective must be sfr or ce, got {objective!r}")
     if objective == "ce":
@@ -125,8 +125,8 @@ def _restore(module: nn.Module, name: str, value) -> None:
         setattr(module, name, value)
 
 
-def _output_linear(base: nn.Module) -> nn.Linear:
-    """The linear layer behind the model's logits."""
+def output_linear(base: nn.Module) -> nn.Linear:
+    """The linear layer behind the model's logits. TypeError if they come from anything else."""
     if not hasattr(base, "get_output_embeddings"):
         raise TypeError(f"model must be a transformers causal LM, got {type(base).__name__}")
     out = base.get_output_embeddings()

@@ -102,20 +102,29 @@ class CrossEntropyAttachment(LinearCrossEntropy):
     def __init__(self, loss: LinearCrossEntropy):
         super().__init__(**loss.options)
         plain = LinearCrossEntropy().options
-        for name in ("reduction", "return_stats", "shift", "softcap", "logit_scale"):
+        for name in ("reduction", "return_stats", "shift", "softcap", "logit_scale", "process_group", "vocab_start"):
             if self.options[name] != plain[name]:
-                raise ValueError(f"{name} must be left alone: attach gives the model's own, and wants a mean")
+                raise ValueError(f"{name} must be left alone: attach gives the model's own, and wants a mean of labels")
         self.logit_options: dict | None = None
 
     def inputs(self, batch: BatchInputs) -> dict:
-        """The loss's arguments: of labels, or of rows, which spare a GPU the wait for their number."""
+        """The loss's arguments: of labels, or of rows, which spare a GPU the wait for their number. `shift_labels` and
+        `ignore_index` are those of the model's own loss."""
         batch.check()
-        shift = batch.rows is None
-        return dict(labels=batch.labels if shift else batch.rows, shift=shift, normalizer=batch.num_items_in_batch)
+        for name in ("targets", "times", "seed"):
+            if getattr(batch, name) is not None:
+                raise ValueError(f"{name} has no meaning for a model attached with objective='ce'")
+        found = dict(labels=batch.rows, shift=False, normalizer=batch.num_items_in_batch)
+        if batch.rows is None:
+            shifted = batch.others.get("shift_labels")
+            found |= dict(labels=batch.labels if shifted is None else shifted, shift=shifted is None)
+            if "ignore_index" in batch.others:
+                found["ignore_index"] = batch.others["ignore_index"]
+        return found
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor | SupervisedRows, **options) -> SFROutput:
-        loss = linear_cross_entropy(hidden, weight, labels, **self.options | options)
-        return SFROutput(loss, loss.detach(), None)
+        loss = linear_cross_entropy(hidden, weight, labels.to(hidden.device), **self.options | options)
+        return SFROutput(loss, None, None)  # nothing beside the loss, which evaluation would take for predictions
 
     def record(self, out: SFROutput) -> None:
         """There is nothing to log beside the loss."""

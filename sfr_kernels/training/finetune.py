@@ -18,7 +18,7 @@ from ..config import SFRConfig
 from ..evaluation.generate import generate
 from ..evaluation.held_out import frozen_flow_loss, held_out_losses
 from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
-from .attach import attach, detach
+from .attach import attach, detach, output_linear
 from .attachment import attachment_of
 from .callbacks import SFRCallback
 from .checkpoint import save_head, write_atomically
@@ -89,6 +89,7 @@ def finetune(options: TrainOptions) -> Path:
     data = tokenize(examples, tokenizer, context)
     if report := data.report():
         print(report, file=sys.stderr)
+    output_linear(model)
     _check_ids(data, model, examples)
     train, held_out, prompts = _split(examples, data)
     sfr = options.objective == "sfr"
