@@ -194,6 +194,17 @@ def test_explicit_times_and_times_from_the_seed():
     assert check(case, times=drawn.flip(0))["value"] != from_seed["value"]
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_the_reference_takes_what_the_others_take(backend):
+    """Seeds of 64 bits, a normalizer of 0 where there are no rows; float32 comes back from 16 bit."""
+    case = make_case(small_config())
+    losses = [our_flow(case, seed=seed, backend=backend)(case.inputs()) for seed in (2**64 - 1, -1)]
+    assert losses[0] == losses[1]
+    assert our_flow(case, backend=backend)(case.inputs(torch.bfloat16)).dtype == torch.float32
+    empty = make_case(small_config(), labels=torch.full((2, 7), -100))
+    assert our_flow(empty, normalizer=0, backend=backend)(empty.inputs()) == 0
+
+
 def test_seed_is_an_int_or_a_tensor():
     case = make_case(small_config())
     value = our_flow(case)(case.inputs())
@@ -341,27 +352,31 @@ def errors():
         (TypeError, "seed", dict(seed=torch.zeros(2, dtype=torch.int64))),
         (TypeError, "seed", dict(seed=torch.zeros(1, dtype=torch.int32))),
         (ValueError, "time_index", dict(times=torch.zeros(1))),  # the default preset leaves it to the seed
+        (ValueError, "times", dict(times=torch.zeros(0))),
         (ValueError, "times", dict(times=torch.zeros(1, 1))),
         (ValueError, "times", dict(times=torch.zeros(1, dtype=torch.int64))),
         (TypeError, "normalizer", dict(normalizer="tokens")),
         (TypeError, "normalizer", dict(normalizer=True)),
         (ValueError, "normalizer", dict(normalizer=float("nan"))),
+        (ValueError, "normalizer", dict(normalizer=-1)),
         (ValueError, "normalizer", dict(normalizer=torch.ones(3))),
-        (ValueError, "backend", dict(backend="fast")),
     ]
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 @pytest.mark.parametrize("error, name, arguments", errors())
-def test_errors_name_the_argument(error, name, arguments):
+def test_errors_name_the_argument(error, name, arguments, backend):
     case = make_case(small_config())
     fitting = dict(hidden=case.hidden.float(), head=deepcopy(case.head).float(), rows=case.rows, targets=case.targets)
-    fitting |= dict(seed=0, config=case.config)
+    fitting |= dict(seed=0, config=case.config, backend=backend)
     flow_matching_loss(**fitting)
     with pytest.raises(error, match=name):
         flow_matching_loss(**fitting | arguments)
 
 
 def test_losses_that_cannot_be_served():
+    with pytest.raises(ValueError, match="backend"):
+        our_flow(make_case(small_config()), backend="fast")(make_case(small_config()).inputs())
     case = make_case(small_config(loss="cka"), labels=make_labels()[0][:3])  # two responses
     with pytest.raises(ValueError, match="4 responses"):
         our_flow(case)(case.inputs())

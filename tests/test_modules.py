@@ -105,6 +105,16 @@ def test_forward_is_served_by_the_backend_of_the_environment(monkeypatch):
         head(x_t, 0.5, h)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_forward_casts_what_it_is_given(monkeypatch, backend):
+    monkeypatch.setenv("SFR_KERNELS_BACKEND", backend)
+    head = make_head(H, D_TARGET, small_config(), torch.float32)
+    x_t, h = torch.randn(3, D_TARGET), torch.randn(3, H)
+    assert head(x_t, 0.5, h.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert head(x_t, 0.5, h).dtype == torch.bfloat16
+
+
 def test_no_rows_and_expanded_gradients():
     head = make_head(H, D_TARGET, small_config())
     h = torch.randn(4, H, dtype=torch.float64, requires_grad=True)

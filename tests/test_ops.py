@@ -11,6 +11,7 @@ from sfr_kernels.ops.cross_entropy import linear_cross_entropy_op, supervised_ro
 from sfr_kernels.ops.flow_loss import flow_arguments, flow_loss_op
 from sfr_kernels.ops.gradients import scale_gradients
 from sfr_kernels.ops.sfr_loss import sfr_loss_op
+from sfr_kernels.ops.times import seed_tensor
 from sfr_kernels.ops.velocity_head import velocity_head_op
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,6 +70,14 @@ def test_compiles_whole_with_dynamic_shapes(function, loss, preset):
         ]
         assert_same(*results[::-1])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "recompiled for another length"
+
+
+def test_inductor_takes_another_seed_without_compiling_again():
+    """From the second one on a seed is a symbol, for which inductor has 64 bits and no more."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda seed: seed_tensor(seed, torch.device("cpu")) ^ 1, fullgraph=True)
+    for seed in (3, 4, -7, 2**62 + 12345, 2**63 - 1):
+        assert compiled(seed).item() == seed ^ 1
 
 
 def operators():

@@ -44,8 +44,15 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
         if not isinstance(times, Tensor) or times.dim() != 1 or not times.is_floating_point():
             got = f"{tuple(times.shape)} of {times.dtype}" if isinstance(times, Tensor) else type(times).__name__
             raise ValueError(f"times must be an (M,) floating-point tensor, got {got}")
+        if times.shape[0] == 0:
+            raise ValueError("times must have at least one entry; None leaves them to the seed")
         if times.device != hidden.device:
             raise ValueError(f"times are on {times.device}, hidden on {hidden.device}")
+    if rows.time_index is None and not config.is_dirac:
+        if times is not None:
+            raise ValueError("times were given, but rows.time_index is None: set it, or leave both to the seed")
+        if config.time_sampling == "sequence":
+            raise ValueError("rows were made for stratified times; build them with this config (time_sampling)")
     if config.loss == "mtp":
         if targets.shape != rows.labels.shape or targets.is_floating_point():
             raise ValueError(

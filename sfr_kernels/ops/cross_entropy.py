@@ -206,6 +206,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grads):
     upstream, need = grads[0], ctx.needs_input_grad[:3]
+    if upstream is None:
+        return (None,) * 23
     if ctx.per_row:
         found = linear_cross_entropy_backward(upstream, *ctx.saved_tensors, *ctx.options, list(need), ctx.backend)
     else:

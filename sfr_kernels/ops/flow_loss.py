@@ -36,12 +36,8 @@ def flow_arguments(
     if config.is_dirac:
         times = index = None
     elif times is not None:
-        if index is None:
-            raise ValueError("times were given, but rows.time_index is None: set it, or leave both to the seed")
         num_times = times.shape[0]
     elif config.time_sampling == "sequence":
-        if index is None:
-            raise ValueError("rows were made for stratified times; build them with this config (time_sampling)")
         sequence_id, num_times = sequence_ids(rows), rows.shape[0]
     else:
         index, num_times = None, config.num_times
@@ -183,6 +179,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, upstream, *_):
+    if upstream is None:
+        return None, [None] * len(ctx.params), *(None,) * 19
     late, token_row, dh, *head = ctx.saved_tensors
     need_h, need = ctx.needs_input_grad[:2]
     scales = upstream, late
@@ -218,16 +216,17 @@ def flow_matching_loss(
         raise ValueError("loss='mtp' decodes with the lm_head: call sfr_loss")
     check_flow(hidden, head, rows, targets, times, seed, config)
     backend = resolve_backend(backend, hidden.device, autocast_dtype(hidden))
-    if backend == "reference":
-        params, scales = reference_head(head, hidden.dtype)
-        return reference.flow_matching_loss(
-            hidden, params, rows, targets, times, seed=seed, config=config, normalizer=normalizer, **scales
-        )
     dtype = autocast_dtype(hidden)
     norm = flow_normalizer(normalizer, rows, config, wide_dtype(dtype))
-    flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
-    if config.loss in ("cosine", "cka") and not torch.compiler.is_compiling():
+    if (backend == "reference" or config.loss in ("cosine", "cka")) and not torch.compiler.is_compiling():
         check_finite(targets)
+    if backend == "reference":
+        params, scales = reference_head(head, hidden.dtype)
+        seed = seed_tensor(seed, hidden.device)
+        return reference.flow_matching_loss(
+            hidden, params, rows, targets, times, seed=seed, config=config, normalizer=norm, **scales
+        ).to(norm.dtype)
+    flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     if config.loss == "cka":
         with torch.autocast(hidden.device.type, enabled=False):
             if rows.num_flow == 0:
@@ -235,10 +234,10 @@ def flow_matching_loss(
             anchor = rows.anchor[: rows.num_flow].long()
             cka = response_cka(flat.index_select(0, rows.rows[: rows.num_flow]), targets, anchor)
             return (1 - cka) * (rows.num_flow / norm)
-    flow = flow_arguments(rows, targets, times, seed, config, head)
     index = rows.rows[: rows.num_flow]
     if config.loss == "cosine":
         return _cosine(backend, head, flat.index_select(0, index), targets, rows, config) / norm
+    flow = flow_arguments(rows, targets, times, seed, config, head)
     params, grad = list(head.parameters()), torch.is_grad_enabled()
     need_params = grad and any(p.requires_grad for p in params)
     return flow_loss_op(

@@ -30,11 +30,17 @@ def matrix_views(buffer: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     return [part[: math.prod(s)].view(s) for part, s in zip(parts, matrices, strict=True)]
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the head's matrix gradients until they are scaled: wide in float16, where a sum over all rows, not yet divided
+    by the normalizer, goes past 65504."""
+    return wide_dtype(dtype) if dtype == torch.float16 else dtype
+
+
 def new_matrices(shapes: Sequence[torch.Size], like: Tensor) -> Tensor:
     """The buffer of the matrices. A gap between two of them holds zeros: it is scaled along with them."""
     exact = sum(math.prod(s) for s in shapes if len(s) == 2)
-    total = sum(_matrix_sizes(shapes))
-    return like.new_empty(total) if total == exact else like.new_zeros(total)
+    total, dtype = sum(_matrix_sizes(shapes)), product_dtype(like.dtype)
+    return like.new_empty(total, dtype=dtype) if total == exact else like.new_zeros(total, dtype=dtype)
 
 
 def parameter_grads(
@@ -54,7 +60,8 @@ def fake_parameter_grads(like: Tensor, params: Sequence[Tensor], need: bool) -> 
     """Tensors of the shape and dtype of the two buffers."""
     shapes = [p.shape for p in params] if need else []
     vectors = sum(s[0] for s in shapes if len(s) == 1)
-    return like.new_empty(sum(_matrix_sizes(shapes))), like.new_empty(vectors, dtype=wide_dtype(like.dtype))
+    matrices = like.new_empty(sum(_matrix_sizes(shapes)), dtype=product_dtype(like.dtype))
+    return matrices, like.new_empty(vectors, dtype=wide_dtype(like.dtype))
 
 
 @torch.library.custom_op("sfr_kernels::scale_gradients", mutates_args=())

@@ -36,10 +36,12 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     return product_into(out, a, b)
 
 
-def product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, with the sum kept in out's dtype, which may be wider than that of the factors."""
+def product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, alpha: float = 1.0) -> Tensor:
+    """out = α a @ b, or out += a @ b, with the sum kept in out's dtype, which may be wider than that of the factors."""
     if out.dtype == a.dtype:
-        return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+        return torch.addmm(out, a, b, beta=int(add), alpha=alpha, out=out)
+    if alpha != 1.0:
+        return product_into(out, a, b).mul_(alpha)
     if a.is_cuda:
         if add:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)

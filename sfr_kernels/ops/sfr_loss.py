@@ -21,6 +21,7 @@ from .dispatch import leaves, resolve_backend
 from .flow_loss import flow_arguments, flow_matching_loss, flow_normalizer, reference_head, run_flow
 from .gradients import fake_parameter_grads, finish_gradients, head_dtype_of, parameter_grads
 from .numerics import as_written, autocast_dtype, normalizer_of, split_normalizer, wide_dtype
+from .times import seed_tensor
 from .velocity_head import velocity_head
 
 
@@ -135,6 +136,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grads):
+    if grads[0] is None:
+        return None, None, None, [None] * len(ctx.params), *(None,) * 28
     late, token_row, dh, dw, db, *head = ctx.saved_tensors
     need, need_params = ctx.needs_input_grad[:3], ctx.needs_input_grad[3]
     *found, matrices, vectors = finish_gradients(
@@ -185,6 +188,7 @@ def sfr_loss(
     backend = resolve_backend(backend, hidden.device, dtype)
     options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
     check_memory(hidden, None, chunk_rows, accum_dtype)
+    norm = normalizer_of(normalizer, rows.num_ce, hidden.device, wide_dtype(dtype))
     if backend == "reference":
         check_labels(rows.labels[rows.ce_start :], weight.shape[0], debug=True)
         params, scales = reference_head(head, hidden.dtype)
@@ -195,16 +199,15 @@ def sfr_loss(
             rows,
             targets,
             times,
-            seed=seed,
+            seed=seed_tensor(seed, hidden.device),
             config=config,
             **scales,
             bias=bias,
             flow_weight=lam,
-            normalizer=normalizer,
+            normalizer=norm,
             **vars(options),
         )
-        return SFROutput(loss, ce.detach(), flow.detach())
-    norm = normalizer_of(normalizer, rows.num_ce, hidden.device, wide_dtype(dtype))
+        return SFROutput(*(x.to(norm.dtype) for x in (loss, ce.detach(), flow.detach())))
     flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     labels = rows.labels[rows.ce_start :]

@@ -30,10 +30,15 @@ def sequence_ids(rows: SupervisedRows) -> Tensor:
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    """The seed as one int64 on the device: the same 64 bits, whether they came signed or not."""
+    """The seed as one int64 on the device: the same 64 bits, whether they came signed or not.
+
+    A traced seed is taken as it is, below 2⁶³: inductor has no numbers beyond 64 bits to wrap it with.
+    """
     if isinstance(seed, Tensor):
         return seed.reshape(1).to(device)
-    return torch.full((1,), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+    if not torch.compiler.is_compiling():
+        seed = (seed + 2**63) % 2**64 - 2**63
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def step_seed(seed: int, step: int) -> int:

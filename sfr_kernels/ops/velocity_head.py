@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .. import reference
 from .dispatch import leaves, resolve_backend
-from .gradients import fake_parameter_grads, matrix_views, new_matrices, parameter_grads
-from .numerics import as_written, autocast_dtype, wide_dtype, wide_product
+from .gradients import fake_parameter_grads, matrix_views, new_matrices, parameter_grads, product_dtype
+from .numerics import as_written, autocast_dtype, product_into, wide_dtype, wide_product
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def head_backward(
     d_w1, d_w2, d_w_in, *d_blocks, d_out = views
     dv, a = saved.outputs.pop(), saved.outputs.pop()
     if need_params:
-        torch.mm(dv.T, a, out=d_out)
+        product_into(d_out, dv.T, a)
     del a
     tail = [db_out]
     da = dv @ w.w_out
@@ -134,7 +134,7 @@ def head_backward(
         dy, dgamma, dbeta, dbias = leaves.norm_act_backward(da, y, gamma, beta, mean, rstd, dy=y if overwrite else None)
         a = saved.outputs.pop()
         if need_params:
-            torch.mm(dy.T, a, out=d_weight)
+            product_into(d_weight, dy.T, a)
         tail = [dbias[0], dgamma, dbeta, *tail]
         da.addmm_(dy, weight)
     y, mean, rstd = saved.normed.pop()
@@ -156,8 +156,8 @@ def head_backward(
         if x_t is None:
             d_x.zero_()
         else:
-            torch.mm(dy.T, x_t, out=d_x)
-        torch.addmm(d_h, dy.T, h, beta=0, alpha=w.hidden_scale, out=d_h)
+            product_into(d_x, dy.T, x_t)
+        product_into(d_h, dy.T, h, alpha=w.hidden_scale)
         vectors = torch.cat([*d_time, dgamma, dbeta, *tail])
     if dh is not None:
         torch.addmm(dh, dy, w.w_h, beta=int(add_to_dh), alpha=w.hidden_scale, out=dh)
@@ -176,18 +176,20 @@ def _time_backward(
     """Backward of the table of row biases; the gradients of b_1, b_2 and b.
 
     A row of dtable is a sum over many tokens. Rounded to 16 bit it would be worse than the sums of a product over all
-    tokens, which is what this path replaces; so it goes on in two parts of 16 bit.
+    tokens, which is what this path replaces; so it goes on in two parts of bfloat16. In float16, where it may be too
+    large for either, it goes on in float32.
     """
     s, z, silu, tau = time
-    m, wide = dtable.shape[0], dtable.dtype
-    parts = leaves.split(dtable, m, w.dtype)
+    m, wide, dtype = dtable.shape[0], dtable.dtype, product_dtype(w.dtype)
+    s, silu, tau, w_tau, w_2 = (x.to(dtype) for x in (s, silu, tau, w.w_tau, w.w2))
+    parts = leaves.split(dtable, m, dtype)
     times = len(parts) // m
     s, silu, tau = torch.cat([t for t in (s, silu, tau) for _ in range(times)]).split(times * m)
     torch.mm(parts.T, tau, out=d_tau)
-    parts = leaves.split(wide_product(parts, w.w_tau), m, w.dtype)
+    parts = leaves.split(wide_product(parts, w_tau), m, dtype)
     db2 = parts.sum(0, dtype=wide)
     torch.mm(parts.T, silu, out=d_w2)
-    parts = leaves.split(wide_product(parts, w.w2), m, w.dtype, z)
+    parts = leaves.split(wide_product(parts, w_2), m, dtype, z)
     torch.mm(parts.T, s, out=d_w1)
     return parts.sum(0, dtype=wide), db2, dtable.sum(0)
 
@@ -274,6 +276,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grads):
+    if grads[0] is None:
+        return *(None,) * 4, [None] * ctx.num_params, *(None,) * 4
     h, x_t, time_index, *rest = ctx.saved_tensors
     params, saved = rest[: ctx.num_params], rest[ctx.num_params :]
     need_h, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
@@ -315,9 +319,10 @@ def velocity_head(
 
 def evaluate_head(head: torch.nn.Module, h: Tensor, x_t: Tensor, times: Tensor, time_index: Tensor) -> Tensor:
     """`velocity_head` on the backend of the environment and the device."""
-    backend = resolve_backend(None, h.device, h.dtype)
+    dtype = autocast_dtype(h)
+    backend = resolve_backend(None, h.device, dtype)
     if backend == "reference":
-        params = {name: p.to(h.dtype) for name, p in head.named_parameters()}
-        t = times.to(h.dtype)[time_index]
+        params = {name: p.to(dtype) for name, p in head.named_parameters()}
+        h, x_t, t = h.to(dtype), x_t.to(dtype), times.to(dtype)[time_index]
         return reference.velocity(params, x_t, t, h, head.shape.time_scale, head.shape.hidden_scale)
     return velocity_head(backend, head, h, x_t, times, time_index)

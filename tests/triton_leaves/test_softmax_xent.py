@@ -102,6 +102,20 @@ def test_an_offset_common_to_all_logits_costs_no_digit(offset):
         torch.testing.assert_close(moved["dlogits"], plain["dlogits"], rtol=2e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("vocab", [7, 1000])
+@pytest.mark.parametrize("size", [1e32, 3e38, -1e32])
+def test_huge_logits(size, vocab):
+    """Where the distance between two maxima is beyond float32."""
+    logits, labels, _ = make(3, vocab, torch.float32)
+    logits[0, vocab - 2] = size
+    logits[1] = size
+    logits[2, 0], logits[2, 1:] = size, -size
+    found = outputs(leaves, logits, labels, None, device=DEVICE)
+    exact = outputs(eager, logits, labels, None, torch.float64)
+    for name in ("lse", "entropy", "dlogits"):
+        torch.testing.assert_close(found[name].cpu().double(), exact[name], rtol=1e-5, atol=1e-5)
+
+
 def test_minus_infinity_is_a_class_of_no_probability():
     logits, labels, weight = make(3, 331, torch.float32)
     logits[:, 50:300] = float("-inf")  # whole lanes of a block

@@ -25,6 +25,12 @@ def _exp(x):
 
 
 @triton.jit
+def _moved(moment, total, below, carry):
+    """Σ e (z − top) once top has risen by −below, which may be infinite, and exp(below) is carry."""
+    return tl.where(carry > 0.0, (moment + total * below) * carry, 0.0)
+
+
+@triton.jit
 def squash(x, rate, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
     """z, and where there is a cap the derivative of tanh: 1 − (z / cap)², without the cancellation."""
     x = x.to(tl.float32)
@@ -85,7 +91,7 @@ def row_sums(
         d = z - high[:, None]
         e = _exp(d)
         if NEED_STATS:
-            moment = (moment + total * below) * carry + tl.sum(tl.where(e > 0.0, e * d, 0.0), axis=1)
+            moment = _moved(moment, total, below, carry) + tl.sum(tl.where(e > 0.0, e * d, 0.0), axis=1)
         total = total * carry + tl.sum(e, axis=1)
         if NEED_REST:
             rest += tl.sum(tl.where(mask, z - pivot, 0.0), axis=1)
@@ -95,7 +101,7 @@ def row_sums(
     top = tl.max(lane_top, axis=0)
     below = lane_top - top
     carry = _exp(below)
-    moment = tl.sum((moment + total * below) * carry, axis=0)
+    moment = tl.sum(_moved(moment, total, below, carry), axis=0)
     best = tl.min(tl.where(lane_top == top, best, V - 1), axis=0)
     return top, tl.sum(total * carry, axis=0), moment, tl.sum(rest, axis=0), best
 
