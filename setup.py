@@ -1,5 +1,68 @@
-"""Metadata lives in pyproject.toml."""
+"""Builds the CUDA kernels of csrc/ into the package; metadata lives in pyproject.toml.
 
-from setuptools import setup
+    SFR_BUILD_CUDA=auto   if nvcc is there (the default)
+    SFR_BUILD_CUDA=1      or fail
+    SFR_BUILD_CUDA=0      never
 
-setup()
+Architectures: TORCH_CUDA_ARCH_LIST, else those of leaves/cuda/build.py. The kernels are called through ctypes and link
+neither torch nor Python: one wheel serves every version of both.
+"""
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+spec = importlib.util.spec_from_file_location("build", ROOT / "sfr_kernels/leaves/cuda/build.py")
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+
+def wanted() -> bool:
+    choice = os.environ.get("SFR_BUILD_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise ValueError(f"SFR_BUILD_CUDA must be auto, 0 or 1, got {choice!r}")
+    if choice == "1" and build.nvcc() is None:
+        raise RuntimeError("SFR_BUILD_CUDA=1, but there is no nvcc on PATH or under CUDA_HOME")
+    return choice != "0" and build.nvcc() is not None
+
+
+class BuildKernels(build_ext):
+    def get_ext_filename(self, name):
+        return os.path.join(*name.split(".")[:-1], build.NAME)
+
+    def build_extension(self, extension):
+        out = Path(self.get_ext_fullpath(extension.name)).resolve()
+        out.parent.mkdir(parents=True, exist_ok=True)
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or build.ARCHITECTURES
+        build.compile_library(ROOT / "csrc", out, architectures, build.nvcc(), ROOT / "build" / "kernels")
+
+
+class WithSources(build_py):
+    """Puts csrc/ into the package, so that it can be compiled at first use."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "sfr_kernels" / "csrc"
+            shutil.copytree(ROOT / "csrc", target, dirs_exist_ok=True)
+
+
+class AnyPython(bdist_wheel):
+    """Of this platform, if kernels are in it, and for every Python."""
+
+    def get_tag(self):
+        _, _, platform = super().get_tag()
+        return ("py3", "none", platform)
+
+
+setup(
+    ext_modules=[Extension("sfr_kernels.leaves.cuda.libsfr", [])] if wanted() else [],
+    cmdclass={"build_ext": BuildKernels, "build_py": WithSources, "bdist_wheel": AnyPython},
+)

@@ -104,7 +104,7 @@ def test_info_says_what_is_usable_and_why_not(capsys, monkeypatch):
     assert f"torch {torch.__version__}" in out and "device: CPU" in out
     lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
     assert lines["torch"].endswith(" usable") and lines["reference"].endswith(" usable")
-    assert "needs a GPU" in lines["triton"] and "not usable" in lines["cuda"]
+    assert "needs a GPU" in lines["triton"] and "not usable: it" in lines["cuda"]
     assert "auto picks: torch" in out and ENVIRONMENT not in out
     monkeypatch.setenv(ENVIRONMENT, "reference")
     assert main(["info"]) == 0

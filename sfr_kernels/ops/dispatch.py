@@ -9,7 +9,7 @@ import torch
 
 ENVIRONMENT = "SFR_KERNELS_BACKEND"
 BACKENDS = ("torch", "triton", "cuda", "reference")
-_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)  # bf16
 
 
@@ -17,7 +17,9 @@ _LEAST_CAPABILITY = (8, 0)  # bf16
 def _missing(backend: str) -> str | None:
     """Why this installation lacks `backend`, whatever the tensor."""
     if backend == "cuda":
-        return "this version has no CUDA extension yet"
+        from ..leaves.cuda.build import missing
+
+        return missing()
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'triton>=3.6,<3.10')"
     return None
@@ -28,22 +30,33 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+def _on_cpu(backend: str) -> bool:
+    """Whether the backend's kernels run on tensors of the CPU here, for tests: interpreted, or emulated."""
+    if backend == "triton":
+        return _interpreted()
+    from ..leaves.cuda.library import emulated
+
+    return emulated()
+
+
 def unavailable(backend: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> str | None:
     """Why `backend` cannot serve a tensor of `dtype` on `device`, or None if it can. No device: the best there is."""
     if reason := _missing(backend):
         return reason
-    if backend != "triton":
+    if backend not in ("triton", "cuda"):
         return None
     kind = "cuda" if device is None else torch.device(device).type
-    if not (_interpreted() and (kind == "cpu" or device is None)):
+    if not (_on_cpu(backend) and (kind == "cpu" or device is None)):
         if kind != "cuda":
             return f"it needs a tensor on a GPU, not on {kind}"
         if not torch.cuda.is_available():
             return "it needs a GPU, and torch sees none"
         capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip is not None and backend == "cuda":
+            return "it needs an NVIDIA GPU"
         if torch.version.hip is None and capability < _LEAST_CAPABILITY:
             return f"it needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-    if dtype is not None and dtype not in _TRITON_DTYPES:
+    if dtype is not None and dtype not in _KERNEL_DTYPES:
         return f"it serves bfloat16, float16 and float32, not {str(dtype).removeprefix('torch.')}"
     return None
 
@@ -82,6 +95,8 @@ def leaves(backend: str) -> ModuleType:
         from ..leaves import torch as module
     elif backend == "triton":
         from ..leaves import triton as module
+    elif backend == "cuda":
+        from ..leaves import cuda as module
     else:
         raise AssertionError(f"backend {backend} has no leaves")
     return module

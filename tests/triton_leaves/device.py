@@ -1,18 +1,31 @@
-"""Where the Triton kernels run in these tests: on a GPU, else in Triton's interpreter, which takes a process of its own
-(tests/test_interpreter.py)."""
+"""Whose kernels these tests judge: Triton's or, with SFR_TEST_LEAVES=cuda, those of csrc/. They run on a GPU, else in
+Triton's interpreter or emulated, which takes a process of its own (tests/test_interpreter.py, tests/test_csrc.py)."""
 
 import os
+from importlib import import_module
 
 import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+BACKEND = os.environ.get("SFR_TEST_LEAVES", "triton")
+if not ON_GPU and BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or Triton's interpreter", allow_module_level=True)
 
 # The interpreter computes with the raw bits of bfloat16.
-DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (ON_GPU or BACKEND == "cuda")
+
+leaves = import_module(f"sfr_kernels.leaves.{BACKEND}")
+# The modules of the sums over rows, whose block counts small tests change.
+sums = import_module(f"sfr_kernels.leaves.{BACKEND}.{'sums' if BACKEND == 'cuda' else 'column_sum'}")
+index_sum = import_module(f"sfr_kernels.leaves.{BACKEND}.{'sums' if BACKEND == 'cuda' else 'index_sum'}")
+scales = import_module(f"sfr_kernels.leaves.{BACKEND}.scale")
+
+
+def only_triton() -> None:
+    if BACKEND != "triton":
+        pytest.skip("of Triton's kernels alone", allow_module_level=True)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:

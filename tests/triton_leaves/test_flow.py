@@ -1,23 +1,15 @@
-"""flow_path and flow_mse in Triton: the reference's noise, bit for bit up to the logarithm, and the loss on it."""
+"""flow_path and flow_mse: the reference's noise, bit for bit up to the logarithm, and the loss on it."""
 
 import hashlib
 from dataclasses import replace
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, assert_as_good, error
+from device import DEVICE, DTYPES, assert_as_good, error, leaves, sums
 
 from sfr_kernels.leaves import FlowPath
 from sfr_kernels.leaves import torch as eager
-from sfr_kernels.leaves import triton as leaves
 from sfr_kernels.leaves.torch.philox import random_words, to_uniform
-
-triton = pytest.importorskip("triton")
-import triton.language as tl  # noqa: E402
-
-from sfr_kernels.leaves.triton import column_sum as rows_of  # noqa: E402
-from sfr_kernels.leaves.triton.elementary import log, sincos_turns  # noqa: E402
-from sfr_kernels.leaves.triton.philox import words  # noqa: E402
 
 SEEDS = (0, -6917529027641081857, 2**63 - 1)  # both halves of the key in use, signs included
 
@@ -47,46 +39,6 @@ def exact_ends(path: FlowPath):
     return path.source_std * noise, path.target_scale * path.targets.double()[path.anchor.long()]
 
 
-@triton.jit
-def _words_kernel(out_ptr, identity_ptr, seed_ptr, STREAM: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
-    block = tl.arange(0, BLOCK)
-    found = words(tl.load(seed_ptr), tl.load(identity_ptr + row), block, STREAM)
-    for lane in tl.static_range(4):
-        tl.store(out_ptr + (row * BLOCK + block) * 4 + lane, found[lane].to(tl.int64))
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("stream", [0, 1, 2, 3])
-def test_words_are_the_bits_of_the_torch_leaf(seed, stream):
-    identity = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**40 + 7, -1, -(2**63), 2**63 - 1])
-    out = torch.empty(len(identity), 32, dtype=torch.int64, device=DEVICE)
-    arguments = (t.to(DEVICE) for t in (identity, torch.tensor([seed])))
-    _words_kernel[(len(identity),)](out, *arguments, STREAM=stream, BLOCK=8)
-    assert torch.equal(out.cpu(), random_words(seed, identity, stream, 8))
-
-
-@triton.jit
-def _elementary_kernel(x_ptr, log_ptr, sin_ptr, cos_ptr, n, BLOCK: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < n, other=0.5)
-    sine, cosine = sincos_turns(x)
-    tl.store(log_ptr + offs, log(x), mask=offs < n)
-    tl.store(sin_ptr + offs, sine, mask=offs < n)
-    tl.store(cos_ptr + offs, cosine, mask=offs < n)
-
-
-def test_logarithm_and_circle_are_within_two_units_of_the_last_place():
-    edges = torch.tensor([2.0**-33, 2.0**-32, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1 - 2.0**-24])
-    x = torch.cat([edges, torch.rand(5000, generator=torch.Generator().manual_seed(0)).clamp(min=1e-9)])
-    found = torch.empty(3, len(x), device=DEVICE)
-    _elementary_kernel[(triton.cdiv(len(x), 1024),)](x.to(DEVICE), *found, len(x), BLOCK=1024, enable_fp_fusion=False)
-    turn = 2 * torch.pi * x.double()
-    exact = torch.stack([x.double().log(), turn.sin(), turn.cos()])
-    unit = torch.maximum(exact.abs(), torch.tensor([[0.0], [2.0**-10], [2.0**-10]])) * 2.0**-23
-    assert ((found.double().cpu() - exact).abs() <= 2 * unit + 1e-300).all()
-
-
 # d: below, at and above whole Philox blocks of four; not a power of two; more than one block of columns
 @pytest.mark.parametrize("n, d", [(5, 1), (4, 6), (3, 64), (7, 384), (2, 2500)])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,7 +63,7 @@ def test_flow_mse(n, d, source_std, dtype, monkeypatch):
     dv = e * coefficient.double().unsqueeze(1) * 2 / d
     theirs = v.clone()
     loss, db = eager.flow_mse(theirs, on_cpu(path), coefficient)
-    monkeypatch.setattr(rows_of, "MAX_PARTS", 4)  # nine rows: three programs of three
+    monkeypatch.setattr(sums, "MAX_PARTS", 4)  # nine rows: three programs of three
     on_device = v.to(DEVICE, copy=True)
     for mine in (on_device, on_device.T.clone().T, torch.cat([on_device, on_device], 1)[:, d:]):  # strided twice
         only, nothing = leaves.flow_mse(mine, path)

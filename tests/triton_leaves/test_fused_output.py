@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, assert_as_good
+from device import DEVICE, DTYPES, assert_as_good, only_triton
 from test_flow import make_path, on_cpu
 
-from benchmarks.fused_output import TILES, fused_output, measure
-from sfr_kernels.leaves import torch as eager
+only_triton()
+
+from benchmarks.fused_output import TILES, fused_output, measure  # noqa: E402
+from sfr_kernels.leaves import torch as eager  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import assert_as_good_as_eager, evaluate, in_float64, make_case, reference_flow, reference_sfr, small_config
-from device import DEVICE, DTYPES, ON_GPU
+from device import BACKEND, DEVICE, DTYPES, ON_GPU
 
 from sfr_kernels import flow_matching_loss, linear_cross_entropy, reference, sfr_loss
 
@@ -36,12 +36,12 @@ def judge(case, ours, eager, dtype, k=1.5, draws=4 if ON_GPU else 2):
 
 
 def ours_flow(case, **overrides):
-    options = dict(seed=case.seed, config=case.config, backend="triton") | overrides
+    options = dict(seed=case.seed, config=case.config, backend=BACKEND) | overrides
     return lambda x: flow_matching_loss(x.hidden, x.head, case.rows, case.targets, **options)
 
 
 def ours_sfr(case, **overrides):
-    options = dict(seed=case.seed, config=case.config, bias=True, backend="triton") | case.options | overrides
+    options = dict(seed=case.seed, config=case.config, bias=True, backend=BACKEND) | case.options | overrides
     options.pop("bias")
     return lambda x: sfr_loss(x.hidden, x.weight, x.head, case.rows, case.targets, bias=x.bias, **options).loss
 
@@ -80,7 +80,7 @@ def test_linear_cross_entropy(dtype, reduction):
     def ours(case):
         labels = case.labels.to(DEVICE)
         return lambda x: linear_cross_entropy(
-            x.hidden, x.weight, labels, bias=x.bias, shift=True, reduction=reduction, backend="triton", **options
+            x.hidden, x.weight, labels, bias=x.bias, shift=True, reduction=reduction, backend=BACKEND, **options
         ).sum()
 
     def eager(case):

@@ -4,19 +4,19 @@ import pytest
 import torch
 import triton
 from cases import make_case, small_config
-from device import DEVICE, ON_GPU
+from device import BACKEND, DEVICE, ON_GPU, sums
 
 from benchmarks.timing import allocated
 from sfr_kernels import flow_matching_loss
-from sfr_kernels.leaves.triton import column_sum as rows_of
 
 
 @pytest.mark.skipif(
-    not ON_GPU and not triton.__version__.startswith("3.6."), reason="later interpreters allocate tensors of their own"
+    BACKEND == "triton" and not ON_GPU and not triton.__version__.startswith("3.6."),
+    reason="later interpreters allocate tensors of their own",
 )
 @pytest.mark.parametrize("num_layers", [2, 3])
 def test_forward_leaves_gradients_alone_and_needs_eight_buffers(num_layers, monkeypatch):
-    monkeypatch.setattr(rows_of, "MAX_PARTS", 4)  # as few beside these rows as 512 beside thousands
+    monkeypatch.setattr(sums, "MAX_PARTS", 4)  # as few beside these rows as 512 beside thousands
     labels = torch.randint(17, (2, 60), generator=torch.Generator().manual_seed(0))
     labels[:, :20] = -100
     width, hidden_size = 64, 256
@@ -30,7 +30,7 @@ def test_forward_leaves_gradients_alone_and_needs_eight_buffers(num_layers, monk
     parameters = sum(p.numel() * (dtype.itemsize if p.dim() == 2 else 4) for p in head.parameters())
 
     def call():
-        return flow_matching_loss(hidden, head, rows, targets, seed=1, config=config, backend="triton")
+        return flow_matching_loss(hidden, head, rows, targets, seed=1, config=config, backend=BACKEND)
 
     if ON_GPU:
         call()  # whatever cuBLAS makes once

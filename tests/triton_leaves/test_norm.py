@@ -1,16 +1,10 @@
 """norm_act, its backward and the sums over rows in Triton, against the torch leaves in float64."""
 
-from importlib import import_module
-
 import pytest
 import torch
-from device import DEVICE, DTYPES, assert_as_good
+from device import DEVICE, DTYPES, assert_as_good, index_sum, leaves, scales, sums
 
 from sfr_kernels.leaves import torch as eager
-from sfr_kernels.leaves import triton as leaves
-from sfr_kernels.leaves.triton import column_sum as rows_of
-from sfr_kernels.leaves.triton.column_sum import column_sum, parts_for
-from sfr_kernels.leaves.triton.index_sum import sum_by_index
 
 # one number; below and above the smallest block; not a power of two; several rows a program; more than one block of
 # columns, forward and backward
@@ -20,7 +14,7 @@ SHAPES = [(1, 1), (5, 10), (3, 100), (9, 16), (4, 5000)]
 @pytest.fixture(autouse=True)
 def few_row_blocks(monkeypatch):
     """Nine rows are three programs of three, as thousands would be."""
-    monkeypatch.setattr(rows_of, "MAX_PARTS", 4)
+    monkeypatch.setattr(sums, "MAX_PARTS", 4)
 
 
 def make(n, width, dtype, rows_of_bias=4):
@@ -138,13 +132,13 @@ def test_sums_over_rows_are_in_a_fixed_order():
 @pytest.mark.parametrize("parts, width", [(0, 5), (1, 5), (128, 33), (513, 70)])  # none, one, whole blocks, ragged ones
 def test_column_sum(parts, width):
     partial = torch.randn(2, parts, width, generator=torch.Generator().manual_seed(0))
-    found = column_sum(partial.to(DEVICE))
+    found = sums.column_sum(partial.to(DEVICE))
     assert_as_good(found, partial.sum(1), partial.double().sum(1))
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 6145])
 def test_row_blocks_cover_every_row_once(n):
-    parts, rows = parts_for(n)
+    parts, rows = sums.parts_for(n)
     assert parts <= 4 and (parts - 1) * rows < n <= parts * rows
 
 
@@ -155,7 +149,7 @@ def test_sum_by_index(n, size, width):
     x, index = torch.randn(n, width, generator=g), torch.randint(size, (n,), generator=g, dtype=torch.int32)
     exact = torch.zeros(size, width, dtype=torch.float64).index_add_(0, index, x.double())
     theirs = torch.zeros(size, width).index_add_(0, index, x)
-    assert_as_good(sum_by_index(x.to(DEVICE), index.to(DEVICE), size), theirs, exact)
+    assert_as_good(index_sum.sum_by_index(x.to(DEVICE), index.to(DEVICE), size), theirs, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,7 +184,7 @@ def test_scale_in_place(rows, width, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_more_blocks_than_programs(dtype, monkeypatch):
     """As a lm_head's gradient has: each program takes several, in strides."""
-    monkeypatch.setattr(import_module("sfr_kernels.leaves.triton.scale"), "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(scales, "MAX_PROGRAMS", 2)
     x = torch.randn(9, 2100, generator=torch.Generator().manual_seed(0)).to(dtype)
     found = leaves.scale_(x.to(DEVICE, copy=True), torch.tensor(1.7).to(DEVICE))
     assert torch.equal(found.cpu(), eager.scale(x, torch.tensor(1.7), dtype))

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, assert_as_good
+from device import DEVICE, DTYPES, assert_as_good, only_triton
 from test_softmax_xent import make
 
-from benchmarks.one_read import WIDEST, measure, one_read
-from sfr_kernels.leaves import torch as eager
+only_triton()
+
+from benchmarks.one_read import WIDEST, measure, one_read  # noqa: E402
+from sfr_kernels.leaves import torch as eager  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -5,11 +5,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, assert_as_good
+from device import DEVICE, DTYPES, assert_as_good, leaves
 from test_softmax_xent import OPTIONS, make
 
 from sfr_kernels.leaves import torch as eager
-from sfr_kernels.leaves import triton as leaves
 from sfr_kernels.ops.sharded_vocab import sharded_softmax_xent
 
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, assert_as_good
+from device import DEVICE, DTYPES, assert_as_good, leaves
 
 from sfr_kernels.leaves import torch as eager
-from sfr_kernels.leaves import triton as leaves
 
 OPTIONS = {
     "plain": {},

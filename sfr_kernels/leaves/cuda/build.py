@@ -1,0 +1,171 @@
+"""Where the compiled kernels are: in the package, or in the user's cache, where they are built at first use if there is
+nvcc. setup.py builds with the same function.
+
+    TORCH_CUDA_ARCH_LIST          architectures, as torch's extensions take them; else 8.0, 9.0a and 10.0a with PTX
+    SFR_KERNELS_CUDA_LIBRARY      a library to use instead of any other
+    SFR_KERNELS_CACHE             the folder of the cache
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+LIBRARY_VARIABLE = "SFR_KERNELS_CUDA_LIBRARY"
+ARCHITECTURES = "8.0 9.0a 10.0a+PTX"
+NAME = "libsfr.so"
+PACKAGED = Path(__file__).with_name(NAME)
+_HERE = Path(__file__).resolve()
+# Files that make noise: products and sums are rounded apart, so that its bits are those of the other backends.
+_UNCONTRACTED = ("flow_path", "flow_mse", "times")
+
+
+def sources() -> Path | None:
+    """The folder of the kernel files: beside the package in a checkout, in it where it is installed."""
+    places = (_HERE.parents[3] / "csrc", _HERE.parents[2] / "csrc")
+    return next((p for p in places if (p / "softmax_xent.cu").is_file()), None)
+
+
+def nvcc() -> str | None:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    found = (shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes)
+    return next(filter(None, found), None) or shutil.which("nvcc")
+
+
+def missing() -> str | None:
+    """Why there can be no library here, or None."""
+    if os.environ.get(LIBRARY_VARIABLE) or PACKAGED.is_file():
+        return None
+    if sources() is None:
+        return "it was installed without its CUDA kernels"
+    if nvcc() is None:
+        return "it was installed without compiled CUDA kernels, and there is no nvcc to compile them"
+    return None
+
+
+def generated_code(architectures: str) -> list[str]:
+    """nvcc's options for a list such as "8.0 9.0a+PTX". ValueError for what is no architecture."""
+    options = []
+    for entry in filter(None, re.split(r"[\s;,]+", architectures)):
+        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
+        if match is None:
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST must be like '8.0 9.0a+PTX', got {entry!r} in it")
+        number = match[1] + match[2]
+        options.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            options.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return options
+
+
+def compile_library(folder: Path, out: Path, architectures: str, compiler: str, work: Path) -> None:
+    """Compiles every file of `folder` in `work`, all at once where there are processors, and links `out`.
+
+    Only what has changed since the last time, where ninja is installed. RuntimeError with the compiler's words if it
+    fails; a spilled register and a warning are failures.
+    """
+    flags = [
+        "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Werror", "-Werror=all-warnings",
+        "-Xptxas=-warn-spills,-Werror", "--cudart=static", *generated_code(architectures),
+    ]  # fmt: skip
+    work.mkdir(parents=True, exist_ok=True)
+    commands, objects = [], []
+    for file in sorted(folder.glob("*.cu")):
+        extra = ["--fmad=false"] if file.stem in _UNCONTRACTED else []
+        objects.append(work / f"{file.stem}.o")
+        depend = ["-MD", "-MF", f"{objects[-1]}.d"]
+        commands.append([compiler, *flags, *extra, *depend, "-c", str(file), "-o", str(objects[-1])])
+    link = [compiler, "-shared", "--cudart=static", *map(str, objects), "-o", str(out)]
+    ninja = shutil.which("ninja")
+    if ninja is not None:
+        _run([ninja, "-C", str(work)], _ninja_file(work, commands, link))
+        return
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_run, commands))
+    _run(link)
+
+
+def _ninja_file(work: Path, commands: list[list[str]], link: list[str]) -> Path:
+    def escape(text: str) -> str:
+        return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = ["rule run", "  command = $line", "  depfile = $out.d", "  deps = gcc", "rule link", "  command = $line"]
+    for command in commands:
+        lines += [f"build {escape(command[-1])}: run {escape(command[-3])}", f"  line = {' '.join(command)}"]
+    objects = " ".join(escape(command[-1]) for command in commands)
+    lines += [f"build {escape(link[-1])}: link {objects}", f"  line = {' '.join(link)}"]
+    file = work / "build.ninja"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def _run(command: list[str], *_) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"compiling the CUDA kernels failed: {' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+@functools.cache
+def find() -> Path:
+    """The library of this installation; built if there is none. RuntimeError that says what to do, if that fails."""
+    if given := os.environ.get(LIBRARY_VARIABLE):
+        if not Path(given).is_file():
+            raise RuntimeError(f"{LIBRARY_VARIABLE}={given} is no file")
+        return Path(given)
+    if PACKAGED.is_file():
+        return PACKAGED
+    if reason := missing():
+        raise RuntimeError(f"the cuda backend is not usable: {reason}")
+    return _cached(sources(), nvcc())
+
+
+def _cached(folder: Path, compiler: str) -> Path:
+    import torch
+
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or _own_architecture(torch)
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    key = hashlib.sha256(f"{version}\n{architectures}".encode())
+    for file in sorted([*folder.glob("*.cu"), *folder.glob("*.cuh")]):
+        key.update(file.name.encode() + file.read_bytes())
+    home = os.environ.get("SFR_KERNELS_CACHE") or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sfr_kernels"
+    )
+    out = Path(home) / "cuda" / key.hexdigest()[:20] / NAME
+    try:
+        with _alone(out.parent):
+            if not out.is_file():
+                print(
+                    f"sfr_kernels: compiling the CUDA kernels for {architectures}, once, into {out.parent}", flush=True
+                )
+                with tempfile.TemporaryDirectory(dir=out.parent) as work:
+                    compile_library(folder, Path(work) / NAME, architectures, compiler, Path(work))
+                    os.replace(Path(work) / NAME, out)
+    except OSError as error:
+        raise RuntimeError(
+            f"the CUDA kernels cannot be kept in {out.parent} ({error}): set SFR_KERNELS_CACHE to a folder that can be "
+            "written"
+        ) from error
+    return out
+
+
+def _own_architecture(torch) -> str:
+    if not torch.cuda.is_available():
+        return ARCHITECTURES
+    major, minor = torch.cuda.get_device_capability()
+    return f"{major}.{minor}{'a' if major >= 9 else ''}"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time; a process that ends lets the next one in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,39 @@
+"""The flow path of each row: csrc/flow_path.cu."""
+
+import torch
+from torch import Tensor
+
+from .. import FlowPath
+from .library import DTYPES, library, stream_of
+
+
+def path_arguments(path: FlowPath) -> tuple[Tensor, Tensor, Tensor]:
+    """targets, noise_id and anchor as the kernels take them."""
+    targets = path.targets if path.targets.stride(1) == 1 else path.targets.contiguous()
+    return targets, path.noise_id.contiguous(), path.anchor.contiguous()
+
+
+def flow_path(path: FlowPath, dtype: torch.dtype) -> Tensor:
+    """x_t (n, d) in `dtype`."""
+    targets, noise_id, anchor = path_arguments(path)
+    n, d = noise_id.shape[0], targets.shape[1]
+    times, time_index = path.times.float().contiguous(), path.time_index.contiguous()
+    x_t = torch.empty(n, d, dtype=dtype, device=targets.device)
+    library().flow_path(
+        x_t.data_ptr(),
+        DTYPES[dtype],
+        targets.data_ptr(),
+        DTYPES[targets.dtype],
+        targets.stride(0),
+        times.data_ptr(),
+        noise_id.data_ptr(),
+        anchor.data_ptr(),
+        time_index.data_ptr(),
+        path.seed.data_ptr(),
+        path.target_scale,
+        path.source_std,
+        n,
+        d,
+        stream_of(x_t),
+    )
+    return x_t

@@ -1,0 +1,97 @@
+"""The compiled kernels of csrc/, called through ctypes: pointers, sizes and the stream in, an error code out."""
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .build import LIBRARY_VARIABLE, find
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as DType in csrc/types.cuh
+
+# The parameters of each launcher, in order: p pointer, i int, l int64, f float, d double. The last is the stream.
+SIGNATURES = {
+    "sfr_flow_path": "pipilpppppfflip",
+    "sfr_flow_mse": "pillppppilpppffliiiip",
+    "sfr_norm_act": "pillppipppllppplifip",
+    "sfr_norm_act_backward": "pillpllppippppllpiliiiip",
+    "sfr_column_sum": "ppilip",
+    "sfr_philox": "pppliip",
+    "sfr_sum_by_index": "pillppppiiip",
+    "sfr_scale": "pippilip",
+    "sfr_scatter_rows": "pipppiliip",
+    "sfr_split": "pppilip",
+    "sfr_stratified_times": "pppplip",
+    "sfr_sequence_times": "ppplp",
+    "sfr_sinusoid": "ppiiidp",
+    "sfr_softmax_xent": "pillppppppliffffip",
+    "sfr_softmax_xent_cluster": "pilppppppliffffiiip",
+    "sfr_softmax_partials": "pillppliffp",
+    "sfr_softmax_gradient": "pillppppplifffp",
+}
+_NO_IMAGE = 209  # cudaErrorNoKernelImageForDevice
+_CODES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+
+
+class Library:
+    """A shared library of launchers, `library.flow_path(…)` for sfr_flow_path."""
+
+    def __init__(self, path: Path):
+        """RuntimeError if it cannot be loaded, or is something else."""
+        try:
+            handle = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise RuntimeError(f"the CUDA kernels at {path} cannot be loaded ({error}): remove the file") from error
+        if not hasattr(handle, "sfr_error"):
+            raise RuntimeError(f"{path} is not a library of these CUDA kernels")
+        self.path, self._error, self.emulated = path, handle.sfr_error, hasattr(handle, "sfr_emulated")
+        self._error.argtypes, self._error.restype = [ctypes.c_int], ctypes.c_char_p
+        for name, codes in SIGNATURES.items():
+            function = getattr(handle, name)
+            function.argtypes, function.restype = [_CODES[c] for c in codes], ctypes.c_int
+            setattr(self, name.removeprefix("sfr_"), self._checked(name, function))
+
+    def _checked(self, name: str, function):
+        def launch(*arguments) -> None:
+            if error := function(*arguments):
+                hint = ""
+                if error == _NO_IMAGE:
+                    hint = (
+                        f": {self.path} has no code for this GPU, build with its architecture in TORCH_CUDA_ARCH_LIST"
+                    )
+                raise RuntimeError(f"{name}: {self._error(error).decode()} (CUDA error {error}){hint}")
+
+        return launch
+
+
+def emulated() -> bool:
+    """Whether the library that was asked for runs its kernels on the CPU, as those of the tests do."""
+    return bool(os.environ.get(LIBRARY_VARIABLE)) and library().emulated
+
+
+_library: Library | None = None
+
+
+def library() -> Library:
+    """The library of this installation, found or built at the first call."""
+    global _library
+    if _library is None:
+        _library = Library(find())
+    return _library
+
+
+def stream_of(x: Tensor) -> int | None:
+    """The stream on which torch works on the device of `x` now."""
+    return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else None
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def threads_for(width: int, dtype: torch.dtype, most: int) -> int:
+    """Threads for a row of so many columns, 16 bytes each: whole warps, at most `most`."""
+    vectors = -(-width * dtype.itemsize // 16)
+    return min(most, -(-vectors // 32) * 32)

@@ -1,0 +1,96 @@
+"""Cross-entropy of rows of logits, and its gradient written over them: csrc/softmax_xent.cu."""
+
+import torch
+from torch import Tensor
+
+from .. import RowPartials, RowStats
+from .library import DTYPES, address, library, stream_of
+
+# What a block may hold of a row, twice: with 512 threads, one block fills a multiprocessor of an H100.
+_SLICE_BYTES = 96 * 1024
+_CLUSTERS = (1, 2, 4, 8)
+
+
+def cluster_for(logits: Tensor) -> int:
+    """Blocks that hold a row on chip between them; 0 where none can, or the chip has no clusters."""
+    size = logits.element_size()
+    whole = logits.stride(1) == 1 and not any(k * size % 16 for k in (logits.shape[1], logits.stride(0)))
+    if not (whole and logits.is_cuda and logits.data_ptr() % 16 == 0):
+        return 0
+    if torch.cuda.get_device_capability(logits.device) < (9, 0):
+        return 0
+    row = logits.shape[1] * size
+    return next((c for c in _CLUSTERS if -(-row // c) + 16 <= _SLICE_BYTES), 0)
+
+
+def softmax_xent(
+    logits: Tensor,  # (n, V); holds dlogits afterwards if need_grad
+    labels: Tensor,  # (n,) int64 in [0, V)
+    row_weight: Tensor | None = None,  # (n,) float32
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    need_grad: bool = True,
+    need_stats: bool = False,
+    cluster: int | None = None,  # of blocks a row; 0: two passes; None: `cluster_for`
+) -> tuple[Tensor, RowStats | None]:
+    """row_weight · ℓ (n,) in float32, and the statistics if asked for."""
+    (n, vocab), labels = logits.shape, labels.contiguous()
+    row_weight = None if row_weight is None else row_weight.float().contiguous()
+    loss = torch.empty(n, dtype=torch.float32, device=logits.device)
+    stats = (torch.empty_like(loss), torch.empty_like(labels), torch.empty_like(loss)) if need_stats else (None,) * 3
+    cluster = cluster_for(logits) if cluster is None else cluster
+    pointers = (labels.data_ptr(), address(row_weight), loss.data_ptr(), *map(address, stats))
+    options = (n, vocab, logit_scale, softcap or 0.0, label_smoothing, z_loss, need_grad)
+    where = logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0)
+    if cluster:
+        blocks = cluster * n
+        if logits.is_cuda:
+            blocks = min(blocks, torch.cuda.get_device_properties(logits.device).multi_processor_count)
+        library().softmax_xent_cluster(*where, *pointers, *options, cluster, max(cluster, blocks), stream_of(logits))
+    else:
+        library().softmax_xent(*where, logits.stride(1), *pointers, *options, stream_of(logits))
+    return loss, RowStats(*stats, stats[1] == labels) if need_stats else None
+
+
+def softmax_partials(
+    logits: Tensor,  # (n, V), unchanged
+    labels: Tensor,  # (n,) int64; outside [0, V): the class is in another part
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    need_rest: bool = False,
+    need_stats: bool = False,
+) -> RowPartials:
+    """What these columns add to each row's softmax, in float32, all of it whether asked for or not."""
+    (n, vocab), labels = logits.shape, labels.contiguous()
+    out = torch.empty(7, n, dtype=torch.float32, device=logits.device)
+    library().softmax_partials(
+        logits.data_ptr(), DTYPES[logits.dtype], *logits.stride(), labels.data_ptr(), out.data_ptr(), n, vocab,
+        logit_scale, softcap or 0.0, stream_of(logits),
+    )  # fmt: skip
+    return RowPartials(*out)
+
+
+def softmax_gradient(
+    logits: Tensor,  # (n, V); holds dlogits afterwards
+    labels: Tensor,  # (n,) int64; outside [0, V): the class is in another part
+    row_weight: Tensor | None,  # (n,) float32
+    top: Tensor,  # (n,) float32
+    share: Tensor,  # (n,) float32
+    uniform: Tensor,  # zero-dim float32
+    *,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+) -> None:
+    """Turns logits into the gradient of row_weight · ℓ, for what is known of their rows in the whole vocabulary."""
+    (n, vocab), labels, top, share = logits.shape, labels.contiguous(), top.contiguous(), share.contiguous()
+    row_weight = None if row_weight is None else row_weight.float().contiguous()
+    library().softmax_gradient(
+        logits.data_ptr(), DTYPES[logits.dtype], *logits.stride(), labels.data_ptr(), address(row_weight),
+        top.data_ptr(), share.data_ptr(), uniform.data_ptr(), n, vocab, logit_scale, softcap or 0.0, label_smoothing,
+        stream_of(logits),
+    )  # fmt: skip

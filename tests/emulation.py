@@ -1,0 +1,46 @@
+"""csrc/ compiled for the CPU: the same files, with g++ and csrc/emulation.h in nvcc's place."""
+
+import importlib.util
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+
+
+def headers() -> Path | None:
+    """CUDA's headers: those of nvcc, else those that Triton brings along."""
+    found = []
+    if nvcc := shutil.which("nvcc"):
+        text = subprocess.run([nvcc, "-dryrun", "-x", "cu", "-c", "none"], capture_output=True, text=True).stderr
+        found += [Path(part.strip('"')[2:]) for part in text.split() if part.startswith(('"-I', "-I"))]
+    if spec := importlib.util.find_spec("triton"):
+        found.append(Path(spec.origin).parent / "backends/nvidia/include")
+    return next((folder for folder in found if (folder / "cuda_fp16.h").is_file()), None)
+
+
+def missing() -> str | None:
+    if shutil.which("g++") is None:
+        return "needs g++"
+    return None if headers() else "needs CUDA's headers, from nvcc or Triton"
+
+
+def compile_emulation(folder: Path, sources: Path = SOURCES, *, built: Path | None = None, changed: str = "") -> Path:
+    """A library of every kernel in `folder`; if one kernel file has `changed`, with what was `built` of the others."""
+    flags = ["-x", "c++", "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSFR_EMULATION"]
+
+    def compile_one(file: Path) -> str:
+        if built is not None and changed.endswith(".cu") and file.name != changed:
+            return str(built / f"{file.stem}.o")
+        out = str(folder / f"{file.stem}.o")
+        command = ["g++", *flags, f"-I{headers()}", "-c", str(file), "-o", out]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sorted(sources.glob("*.cu"))))
+    out = folder / "libemulated.so"
+    subprocess.run(["g++", "-shared", *objects, "-o", str(out)], check=True)
+    return out

@@ -1,0 +1,166 @@
+"""csrc/ without a GPU: emulated on the CPU against the oracle, compiled for every chip without a spill, and loaded."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+
+from sfr_kernels.leaves.cuda import build, library
+from sfr_kernels.leaves.torch.softmax_xent import softmax_xent as eager
+
+ROOT = Path(__file__).resolve().parents[1]
+emulated_only = pytest.mark.skipif(bool(emulation.missing()), reason=emulation.missing() or "")
+nvcc_only = pytest.mark.skipif(build.nvcc() is None, reason="needs nvcc")
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory) -> Path:
+    return emulation.compile_emulation(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture
+def loaded(emulated, monkeypatch):
+    """The leaves on the emulated kernels."""
+    monkeypatch.setattr(library, "_library", library.Library(emulated))
+    from sfr_kernels.leaves import cuda
+
+    return cuda
+
+
+@emulated_only
+def test_the_leaves_tests_on_emulated_kernels(emulated):
+    tests = Path(__file__).parent
+    environment = os.environ | {
+        "SFR_TEST_LEAVES": "cuda",
+        build.LIBRARY_VARIABLE: str(emulated),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tests), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "triton_leaves"]
+    done = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout.splitlines()[-1])
+    assert passed and int(passed[1]) > 300, done.stdout[-2000:]
+
+
+@emulated_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cluster", [1, 2, 8])
+@pytest.mark.parametrize("options", [{}, dict(softcap=3.0, logit_scale=0.7, label_smoothing=0.1, z_loss=0.02)])
+def test_a_row_held_by_a_cluster(loaded, options, cluster, dtype):
+    """Fewer columns than threads, slices of unequal size, and more rows than clusters, in turn in both buffers."""
+    for vocab in (16, 8360):
+        g = torch.Generator().manual_seed(0)
+        logits = (3 * torch.randn(5, vocab, generator=g)).to(dtype)
+        labels, weight = torch.randint(vocab, (5,), generator=g), torch.rand(5, generator=g)
+        labels[0], labels[-1] = 0, vocab - 1
+        exact, theirs, mine = logits.double(), logits.clone(), logits.clone()
+        wanted, stats = eager(exact, labels, weight, need_stats=True, **options)
+        eager_loss, _ = eager(theirs, labels, weight, **options)
+        loss, found = loaded.softmax_xent(mine, labels, weight, need_stats=True, cluster=cluster, **options)
+        for ours, other, true in ((loss, eager_loss, wanted), (mine, theirs, exact)):
+            error, bound = ((x.double() - true).norm() for x in (ours, other))
+            assert error <= 1.5 * bound + 2.0**-22 * true.norm()
+        torch.testing.assert_close(found.lse.double(), stats.lse, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(found.entropy.double(), stats.entropy, rtol=2e-5, atol=2e-6)
+        assert torch.equal(found.correct, found.predicted == labels)
+        two_passes = logits.clone()
+        loaded.softmax_xent(two_passes, labels, weight, cluster=0, **options)
+        assert (mine.double() - two_passes.double()).norm() <= 2.0**-7 * exact.norm()
+
+
+FAULTS = {  # file, what stands there, what is put in its place: each must be found
+    "a deadlock": ("reduce.cuh", "    __syncthreads();\n#pragma", "    if (lane == 0) __syncthreads();\n#pragma"),
+    "a read past the end": ("types.cuh", "first + i < width ? to_float(row", "first + i < width + 4096 ? to_float(row"),
+    "a copy not waited for": ("softmax_xent.cu", "        wait_for_all_copies_but_the_last();\n", ""),
+    "a block that has not begun": ("softmax_xent.cu", "cluster_sync(); // nobody writes", "// nobody writes"),
+}
+
+
+def _run_fault(path: Path) -> None:
+    """LayerNorm of rows that end where memory does, and rows of logits held by a cluster."""
+    import ctypes
+    import mmap
+
+    from sfr_kernels.leaves import cuda
+
+    library._library = library.Library(path)
+    page = mmap.PAGESIZE
+    room = mmap.mmap(-1, 3 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + 2 * page), ctypes.c_size_t(page), 0) == 0
+    y = torch.frombuffer(room, dtype=torch.float32, count=2 * page // 4)[-997:].view(1, 997)
+    cuda.norm_act(y, torch.ones(997), torch.zeros(997))
+    logits = torch.randn(3, 4488)
+    expected, _ = eager(logits.clone(), torch.zeros(3, dtype=torch.int64))
+    loss, _ = cuda.softmax_xent(logits, torch.zeros(3, dtype=torch.int64), cluster=2)
+    torch.testing.assert_close(loss, expected)
+
+
+@emulated_only
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_faults_do_not_pass(fault, emulated, tmp_path):
+    path = emulated
+    if fault is not None:
+        name, found, planted = FAULTS[fault]
+        folder = tmp_path / "csrc"
+        shutil.copytree(ROOT / "csrc", folder)
+        text = (folder / name).read_text()
+        assert found in text
+        (folder / name).write_text(text.replace(found, planted))
+        path = emulation.compile_emulation(tmp_path, folder, built=emulated.parent, changed=name)
+    process = get_context("spawn").Process(target=_run_fault, args=(path,))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "it hangs"
+    assert (process.exitcode == 0) == (fault is None)
+
+
+def test_signatures_are_those_of_the_sources():
+    kinds = {"int64_t": "l", "int": "i", "float": "f", "double": "d"}
+    declared = {}
+    for file in sorted((ROOT / "csrc").glob("*.cu")):
+        for name, parameters in re.findall(r"SFR_API (\w+)\(([^)]+)\) \{", file.read_text()):
+            declared[name] = "".join("p" if "*" in p else kinds[p.split()[0]] for p in parameters.split(","))
+    assert declared == library.SIGNATURES
+
+
+@nvcc_only
+def test_every_kernel_compiles_for_every_chip_without_a_spill(tmp_path):
+    """Warnings and spills are errors; the hot loops read and write 16 bytes at a time; no driver is needed to load."""
+    compiler, out = build.nvcc(), tmp_path / build.NAME
+    build.compile_library(ROOT / "csrc", out, build.ARCHITECTURES, compiler, tmp_path / "work")
+    assert out.stat().st_size < 16 * 2**20
+    tool = Path(shutil.which(compiler)).resolve().parent / "cuobjdump"
+    tool = tool if tool.is_file() else shutil.which("cuobjdump")
+    if tool is None:
+        import triton
+
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    listing = subprocess.run([tool, "-sass", "-arch", "sm_90a", out], capture_output=True, text=True, check=True).stdout
+    bodies = {part.split("\n", 1)[0].strip(): part for part in listing.split("Function : ")[1:]}
+
+    def accesses(name: str) -> set[str]:
+        """Which of a kernel's loads, stores and copies are of 16 bytes."""
+        text = "".join(body for function, body in bodies.items() if name in function)
+        assert text, name
+        return {kind for kind in ("LDG", "STG", "ST", "LDGSTS", "LDS") if re.search(rf" {kind}\.(\w+\.)*128", text)}
+
+    half = "I13__nv_bfloat16"
+    for kernel in ("softmax_xent_kernel", "norm_act_kernel", "norm_act_backward_kernel", "flow_mse_kernel"):
+        assert accesses(f"{kernel}{half}") >= {"LDG", "STG"}, kernel
+    assert "STG" in accesses(f"flow_path_kernel{half}")
+    assert accesses(f"cluster_kernel{half}") >= {"LDGSTS", "LDS"}
+    assert accesses(f"cluster_kernel{half}") & {"STG", "ST"}
+    loaded = library.Library(out)
+    assert not loaded.emulated
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"sfr_philox: .*CUDA error"):
+            loaded.philox(None, None, None, 1, 0, 1, None)
