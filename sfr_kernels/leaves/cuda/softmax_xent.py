@@ -46,10 +46,9 @@ def softmax_xent(
     options = (n, vocab, logit_scale, softcap or 0.0, label_smoothing, z_loss, need_grad)
     where = logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0)
     if cluster:
-        blocks = cluster * n
-        if logits.is_cuda:
-            blocks = min(blocks, torch.cuda.get_device_properties(logits.device).multi_processor_count)
-        library().softmax_xent_cluster(*where, *pointers, *options, cluster, max(cluster, blocks), stream_of(logits))
+        at_once = torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 16
+        blocks = cluster * max(1, min(n, at_once // cluster))
+        library().softmax_xent_cluster(*where, *pointers, *options, cluster, blocks, stream_of(logits))
     else:
         library().softmax_xent(*where, logits.stride(1), *pointers, *options, stream_of(logits))
     return loss, RowStats(*stats, stats[1] == labels) if need_stats else None
