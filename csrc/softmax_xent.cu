@@ -152,6 +152,8 @@ __global__ void __launch_bounds__(512)
             store<VECTOR>(x + begin + at, v);
         }
     }
+#else
+    __trap(); // sfr_cluster_code tells who would come here
 #endif
 }
 
@@ -201,6 +203,16 @@ SFR_API sfr_softmax_xent(void *logits, int dtype, int64_t row_stride, int64_t co
                                                      need_grad != 0))))
     })
     return cudaErrorInvalidValue;
+}
+
+// The architecture (80, 90, …) that the cluster kernel was compiled for, of what runs on the current device; 0: none.
+SFR_API sfr_cluster_code() {
+#ifdef SFR_EMULATION
+    return 90;
+#else
+    cudaFuncAttributes found{};
+    return cudaFuncGetAttributes(&found, sfr::cluster_kernel<float, 4, false, false>) ? 0 : found.ptxVersion;
+#endif
 }
 
 // As sfr_softmax_xent, rows of 16-byte multiples held on chip by clusters of `cluster` blocks (1, 2, 4 or 8); sm_90 on.

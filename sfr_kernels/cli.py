@@ -96,6 +96,7 @@ def _info(args) -> int:
     import torch
 
     from ._version import __version__
+    from .leaves import fastest
     from .ops.dispatch import BACKENDS, ENVIRONMENT, automatic, resolve_backend, unavailable
 
     versions = {"sfr_kernels": __version__, "Python": platform.python_version(), "torch": torch.__version__}
@@ -111,8 +112,15 @@ def _info(args) -> int:
     print("backends:")
     for backend in BACKENDS:
         reason = unavailable(backend)
-        print(f"  {backend:10} {'usable' if reason is None else f'not usable: {reason}'}")
+        print(f"  {backend:10} {'usable' if reason is None else f'not usable: {reason}'}{_compiled(backend, reason)}")
     print(f"auto picks: {automatic(device)}")
+    if device.type == "cuda":
+        measured = fastest.rows(torch.cuda.get_device_capability(device))
+        for row in measured:
+            times = ", ".join(f"{name} {ms:.4f} ms" for name, ms in row["ms"].items())
+            print(f"  {row['leaf']}, {row['size']}: {row['backend']} ({times}; {row['origin']})")
+        if not measured:
+            print("  no leaf has been measured on this kind of GPU (benchmarks/leaves.py does)")
     if chosen := os.environ.get(ENVIRONMENT):
         try:
             resolve_backend(None, device)
@@ -121,6 +129,15 @@ def _info(args) -> int:
             print(f"{ENVIRONMENT} is wrong: {error}")
             return 1
     return 0
+
+
+def _compiled(backend: str, reason: str | None) -> str:
+    """Of the cuda backend, where its kernels are, or will be."""
+    if backend != "cuda" or reason is not None:
+        return ""
+    from .leaves.cuda.build import built, nvcc
+
+    return f", {built()}" if built() else f", once it has been compiled at the first call, with {nvcc()}"
 
 
 def _version_of(package: str) -> str:

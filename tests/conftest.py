@@ -1,5 +1,7 @@
 """What every test module may ask for by name."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,3 +13,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory) -> Path:
+    """csrc/ compiled for the CPU."""
+    import emulation
+
+    return emulation.compile_emulation(tmp_path_factory.mktemp("emulation"))

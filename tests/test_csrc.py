@@ -20,11 +20,6 @@ emulated_only = pytest.mark.skipif(bool(emulation.missing()), reason=emulation.m
 nvcc_only = pytest.mark.skipif(build.nvcc() is None, reason="needs nvcc")
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory) -> Path:
-    return emulation.compile_emulation(tmp_path_factory.mktemp("emulation"))
-
-
 @pytest.fixture
 def loaded(emulated, monkeypatch):
     """The leaves on the emulated kernels."""

@@ -1,4 +1,4 @@
-"""Which backend serves a call: the argument, else the environment, else the device."""
+"""Which backend serves a call: the argument, else the environment, else the device, and what was measured on it."""
 
 import functools
 import importlib.util
@@ -6,6 +6,8 @@ import os
 from types import ModuleType
 
 import torch
+
+from ..leaves import fastest
 
 ENVIRONMENT = "SFR_KERNELS_BACKEND"
 BACKENDS = ("torch", "triton", "cuda", "reference")
@@ -62,10 +64,26 @@ def unavailable(backend: str, device: torch.device | str | None = None, dtype: t
 
 
 def automatic(device: torch.device | str, dtype: torch.dtype | None = None) -> str:
-    """The backend of the device, where neither an argument nor the environment names one."""
-    if torch.device(device).type == "cuda" and unavailable("triton", device, dtype) is None:
-        return "triton"
-    return "torch"
+    """The backend of the device, where neither an argument nor the environment names one.
+
+    "fastest" is, leaf by leaf, the one that leaves/fastest.json has measured on this kind of GPU. Nothing is compiled
+    for it with nvcc: the cuda backend takes part where it was installed with its kernels.
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return "torch"
+    usable = [b for b in ("triton", "cuda") if unavailable(b, device, dtype) is None and _is_built(b)]
+    if len(usable) == 2 and fastest.rows(torch.cuda.get_device_capability(device)):
+        return "fastest"
+    return usable[0] if usable else "torch"
+
+
+def _is_built(backend: str) -> bool:
+    if backend == "triton":
+        return True
+    from ..leaves.cuda.build import built
+
+    return built() is not None
 
 
 def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -89,14 +107,23 @@ def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
 resolve_backend._dynamo_marked_constant = True
 
 
-def leaves(backend: str) -> ModuleType:
-    """The leaf kernels of a resolved backend."""
+@functools.cache
+def _fastest(capability: tuple[int, int]) -> fastest.Fastest:
+    from ..leaves import cuda, triton
+
+    return fastest.Fastest(fastest.rows(capability), {"triton": triton, "cuda": cuda}, otherwise="triton")
+
+
+def leaves(backend: str) -> ModuleType | fastest.Fastest:
+    """The leaf kernels of a resolved backend, on the current device."""
     if backend == "torch":
         from ..leaves import torch as module
     elif backend == "triton":
         from ..leaves import triton as module
     elif backend == "cuda":
         from ..leaves import cuda as module
+    elif backend == "fastest":
+        return _fastest(torch.cuda.get_device_capability())
     else:
         raise AssertionError(f"backend {backend} has no leaves")
     return module

@@ -1,7 +1,7 @@
 """Where the compiled kernels are: in the package, or in the user's cache, where they are built at first use if there is
 nvcc. setup.py builds with the same function.
 
-    TORCH_CUDA_ARCH_LIST          architectures, as torch's extensions take them; else 8.0, 9.0a and 10.0a with PTX
+    TORCH_CUDA_ARCH_LIST          architectures, as torch's extensions take them; else 8.0, 9.0 with PTX, and 10.0
     SFR_KERNELS_CUDA_LIBRARY      a library to use instead of any other
     SFR_KERNELS_CACHE             the folder of the cache
 """
@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 LIBRARY_VARIABLE = "SFR_KERNELS_CUDA_LIBRARY"
-ARCHITECTURES = "8.0 9.0a 10.0a+PTX"
+# No kernel needs what 9.0a or 10.0a alone have, and code for those runs on no newer chip.
+ARCHITECTURES = "8.0 9.0+PTX 10.0"
 NAME = "libsfr.so"
 PACKAGED = Path(__file__).with_name(NAME)
 _HERE = Path(__file__).resolve()
@@ -40,9 +41,16 @@ def nvcc() -> str | None:
     return next(filter(None, found), None) or shutil.which("nvcc")
 
 
+def built() -> Path | None:
+    """The library that is there without compiling anything."""
+    if given := os.environ.get(LIBRARY_VARIABLE):
+        return Path(given)
+    return PACKAGED if PACKAGED.is_file() else None
+
+
 def missing() -> str | None:
     """Why there can be no library here, or None."""
-    if os.environ.get(LIBRARY_VARIABLE) or PACKAGED.is_file():
+    if built() is not None:
         return None
     if sources() is None:
         return "it was installed without its CUDA kernels"
@@ -115,12 +123,10 @@ def _run(command: list[str], *_) -> None:
 @functools.cache
 def find() -> Path:
     """The library of this installation; built if there is none. RuntimeError that says what to do, if that fails."""
-    if given := os.environ.get(LIBRARY_VARIABLE):
-        if not Path(given).is_file():
-            raise RuntimeError(f"{LIBRARY_VARIABLE}={given} is no file")
-        return Path(given)
-    if PACKAGED.is_file():
-        return PACKAGED
+    if (found := built()) is not None:
+        if not found.is_file():
+            raise RuntimeError(f"{LIBRARY_VARIABLE}={found} is no file")
+        return found
     if reason := missing():
         raise RuntimeError(f"the cuda backend is not usable: {reason}")
     return _cached(sources(), nvcc())
@@ -132,7 +138,7 @@ def _cached(folder: Path, compiler: str) -> Path:
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or _own_architecture(torch)
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     key = hashlib.sha256(f"{version}\n{architectures}".encode())
-    for file in sorted([*folder.glob("*.cu"), *folder.glob("*.cuh")]):
+    for file in sorted([_HERE, *folder.glob("*.cu"), *folder.glob("*.cuh")]):
         key.update(file.name.encode() + file.read_bytes())
     home = os.environ.get("SFR_KERNELS_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sfr_kernels"
@@ -140,13 +146,16 @@ def _cached(folder: Path, compiler: str) -> Path:
     out = Path(home) / "cuda" / key.hexdigest()[:20] / NAME
     try:
         with _alone(out.parent):
-            if not out.is_file():
+            if not _is_whole(out):
                 print(
                     f"sfr_kernels: compiling the CUDA kernels for {architectures}, once, into {out.parent}", flush=True
                 )
                 with tempfile.TemporaryDirectory(dir=out.parent) as work:
-                    compile_library(folder, Path(work) / NAME, architectures, compiler, Path(work))
-                    os.replace(Path(work) / NAME, out)
+                    made = Path(work) / NAME
+                    compile_library(folder, made, architectures, compiler, Path(work))
+                    _checksum_of(made).write_text(_digest(made))
+                    for file in (_checksum_of(made), made):
+                        os.replace(file, out.parent / file.name)
     except OSError as error:
         raise RuntimeError(
             f"the CUDA kernels cannot be kept in {out.parent} ({error}): set SFR_KERNELS_CACHE to a folder that can be "
@@ -155,11 +164,25 @@ def _cached(folder: Path, compiler: str) -> Path:
     return out
 
 
+def _checksum_of(library: Path) -> Path:
+    return library.with_name(library.name + ".sha256")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _is_whole(library: Path) -> bool:
+    """Loading a part of a library would end the process."""
+    checksum = _checksum_of(library)
+    return library.is_file() and checksum.is_file() and checksum.read_text() == _digest(library)
+
+
 def _own_architecture(torch) -> str:
     if not torch.cuda.is_available():
         return ARCHITECTURES
     major, minor = torch.cuda.get_device_capability()
-    return f"{major}.{minor}{'a' if major >= 9 else ''}"
+    return f"{major}.{minor}"
 
 
 @contextlib.contextmanager

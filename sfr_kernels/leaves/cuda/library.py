@@ -48,6 +48,7 @@ class Library:
             raise RuntimeError(f"{path} is not a library of these CUDA kernels")
         self.path, self._error, self.emulated = path, handle.sfr_error, hasattr(handle, "sfr_emulated")
         self._error.argtypes, self._error.restype = [ctypes.c_int], ctypes.c_char_p
+        self.cluster_code = handle.sfr_cluster_code
         for name, codes in SIGNATURES.items():
             function = getattr(handle, name)
             function.argtypes, function.restype = [_CODES[c] for c in codes], ctypes.c_int

@@ -1,14 +1,15 @@
 """Cross-entropy of rows of logits, and its gradient written over them: csrc/softmax_xent.cu."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .. import RowPartials, RowStats
 from .library import DTYPES, address, library, stream_of
 
-# What a block may hold of a row, twice: with 512 threads, one block fills a multiprocessor of an H100.
-_SLICE_BYTES = 96 * 1024
 _CLUSTERS = (1, 2, 4, 8)
+_SUMS_BYTES = 2048  # of shared memory, beside the two buffers of a block
 
 
 def cluster_for(logits: Tensor) -> int:
@@ -17,10 +18,17 @@ def cluster_for(logits: Tensor) -> int:
     whole = logits.stride(1) == 1 and not any(k * size % 16 for k in (logits.shape[1], logits.stride(0)))
     if not (whole and logits.is_cuda and logits.data_ptr() % 16 == 0):
         return 0
-    if torch.cuda.get_device_capability(logits.device) < (9, 0):
-        return 0
-    row = logits.shape[1] * size
-    return next((c for c in _CLUSTERS if -(-row // c) + 16 <= _SLICE_BYTES), 0)
+    row, most = logits.shape[1] * size, _slice_bytes(logits.device)
+    return next((c for c in _CLUSTERS if -(-row // c) + 16 <= most), 0)
+
+
+@functools.cache
+def _slice_bytes(device: torch.device) -> int:
+    """What a block may hold of a row, twice; 0 where the GPU has no clusters, or the library no code for them."""
+    with torch.cuda.device(device):
+        if torch.cuda.get_device_capability(device) < (9, 0) or library().cluster_code() < 90:
+            return 0
+    return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin - _SUMS_BYTES) // 2
 
 
 def softmax_xent(

@@ -1,0 +1,250 @@
+"""How the compiled kernels come about and are found: in the wheel, or built once into the user's cache."""
+
+import _ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+
+from sfr_kernels.leaves.cuda import build, library
+from sfr_kernels.ops import dispatch
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+# In nvcc's place: answers --version, and puts a library at what follows -o, slowly; or fails.
+NVCC = """#!/bin/sh
+[ "$1" = --version ] && echo "release 13.0" && exit
+{body}
+while [ "$1" != -o ]; do shift; done
+echo built >> {log}
+sleep 0.2
+cp {library} "$2"
+"""
+
+
+FIND = "from sfr_kernels.leaves.cuda import build; from pathlib import Path; build.PACKAGED = Path('none'); "
+
+
+@pytest.fixture
+def clean(monkeypatch, tmp_path):
+    """No packaged library, and a cache of its own."""
+    monkeypatch.setattr(build, "PACKAGED", tmp_path / "none")
+    monkeypatch.setenv("SFR_KERNELS_CACHE", str(tmp_path / "cache"))
+    for name in (build.LIBRARY_VARIABLE, "TORCH_CUDA_ARCH_LIST", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    build.find.cache_clear()
+    dispatch._missing.cache_clear()
+    monkeypatch.setattr(library, "_library", None)
+    yield tmp_path
+    build.find.cache_clear()
+    dispatch._missing.cache_clear()
+
+
+def stub(folder: Path, code: int = 0) -> Path:
+    """A library whose every launcher returns `code`."""
+    names = "".join(f"int {name}() {{ return {code}; }}\n" for name in library.SIGNATURES)
+    source = folder / "stub.c"
+    text = 'const char *sfr_error(int code) { return "no kernel image"; }\nint sfr_cluster_code() { return 0; }\n'
+    source.write_text(text + names)
+    out = folder / "stub.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(out)], check=True)
+    return out
+
+
+@pytest.fixture
+def compiler(clean, monkeypatch):
+    """A stand-in for nvcc, where CUDA_HOME points; its log has a line for each file it made."""
+    home = clean / "cuda/bin"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("CUDA_HOME", str(home.parent))
+
+    def make(body: str = "") -> Path:
+        log = clean / "log"
+        log.touch()
+        (home / "nvcc").write_text(NVCC.format(body=body, log=log, library=stub(clean)))
+        (home / "nvcc").chmod(0o755)
+        return log
+
+    return make
+
+
+def launch(found: library.Library) -> None:
+    found.scale(None, 0, None, None, 0, 0, 1, None)
+
+
+@needs_compiler
+def test_built_once_into_the_cache_and_found_again(compiler, clean, capsys):
+    log = compiler()
+    first = build.find()
+    files = len(list((ROOT / "csrc").glob("*.cu")))
+    assert first.is_relative_to(clean / "cache") and log.read_text().count("built") == files + 1  # and the link
+    assert f"compiling the CUDA kernels for {build.ARCHITECTURES}" in capsys.readouterr().out
+    assert sorted(p.name for p in first.parent.iterdir()) == [build.NAME, build.NAME + ".sha256", "lock"]  # no more
+    build.find.cache_clear()
+    assert build.find() == first and log.read_text().count("built") == files + 1
+    launch(library.library())
+
+
+@needs_compiler
+def test_the_key_is_sources_compiler_and_architecture(compiler, clean, monkeypatch):
+    compiler()
+    found = {build.find()}
+    for change in ("architecture", "compiler", "sources"):
+        build.find.cache_clear()
+        if change == "architecture":
+            monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+        elif change == "compiler":
+            file = clean / "cuda/bin/nvcc"
+            file.write_text(file.read_text().replace("13.0", "13.1"))
+        else:
+            copy = shutil.copytree(ROOT / "csrc", clean / "csrc")
+            (copy / "reduce.cuh").write_text((copy / "reduce.cuh").read_text() + "//\n")
+            monkeypatch.setattr(build, "sources", lambda copy=copy: copy)
+        found.add(build.find())
+    assert len(found) == 4
+
+
+@needs_compiler
+def test_two_processes_at_once_build_one_library(compiler, clean):
+    log = compiler()
+    script = FIND + "print('found', build.find(), flush=True)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [p.communicate(timeout=120)[0] for p in both]
+    assert all(p.returncode == 0 for p in both)
+    assert len({re.search("found (.*)", text)[1] for text in outputs}) == 1
+    assert log.read_text().count("built") == len(list((ROOT / "csrc").glob("*.cu"))) + 1
+    assert sum("compiling" in text for text in outputs) == 1
+
+
+@needs_compiler
+def test_a_builder_that_was_killed_leaves_no_lock(compiler, clean):
+    compiler(body=f"touch {clean}/began; sleep 60")
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", FIND + "build.find()"], env=environment)
+    while not (clean / "began").exists():
+        time.sleep(0.02)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    subprocess.run(["pkill", "-f", str(clean)], check=False)  # what the killed process has started
+    compiler()
+    assert build.find().is_file()
+
+
+@needs_compiler
+def test_a_failing_compiler_is_quoted(compiler):
+    compiler(body="echo 'softmax_xent.cu(12): error: no such thing' >&2; exit 1")
+    with pytest.raises(RuntimeError, match=r"compiling the CUDA kernels failed(.|\n)*no such thing"):
+        build.find()
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written_says_what_to_set(compiler, clean, monkeypatch):
+    compiler()
+    (clean / "file").touch()
+    monkeypatch.setenv("SFR_KERNELS_CACHE", str(clean / "file" / "cache"))
+    with pytest.raises(RuntimeError, match=r"cannot be kept in .*SFR_KERNELS_CACHE"):
+        build.find()
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", ["cut", "empty", "flipped", "no checksum"])
+def test_a_corrupt_library_is_built_anew(compiler, change):
+    log = compiler()
+    path = build.find()
+    whole, files = path.read_bytes(), log.read_text().count("built")
+    flipped = bytes([*whole[:5000], whole[5000] ^ 1, *whole[5001:]])
+    if change == "no checksum":
+        build._checksum_of(path).unlink()
+    else:
+        path.write_bytes({"cut": whole[:1000], "empty": b"", "flipped": flipped}[change])
+    build.find.cache_clear()
+    assert build.find().read_bytes() == whole and log.read_text().count("built") == 2 * files
+    launch(library.library())
+
+
+def test_a_file_that_is_no_library_is_named(clean, monkeypatch):
+    (clean / "none.so").write_text("text")
+    monkeypatch.setenv(build.LIBRARY_VARIABLE, str(clean / "none.so"))
+    with pytest.raises(RuntimeError, match=r"none\.so cannot be loaded .*remove the file"):
+        library.library()
+
+
+def test_another_library_is_refused(clean, monkeypatch):
+    monkeypatch.setenv(build.LIBRARY_VARIABLE, str(clean / "none.so"))
+    with pytest.raises(RuntimeError, match="is no file"):
+        library.library()
+    build.find.cache_clear()
+    monkeypatch.setenv(build.LIBRARY_VARIABLE, _ctypes.__file__)
+    with pytest.raises(RuntimeError, match="is not a library of these CUDA kernels"):
+        library.library()
+
+
+@needs_compiler
+def test_a_gpu_that_the_library_has_no_code_for(clean):
+    with pytest.raises(RuntimeError, match=r"sfr_scale: no kernel image .*209.*TORCH_CUDA_ARCH_LIST"):
+        launch(library.Library(stub(clean, code=209)))
+
+
+def test_without_nvcc_the_backend_says_so(clean, monkeypatch):
+    monkeypatch.setattr(build, "nvcc", lambda: None)
+    with pytest.raises(RuntimeError, match="no nvcc"):
+        build.find()
+    assert "no nvcc" in dispatch.unavailable("cuda")
+    monkeypatch.setattr(build, "sources", lambda: None)
+    assert "without its CUDA kernels" in build.missing()
+
+
+@pytest.mark.parametrize("text", ["9", "sm_90", "9.0b", "9.0+SASS", "Hopper"])
+def test_architectures_that_are_none(text):
+    with pytest.raises(ValueError, match=f"TORCH_CUDA_ARCH_LIST .*{re.escape(text)}"):
+        build.generated_code(f"8.0 {text}")
+
+
+def test_architectures_become_options():
+    assert build.generated_code("8.0;9.0a+PTX") == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+
+
+@pytest.mark.parametrize("choice, there, expected", [
+    ("auto", True, True), ("auto", False, False), ("0", True, False), ("1", True, True),
+    ("1", False, RuntimeError), ("yes", True, ValueError),
+])  # fmt: skip
+def test_setup_builds_where_it_is_asked_to(choice, there, expected, monkeypatch):
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    monkeypatch.setenv("SFR_BUILD_CUDA", "0")
+    spec.loader.exec_module(setup)
+    monkeypatch.setenv("SFR_BUILD_CUDA", choice)
+    monkeypatch.setattr(setup.build, "nvcc", lambda: "nvcc" if there else None)
+    if isinstance(expected, bool):
+        assert setup.wanted() is expected
+    else:
+        with pytest.raises(expected, match="SFR_BUILD_CUDA"):
+            setup.wanted()
+
+
+@pytest.mark.skipif(bool(emulation.missing()), reason=emulation.missing() or "")
+def test_the_backend_serves_the_cpu_where_its_kernels_are_emulated(emulated, clean, monkeypatch):
+    """And only where the environment names the emulation."""
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot serve a tensor on cpu"):
+        dispatch.resolve_backend("cuda", torch.device("cpu"), torch.float32)
+    monkeypatch.setenv(build.LIBRARY_VARIABLE, str(emulated))
+    build.find.cache_clear()
+    assert dispatch.resolve_backend("cuda", torch.device("cpu"), torch.float32) == "cuda"
+    with pytest.raises(RuntimeError, match="not float64"):
+        dispatch.resolve_backend("cuda", torch.device("cpu"), torch.float64)
