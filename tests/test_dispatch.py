@@ -1,8 +1,10 @@
 """Which backend serves a call, what `info` says of it, and that nothing explicit is ever replaced."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from cases import make_case, small_config
 
 from sfr_kernels import flow_matching_loss, linear_cross_entropy, sfr_loss
 from sfr_kernels.cli import main
+from sfr_kernels.leaves import fastest
 from sfr_kernels.ops import dispatch
 from sfr_kernels.ops.dispatch import ENVIRONMENT, automatic, resolve_backend, unavailable
 
@@ -117,3 +120,49 @@ def test_info_says_what_is_usable_and_why_not(capsys, monkeypatch):
 def test_info_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "sfr_kernels", "info"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "auto picks" in done.stdout
+
+
+def test_the_backend_of_a_leaf_is_the_one_measured_faster(hopper, monkeypatch):
+    """By class of size, and only where both backends are there; otherwise Triton's."""
+    calls = []
+
+    def module(name):
+        def leaf(kind):
+            return lambda x, *_, **__: calls.append((name, kind, fastest.size_of(x)))
+
+        return SimpleNamespace(__all__=["scale", "norm_act"], scale=leaf("scale"), norm_act=leaf("norm_act"))
+
+    table = (dict(capability="9.0", leaf="norm_act", size="large", backend="cuda", ms={}, origin="a.json"),)
+    modules = {"triton": module("triton"), "cuda": module("cuda")}
+    chosen = fastest.Fastest(table, modules, otherwise="triton")
+    small, large = torch.zeros(8), torch.empty(fastest.SMALL, dtype=torch.uint8)
+    for x in (small, large):
+        chosen.norm_act(x)
+        chosen.scale(x)
+    assert calls == [
+        ("triton", "norm_act", "small"),
+        ("triton", "scale", "small"),
+        ("cuda", "norm_act", "large"),
+        ("triton", "scale", "large"),
+    ]
+    monkeypatch.setattr(dispatch, "_missing", lambda backend: None)
+    monkeypatch.setattr(fastest, "rows", lambda capability: table)
+    monkeypatch.setattr(dispatch, "_is_built", lambda backend: True)
+    assert automatic(GPU, torch.bfloat16) == "fastest"
+    with pytest.raises(ValueError, match="backend must be one of"):  # a name for what auto does, not a choice
+        resolve_backend("fastest", GPU)
+    monkeypatch.setattr(dispatch, "_is_built", lambda backend: backend == "triton")
+    assert automatic(GPU, torch.bfloat16) == "triton"  # nothing is compiled unasked
+
+
+def test_without_triton_a_gpu_gets_the_cuda_kernels_that_were_installed(hopper, monkeypatch):
+    monkeypatch.setattr(dispatch, "_missing", lambda b: "Triton is not installed" if b == "triton" else None)
+    monkeypatch.setattr(dispatch, "_is_built", lambda backend: True)
+    assert automatic(GPU, torch.bfloat16) == "cuda"
+
+
+def test_every_measured_choice_has_its_times_and_its_origin():
+    """What `info` says of a choice can be looked up."""
+    for row in json.loads(fastest.FILE.read_text()):
+        assert row["backend"] == min(row["ms"], key=row["ms"].get) and row["size"] in fastest.SIZES
+        assert (ROOT / "benchmarks/results" / row["origin"]).is_file()
