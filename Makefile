@@ -3,8 +3,9 @@
 # make lint   check style
 # make test-newest-triton   run the kernels' tests on the newest Triton that is supported
 # make gpu-check   on a machine with a GPU, torch, triton and pytest: test and time the kernels; installs nothing
+# make bench-leaves   where torch is: time the leaf kernels of every backend beside a copy of the same bytes
 # make bench-decoder   where torch is: time the cross-entropy and the joint loss against what people use instead
-# All but the last two set up .venv first and reuse it.
+# All but the last three set up .venv first and reuse it.
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -19,7 +20,7 @@ RUN ?= runs/demo
 # an interrupted demo goes on, a finished one starts anew
 AGAIN = $(if $(wildcard $(RUN)/checkpoint-*),--resume,--overwrite)
 
-.PHONY: demo test test-newest-triton lint gpu-check bench-decoder clean
+.PHONY: demo test test-newest-triton lint gpu-check bench-leaves bench-decoder clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -30,6 +31,9 @@ test: $(VENV)/.test
 
 test-newest-triton: $(VENV)/.test $(VENV)/.newest-triton
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest-triton $(BIN)/python -m pytest tests/test_interpreter.py tests/test_ahead_of_time.py $(ARGS)
+
+bench-leaves:
+	$(GPU_PYTHON) -m benchmarks.leaves $(ARGS)
 
 bench-decoder:
 	$(GPU_PYTHON) -m benchmarks.decoder $(ARGS)

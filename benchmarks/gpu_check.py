@@ -20,6 +20,8 @@ from pathlib import Path
 
 import torch
 
+from sfr_kernels.ops.dispatch import unavailable
+
 from . import sanitize
 from .errors import FACTOR, Error, judge, message
 from .problems import OPS, Problem, Shape
@@ -152,9 +154,9 @@ def tests(file: ResultFile, deadline: float) -> None:
             skipped = dict(name="compute-sanitizer", ok=True, seconds=0.0, detail="skipped: it is not on PATH")
             print(f"{skipped['name']}: {skipped['detail']}", flush=True)
             file.add("steps", skipped)
-        for name, command in gpu_tests():
+        for name, command, environment in gpu_tests():
             print(f"{name}: {' '.join(command)}", flush=True)
-            step = Step(name, command)
+            step = Step(name, command, **environment)
             stack.callback(step.stop)
             file.add("steps", step.finish(deadline, live=True))
         for step in watched:
@@ -186,7 +188,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     device, whole = torch.device(options.device), 60 * options.minutes - MARGIN
     on_gpu = device.type == "cuda"
-    backends, cases = (("triton", "torch"), gpu_cases()) if on_gpu else (("torch",), cpu_cases())
+    backends, cases = ("torch",), cpu_cases()
+    if on_gpu:
+        backends, cases = tuple(b for b in ("triton", "cuda", "torch") if unavailable(b) is None), gpu_cases()
+        if "cuda" not in backends:
+            print(f"The cuda backend is left out: {unavailable('cuda')}", flush=True)
     # a kernel that hangs cannot be interrupted from Python; every row before it is in the file
     faulthandler.dump_traceback_later(60 * options.minutes - MARGIN / 3, exit=True, file=sys.__stderr__)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Every op of the triton backend once, forward and backward, on small shapes: for compute-sanitizer to watch.
+"""Every op of a backend once, forward and backward, on small shapes: for compute-sanitizer to watch.
 
 It is run as `compute-sanitizer --tool memcheck python -m benchmarks.sanitize`, and so by gpu_check.
 """
@@ -11,16 +11,18 @@ from pathlib import Path
 
 import torch
 
+from sfr_kernels.ops.dispatch import unavailable
+
 from .problems import OPS, Problem, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
-# Widths that no block divides, so that every mask is in use, and one that fills blocks.
+# Widths that no block divides, so that every mask is in use; one that fills blocks, with rows of logits for a cluster.
 SHAPES = (
     Shape(2, 40, 72, 0.7, vocab=331, target_size=34, width=50, num_layers=3),
-    Shape(1, 40, 64, 1.0, vocab=256, target_size=64, width=128, num_layers=3),
+    Shape(1, 40, 64, 1.0, vocab=65536, target_size=64, width=128, num_layers=3),
 )
 DTYPES = (torch.bfloat16, torch.float32)
-TOOLS = ("memcheck", "racecheck")
+TOOLS = {"triton": ("memcheck", "racecheck"), "cuda": ("memcheck", "racecheck", "initcheck")}
 
 
 def run(device: torch.device, backend: str) -> int:
@@ -36,8 +38,11 @@ def run(device: torch.device, backend: str) -> int:
     return calls
 
 
-def kernel_names() -> list[str]:
-    """The names of the package's Triton kernels, read from their files."""
+def kernel_names(backend: str) -> list[str]:
+    """The names of a backend's kernels, read from their files."""
+    if backend == "cuda":
+        text = "\n".join(f.read_text() for f in sorted(ROOT.glob("csrc/*.cu")))
+        return re.findall(r"(\w+_kernel)\(", text)
     text = "\n".join(f.read_text() for f in sorted(ROOT.glob("sfr_kernels/leaves/triton/*.py")))
     return re.findall(r"@triton\.jit[^\n]*\ndef (\w+_kernel)\(", text)
 
@@ -48,7 +53,8 @@ def commands() -> list[tuple[str, list[str], dict[str, str]]]:
     if program is None:
         return []
     found = []
-    for number, tool in enumerate(TOOLS):
+    both = [(b, tool) for b, tools in TOOLS.items() if unavailable(b) is None for tool in tools]
+    for number, (backend, tool) in enumerate(both):
         options = ["--tool", tool, "--error-exitcode", "1", "--target-processes", "application-only"]
         options += ["--launch-timeout", "120", "--port", str(49152 + 100 * number)]
         if tool == "memcheck":
@@ -56,10 +62,11 @@ def commands() -> list[tuple[str, list[str], dict[str, str]]]:
             options += ["--report-api-errors", "no"]
         else:
             # our kernels alone: it cannot follow every way in which cuBLAS synchronises
-            options += [part for name in kernel_names() for part in ("--kernel-name", f"kns={name}")]
+            options += [part for name in kernel_names(backend) for part in ("--kernel-name", f"kns={name}")]
         # without the caching allocator, a read past the end of a tensor leaves the allocation
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
-        found.append((tool, [program, *options, sys.executable, "-m", "benchmarks.sanitize"], environment))
+        environment = {} if tool == "racecheck" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        command = [program, *options, sys.executable, "-m", "benchmarks.sanitize", "--backend", backend]
+        found.append((f"{backend} {tool}", command, environment))
     return found
 
 

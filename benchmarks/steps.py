@@ -8,6 +8,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from sfr_kernels.ops.dispatch import unavailable
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -62,12 +64,13 @@ class Step:
             self.process.wait()
 
 
-def gpu_tests() -> list[tuple[str, list[str]]]:
-    """Two pytest commands: the tests marked `gpu`, in the files that have any (others may need packages that a GPU
-    machine lacks), and those of the kernels, which run natively where there is a GPU."""
+def gpu_tests() -> list[tuple[str, list[str], dict[str, str]]]:
+    """pytest commands and their environments: the tests marked `gpu`, in the files that have any (others may need
+    packages that a GPU machine lacks), and those of each backend's kernels, which run natively where there is a GPU."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     marked = [str(f.relative_to(ROOT)) for f in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in f.read_text()]
-    steps = [("GPU tests", [*pytest, "-m", "gpu", *marked])]
-    if (ROOT / "tests/triton_leaves").is_dir():
-        steps.append(("kernel tests", [*pytest, "tests/triton_leaves"]))
+    steps = [("GPU tests", [*pytest, "-m", "gpu", *marked], {})]
+    for backend in ("triton", "cuda"):
+        if unavailable(backend) is None:
+            steps.append((f"{backend} kernels", [*pytest, "tests/triton_leaves"], {"SFR_TEST_LEAVES": backend}))
     return steps

@@ -2,8 +2,6 @@
 
 import json
 import math
-import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +9,7 @@ import pytest
 import torch
 from cases import assert_same, evaluate, make_case, reference_flow, small_config
 
-from benchmarks import errors, gpu_check, problems, results, sanitize, speed, steps, timing
+from benchmarks import errors, gpu_check, problems, results, speed, timing
 from benchmarks.floor import BLOCKS, Gemm, cross_entropy_gemms, factors_of, flow_gemms, multiply
 from benchmarks.peers import COMPILED, EAGER, PublishedFlowLoss
 from sfr_kernels import flow_matching_loss, reference
@@ -230,58 +228,6 @@ def test_a_result_file_holds_every_row_at_once_and_never_half_of_one(tmp_path, m
 
     text = results.render(file.content)
     assert "GPU tests: ok, 61 s: 9 passed" in text and "FAILED: flow_matching_loss" in text
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands beside
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-S", "-c", code]
-
-
-def test_a_step_shows_its_output_and_says_how_it_ended(capfd):
-    entry = steps.Step("good", python("print('one'); print('2 passed')")).finish(time.monotonic() + 30, live=True)
-    assert entry["ok"] and entry["detail"] == "2 passed" and capfd.readouterr().out == "one\n2 passed\n"
-    step = steps.Step("bad", python("import os; print(os.environ['WORD']); raise SystemExit(3)"), WORD="no")
-    entry = step.finish(time.monotonic() + 30)
-    assert not entry["ok"] and entry["exit_code"] == 3 and capfd.readouterr().out == "no\n"
-
-
-def test_a_step_that_takes_too_long_is_stopped():
-    step = steps.Step("slow", python("import time; print('began', flush=True); time.sleep(60)"))
-    entry = step.finish(time.monotonic() + 0.5)
-    assert not entry["ok"] and "stopped after" in entry["detail"] and step.process.poll() is not None
-
-
-@pytest.mark.parametrize("installed", [True, False])
-def test_the_sanitizers_run_beside_the_tests_and_any_of_them_can_fail(installed, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(gpu_check, "gpu_tests", lambda: [("GPU tests", python("print('1 passed')"))])
-    tools = [("memcheck", python("print('0 errors')"), {}), ("racecheck", python("raise SystemExit(1)"), {})]
-    monkeypatch.setattr(sanitize, "commands", lambda: tools if installed else [])
-    file = results.ResultFile(tmp_path, "gpu_check", CPU)
-    gpu_check.tests(file, time.monotonic() + 30)
-    found = {step["name"]: step["ok"] for step in results.read(file.path)["steps"]}
-    if installed:
-        assert found == {"GPU tests": True, "memcheck": True, "racecheck": False}
-    else:
-        assert found == {"compute-sanitizer": True, "GPU tests": True} and "skipped" in capfd.readouterr().out
-
-
-def test_what_the_sanitizers_watch(monkeypatch):
-    assert sanitize.run(CPU, "torch") == len(sanitize.SHAPES) * len(sanitize.DTYPES) * len(problems.OPS)
-    monkeypatch.setattr(sanitize.shutil, "which", lambda name: f"/opt/{name}")
-    memory, race = sanitize.commands()
-    assert memory[0] == "memcheck" and memory[2] == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert race[1][:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
-    assert race[1].count("--kernel-name") == len(sanitize.kernel_names())
-    monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
-    assert sanitize.commands() == []
-
-
-def test_the_gpu_tests_are_found():
-    (name, command), *_ = steps.gpu_tests()
-    assert name == "GPU tests" and "tests/test_gpu.py" in command and "tests/test_rows.py" not in command
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """On an NVIDIA GPU: no waiting for the device, graphs, compilation, memory, and sizes past 2³¹.
 
-Values and gradients of the Triton kernels are judged in tests/triton_leaves, which run on the GPU too.
+Values and gradients of each kernel are judged in tests/triton_leaves, which run on the GPU too.
 """
 
 from dataclasses import replace
@@ -11,10 +11,13 @@ from cases import SEED
 
 from sfr_kernels import SFRConfig, SupervisedRows, VelocityHead, flow_matching_loss, linear_cross_entropy, sfr_loss
 from sfr_kernels.leaves import FlowPath
+from sfr_kernels.ops.dispatch import leaves as leaves_of
+from sfr_kernels.ops.dispatch import unavailable
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
-BACKENDS = ("triton", "torch")
+KERNELS = [b for b in ("triton", "cuda") if unavailable(b) is None]
+BACKENDS = [*KERNELS, "torch"]
 CONFIG = SFRConfig(width=48, stride=8, min_tokens=4, segment_tokens=16)
 H, V, D = 72, 331, 34
 
@@ -84,19 +87,22 @@ def test_rows_of_the_collator_come_without_a_wait():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_two_runs_give_the_same_bits(dtype):
-    first, second = (gradients(dtype, "cuda", "triton") for _ in range(2))
+def test_two_runs_give_the_same_bits(dtype, backend):
+    first, second = (gradients(dtype, "cuda", backend) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_captured_graph_draws_fresh_noise_at_each_replay():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_captured_graph_draws_fresh_noise_at_each_replay(backend):
     hidden, _, head, rows, targets = inputs(torch.bfloat16, "cuda")
     seed, normalizer = torch.zeros(1, dtype=torch.int64, device="cuda"), torch.tensor(50.0, device="cuda")
     wanted = [hidden, *head.parameters()]
 
     def step():
-        loss = flow_matching_loss(hidden, head, rows, targets, seed=seed, config=CONFIG, normalizer=normalizer)
+        options = dict(seed=seed, config=CONFIG, normalizer=normalizer, backend=backend)
+        loss = flow_matching_loss(hidden, head, rows, targets, **options)
         return loss, torch.autograd.grad(loss, wanted)
 
     side = torch.cuda.Stream()
@@ -171,11 +177,11 @@ def needs(gib: float) -> None:
         pytest.skip(f"needs {gib} GiB of free GPU memory")
 
 
-def test_offsets_past_two_to_the_31():
+@pytest.mark.parametrize("backend", KERNELS)
+def test_offsets_past_two_to_the_31(backend):
     """The last rows of a large tensor are those of a small one with the same identities."""
     needs(24)
-    from sfr_kernels.leaves import triton as leaves
-
+    leaves = leaves_of(backend)
     n, d, last = 2**21 + 2**12, 1024, 64  # n · d = 2³¹ + 2²²
     device = torch.device("cuda")
     zeros = torch.zeros(n, dtype=torch.int32, device=device)
