@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import Case, assert_same, evaluate, make_case, small_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfr_kernels import SupervisedRows, flow_matching_loss, linear_cross_entropy, sfr_loss
 from sfr_kernels.ops.cross_entropy import linear_cross_entropy_op, supervised_rows
@@ -148,3 +149,41 @@ OPERATORS = list(operators())
 @pytest.mark.parametrize("operator, arguments", [o[1:] for o in OPERATORS], ids=[o[0] for o in OPERATORS])
 def test_opcheck(operator, arguments):
     torch.library.opcheck(operator, arguments)
+
+
+class Seen(TorchDispatchMode):
+    """The library's operators that are dispatched while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function.namespace == "sfr_kernels":
+            self.names.append(function._opname)
+        return function(*arguments, **(options or {}))
+
+
+CALLS = [("flow_loss", run_flow), ("sfr_loss", run_sfr), ("linear_cross_entropy", run_row_losses)]
+
+
+@pytest.mark.parametrize("name, function", CALLS)
+def test_a_mode_sees_the_operator_and_its_bits_are_those_of_a_plain_call(name, function):
+    case = make_case(small_config("default"))
+    run = lambda x: function(x, case, case.rows, case.targets, torch.tensor([3]))  # noqa: E731
+    plain = evaluate(run, case.inputs())
+    with Seen() as seen:
+        watched = evaluate(run, case.inputs())
+    assert seen.names[0] == name
+    assert all(torch.equal(plain[key], watched[key]) for key in plain)
+
+
+def test_recomputing_in_backward_gives_the_same_gradients():
+    case = make_case(small_config("default"))
+
+    def run(x):
+        function = lambda h: run_sfr(SimpleNamespace(**vars(x) | dict(hidden=h)), case, case.rows, case.targets, 3)  # noqa: E731
+        return torch.utils.checkpoint.checkpoint(function, x.hidden, use_reentrant=False)
+
+    plain = evaluate(lambda x: run_sfr(x, case, case.rows, case.targets, 3), case.inputs())
+    assert_same(evaluate(run, case.inputs()), plain)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..leaves import RowStats
+from .calls import Call
 from .chunks import LinearCrossEntropyResult, LogitOptions, Plan, dweight_dtype_for, run_chunks
 from .dispatch import leaves
 from .gradients import finish_gradients, scale_in_place
@@ -20,8 +21,7 @@ from .numerics import as_written, split_normalizer, wide_dtype
 from .sharded_vocab import VocabShard
 
 
-@torch.library.custom_op("sfr_kernels::linear_cross_entropy", mutates_args=())
-def linear_cross_entropy_op(
+def _linear_cross_entropy(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -114,6 +114,11 @@ def _spread(rows: Tensor, token_row: Tensor) -> Tensor:
     if rows.shape[0] == 0:
         return rows.new_zeros(token_row.shape)
     return torch.where(token_row >= 0, rows[token_row.clamp(min=0)], 0.0)
+
+
+linear_cross_entropy_op = torch.library.custom_op(
+    "sfr_kernels::linear_cross_entropy", _linear_cross_entropy, mutates_args=()
+)
 
 
 @linear_cross_entropy_op.register_fake
@@ -216,7 +221,7 @@ def _backward(ctx, grads):
     return *(g if flag else None for g, flag in zip(found, need, strict=True)), *(None,) * 20
 
 
-linear_cross_entropy_op.register_autograd(_backward, setup_context=_setup_context)
+_call = Call(linear_cross_entropy_op, _linear_cross_entropy, _setup_context, _backward, returns_list=True)
 
 
 def cross_entropy(
@@ -242,7 +247,7 @@ def cross_entropy(
 ) -> list[Tensor]:
     """[loss, lse, predicted, entropy, correct], differentiable in hidden, weight and bias, which share one dtype."""
     need = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in (hidden, weight, bias)]
-    return linear_cross_entropy_op(
+    return _call(
         hidden,
         weight,
         bias,

@@ -15,6 +15,7 @@ from ..config import SFRConfig
 from ..leaves import FlowPath
 from ..rows import SupervisedRows
 from .arguments import check_config, check_flow, check_hidden
+from .calls import Call
 from .cka import response_cka
 from .dispatch import leaves, resolve_backend
 from .gradients import fake_parameter_grads, finish_gradients, head_dtype_of, parameter_grads
@@ -114,8 +115,7 @@ def check_finite(targets: Tensor) -> None:
         raise ValueError("targets contain NaN or infinite values")
 
 
-@torch.library.custom_op("sfr_kernels::flow_loss", mutates_args=())
-def flow_loss_op(
+def _flow_loss(
     hidden: Tensor,  # (N, H)
     params: Sequence[Tensor],
     rows: Tensor,  # (n,) int64, the flow rows among the N tokens
@@ -161,6 +161,9 @@ def flow_loss_op(
         return total, h if need_hidden else h.new_empty(0, 0), matrices, vectors
 
 
+flow_loss_op = torch.library.custom_op("sfr_kernels::flow_loss", _flow_loss, mutates_args=())
+
+
 @flow_loss_op.register_fake
 def _(hidden, params, rows, token_row, normalizer, targets, times, noise_id, anchor, weight, *options):
     *_, need_hidden, need_params, _ = options
@@ -188,7 +191,7 @@ def _backward(ctx, upstream, *_):
     return dhidden if need_h else None, parameter_grads(*head, ctx.params, need), *(None,) * 19
 
 
-flow_loss_op.register_autograd(_backward, setup_context=_setup_context)
+_call = Call(flow_loss_op, _flow_loss, _setup_context, _backward, list_at=1)
 
 
 def flow_matching_loss(
@@ -240,9 +243,7 @@ def flow_matching_loss(
     flow = flow_arguments(rows, targets, times, seed, config, head)
     params, grad = list(head.parameters()), torch.is_grad_enabled()
     need_params = grad and any(p.requires_grad for p in params)
-    return flow_loss_op(
-        flat, params, index, rows.token_row, norm, *flow, grad and flat.requires_grad, need_params, backend
-    )[0]
+    return _call(flat, params, index, rows.token_row, norm, *flow, grad and flat.requires_grad, need_params, backend)[0]
 
 
 def _cosine(backend, head, h, targets, rows, config) -> Tensor:

@@ -15,6 +15,7 @@ from .. import reference
 from ..config import SFRConfig
 from ..rows import SupervisedRows
 from .arguments import check_config, check_decoder, check_flow, check_hidden, check_memory
+from .calls import Call
 from .chunks import LogitOptions, Plan, dweight_dtype_for, run_chunks
 from .cross_entropy import check_labels, cross_entropy, warn_of_no_rows
 from .dispatch import leaves, resolve_backend
@@ -33,8 +34,7 @@ class SFROutput(NamedTuple):
     flow: Tensor
 
 
-@torch.library.custom_op("sfr_kernels::sfr_loss", mutates_args=())
-def sfr_loss_op(
+def _sfr_loss(
     hidden: Tensor,  # (N, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -111,6 +111,9 @@ def sfr_loss_op(
         return [ce_loss + flow_weight * flow_loss, ce_loss, flow_loss, dh, *decoder, matrices, vectors]
 
 
+sfr_loss_op = torch.library.custom_op("sfr_kernels::sfr_loss", _sfr_loss, mutates_args=())
+
+
 @sfr_loss_op.register_fake
 def _(hidden, weight, bias, params, rows, labels, *options):
     need_h, need_w, need_b, need_params = options[-2]
@@ -147,7 +150,7 @@ def _backward(ctx, grads):
     return *found, parameter_grads(matrices, vectors, ctx.params, need_params), *(None,) * 28
 
 
-sfr_loss_op.register_autograd(_backward, setup_context=_setup_context)
+_call = Call(sfr_loss_op, _sfr_loss, _setup_context, _backward, list_at=3, returns_list=True)
 
 
 def sfr_loss(
@@ -214,7 +217,7 @@ def sfr_loss(
     if config.loss in ("flow", "mse"):
         params = list(head.parameters())
         grad = torch.is_grad_enabled()
-        loss, ce, flow, *_ = sfr_loss_op(
+        loss, ce, flow, *_ = _call(
             flat,
             weight,
             bias,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from .calls import Call
 from .dispatch import leaves, resolve_backend
 from .gradients import fake_parameter_grads, matrix_views, new_matrices, parameter_grads, product_dtype
 from .numerics import as_written, autocast_dtype, product_into, wide_dtype, wide_product
@@ -194,8 +195,7 @@ def _time_backward(
     return parts.sum(0, dtype=wide), db2, dtable.sum(0)
 
 
-@torch.library.custom_op("sfr_kernels::velocity_head", mutates_args=())
-def velocity_head_op(
+def _velocity_head(
     h: Tensor,  # (n, H)
     x_t: Tensor | None,  # (n, d); None is x_t = 0
     times: Tensor,  # (M,)
@@ -212,6 +212,9 @@ def velocity_head_op(
         saved = head_forward(leaves(backend), weights, h, x_t, times, time_index)
         v = saved.outputs.pop()
         return [v, *saved.flatten()] if need_grad else [v]
+
+
+velocity_head_op = torch.library.custom_op("sfr_kernels::velocity_head", _velocity_head, mutates_args=())
 
 
 @velocity_head_op.register_fake
@@ -288,7 +291,7 @@ def _backward(ctx, grads):
     return dh if need_h else None, None, None, None, d_params, None, None, None, None
 
 
-velocity_head_op.register_autograd(_backward, setup_context=_setup_context)
+_call = Call(velocity_head_op, _velocity_head, _setup_context, _backward, list_at=4, returns_list=True)
 
 
 def velocity_head(
@@ -304,7 +307,7 @@ def velocity_head(
     h = h.to(dtype)
     need_grad = torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in params))
     shape = head.shape
-    return velocity_head_op(
+    return _call(
         h,
         None if x_t is None else x_t.to(dtype),
         times,

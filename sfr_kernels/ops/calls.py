@@ -1,0 +1,85 @@
+"""Calling an operator: through torch.library where something traces or intercepts it, else straight through autograd.
+
+What torch.library does around a custom op with autograd costs more than all launches of a small flow loss; a plain
+call needs none of it. Both ways run the same function, and the same backward.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class _Context:
+    """What a backward sees of autograd's own context: the gradients needed, in the shape of the operator's inputs."""
+
+    def __init__(self, ctx, needs_input_grad: tuple):
+        self._ctx, self.needs_input_grad = ctx, needs_input_grad
+
+    def __getattr__(self, name):
+        return getattr(self._ctx, name)
+
+
+class _Plain(torch.autograd.Function):
+    """An operator whose inputs lie flat: before the others come the `Call` and how many the list has."""
+
+    @staticmethod
+    def forward(ctx, call: "Call", count: int, *flat):
+        ctx.call, ctx.count = call, count
+        inputs = call.nested(flat, count)
+        output = call.function(*inputs)
+        call.setup_context(ctx, inputs, output)
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        call, count = ctx.call, ctx.count
+        seen = _Context(ctx, call.nested(ctx.needs_input_grad[2:], count))
+        found = call.backward(seen, grads) if call.returns_list else call.backward(seen, *grads)
+        return None, None, *call.flat(found)
+
+
+class Call:
+    """A custom op with its backward registered, called as the op is."""
+
+    def __init__(
+        self,
+        op: torch.library.CustomOpDef,
+        function: Callable,  # what the op runs
+        setup_context: Callable,  # as register_autograd takes it
+        backward: Callable,
+        *,
+        list_at: int | None = None,  # which of the inputs is a list of tensors
+        returns_list: bool = False,  # rather than a tuple of known length
+    ):
+        op.register_autograd(backward, setup_context=setup_context)
+        self.op, self.function, self.setup_context, self.backward = op, function, setup_context, backward
+        self.list_at, self.returns_list = list_at, returns_list
+
+    def __call__(self, *inputs) -> Sequence[Tensor]:
+        flat = self.flat(inputs)
+        if _is_watched(flat):
+            return self.op(*inputs)
+        if not torch.is_grad_enabled():
+            return self.function(*inputs)
+        return _Plain.apply(self, 0 if self.list_at is None else len(inputs[self.list_at]), *flat)
+
+    def flat(self, inputs: Sequence) -> tuple:
+        k = self.list_at
+        return tuple(inputs) if k is None else (*inputs[:k], *inputs[k], *inputs[k + 1 :])
+
+    def nested(self, flat: Sequence, count: int) -> tuple:
+        k = self.list_at
+        return tuple(flat) if k is None else (*flat[:k], list(flat[k : k + count]), *flat[k + count :])
+
+
+def _is_watched(inputs: Sequence) -> bool:
+    """Whether a compiler, a mode, a transform or a subclass of Tensor wants to see the operator."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in inputs)
+    )
