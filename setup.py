@@ -34,6 +34,10 @@ def wanted() -> bool:
 
 
 class BuildKernels(build_ext):
+    def run(self):
+        if not self.editable_mode:  # there, the first call compiles the sources as they then are
+            super().run()
+
     def get_ext_filename(self, name):
         return os.path.join(*name.split(".")[:-1], build.NAME)
 

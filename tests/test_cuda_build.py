@@ -13,6 +13,7 @@ from pathlib import Path
 import emulation
 import pytest
 import torch
+from setuptools import Distribution, Extension
 
 from sfr_kernels.leaves.cuda import build, library
 from sfr_kernels.ops import dispatch
@@ -219,16 +220,22 @@ def test_architectures_become_options():
     ]
 
 
+@pytest.fixture
+def setup(monkeypatch):
+    """setup.py as a module."""
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setenv("SFR_BUILD_CUDA", "0")
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("choice, there, expected", [
     ("auto", True, True), ("auto", False, False), ("0", True, False), ("1", True, True),
     ("1", False, RuntimeError), ("yes", True, ValueError),
 ])  # fmt: skip
-def test_setup_builds_where_it_is_asked_to(choice, there, expected, monkeypatch):
-    monkeypatch.setattr("setuptools.setup", lambda **options: None)
-    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    monkeypatch.setenv("SFR_BUILD_CUDA", "0")
-    spec.loader.exec_module(setup)
+def test_setup_builds_where_it_is_asked_to(choice, there, expected, setup, monkeypatch):
     monkeypatch.setenv("SFR_BUILD_CUDA", choice)
     monkeypatch.setattr(setup.build, "nvcc", lambda: "nvcc" if there else None)
     if isinstance(expected, bool):
@@ -236,6 +243,18 @@ def test_setup_builds_where_it_is_asked_to(choice, there, expected, monkeypatch)
     else:
         with pytest.raises(expected, match="SFR_BUILD_CUDA"):
             setup.wanted()
+
+
+@pytest.mark.parametrize("editable", [True, False])
+def test_an_editable_install_leaves_the_kernels_to_the_first_call(editable, setup, monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setattr(setup.build, "compile_library", lambda *arguments: made.append(arguments))
+    extension = Extension("sfr_kernels.leaves.cuda.libsfr", [])
+    command = setup.BuildKernels(Distribution(dict(ext_modules=[extension])))
+    command.build_lib, command.build_temp, command.editable_mode = str(tmp_path), str(tmp_path), editable
+    command.ensure_finalized()
+    command.run()
+    assert len(made) == (not editable)
 
 
 @pytest.mark.skipif(bool(emulation.missing()), reason=emulation.missing() or "")
