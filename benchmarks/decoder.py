@@ -7,6 +7,7 @@ turns. On a CPU the same shapes are scaled down: absolute times mean little ther
 """
 
 import argparse
+import faulthandler
 import sys
 import time
 from dataclasses import replace
@@ -14,12 +15,14 @@ from pathlib import Path
 
 import torch
 
+from sfr_kernels.ops.dispatch import unavailable
+
 from .decoder_peers import missing
 from .gpu_check import Case, check, progress
 from .problems import Shape
 from .results import FOLDER, ResultFile, render
 
-BACKENDS = {"cuda": ("triton",), "cpu": ("torch",)}
+BACKENDS = {"cuda": ("triton", "cuda"), "cpu": ("torch",)}
 
 # Tokens in sequences, H, V, share supervised; times of the products alone that forward and backward may take, and how
 # many times as long the fastest peer must take at least; for a trained and for a frozen lm_head.
@@ -30,6 +33,7 @@ SHAPES = (
     (Shape(2, 2048, 2048, 0.5, vocab=151936), (1.12, 1.9), (1.15, None)),
     (Shape(8, 2048, 2048, 0.5, vocab=248320), (1.20, None), (1.15, None)),
 )
+ROW_MINUTES = 10.0  # the longest that a row may take that was begun in time
 MEMORY = {False: 2.5, True: 0.5}  # most bytes beyond the returned gradients, in lm_heads; by whether it is frozen
 SMALL = dict(of_floor=1.25, peer=None, units=0.3)  # chunks of H / 8 rows, accumulated in the weight's dtype
 ON_CPU = dict(of_floor=2.2, peer=None, units=4.0)  # measured: 1.3 to 1.7, and 3.0
@@ -87,11 +91,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing for each row (default %(default)g)")
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the result file (default %(default)s)")
     options = parser.parse_args(argv)
-    start, device = time.monotonic(), torch.device(options.device)
+    device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         print("decoder: needs an NVIDIA GPU, and torch sees none (--device cpu)", file=sys.stderr)
         return 2
-    backends = BACKENDS[device.type]
+    # a kernel that hangs cannot be interrupted from Python; every row before it is in the file
+    faulthandler.dump_traceback_later(60 * (options.minutes + ROW_MINUTES), exit=True, file=sys.__stderr__)
+    try:
+        return run(options, device)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def run(options: argparse.Namespace, device: torch.device) -> int:
+    """Measures every case into one file; 1 if anything failed or missed its target."""
+    start, backends = time.monotonic(), tuple(b for b in BACKENDS[device.type] if unavailable(b) is None)
     file = ResultFile(options.out, "decoder", device)
     if absent := missing(device):
         print(f"Not installed, or not for this device, and so not compared: {', '.join(absent)}")

@@ -56,7 +56,7 @@ def flow_mse(
     n, d = v.shape
     parts, rows = parts_for(n)
     targets = path.targets if path.targets.stride(1) == 1 else path.targets.contiguous()
-    # As in flow_path; a row this wide is one block, so ℓ is whole.
+    # As in flow_path; a row of at most 2048 columns is one block, so its ℓ is whole.
     block = row_block(d, most=2048)
     blocks = triton.cdiv(d, block)
     loss = torch.empty(n, blocks, dtype=torch.float32, device=v.device)
