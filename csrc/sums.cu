@@ -11,15 +11,16 @@ namespace sfr {
 
 constexpr int COLUMNS = 32, ROWS = 8; // of a tile: a line of 128 bytes, eight of them in flight
 
+template <typename T>
 __global__ void __launch_bounds__(COLUMNS *ROWS)
-    column_sum_kernel(const float *partial, float *out, int64_t parts, int width) {
+    column_sum_kernel(const T *partial, float *out, int64_t parts, int width) {
     __shared__ float tile[ROWS][COLUMNS];
     const int lane = threadIdx.x % COLUMNS, part = threadIdx.x / COLUMNS;
     const int column = blockIdx.x * COLUMNS + lane;
-    const float *at = partial + blockIdx.y * parts * width;
+    const T *at = partial + blockIdx.y * parts * width;
     float sum = 0.0f;
     if (column < width)
-        for (int64_t p = part; p < parts; p += ROWS) sum += at[p * width + column];
+        for (int64_t p = part; p < parts; p += ROWS) sum += to_float(at[p * width + column]);
     tile[part][lane] = sum;
     __syncthreads();
     if (part != 0 || column >= width) return;
@@ -81,9 +82,12 @@ __global__ void __launch_bounds__(COLUMNS *ROWS)
 
 } // namespace sfr
 
-SFR_API sfr_column_sum(const float *partial, float *out, int sums, int64_t parts, int width, void *stream) {
+SFR_API sfr_column_sum(const void *partial, int dtype, float *out, int sums, int64_t parts, int width, void *stream) {
     const dim3 grid((width + sfr::COLUMNS - 1) / sfr::COLUMNS, sums);
-    return SFR_LAUNCH(sfr::column_sum_kernel, grid, sfr::COLUMNS * sfr::ROWS, 0, stream, partial, out, parts, width);
+    SFR_DISPATCH(dtype, T,
+                 return SFR_LAUNCH((sfr::column_sum_kernel<T>), grid, sfr::COLUMNS * sfr::ROWS, 0, stream,
+                                   static_cast<const T *>(partial), out, parts, width))
+    return cudaErrorInvalidValue;
 }
 
 // order (n,) and bounds (size, 2) int32 are room to work in.

@@ -18,7 +18,15 @@ from .arguments import check_config, check_flow, check_hidden
 from .calls import Call
 from .cka import response_cka
 from .dispatch import leaves, resolve_backend
-from .gradients import fake_parameter_grads, finish_gradients, head_dtype_of, parameter_grads
+from .gradients import (
+    fake_parameter_grads,
+    finish_gradients,
+    head_dtype_of,
+    matrix_views,
+    new_matrices,
+    new_vectors,
+    parameter_grads,
+)
 from .numerics import as_written, autocast_dtype, normalizer_of, split_normalizer, wide_dtype
 from .times import draw_times, seed_tensor, sequence_ids
 from .velocity_head import HeadWeights, head_backward, head_forward, velocity_head
@@ -86,6 +94,22 @@ def run_flow(
     if times is None:
         times, time_index = draw_times(leaves, noise_id, time_index, sequence_id, seed, num_times)
     path = FlowPath(targets, times, noise_id, anchor, time_index, seed, target_scale, source_std)
+    if coefficient is not None and num_times and _serves(leaves, h, params, targets):
+        shapes = [p.shape for p in params] if need_params else []
+        matrices, vectors = new_matrices(shapes, h), new_vectors(shapes, h)
+        loss = leaves.flow_loss(
+            h,
+            params,
+            path,
+            coefficient,
+            time_scale,
+            hidden_scale,
+            matrices=matrix_views(matrices, shapes),
+            vectors=vectors if need_params else None,
+            dh=dh,
+            add_to_dh=add_to_dh,
+        )
+        return loss, matrices, vectors
     x_t = leaves.flow_path(path, h.dtype) if num_times else None
     weights = HeadWeights(params, time_scale, hidden_scale, h.dtype)
     saved = head_forward(leaves, weights, h, x_t, times, time_index)
@@ -107,6 +131,12 @@ def run_flow(
         overwrite=True,
     )
     return loss, *grads
+
+
+def _serves(leaves, *arguments) -> bool:
+    """Whether a backend has the whole of it as one call."""
+    serves = getattr(leaves, "serves_flow_loss", None)
+    return serves is not None and serves(*arguments)
 
 
 def check_finite(targets: Tensor) -> None:

@@ -43,6 +43,11 @@ def new_matrices(shapes: Sequence[torch.Size], like: Tensor) -> Tensor:
     return like.new_empty(total, dtype=dtype) if total == exact else like.new_zeros(total, dtype=dtype)
 
 
+def new_vectors(shapes: Sequence[torch.Size], like: Tensor) -> Tensor:
+    """The buffer of the vectors, which are sums over rows."""
+    return like.new_empty(sum(s[0] for s in shapes if len(s) == 1), dtype=wide_dtype(like.dtype))
+
+
 def parameter_grads(
     matrices: Tensor, vectors: Tensor, params: Sequence[tuple[torch.Size, torch.dtype]], need: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -59,9 +64,7 @@ def parameter_grads(
 def fake_parameter_grads(like: Tensor, params: Sequence[Tensor], need: bool) -> tuple[Tensor, Tensor]:
     """Tensors of the shape and dtype of the two buffers."""
     shapes = [p.shape for p in params] if need else []
-    vectors = sum(s[0] for s in shapes if len(s) == 1)
-    matrices = like.new_empty(sum(_matrix_sizes(shapes)), dtype=product_dtype(like.dtype))
-    return matrices, like.new_empty(vectors, dtype=wide_dtype(like.dtype))
+    return like.new_empty(sum(_matrix_sizes(shapes)), dtype=product_dtype(like.dtype)), new_vectors(shapes, like)
 
 
 @torch.library.custom_op("sfr_kernels::scale_gradients", mutates_args=())

@@ -11,13 +11,15 @@ from .build import LIBRARY_VARIABLE, find
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as DType in csrc/types.cuh
 
-# The parameters of each launcher, in order: p pointer, i int, l int64, f float, d double. The last is the stream.
+# The parameters of each launcher, in order: p pointer, i int, l int64, f float, d double. The last is the stream; that
+# of sfr_flow_loss is in its structure of arguments.
 SIGNATURES = {
     "sfr_flow_path": "pipilpppppfflip",
     "sfr_flow_mse": "pillppppilpppffliiiip",
+    "sfr_flow_loss": "pi",
     "sfr_norm_act": "pillppipppllppplifip",
     "sfr_norm_act_backward": "pillpllppippppllpiliiiip",
-    "sfr_column_sum": "ppilip",
+    "sfr_column_sum": "pipilip",
     "sfr_philox": "pppliip",
     "sfr_sum_by_index": "pillppppiiip",
     "sfr_scale": "pippilip",
@@ -49,6 +51,8 @@ class Library:
         self.path, self._error, self.emulated = path, handle.sfr_error, hasattr(handle, "sfr_emulated")
         self._error.argtypes, self._error.restype = [ctypes.c_int], ctypes.c_char_p
         self.cluster_code = handle.sfr_cluster_code
+        if self.emulated:
+            self.emulated_gemm = ctypes.cast(handle.sfr_emulated_gemm, ctypes.c_void_p).value
         for name, codes in SIGNATURES.items():
             function = getattr(handle, name)
             function.argtypes, function.restype = [_CODES[c] for c in codes], ctypes.c_int

@@ -20,7 +20,9 @@ def column_sum(partial: Tensor) -> Tensor:  # (S, P, D) float32, contiguous
     """(S, D) float32."""
     sums, parts, width = partial.shape
     out = torch.empty(sums, width, dtype=torch.float32, device=partial.device)
-    library().column_sum(partial.data_ptr(), out.data_ptr(), sums, parts, width, stream_of(partial))
+    library().column_sum(
+        partial.data_ptr(), DTYPES[partial.dtype], out.data_ptr(), sums, parts, width, stream_of(partial)
+    )
     return out
 
 

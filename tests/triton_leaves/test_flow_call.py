@@ -1,0 +1,95 @@
+"""The flow loss of the cuda backend as one call, against the composite over its leaves and against float64."""
+
+import pytest
+import torch
+from cases import evaluate, judge, make_case, reference_flow, reference_sfr, small_config
+from device import BACKEND, DEVICE, ON_GPU, leaves
+
+from sfr_kernels import flow_matching_loss, sfr_loss
+
+if BACKEND != "cuda":
+    pytest.skip("the cuda backend alone has it", allow_module_level=True)
+if ON_GPU:
+    pytest.skip("cases.py is of the CPU; tests/test_gpu.py has the composites", allow_module_level=True)
+
+# one layer and several; rows wider than a block of threads; a table of one time for each sequence; odd sizes
+CONFIGS = {
+    "one layer": dict(num_layers=2),
+    "four layers": dict(num_layers=5, width=20),
+    "whole vectors": dict(num_layers=3, width=32),
+    "wide": dict(num_layers=3, width=2500),
+    "official": dict(preset="official"),
+}
+
+
+def case_of(preset="default", **overrides):
+    return make_case(small_config(preset, **overrides), target_size=10)
+
+
+def run(case, joint=False):
+    options = dict(seed=case.seed, config=case.config, backend="cuda")
+
+    def call(x):
+        if joint:
+            return sfr_loss(x.hidden, x.weight, x.head, case.rows, case.targets, bias=x.bias, **options).loss
+        return flow_matching_loss(x.hidden, x.head, case.rows, case.targets, **options)
+
+    return call
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the one call was taken."""
+    made, real = [], leaves.flow_loss
+    monkeypatch.setattr(leaves, "flow_loss", lambda *a, **k: made.append(1) or real(*a, **k))
+    return made
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("joint", [False, True])
+def test_float32_as_good_as_eager(name, joint, calls):
+    if joint and name == "official":
+        pytest.skip("two normalizers: judged alone")
+    case = case_of(**CONFIGS[name])
+    judge(case, lambda c: run(c, joint), reference_sfr if joint else reference_flow, 2.0, torch.float32, draws=3)
+    assert calls
+
+
+@pytest.mark.parametrize("name", ["four layers", "whole vectors", "official"])
+def test_bfloat16_as_good_as_the_leaves_one_by_one(name, calls, monkeypatch):
+    """Beside float64, whose error both share in the main: of products that are rounded to 16 bit."""
+    case = case_of(**CONFIGS[name])
+    exact = evaluate(reference_flow(case), case.inputs())
+    whole = evaluate(run(case), case.inputs(torch.bfloat16))
+    assert calls
+    monkeypatch.setattr(leaves, "serves_flow_loss", lambda *arguments: False)
+    apart = evaluate(run(case), case.inputs(torch.bfloat16))
+    assert len(calls) == 1
+    for key, true in exact.items():
+        error, bound = ((x[key].double() - true).norm() for x in (whole, apart))
+        assert error <= 1.5 * bound + 2.0**-7 * true.norm(), key
+
+
+@pytest.mark.parametrize("needed", ["hidden", "head"])
+def test_frozen_parts_get_no_gradient_and_change_no_other(needed, calls):
+    case = case_of()
+    full = evaluate(run(case), case.inputs(torch.float32))
+    x = case.inputs(torch.float32)
+    x.hidden.requires_grad_(needed == "hidden")
+    x.head.requires_grad_(needed == "head")
+    run(case)(x).backward()
+    assert calls
+    for name, p in [("hidden", x.hidden), *x.params.items()]:
+        assert (p.grad is not None) == (needed == ("hidden" if name == "hidden" else "head"))
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, full[name].to(p.dtype), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("why", ["a float32 head", "float16", "no gradient", "mse"])
+def test_what_it_does_not_serve_goes_leaf_by_leaf(why, calls):
+    case = case_of(loss="mse") if why == "mse" else case_of()
+    dtype = {"float16": torch.float16, "a float32 head": torch.bfloat16}.get(why, torch.float32)
+    x = case.inputs(dtype, torch.float32 if why == "a float32 head" else None)
+    with torch.set_grad_enabled(why != "no gradient"):
+        assert torch.isfinite(run(case)(x))
+    assert not calls and DEVICE == "cpu"
