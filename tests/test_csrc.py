@@ -1,5 +1,6 @@
 """csrc/ without a GPU: emulated on the CPU against the oracle, compiled for every chip without a spill, and loaded."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from sfr_kernels.leaves.cuda import build, library
+from sfr_kernels.leaves.cuda.flow_loss import Arguments
 from sfr_kernels.leaves.torch.softmax_xent import softmax_xent as eager
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,9 +124,23 @@ def test_signatures_are_those_of_the_sources():
     kinds = {"int64_t": "l", "int": "i", "float": "f", "double": "d"}
     declared = {}
     for file in sorted((ROOT / "csrc").glob("*.cu")):
-        for name, parameters in re.findall(r"SFR_API (\w+)\(([^)]+)\) \{", file.read_text()):
+        text = re.sub(r"#ifdef SFR_EMULATION\n.*?#(else|endif)", "", file.read_text(), flags=re.DOTALL)
+        for name, parameters in re.findall(r"SFR_API (\w+)\(([^)]+)\) \{", text):
             declared[name] = "".join("p" if "*" in p else kinds[p.split()[0]] for p in parameters.split(","))
     assert declared == library.SIGNATURES
+
+
+def test_the_arguments_of_the_flow_loss_lie_as_in_the_sources():
+    text = (ROOT / "csrc/launchers.h").read_text()
+    body = re.sub(r"//.*", "", text.split("struct FlowLoss {")[1].split("};")[0])
+    kinds = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
+    found = []
+    for line in filter(None, (part.strip() for part in body.split(";"))):
+        kind = line.replace("const ", "").split()[0]
+        for name in line.removeprefix("const ").split(maxsplit=1)[1].split(","):
+            pointer = "*" in name or "*" in line or kind == "Gemm"
+            found.append((re.findall(r"\w+", name)[-1], ctypes.c_void_p if pointer else kinds[kind]))
+    assert found == Arguments._fields_
 
 
 @nvcc_only
