@@ -56,6 +56,20 @@ def everywhere(t: torch.Tensor) -> list[torch.Tensor]:
 
 
 @check
+def a_part_without_any_probability(rank, sizes):
+    """Classes that only pad the vocabulary, and so have a bias of −∞."""
+    x = make()
+    labels = torch.where(x.labels == IGNORE, IGNORE, x.labels % sizes[0])
+    with torch.no_grad():
+        x.bias[sizes[0] :] = -torch.inf
+    y = shard_of(x, rank, sizes)
+    loss, stats = linear_cross_entropy(y.hidden, y.weight, labels, bias=y.bias, return_stats=True, **y.sharded)
+    wanted, whole = linear_cross_entropy(x.hidden, x.weight, labels, bias=x.bias, return_stats=True)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(stats.entropy, whole.entropy)
+
+
+@check
 def every_option_in_float64(rank, sizes):
     x = make()
     y = shard_of(x, rank, sizes)

@@ -54,11 +54,14 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
         if config.time_sampling == "sequence":
             raise ValueError("rows were made for stratified times; build them with this config (time_sampling)")
     if config.loss == "mtp":
-        if targets.shape != rows.labels.shape or targets.is_floating_point():
-            raise ValueError(
-                f"targets of loss='mtp' must be rows.labels {tuple(rows.labels.shape)}, got "
-                f"{tuple(targets.shape)} of {targets.dtype}"
+        shape = tuple(rows.labels.shape)
+        if not isinstance(targets, Tensor) or targets.shape != shape or targets.is_floating_point():
+            got = (
+                f"{tuple(targets.shape)} of {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
             )
+            raise ValueError(f"targets of loss='mtp' must be rows.labels {shape}, got {got}")
+        if targets.device != hidden.device:
+            raise ValueError(f"targets are on {targets.device}, hidden on {hidden.device}")
     else:
         check_targets(targets, rows, hidden.device)
     if config.loss == "cka":
@@ -112,8 +115,9 @@ def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(f"weight must be (V, H) with H = {hidden.shape[-1]} as in hidden, got {shape}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
+        shape = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+        raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {shape}")
     cast = torch.is_autocast_enabled(hidden.device.type)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
@@ -128,11 +132,11 @@ def check_memory(
     hidden: Tensor, logits_dtype: torch.dtype | None, chunk_rows: int | None, accum_dtype: torch.dtype | None
 ) -> None:
     """Errors for what says how the logits and dW are held."""
-    if logits_dtype is not None and not logits_dtype.is_floating_point:
-        raise ValueError(f"logits_dtype must be a floating-point dtype, got {logits_dtype}")
+    dtype = autocast_dtype(hidden)
+    if logits_dtype not in (None, dtype, wide_dtype(dtype)):
+        raise ValueError(f"logits_dtype must be {dtype} or {wide_dtype(dtype)}, got {logits_dtype}")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
-    dtype = autocast_dtype(hidden)
     if accum_dtype not in (None, dtype, wide_dtype(dtype)):
         raise ValueError(f"accum_dtype must be {dtype} or {wide_dtype(dtype)}, got {accum_dtype}")
     if accum_dtype == torch.float16:

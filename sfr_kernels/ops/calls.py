@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 
 class _Context:
@@ -33,12 +32,15 @@ class _Plain(torch.autograd.Function):
         return tuple(output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *grads):
         call, count = ctx.call, ctx.count
         seen = _Context(ctx, call.nested(ctx.needs_input_grad[2:], count))
-        found = call.backward(seen, grads) if call.returns_list else call.backward(seen, *grads)
-        return None, None, *call.flat(found)
+        with torch.no_grad():
+            found = call.flat(call.backward(seen, grads) if call.returns_list else call.backward(seen, *grads))
+        if torch.is_grad_enabled():  # create_graph: a gradient without a history would be taken for a constant
+            refuse = torch._C._functions.DelayedError(b"the losses have first derivatives only", 1)
+            found = [None if g is None else refuse(g.detach().requires_grad_()) for g in found]
+        return None, None, *found
 
 
 class Call:

@@ -28,8 +28,11 @@ class LogitOptions:
     z_loss: float = 0.0
 
     def __post_init__(self):
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be positive, got {self.softcap}")
+        for name, value in vars(self).items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be positive and finite, got {self.softcap}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
         if not 0 <= self.z_loss < math.inf:

@@ -136,7 +136,7 @@ def _(hidden, weight, bias, labels, row_weight, rows, token_row, normalizer, ign
         *(hidden.new_empty(stats, dtype=t) for t in (wide, torch.int64, wide, torch.bool)),
         hidden.new_empty(0 if ignore_index is None else tokens, dtype=torch.int32),
         hidden.new_empty(n, hidden.shape[1]) if need[0] else hidden.new_empty(0, 0),
-        torch.empty_like(weight, dtype=dw_dtype) if need[1] else hidden.new_empty(0),
+        weight.new_empty(weight.shape, dtype=dw_dtype) if need[1] else hidden.new_empty(0),
         hidden.new_empty(weight.shape[0], dtype=wide) if need[2] else hidden.new_empty(0),
     ]
 
@@ -177,7 +177,7 @@ def linear_cross_entropy_backward(
         plan = Plan(labels, options, leaves(backend), logits_dtype, dw_dtype, row_weight, chunk_rows, shard=shard)
         out = run_chunks(h, weight, bias, plan, tuple(need), dh=h if h is not hidden else None)
         dh, *decoder = _given(out, h)
-        if token_row is None:
+        if token_row is None or not need[0]:
             token_row = labels.new_empty(0, dtype=torch.int32)
         # the rows had their upstream gradients in their weights: what is left is to change dtypes and places
         one, dtype = upstream.new_ones(()), hidden.dtype

@@ -66,7 +66,7 @@ def linear_cross_entropy(
     """
     check_hidden(hidden)
     check_decoder(hidden, weight, bias)
-    _check(hidden, weight, labels, row_weight, shift, reduction, normalizer)
+    _check(hidden, labels, row_weight, shift, ignore_index, reduction, normalizer)
     check_memory(hidden, logits_dtype, chunk_rows, accum_dtype)
     options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
     shard = _shard(process_group, vocab_start, debug)
@@ -81,7 +81,8 @@ def linear_cross_entropy(
         rows, token_row = labels.rows[labels.ce_start :], labels.token_row - labels.ce_start
         labels, count = labels.labels[labels.ce_start :], labels.num_ce
     else:
-        labels = (_following(labels, ignore_index) if shift else labels).reshape(-1).long()
+        labels = labels.long()  # an unsigned type has no ignore_index
+        labels = (_following(labels, ignore_index) if shift else labels).reshape(-1)
         if torch.compiler.is_compiling() and backend != "reference":  # a traced graph cannot count: the operator does
             ignored, count = ignore_index, (labels != ignore_index).sum()
         else:
@@ -91,6 +92,11 @@ def linear_cross_entropy(
         row_weight = row_weight.index_select(0, rows)
     normalizer = 1 if reduction != "mean" else count if normalizer is None else normalizer
     norm = normalizer_of(normalizer, 0, hidden.device, wide_dtype(dtype))
+    if dtype == torch.float16 and reduction != "none" and row_weight is not None and row_weight.numel():
+        # gradients of rows of weight one, which fit, and are divided by the rest in float32
+        most = row_weight.abs().amax().to(norm.dtype)
+        most = torch.where(most == 0, 1.0, most)
+        row_weight, norm = row_weight.to(norm.dtype) / most, norm / most
     if backend == "reference":
         if return_stats or shard is not None:
             raise ValueError("return_stats and process_group are not served by backend='reference'")
@@ -126,7 +132,7 @@ def _following(labels: Tensor, ignore_index: int) -> Tensor:
     return following
 
 
-def _check(hidden, weight, labels, row_weight, shift, reduction, normalizer) -> None:
+def _check(hidden, labels, row_weight, shift, ignore_index, reduction, normalizer) -> None:
     if isinstance(labels, SupervisedRows):
         check_rows(labels, hidden)
         if shift:
@@ -134,6 +140,10 @@ def _check(hidden, weight, labels, row_weight, shift, reduction, normalizer) -> 
     elif not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = getattr(labels, "dtype", type(labels).__name__)
         raise TypeError(f"labels must be an integer tensor or SupervisedRows, got {got}")
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if row_weight is not None and not isinstance(row_weight, Tensor):
+        raise TypeError(f"row_weight must be a tensor like hidden without its last dimension, got {row_weight!r}")
     for name, value in (("labels", labels), ("row_weight", row_weight)):
         if not isinstance(value, Tensor):
             continue

@@ -123,7 +123,7 @@ def _(hidden, weight, bias, params, rows, labels, *options):
     return [
         *(hidden.new_empty((), dtype=wide) for _ in range(3)),
         hidden.new_empty(rows.shape[0], width) if need_h else hidden.new_empty(0, 0),
-        torch.empty_like(weight, dtype=dw_dtype) if need_w else hidden.new_empty(0),
+        weight.new_empty(weight.shape, dtype=dw_dtype) if need_w else hidden.new_empty(0),
         hidden.new_empty(weight.shape[0], dtype=wide) if need_b else hidden.new_empty(0),
         *fake_parameter_grads(hidden, params, need_params),
     ]
@@ -211,6 +211,7 @@ def sfr_loss(
             **vars(options),
         )
         return SFROutput(*(x.to(norm.dtype) for x in (loss, ce.detach(), flow.detach())))
+    lam = lam.to(norm) if isinstance(lam, Tensor) else lam
     flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     labels = rows.labels[rows.ce_start :]
@@ -227,7 +228,7 @@ def sfr_loss(
             rows.token_row,
             norm,
             flow_normalizer(norm, rows, config, norm.dtype),
-            lam.to(norm) if isinstance(lam, Tensor) else torch.full_like(norm, lam),
+            lam if isinstance(lam, Tensor) else torch.full_like(norm, lam),
             options.softcap,
             options.logit_scale,
             options.label_smoothing,
@@ -263,6 +264,8 @@ def _flow_weight(value: float | Tensor) -> float | Tensor:
         if value.numel() != 1:
             raise ValueError(f"flow_weight must have one element, got shape {tuple(value.shape)}")
         return value.detach().reshape(())
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"flow_weight must be a number or a tensor, got {value!r}")
     if not -math.inf < value < math.inf:
         raise ValueError(f"flow_weight must be finite, got {value}")
     return value

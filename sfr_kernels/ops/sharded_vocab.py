@@ -78,7 +78,7 @@ def sharded_softmax_xent(
     stats = None
     if need_stats:
         predicted = parts.best.gather(0, where.unsqueeze(0)).squeeze(0).long()
-        moment = ((parts.moment + parts.total * below) * carry).sum(0)
+        moment = torch.where(carry > 0, (parts.moment + parts.total * below) * carry, 0.0).sum(0)
         stats = RowStats(lse, predicted, log_total - moment / total, predicted == labels)
     if need_grad:
         share, uniform = (1 + 2 * z_loss * lse) / total, label_smoothing / vocab

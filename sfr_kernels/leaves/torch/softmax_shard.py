@@ -38,7 +38,7 @@ def softmax_partials(
         z = _squash(logits[block], wide, logit_scale, softcap)
         top, best = z.max(dim=1, keepdim=True)
         chosen = z.gather(1, labels[block].clamp(0, vocab - 1).unsqueeze(1)).squeeze(1)
-        d = z.sub_(top)
+        d = z.sub_(torch.where(top == -torch.inf, 0.0, top))  # where no class of this part has a probability
         e = d.exp()
         out.top[block], out.best[block], out.total[block] = top.squeeze(1), best.squeeze(1), e.sum(dim=1)
         out.chosen[block] = torch.where(owned[block], chosen, 0.0)
