@@ -25,9 +25,10 @@ def _matrix_sizes(shapes: Sequence[torch.Size]) -> list[int]:
 
 def matrix_views(buffer: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """The matrices among `shapes` as views of one buffer."""
-    matrices = [s for s in shapes if len(s) == 2]
-    parts = buffer.split(_matrix_sizes(shapes))
-    return [part[: math.prod(s)].view(s) for part, s in zip(parts, matrices, strict=True)]
+    matrices, sizes = [s for s in shapes if len(s) == 2], _matrix_sizes(shapes)
+    exact = [math.prod(s) for s in matrices]
+    parts = zip(buffer.split(sizes), sizes, exact, matrices, strict=True)
+    return [(part if size == count else part[:count]).view(shape) for part, size, count, shape in parts]
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
