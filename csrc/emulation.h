@@ -4,7 +4,7 @@
 // all have waited or ended, whoever may go on does; if nobody may, the launch fails: a deadlock. Shared memory that a
 // kernel declares is static, which is right as long as one block runs at a time, so a kernel for clusters may have
 // dynamic shared memory only. A block may reach into another's shared memory from its first step to its last: before
-// and after that the launch fails too. Races between threads are not seen.
+// and after that the launch fails too, and so it does where an access is not aligned. Races between threads are not seen.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -52,7 +52,7 @@ struct Machine {
     Thread *now = nullptr;
     ucontext_t scheduler;
     std::vector<char> started; // of the blocks of the cluster
-    bool strayed;              // a block was reached that had not started or had ended
+    int fault;                 // what a thread did that a GPU would not let it do, as a cudaError_t
     std::function<void()> kernel;
 };
 
@@ -109,7 +109,7 @@ inline int run(dim3 grid, dim3 size, size_t shared, int cluster, std::function<v
     for (unsigned y = 0; y < grid.y; ++y) {
         for (unsigned x = 0; x < grid.x; x += cluster) {
             m.started.assign(cluster, 0);
-            m.strayed = false;
+            m.fault = cudaSuccess;
             m.shared.assign(cluster, std::vector<unsigned char>(shared + 16, 0xA5));
             for (size_t i = 0; i < m.threads.size(); ++i) {
                 Thread &t = m.threads[i];
@@ -131,7 +131,7 @@ inline int run(dim3 grid, dim3 size, size_t shared, int cluster, std::function<v
             } while (release(0, all, all, Wait::CLUSTER));
             for (const Thread &t : m.threads)
                 if (t.wait != Wait::ENDED) return cudaErrorLaunchTimeout; // nobody may go on
-            if (m.strayed) return cudaErrorIllegalAddress;
+            if (m.fault != cudaSuccess) return m.fault;
         }
     }
     return cudaSuccess;
@@ -181,8 +181,9 @@ inline void cluster_sync() { emulation::wait(emulation::Wait::CLUSTER); }
 template <typename T> T *remote(T *mine, int rank) {
     auto &m = emulation::machine();
     const auto first = m.threads.begin() + static_cast<size_t>(rank) * m.size.x;
-    for (auto t = first; t != first + m.size.x; ++t) m.strayed |= t->wait == emulation::Wait::ENDED;
-    m.strayed |= !m.started[rank];
+    bool there = m.started[rank];
+    for (auto t = first; t != first + m.size.x; ++t) there = there && t->wait != emulation::Wait::ENDED;
+    if (!there) m.fault = cudaErrorIllegalAddress;
     const auto base = [&](int r) { return (reinterpret_cast<uintptr_t>(m.shared[r].data()) + 15) & ~uintptr_t(15); };
     return reinterpret_cast<T *>(reinterpret_cast<uintptr_t>(mine) - base(m.now->rank) + base(rank));
 }
@@ -203,5 +204,8 @@ inline void wait_for_all_copies_but_the_last() {
     copies.erase(copies.begin(), copies.begin() + done);
 }
 namespace sfr {
+inline void check_alignment(const void *at, size_t bytes) {
+    if (reinterpret_cast<uintptr_t>(at) % bytes) emulation::machine().fault = cudaErrorMisalignedAddress;
+}
 template <typename T> void store_global(T *at, T value) { *at = value; }
 } // namespace sfr

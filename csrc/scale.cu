@@ -10,7 +10,7 @@ namespace sfr {
 
 constexpr int THREADS = 256, VECTOR = 8;
 
-template <typename T, typename O>
+template <typename T, typename O, bool ALIGNED>
 __global__ void __launch_bounds__(THREADS) scale_kernel(const T *x, const float *factor, O *out, int64_t numel) {
     const float f = *factor;
     if (static_cast<const void *>(x) == static_cast<const void *>(out) && f == 1.0f) return;
@@ -19,14 +19,14 @@ __global__ void __launch_bounds__(THREADS) scale_kernel(const T *x, const float 
          first += step) {
         float v[VECTOR];
         const int left = numel - first < VECTOR ? static_cast<int>(numel - first) : VECTOR;
-        if (left == VECTOR) {
+        if (ALIGNED && left == VECTOR) {
             load_columns<VECTOR, true>(x + first, 1, 0, VECTOR, v);
         } else {
             load_columns<VECTOR, false>(x + first, 1, 0, left, v);
         }
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) v[i] *= f;
-        if (left == VECTOR) {
+        if (ALIGNED && left == VECTOR) {
             store_columns<VECTOR, true>(out + first, 1, 0, VECTOR, v);
         } else {
             store_columns<VECTOR, false>(out + first, 1, 0, left, v);
@@ -74,10 +74,15 @@ SFR_API sfr_scale(const void *x, int dtype, const float *factor, void *out, int 
     if (numel == 0) return cudaSuccess;
     const int64_t chunk = sfr::THREADS * sfr::VECTOR, wanted = (numel + chunk - 1) / chunk;
     const dim3 grid(static_cast<unsigned>(wanted < blocks ? wanted : blocks));
-    SFR_DISPATCH(dtype, T,
-                 SFR_DISPATCH(out_dtype, O,
-                              return SFR_LAUNCH((sfr::scale_kernel<T, O>), grid, sfr::THREADS, 0, stream,
-                                                static_cast<const T *>(x), factor, static_cast<O *>(out), numel)))
+    SFR_DISPATCH(dtype, T, SFR_DISPATCH(out_dtype, O, {
+                     const T *from = static_cast<const T *>(x);
+                     O *to = static_cast<O *>(out);
+                     if (sfr::aligned(x, 16, 16) && sfr::aligned(out, 16, 16))
+                         return SFR_LAUNCH((sfr::scale_kernel<T, O, true>), grid, sfr::THREADS, 0, stream, from, factor,
+                                           to, numel);
+                     return SFR_LAUNCH((sfr::scale_kernel<T, O, false>), grid, sfr::THREADS, 0, stream, from, factor,
+                                       to, numel);
+                 }))
     return cudaErrorInvalidValue;
 }
 

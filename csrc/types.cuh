@@ -30,6 +30,7 @@ template <> struct Raw<4> { using type = uint32_t; };
 
 // N numbers side by side in global memory (a load may be from shared memory), aligned to all of them, in one access.
 template <int N, typename T> __device__ inline void load(const T *at, float (&out)[N]) {
+    check_alignment(at, N * sizeof(T));
     const typename Raw<N * sizeof(T)>::type raw = *reinterpret_cast<const typename Raw<N * sizeof(T)>::type *>(at);
     T x[N];
     memcpy(x, &raw, sizeof(x));
@@ -58,6 +59,7 @@ __device__ inline uint32_t pack(const float *x, __nv_bfloat16) {
 
 template <int N, typename T> __device__ inline void store(T *at, const float (&in)[N]) {
     constexpr int WORDS = N * sizeof(T) / 4, EACH = 4 / sizeof(T);
+    check_alignment(at, N * sizeof(T));
     uint32_t words[WORDS];
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) words[i] = pack(in + i * EACH, T());

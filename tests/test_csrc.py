@@ -77,6 +77,7 @@ FAULTS = {  # file, what stands there, what is put in its place: each must be fo
     "a deadlock": ("reduce.cuh", "    __syncthreads();\n#pragma", "    if (lane == 0) __syncthreads();\n#pragma"),
     "a read past the end": ("types.cuh", "first + i < width ? to_float(row", "first + i < width + 4096 ? to_float(row"),
     "a copy not waited for": ("softmax_xent.cu", "        wait_for_all_copies_but_the_last();\n", ""),
+    "an access that is not aligned": ("scale.cu", "(sfr::aligned(x, 16, 16) && sfr::aligned(out, 16, 16))", "(true)"),
     "a block that has not begun": ("softmax_xent.cu", "cluster_sync(); // nobody writes", "// nobody writes"),
 }
 
@@ -95,6 +96,7 @@ def _run_fault(path: Path) -> None:
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + 2 * page), ctypes.c_size_t(page), 0) == 0
     y = torch.frombuffer(room, dtype=torch.float32, count=2 * page // 4)[-997:].view(1, 997)
     cuda.norm_act(y, torch.ones(997), torch.zeros(997))
+    cuda.scale(torch.ones(99)[1:], torch.ones(()), torch.float32)
     logits = torch.randn(3, 4488)
     expected, _ = eager(logits.clone(), torch.zeros(3, dtype=torch.int64))
     loss, _ = cuda.softmax_xent(logits, torch.zeros(3, dtype=torch.int64), cluster=2)

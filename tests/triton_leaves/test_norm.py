@@ -167,6 +167,8 @@ def test_scale_and_scatter(dtype, out):
     ):
         assert found.dtype == out and torch.equal(found.cpu(), wanted)
     assert torch.equal(x, before)
+    shifted = x.to(DEVICE).flatten()[1:]  # not aligned to what a vector takes
+    assert torch.equal(leaves.scale(shifted, factor.to(DEVICE), out).cpu(), eager.scale(x.flatten()[1:], factor, out))
     empty = leaves.scatter_rows(x[:0].to(DEVICE), factor.to(DEVICE), token_row.to(DEVICE), out)
     assert torch.equal(empty.cpu(), torch.zeros(8, 2100, dtype=out))
 
