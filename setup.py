@@ -11,6 +11,7 @@ neither torch nor Python: one wheel serves every version of both.
 import importlib.util
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -45,7 +46,12 @@ class BuildKernels(build_ext):
         out = Path(self.get_ext_fullpath(extension.name)).resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or build.ARCHITECTURES
-        build.compile_library(ROOT / "csrc", out, architectures, build.nvcc(), ROOT / "build" / "kernels")
+        try:
+            build.compile_library(ROOT / "csrc", out, architectures, build.nvcc(), ROOT / "build" / "kernels")
+        except RuntimeError as error:  # an nvcc that is too old, say
+            if os.environ.get("SFR_BUILD_CUDA") == "1":
+                raise
+            warnings.warn(f"installed without compiled CUDA kernels: {error}", stacklevel=2)
 
 
 class WithSources(build_py):

@@ -23,9 +23,12 @@ template <typename T> __device__ inline void store_global(T *at, T value) { __st
 template <typename... Parameters, typename... Arguments>
 int launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, int cluster, void *stream,
                    Arguments... arguments) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
+    // All that a block may have: a limit of this launch alone could be lowered by another thread's before it is used.
+    int device = 0, most = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = cluster;
@@ -37,7 +40,9 @@ int launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
     config.stream = reinterpret_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
     config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+    if (error != cudaSuccess) (void)cudaGetLastError(); // told once: the next launch has errors of its own
+    return error;
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

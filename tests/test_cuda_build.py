@@ -143,6 +143,23 @@ def test_a_builder_that_was_killed_leaves_no_lock(compiler, clean):
 
 
 @needs_compiler
+def test_a_library_that_is_there_needs_no_permission_to_write(compiler, monkeypatch):
+    """One that was built into an image, say, for another user."""
+    compiler()
+    found = build.find()
+    build.find.cache_clear()
+    monkeypatch.setattr(build, "_alone", lambda folder: pytest.fail("nothing is to be written"))
+    assert build.find() == found
+
+
+@needs_compiler
+def test_a_folder_may_have_a_space_in_its_name(compiler, clean, monkeypatch):
+    compiler()
+    monkeypatch.setenv("SFR_KERNELS_CACHE", str(clean / "my $home"))
+    assert build.find().is_file()
+
+
+@needs_compiler
 def test_a_failing_compiler_is_quoted(compiler):
     compiler(body="echo 'softmax_xent.cu(12): error: no such thing' >&2; exit 1")
     with pytest.raises(RuntimeError, match=r"compiling the CUDA kernels failed(.|\n)*no such thing"):
@@ -243,6 +260,21 @@ def test_setup_builds_where_it_is_asked_to(choice, there, expected, setup, monke
     else:
         with pytest.raises(expected, match="SFR_BUILD_CUDA"):
             setup.wanted()
+
+
+@pytest.mark.parametrize("choice", ["auto", "1"])
+def test_an_nvcc_that_fails_is_fatal_only_where_it_is_asked_for(choice, setup, monkeypatch, tmp_path):
+    def fail(*arguments):
+        raise RuntimeError("nvcc fatal: Unsupported gpu architecture")
+
+    monkeypatch.setattr(setup.build, "compile_library", fail)
+    monkeypatch.setenv("SFR_BUILD_CUDA", choice)
+    command = setup.BuildKernels(Distribution(dict(ext_modules=[Extension("sfr_kernels.leaves.cuda.libsfr", [])])))
+    command.build_lib, command.build_temp = str(tmp_path), str(tmp_path)
+    command.ensure_finalized()
+    kind, raised = (RuntimeError, pytest.raises) if choice == "1" else (UserWarning, pytest.warns)
+    with raised(kind, match="Unsupported gpu"):
+        command.run()
 
 
 @pytest.mark.parametrize("editable", [True, False])

@@ -1,5 +1,7 @@
 """The flow loss of the cuda backend as one call, against the composite over its leaves and against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import evaluate, judge, make_case, reference_flow, reference_sfr, small_config
@@ -83,6 +85,27 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(needed, calls):
         assert (p.grad is not None) == (needed == ("hidden" if name == "hidden" else "head"))
         if p.grad is not None:
             torch.testing.assert_close(p.grad, full[name].to(p.dtype), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_numbers_of_another_width_are_not_misread(dtype):
+    """Rows, weights and targets that torch's leaves take as they are."""
+    case = case_of()
+    wanted = evaluate(run(case), case.inputs(dtype))
+    rows = case.rows
+    wide = replace(rows, weight=rows.weight.double(), anchor=rows.anchor.long())
+    found = evaluate(run(replace(case, rows=wide, targets=case.targets.double())), case.inputs(dtype))
+    for name, x in wanted.items():
+        torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-3, check_dtype=False)
+    times = torch.linspace(0.1, 0.9, 4)
+    index = torch.arange(len(rows.rows)) % 4
+    results = []
+    for kind in (torch.int32, torch.int64):
+        timed = replace(case, rows=replace(rows, time_index=index.to(kind)), options=dict(times=times))
+        x = timed.inputs(dtype)
+        given = dict(seed=1, config=case.config, backend="cuda")
+        results.append(flow_matching_loss(x.hidden, x.head, timed.rows, case.targets, times, **given))
+    assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("why", ["a float32 head", "float16", "no gradient", "mse"])

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -44,7 +45,7 @@ def nvcc() -> str | None:
 def built() -> Path | None:
     """The library that is there without compiling anything."""
     if given := os.environ.get(LIBRARY_VARIABLE):
-        return Path(given)
+        return Path(given).resolve()
     return PACKAGED if PACKAGED.is_file() else None
 
 
@@ -73,16 +74,19 @@ def generated_code(architectures: str) -> list[str]:
     return options
 
 
-def compile_library(folder: Path, out: Path, architectures: str, compiler: str, work: Path) -> None:
+def compile_library(
+    folder: Path, out: Path, architectures: str, compiler: str, work: Path, *, strict: bool = True
+) -> None:
     """Compiles every file of `folder` in `work`, all at once where there are processors, and links `out`.
 
     Only what has changed since the last time, where ninja is installed. RuntimeError with the compiler's words if it
-    fails; a spilled register and a warning are failures.
+    fails; a spilled register and a warning are failures if `strict`.
     """
     flags = [
-        "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Werror", "-Werror=all-warnings",
-        "-Xptxas=-warn-spills,-Werror", "--cudart=static", *generated_code(architectures),
+        "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "--cudart=static", *generated_code(architectures),
     ]  # fmt: skip
+    if strict:
+        flags += ["-Xcompiler=-Wall,-Werror", "-Werror=all-warnings", "-Xptxas=-warn-spills,-Werror"]
     work.mkdir(parents=True, exist_ok=True)
     commands, objects = [], []
     for file in sorted(folder.glob("*.cu")):
@@ -104,11 +108,14 @@ def _ninja_file(work: Path, commands: list[list[str]], link: list[str]) -> Path:
     def escape(text: str) -> str:
         return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
+    def line(command: list[str]) -> str:
+        return shlex.join(command).replace("$", "$$")
+
     lines = ["rule run", "  command = $line", "  depfile = $out.d", "  deps = gcc", "rule link", "  command = $line"]
     for command in commands:
-        lines += [f"build {escape(command[-1])}: run {escape(command[-3])}", f"  line = {' '.join(command)}"]
+        lines += [f"build {escape(command[-1])}: run {escape(command[-3])}", f"  line = {line(command)}"]
     objects = " ".join(escape(command[-1]) for command in commands)
-    lines += [f"build {escape(link[-1])}: link {objects}", f"  line = {' '.join(link)}"]
+    lines += [f"build {escape(link[-1])}: link {objects}", f"  line = {line(link)}"]
     file = work / "build.ninja"
     file.write_text("\n".join(lines) + "\n")
     return file
@@ -144,6 +151,8 @@ def _cached(folder: Path, compiler: str) -> Path:
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sfr_kernels"
     )
     out = Path(home) / "cuda" / key.hexdigest()[:20] / NAME
+    if _is_whole(out):  # in a folder that may be another user's
+        return out
     try:
         with _alone(out.parent):
             if not _is_whole(out):
@@ -152,7 +161,8 @@ def _cached(folder: Path, compiler: str) -> Path:
                 )
                 with tempfile.TemporaryDirectory(dir=out.parent) as work:
                     made = Path(work) / NAME
-                    compile_library(folder, made, architectures, compiler, Path(work))
+                    # not strict: a spill on a chip that nobody has tried costs time, its failure all of the backend
+                    compile_library(folder, made, architectures, compiler, Path(work), strict=False)
                     _checksum_of(made).write_text(_digest(made))
                     for file in (_checksum_of(made), made):
                         os.replace(file, out.parent / file.name)

@@ -84,9 +84,10 @@ def flow_loss(
     add_to_dh: bool,
 ) -> Tensor:
     """ℓ (n,) in float32."""
+    coefficient = coefficient.float().contiguous()
     (n, hidden), d, width, dtype = h.shape, params[0].shape[0], params[4].shape[0], h.dtype
     (targets, noise_id, anchor), layers = path_arguments(path), (len(params) - 6) // 4
-    times, time_index = path.times.float().contiguous(), path.time_index.contiguous()
+    times, time_index = path.times.float().contiguous(), path.time_index.int().contiguous()
     num_times, size, (parts, rows) = times.shape[0], dtype.itemsize, parts_for(n)
     mse_threads, back_threads = threads_for(d, dtype, 256), threads_for(width, dtype, 256)
     twice = 2 if size == 2 else 1

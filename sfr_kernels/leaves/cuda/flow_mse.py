@@ -20,7 +20,7 @@ def flow_mse(
     threads = threads_for(d, v.dtype, 256)
     blocks = -(-d * v.dtype.itemsize // (16 * threads))
     loss = torch.empty(n, blocks, dtype=torch.float32, device=v.device)
-    coefficient = None if coefficient is None else coefficient.contiguous()
+    coefficient = None if coefficient is None else coefficient.float().contiguous()
     partial = None if coefficient is None else loss.new_empty(1, parts, d)
     library().flow_mse(
         v.data_ptr(),

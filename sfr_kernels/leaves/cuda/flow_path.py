@@ -9,15 +9,16 @@ from .library import DTYPES, library, stream_of
 
 def path_arguments(path: FlowPath) -> tuple[Tensor, Tensor, Tensor]:
     """targets, noise_id and anchor as the kernels take them."""
-    targets = path.targets if path.targets.stride(1) == 1 else path.targets.contiguous()
-    return targets, path.noise_id.contiguous(), path.anchor.contiguous()
+    targets = path.targets if path.targets.dtype in DTYPES else path.targets.float()
+    targets = targets if targets.stride(1) == 1 else targets.contiguous()
+    return targets, path.noise_id.long().contiguous(), path.anchor.int().contiguous()
 
 
 def flow_path(path: FlowPath, dtype: torch.dtype) -> Tensor:
     """x_t (n, d) in `dtype`."""
     targets, noise_id, anchor = path_arguments(path)
     n, d = noise_id.shape[0], targets.shape[1]
-    times, time_index = path.times.float().contiguous(), path.time_index.contiguous()
+    times, time_index = path.times.float().contiguous(), path.time_index.int().contiguous()
     x_t = torch.empty(n, d, dtype=dtype, device=targets.device)
     library().flow_path(
         x_t.data_ptr(),

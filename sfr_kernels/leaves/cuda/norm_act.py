@@ -29,7 +29,7 @@ def norm_act(
     out = torch.empty(n, width, dtype=y.dtype, device=y.device)
     mean, rstd = (torch.empty(n, dtype=torch.float32, device=y.device) for _ in range(2))
     row_bias = None if row_bias is None else row_bias.float().contiguous()
-    row_index = None if row_index is None else row_index.contiguous()
+    row_index = None if row_index is None else row_index.int().contiguous()
     residual = None if residual is None else residual.to(y.dtype)
     library().norm_act(
         y.data_ptr(),
@@ -68,7 +68,7 @@ def norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dy (n, D) in y's dtype; dγ, dβ (D,) and d row_bias (M, D) in float32; Σ dy (1, D) where row_index is None."""
     (n, width), (gamma, beta) = y.shape, _vectors(gamma, beta, y.dtype)
-    dout, mean, rstd = dout.to(y.dtype), mean.contiguous(), rstd.contiguous()
+    dout, mean, rstd = dout.to(y.dtype), mean.float().contiguous(), rstd.float().contiguous()
     dy = torch.empty(n, width, dtype=y.dtype, device=y.device) if dy is None else dy
     threads, sum_dy = threads_for(width, y.dtype, 256), row_index is None
     parts, rows = parts_for(n)

@@ -34,7 +34,7 @@ def scatter_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     """(N, H) in `dtype`: factor · x[token_row], and zero where there is no row."""
-    token_row = token_row.contiguous()
+    token_row = token_row.int().contiguous()
     out = torch.empty(token_row.shape[0], x.shape[1], dtype=dtype, device=x.device)
     library().scatter_rows(
         x.data_ptr(), DTYPES[x.dtype], factor.data_ptr(), token_row.data_ptr(), out.data_ptr(), DTYPES[dtype],

@@ -45,7 +45,7 @@ def softmax_xent(
     cluster: int | None = None,  # of blocks a row; 0: two passes; None: `cluster_for`
 ) -> tuple[Tensor, RowStats | None]:
     """row_weight · ℓ (n,) in float32, and the statistics if asked for."""
-    (n, vocab), labels = logits.shape, labels.contiguous()
+    (n, vocab), labels = logits.shape, labels.long().contiguous()
     row_weight = None if row_weight is None else row_weight.float().contiguous()
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     stats = (torch.empty_like(loss), torch.empty_like(labels), torch.empty_like(loss)) if need_stats else (None,) * 3
@@ -72,7 +72,7 @@ def softmax_partials(
     need_stats: bool = False,
 ) -> RowPartials:
     """What these columns add to each row's softmax, in float32, all of it whether asked for or not."""
-    (n, vocab), labels = logits.shape, labels.contiguous()
+    (n, vocab), labels = logits.shape, labels.long().contiguous()
     out = torch.empty(7, n, dtype=torch.float32, device=logits.device)
     library().softmax_partials(
         logits.data_ptr(), DTYPES[logits.dtype], *logits.stride(), labels.data_ptr(), out.data_ptr(), n, vocab,
@@ -94,7 +94,7 @@ def softmax_gradient(
     label_smoothing: float = 0.0,
 ) -> None:
     """Turns logits into the gradient of row_weight · ℓ, for what is known of their rows in the whole vocabulary."""
-    (n, vocab), labels, top, share = logits.shape, labels.contiguous(), top.contiguous(), share.contiguous()
+    (n, vocab), labels, top, share = logits.shape, labels.long().contiguous(), top.contiguous(), share.contiguous()
     row_weight = None if row_weight is None else row_weight.float().contiguous()
     library().softmax_gradient(
         logits.data_ptr(), DTYPES[logits.dtype], *logits.stride(), labels.data_ptr(), address(row_weight),

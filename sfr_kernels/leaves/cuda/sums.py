@@ -32,7 +32,7 @@ def sum_by_index(
     size: int,  # M
 ) -> Tensor:
     """(M, D) float32: out[m] = Σ_{index = m} x."""
-    (n, width), index = x.shape, index.contiguous()
+    (n, width), index = x.shape, index.int().contiguous()
     out = torch.empty(size, width, dtype=torch.float32, device=x.device)
     room = torch.empty(n + 2 * size, dtype=torch.int32, device=x.device)
     library().sum_by_index(

@@ -12,7 +12,7 @@ def stratified_times(
     num_times: int,  # M
 ) -> tuple[Tensor, Tensor]:
     """The table of jittered, stratified times (M,) float32, and each row's index into it (n,) int32."""
-    noise_id, device = noise_id.contiguous(), noise_id.device
+    noise_id, device = noise_id.long().contiguous(), noise_id.device
     n = noise_id.shape[0]
     times = torch.empty(num_times, dtype=torch.float32, device=device)
     index = torch.empty(n, dtype=torch.int32, device=device)
@@ -26,7 +26,7 @@ def sequence_times(
     seed: Tensor,  # (1,) int64
 ) -> Tensor:
     """A uniform time (B,) float32 for each sequence."""
-    sequence_id = sequence_id.contiguous()
+    sequence_id = sequence_id.long().contiguous()
     times = torch.empty(sequence_id.shape[0], dtype=torch.float32, device=sequence_id.device)
     pointers = (t.data_ptr() for t in (sequence_id, seed, times))
     library().sequence_times(*pointers, times.shape[0], stream_of(sequence_id))
