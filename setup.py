@@ -5,7 +5,7 @@
     SFR_BUILD_CUDA=0      never
 
 Architectures: TORCH_CUDA_ARCH_LIST, else those of leaves/cuda/build.py. The kernels are called through ctypes and link
-neither torch nor Python: one wheel serves every version of both.
+neither torch nor Python: one wheel serves every version of both, with a driver that knows nvcc's CUDA version.
 """
 
 import importlib.util

@@ -287,11 +287,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{backend} is left out: {reason}")
     backends = [b for b in BACKENDS if not reasons[b]]
     file = ResultFile(options.out, "leaves", device)
-    todo = [lambda c=c: run(c, backends, dtype, device, options.seconds) for c in cases(device)]
+    parts = [lambda c=c: run(c, backends, dtype, device, options.seconds) for c in cases(device)]
     if device.type == "cuda":
-        todo.append(lambda: flow_loss(backends, device, options.seconds))
-    for work in todo:
-        for row in work():
+        parts.append(lambda: flow_loss(backends, device, options.seconds))
+    for part in parts:
+        for row in part():
             words = [row["op"], row["label"], row["candidate"], row["failure"] or ""]
             words += [f"{row['ms']:.4f} ms, copy {row['floor_ms']:.4f}"] if row.get("ms") else []
             print(", ".join(filter(None, words + row.get("misses", []))), flush=True)

@@ -105,7 +105,7 @@ template <typename T> int run(const FlowLoss &f, int dtype) {
     SFR_TRY(sfr_flow_path(x_t, dtype, f.targets, f.targets_dtype, f.target_stride, f.times, f.noise_id, f.anchor,
                           f.time_index, f.seed, f.target_scale, f.source_std, n, d, stream));
     const auto layer = [&](int l) {
-        void *const *w = f.work + 16 + 4 * l;
+        void *const *w = f.work + 12 + 4 * l;
         const void *const *p = f.params + 4 + 4 * l;
         return Layer<T>{static_cast<T *>(w[0]), static_cast<T *>(w[1]), static_cast<float *>(w[2]),
                         static_cast<float *>(w[3]), static_cast<const T *>(p[0]), static_cast<const T *>(p[1]),

@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(256)
 } // namespace sfr
 
 // loss (n, blocks of columns) float32, partial (parts, d) float32, v holds dv afterwards if there is a coefficient.
-// sfr_flow_mse_threads says how many columns a block has.
+// A block has 16 bytes of a row for each of its threads.
 SFR_API sfr_flow_mse(void *v, int dtype, int64_t v_row, int64_t v_col, const float *coefficient, float *loss,
                      float *partial, const void *targets, int targets_dtype, int64_t target_stride,
                      const int64_t *noise_id, const int32_t *anchor, const int64_t *seed, float target_scale,

@@ -25,7 +25,7 @@ struct FlowLoss {
     const int64_t *seed;           // (1,)
     const void *const *params;     // on the host
     void *const *matrices;         // on the host: their gradients, w_1, w_2, w_in, blocks, w_out
-    void *const *work;             // on the host: room, as `_room` lays it out
+    void *const *work;             // on the host: room, as leaves/cuda/flow_loss.py lays it out
     float *vectors;                // gradients of the vectors; null: of no parameter
     void *dh;                      // (n, H), may be h; null: not needed
     float *loss;                   // (n, blocks of columns)

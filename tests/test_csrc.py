@@ -157,7 +157,7 @@ def test_every_kernel_compiles_for_every_chip_without_a_spill(tmp_path):
         import triton
 
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    listing = subprocess.run([tool, "-sass", "-arch", "sm_90a", out], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run([tool, "-sass", "-arch", "sm_90", out], capture_output=True, text=True, check=True).stdout
     bodies = {part.split("\n", 1)[0].strip(): part for part in listing.split("Function : ")[1:]}
 
     def accesses(name: str) -> set[str]:

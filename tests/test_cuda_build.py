@@ -87,7 +87,7 @@ def test_built_once_into_the_cache_and_found_again(compiler, clean, capsys):
     first = build.find()
     files = len(list((ROOT / "csrc").glob("*.cu")))
     assert first.is_relative_to(clean / "cache") and log.read_text().count("built") == files + 1  # and the link
-    assert f"compiling the CUDA kernels for {build.ARCHITECTURES}" in capsys.readouterr().out
+    assert f"compiling the CUDA kernels for {build.ARCHITECTURES}" in capsys.readouterr().err
     assert sorted(p.name for p in first.parent.iterdir()) == [build.NAME, build.NAME + ".sha256", "lock"]  # no more
     build.find.cache_clear()
     assert build.find() == first and log.read_text().count("built") == files + 1
@@ -107,10 +107,13 @@ def test_the_key_is_sources_compiler_and_architecture(compiler, clean, monkeypat
             file.write_text(file.read_text().replace("13.0", "13.1"))
         else:
             copy = shutil.copytree(ROOT / "csrc", clean / "csrc")
-            (copy / "reduce.cuh").write_text((copy / "reduce.cuh").read_text() + "//\n")
             monkeypatch.setattr(build, "sources", lambda copy=copy: copy)
+            for name in ("reduce.cuh", "scale.cu", "launchers.h"):
+                build.find.cache_clear()
+                (copy / name).write_text((copy / name).read_text() + "//\n")
+                found.add(build.find())
         found.add(build.find())
-    assert len(found) == 4
+    assert len(found) == 6
 
 
 @needs_compiler
@@ -119,7 +122,10 @@ def test_two_processes_at_once_build_one_library(compiler, clean):
     script = FIND + "print('found', build.find(), flush=True)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", script]
-    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
     outputs = [p.communicate(timeout=120)[0] for p in both]
     assert all(p.returncode == 0 for p in both)
     assert len({re.search("found (.*)", text)[1] for text in outputs}) == 1
@@ -206,6 +212,14 @@ def test_another_library_is_refused(clean, monkeypatch):
     monkeypatch.setenv(build.LIBRARY_VARIABLE, _ctypes.__file__)
     with pytest.raises(RuntimeError, match="is not a library of these CUDA kernels"):
         library.library()
+
+
+@needs_compiler
+def test_a_library_of_other_sources_is_refused(clean, monkeypatch):
+    path = stub(clean)
+    monkeypatch.setitem(library.SIGNATURES, "sfr_new", "p")
+    with pytest.raises(RuntimeError, match="other sources: it lacks sfr_new"):
+        library.Library(path)
 
 
 @needs_compiler

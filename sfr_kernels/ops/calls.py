@@ -1,7 +1,7 @@
 """Calling an operator: through torch.library where something traces or intercepts it, else straight through autograd.
 
-What torch.library does around a custom op with autograd costs more than all launches of a small flow loss; a plain
-call needs none of it. Both ways run the same function, and the same backward.
+What torch.library does in Python around a custom op with autograd is a cost of every call, which a plain one need not
+pay. Both ways run the same function, and the same backward.
 """
 
 from collections.abc import Callable, Sequence

@@ -72,15 +72,15 @@ def automatic(device: torch.device | str, dtype: torch.dtype | None = None) -> s
     device = torch.device(device)
     if device.type != "cuda":
         return "torch"
-    usable = [b for b in ("triton", "cuda") if unavailable(b, device, dtype) is None and _is_built(b)]
-    if len(usable) == 2 and fastest.rows(torch.cuda.get_device_capability(device)):
-        return "fastest"
-    return usable[0] if usable else "torch"
+    triton = unavailable("triton", device, dtype) is None
+    if triton and not fastest.rows(torch.cuda.get_device_capability(device)):
+        return "triton"  # whatever else there is: looking for it would cost every call
+    if _is_built() and unavailable("cuda", device, dtype) is None:
+        return "fastest" if triton else "cuda"
+    return "triton" if triton else "torch"
 
 
-def _is_built(backend: str) -> bool:
-    if backend == "triton":
-        return True
+def _is_built() -> bool:
     from ..leaves.cuda.build import built
 
     return built() is not None

@@ -11,10 +11,12 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -144,8 +146,8 @@ def _cached(folder: Path, compiler: str) -> Path:
 
     architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or _own_architecture(torch)
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256(f"{version}\n{architectures}".encode())
-    for file in sorted([_HERE, *folder.glob("*.cu"), *folder.glob("*.cuh")]):
+    key = hashlib.sha256(f"{version}\n{architectures}\n{platform.machine()} {platform.libc_ver()}".encode())
+    for file in [_HERE, *sorted(f for f in folder.iterdir() if f.suffix in (".cu", ".cuh", ".h"))]:
         key.update(file.name.encode() + file.read_bytes())
     home = os.environ.get("SFR_KERNELS_CACHE") or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "sfr_kernels"
@@ -156,9 +158,8 @@ def _cached(folder: Path, compiler: str) -> Path:
     try:
         with _alone(out.parent):
             if not _is_whole(out):
-                print(
-                    f"sfr_kernels: compiling the CUDA kernels for {architectures}, once, into {out.parent}", flush=True
-                )
+                where = f"for {architectures}, once, into {out.parent}"
+                print(f"sfr_kernels: compiling the CUDA kernels {where}", file=sys.stderr, flush=True)
                 with tempfile.TemporaryDirectory(dir=out.parent) as work:
                     made = Path(work) / NAME
                     # not strict: a spill on a chip that nobody has tried costs time, its failure all of the backend

@@ -105,7 +105,6 @@ def flow_loss(
         4 * twice * num_times * d,  # gradients of τ and before
         4 * (n + 2 * num_times),  # rows by time
         twice * num_times * max(d, width) * size,  # their parts
-        *[0] * 4,
         *[n * width * size, n * width * size, 4 * n, 4 * n] * layers,
     ]
     room, starts = _room(bytes_of, h.device)

@@ -54,6 +54,8 @@ class Library:
         if self.emulated:
             self.emulated_gemm = ctypes.cast(handle.sfr_emulated_gemm, ctypes.c_void_p).value
         for name, codes in SIGNATURES.items():
+            if not hasattr(handle, name):
+                raise RuntimeError(f"the CUDA kernels at {path} were compiled from other sources: it lacks {name}")
             function = getattr(handle, name)
             function.argtypes, function.restype = [_CODES[c] for c in codes], ctypes.c_int
             setattr(self, name.removeprefix("sfr_"), self._checked(name, function))
