@@ -1,4 +1,4 @@
-"""The command line: `python -m sfr_kernels train` and `python -m sfr_kernels info`."""
+"""The command line: `python -m sfr_kernels train`, `targets` and `info`."""
 
 import argparse
 import importlib.metadata
@@ -16,10 +16,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args)
     except KeyboardInterrupt:
-        print(f"\nsfr_kernels {args.command}: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        print(f"\nsfr_kernels {args.command}: stopped; {args.again}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        print(f"sfr_kernels {args.command}: needs {error.name}: pip install 'sfr_kernels[train,demo]'", file=sys.stderr)
+        extra = "ray" if error.name == "ray" else "train,demo"
+        print(f"sfr_kernels {args.command}: needs {error.name}: pip install 'sfr_kernels[{extra}]'", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if args.traceback:
@@ -39,12 +40,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tunes a causal LM with cross-entropy and the flow loss, then shows what changed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    train.set_defaults(run=_train)
+    train.set_defaults(run=_train, again="--resume goes on from the last checkpoint")
     add = train.add_argument
     add("--out", type=Path, required=True, help="folder of the run")
     add("--data", type=Path, help='JSON lines of {"messages": […]}; the shipped personas if left out')
     add("--model", default="smollm2-135m-instruct", help="causal LM: folder, name, or the packaged default")
-    add("--encoder", default="all-minilm-l6-v2", help="sentence encoder: folder, name, or the packaged default")
+    add("--encoder", help="sentence encoder: folder or name; that of the targets, else the packaged all-minilm-l6-v2")
+    add("--targets", type=Path, help="folder of the targets, built there if there are none; OUT/targets if left out")
     add("--objective", choices=("sfr", "ce"), default="sfr", help="ce is plain fine-tuning on the same data and seed")
     add("--config", type=Path, help="JSON file of SFRConfig fields")
     add("--flow-weight", type=float, help="λ; overrides the config")
@@ -61,18 +63,49 @@ def _parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
 
+    _add_targets(commands)
     info = commands.add_parser("info", help="versions, device, and which backends are usable")
-    info.set_defaults(run=_info)
+    info.set_defaults(run=_info, again="")
     return parser
 
 
+def _add_targets(commands) -> None:
+    targets = commands.add_parser(
+        "targets",
+        help="embed the text ahead of every token of a corpus, once",
+        description="Builds the target store of a corpus. Started again, it goes on where it was stopped; where the "
+        "store is whole, it checks every byte and makes damaged shards again. Under torchrun or accelerate launch "
+        "every process takes its share.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    targets.set_defaults(run=_targets, again="the same command goes on from there")
+    add = targets.add_argument
+    add("--data", type=Path, required=True, help='JSON lines of {"messages": […]}, or of {"labels": […]}')
+    add("--out", type=Path, required=True, help="folder of the store")
+    add("--model", default="smollm2-135m-instruct", help="causal LM whose tokenizer it is: folder or name")
+    add("--encoder", default="all-minilm-l6-v2", help="sentence encoder: folder, name, or the packaged default")
+    add("--config", type=Path, help="JSON file of SFRConfig fields")
+    add("--max-length", type=int, default=1024, help="tokens of context, as in train")
+    add("--dtype", choices=("float16", "float32", "int8"), default="float16", help="of the stored embeddings")
+    add("--truncate-dim", type=int, help="coordinates to keep, for encoders trained for it")
+    add("--batch-size", type=int, default=64, help="texts the encoder embeds at once")
+    add("--devices", nargs="+", help="of the encoder; several share the work; every GPU if left out, else the CPU")
+    add("--engine", choices=("local", "ray"), default="local", help="ray: tasks and actors of a Ray cluster")
+    add("--workers", type=int, default=1, help="with ray: how many encoders")
+    add("--overwrite", action="store_true", help="replace a store that was made differently")
+
+
+def _config(path: Path | None) -> SFRConfig:
+    if path is None:
+        return SFRConfig()
+    try:
+        return SFRConfig.from_json(path.read_text())
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--config {path}: {error}") from error
+
+
 def _train(args) -> int:
-    config = SFRConfig()
-    if args.config is not None:
-        try:
-            config = SFRConfig.from_json(args.config.read_text())
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"--config {args.config}: {error}") from error
+    config = _config(args.config)
     given = {"flow_weight": args.flow_weight, "seed": args.seed}
     config = SFRConfig.from_dict(config.to_dict() | {k: v for k, v in given.items() if v is not None})
     rate = (1e-4 if args.full else 1e-3) if args.lr is None else args.lr
@@ -81,12 +114,26 @@ def _train(args) -> int:
 
     finetune(
         TrainOptions(
-            data=args.data or PERSONAS, out=args.out, model=args.model, encoder=args.encoder, config=config,
+            data=args.data or PERSONAS, out=args.out, model=args.model, encoder=args.encoder, targets=args.targets,
+            config=config,
             objective=args.objective, full=args.full, epochs=args.epochs, max_steps=args.steps,
             batch_size=args.batch_size, accumulate=args.accumulate,
             learning_rate=rate, max_length=args.max_length,
             save_every=args.save_every, seed=config.seed, resume=args.resume, overwrite=args.overwrite,
             samples=args.samples,
+        )
+    )  # fmt: skip
+    return 0
+
+
+def _targets(args) -> int:
+    from .training.build_store import StoreOptions, build_store
+
+    build_store(
+        StoreOptions(
+            data=args.data, out=args.out, model=args.model, encoder=args.encoder, config=_config(args.config),
+            max_length=args.max_length, dtype=args.dtype, truncate_dim=args.truncate_dim, batch_size=args.batch_size,
+            devices=args.devices, engine=args.engine, workers=args.workers, overwrite=args.overwrite,
         )
     )  # fmt: skip
     return 0

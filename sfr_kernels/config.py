@@ -29,7 +29,9 @@ class SFRConfig:
     time_sampling    "stratified": a table of `num_times` jittered, stratified times a step, each row draws one;
                      "sequence": one uniform time per sequence.
     num_times        M, the size of that table.
-    segment_tokens   k, tokens of future text in a target; 0 means one target for the whole response.
+    segment          how far the text of a target goes: "tokens", k of them; "sentence", to the first end of a sentence
+                     at least `min_tokens` and at most k tokens ahead; "response", all of it, one target for every row.
+    segment_tokens   k, tokens of future text in a target; 0 means the same as segment="response".
     stride           tokens between anchors.
     min_tokens       shortest future text that gets a target.
     row_rule         which positions carry the flow loss: those whose "next_label" or whose "own_label" is supervised.
@@ -54,6 +56,7 @@ class SFRConfig:
     source_std: float = 1.0
     time_sampling: Literal["stratified", "sequence"] = "stratified"
     num_times: int = 256
+    segment: Literal["tokens", "sentence", "response"] = "tokens"
     segment_tokens: int = 256
     stride: int = 32
     min_tokens: int = 16
@@ -101,6 +104,11 @@ class SFRConfig:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must fit 64 bits, got {self.seed}")
+        if self.segment == "sentence" and self.segment_tokens == 0:
+            raise ValueError("segment_tokens must be at least 1 with segment='sentence', got 0")
+        if self.segment == "response" or self.segment_tokens == 0:  # two ways to say it, one value
+            object.__setattr__(self, "segment", "response")
+            object.__setattr__(self, "segment_tokens", 0)
         if self.loss == "cka" and self.segment_tokens != 0:
             raise ValueError(
                 f"segment_tokens must be 0 with loss='cka', which compares responses, got {self.segment_tokens}"

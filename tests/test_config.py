@@ -71,6 +71,7 @@ def test_json_round_trip_of_every_field():
         source_std=0.5,
         time_sampling="sequence",
         num_times=7,
+        segment="sentence",
         segment_tokens=9,
         stride=4,
         min_tokens=3,
@@ -155,3 +156,15 @@ def test_frozen_and_keyword_only():
     with pytest.raises(TypeError):
         SFRConfig("flow")
     assert hash(config) == hash(SFRConfig())
+
+
+def test_the_whole_response_can_be_said_in_two_ways():
+    assert (
+        SFRConfig(segment="response") == SFRConfig(segment_tokens=0) == SFRConfig(segment="response", segment_tokens=0)
+    )
+    assert SFRConfig(segment_tokens=0).segment == "response" and SFRConfig(segment="response").segment_tokens == 0
+    assert SFRConfig.from_json(SFRConfig(segment="response").to_json()) == SFRConfig(segment="response")
+    with pytest.raises(ValueError, match="segment_tokens must be at least 1 with segment='sentence'"):
+        SFRConfig(segment="sentence", segment_tokens=0)
+    with pytest.raises(ValueError, match="segment must be one of tokens, sentence, response"):
+        SFRConfig(segment="paragraph")

@@ -136,3 +136,58 @@ def test_smollm2_learns_and_the_saved_model_needs_nothing_of_this_package(tmp_pa
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) >= 4
     assert torch.is_grad_enabled()
+
+
+def test_targets_that_were_built_before_are_used_and_missing_ones_are_built(folder, tmp_path, capsys):
+    store, data = tmp_path / "store", ["--data", str(folder / "chats.jsonl"), "--model", str(folder / "model")]
+    assert main(["targets", *data, "--out", str(store), "--batch-size", "16"]) == 0
+    files = {p.name: p.stat().st_mtime_ns for p in store.iterdir()}
+    assert main(command(folder, tmp_path / "a", "--targets", str(store))) == 0
+    assert {p.name: p.stat().st_mtime_ns for p in store.iterdir()} == files
+    assert not (tmp_path / "a" / "targets").exists()
+    assert main(command(folder, tmp_path / "b", "--targets", str(tmp_path / "other"))) == 0
+    assert (tmp_path / "other" / "manifest.json").is_file()
+    for a, b in zip(history(tmp_path / "a"), history(tmp_path / "b"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)  # batches of 16 and of 64 texts round differently
+
+    # a store of something else is refused before anything is written, and never replaced
+    capsys.readouterr()
+    (tmp_path / "config.json").write_text('{"stride": 8}')
+    chats = write_chats(tmp_path / "chats.jsonl", [chat("Why?", "Because it is so.")] * 8)
+    cases = {
+        ("--config", str(tmp_path / "config.json")): "stride: stored 32, wanted 8",
+        ("--data", chats): "data.sha256",
+        ("--max-length", "50"): "data.max_length: stored",
+    }
+    for extra, message in cases.items():
+        assert main(command(folder, tmp_path / "c", "--targets", str(store), "--overwrite", *extra)) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "c").exists()
+    assert {p.name: p.stat().st_mtime_ns for p in store.iterdir()} == files
+
+
+def test_a_run_that_is_killed_while_targets_are_built_goes_on(folder, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-m", "sfr_kernels", *command(folder, out)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "run.json").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert main(command(folder, out, "--resume")) == 0
+
+
+def test_bad_options_of_the_targets_command(folder, tmp_path, capsys):
+    data = ["targets", "--data", str(folder / "chats.jsonl"), "--out", str(tmp_path / "s")]
+    (tmp_path / "mtp.json").write_text('{"loss": "mtp"}')
+    cases = {
+        ("--data", str(tmp_path / "absent")): "does not exist",
+        ("--batch-size", "0"): "--batch-size",
+        ("--truncate-dim", "999"): "truncate_dim",
+        ("--config", str(tmp_path / "mtp.json")): "mtp",
+        ("--engine", "ray", "--devices", "cpu"): "--devices",
+        ("--model", str(tmp_path / "absent")): "tokenizer of",
+    }
+    for extra, message in cases.items():
+        assert main([*data, *extra]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "s").exists()

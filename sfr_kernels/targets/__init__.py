@@ -1,8 +1,22 @@
 """Targets: the text ahead of each anchor, embedded once per data set and looked up by the collator."""
 
+from .build import build_targets
 from .collator import SFRCollator
+from .corpus import SampleList
 from .encoder import encode, load_encoder
+from .online import OnlineTargets
 from .segments import segment_texts
-from .store import TargetStore, build_targets
+from .shards import DamagedStore
+from .store import TargetStore
 
-__all__ = ["SFRCollator", "TargetStore", "build_targets", "encode", "load_encoder", "segment_texts"]
+__all__ = [
+    "DamagedStore",
+    "OnlineTargets",
+    "SFRCollator",
+    "SampleList",
+    "TargetStore",
+    "build_targets",
+    "encode",
+    "load_encoder",
+    "segment_texts",
+]

@@ -1,16 +1,20 @@
-"""Sentence embeddings from any sentence-transformers model."""
+"""Sentence embeddings from any sentence-transformers model, through its own API."""
 
 import hashlib
 import os
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
-from tqdm import tqdm
+
+CALL = 8  # batches in one call of the encoder: often enough for a progress bar, rarely enough to cost nothing
 
 
-def load_encoder(name_or_path: str, device: str | torch.device | None = None):
+def load_encoder(name_or_path: str, device: str | torch.device | None = None, truncate_dim: int | None = None):
     """The SentenceTransformer at a path, or of a name known to the local cache or the hub.
+
+    device        default: the library's choice.
+    truncate_dim  coordinates to keep, for encoders that were trained for it (Matryoshka).
 
     RuntimeError saying what to do if it cannot be loaded, for example offline.
     """
@@ -19,42 +23,89 @@ def load_encoder(name_or_path: str, device: str | torch.device | None = None):
     if os.path.sep in name_or_path and name_or_path.startswith((".", os.path.sep)) and not os.path.isdir(name_or_path):
         raise RuntimeError(f"encoder {name_or_path!r} cannot be loaded: there is no such folder")
     try:
-        return SentenceTransformer(name_or_path, device=None if device is None else str(device))
+        encoder = SentenceTransformer(
+            name_or_path, device=None if device is None else str(device), truncate_dim=truncate_dim
+        )
     except Exception as error:
         raise RuntimeError(
             f"encoder {name_or_path!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). Give "
             "the folder of a sentence-transformers model, or a name that is in the local cache or reachable"
         ) from error
+    whole = encoder.get_embedding_dimension()
+    if truncate_dim is not None and not 0 < truncate_dim <= whole:
+        raise ValueError(f"truncate_dim must be from 1 to the encoder's {whole}, got {truncate_dim}")
+    encoder.sfr_name = name_or_path
+    return encoder
 
 
-def fingerprint(encoder) -> str:
-    """What tells one encoder from another: a hash of its prompts and of a part of every weight."""
-    digest = hashlib.sha256(repr(sorted((encoder.prompts or {}).items())).encode())
+def describe_encoder(encoder) -> dict:
+    """What tells one encoder from another: its weights, modules, prompt and settings; and its name, for people."""
+    digest = hashlib.sha256()
     for name, value in encoder.state_dict().items():
-        digest.update(f"{name}{tuple(value.shape)}".encode())
-        digest.update(value.flatten()[:1024].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    modules = [f"{type(m).__name__} {_settings(m)}" for m in encoder.children()]
+    pooling = [m.get_config_dict().get("pooling_mode") for m in encoder.children() if type(m).__name__ == "Pooling"]
+    return {
+        "name": getattr(encoder, "sfr_name", None) or type(encoder).__name__,
+        "weights": digest.hexdigest()[:32],
+        "modules": hashlib.sha256(repr(modules).encode()).hexdigest()[:32],
+        "pooling": ", ".join(map(str, pooling)) or None,
+        "prompt": _document_prompt(encoder),
+        "max_seq_length": getattr(encoder, "max_seq_length", None),
+        "target_size": target_size(encoder),
+    }
+
+
+def _settings(module) -> str:
+    return repr(module.get_config_dict()) if hasattr(module, "get_config_dict") else ""
+
+
+def _document_prompt(encoder) -> str:
+    """The prompt that `encode_document` puts before each text."""
+    prompts = encoder.prompts or {}
+    names = ("document", "passage", "corpus", getattr(encoder, "default_prompt_name", None))
+    return next((prompts[name] for name in names if name in prompts), "")
+
+
+def target_size(encoder) -> int:
+    """d, after truncation."""
+    return getattr(encoder, "truncate_dim", None) or encoder.get_embedding_dimension()
 
 
 def encode(
     encoder,  # SentenceTransformer
-    texts: list[str],
+    texts: list[str | None],
     *,
-    batch_size: int = 32,
-    progress: bool = True,
-) -> Tensor:  # (len(texts), d) float32, unit norm; zero where the text is empty
-    """Embeds each distinct text once. ValueError if the encoder returns NaN."""
-    unique = sorted({text for text in texts if text}, key=lambda text: (len(text), text))
-    position = {text: i for i, text in enumerate(unique)}
-    size = encoder.get_embedding_dimension()
-    table = np.zeros((len(unique) + 1, size), np.float32)  # the last row stays zero, for empty texts
-    with tqdm(total=len(unique), desc="targets", unit="segment", disable=not progress) as bar:
-        for start in range(0, len(unique), batch_size):
-            batch = unique[start : start + batch_size]
-            table[start : start + len(batch)] = encoder.encode_document(
-                batch, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
-            )
-            bar.update(len(batch))
+    batch_size: int = 64,
+    pool: dict | None = None,  # of encoder.start_multi_process_pool(devices)
+    on_done: Callable[[int], None] | None = None,  # told how many of the texts are done since it was last called
+) -> np.ndarray:  # (len(texts), d) float32, unit norm; zero where the text is None
+    """Embeds each distinct text once, the longest first. ValueError if the encoder returns NaN.
+
+    The batches follow from the texts alone: with a pool, or without one, every text is embedded in the same company.
+    """
+    times: dict[str, int] = {}
+    for text in texts:
+        if text is not None:
+            times[text] = times.get(text, 0) + 1
+    unique = sorted(times, key=lambda text: (-len(text), text))
+    table = np.zeros((len(unique) + 1, target_size(encoder)), np.float32)  # the last row stays zero
+    options = dict(batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+    call = batch_size * CALL
+    if pool is not None and unique:
+        table[:-1] = encoder.encode_document(unique, pool=pool, chunk_size=call, **options)
+    for start in range(0, 0 if pool is not None else len(unique), call):
+        part = unique[start : start + call]
+        # As one tensor: numpy arrays would be fetched from a GPU batch by batch, which waits for each.
+        table[start : start + len(part)] = (
+            encoder.encode_document(part, convert_to_tensor=True, **options).float().cpu()
+        )
+        if on_done is not None:
+            on_done(sum(times[text] for text in part))
+    if on_done is not None:
+        on_done(len(texts) if pool is not None else len(texts) - sum(times.values()))
     if not np.isfinite(table).all():
         raise ValueError("the encoder returned NaN or infinite embeddings")
-    return torch.from_numpy(table[[position.get(text, len(unique)) for text in texts]])
+    position = {text: i for i, text in enumerate(unique)}
+    return table[[len(unique) if text is None else position[text] for text in texts]]

@@ -1,17 +1,124 @@
-"""The text of each anchor's segment."""
+"""The anchors of samples and the text of each anchor's segment (DESIGN section 1, Targets).
 
+Which positions are anchors is decided by `SupervisedRows.from_labels`; here many samples are laid end to end, so that
+one call finds the anchors of all of them, and the labels ahead of each anchor become text.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
-from ..rows import SupervisedRows
+from ..config import SFRConfig
+from ..rows import IGNORE_INDEX, SupervisedRows
+
+_PART = "\ufffd"  # what a decoder shows for a part of a character
+_LONGEST = 4  # bytes of a character: no more tokens than that share one
+# A stop, with closing quotes and brackets, before a space; a full-width stop; the end of a line.
+_SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s|$)|[。！？｡]+[」』”’)）]*|\n")
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The anchors of S samples, sample after sample."""
+
+    cu_anchors: Tensor  # (S + 1,) int64: sample i has anchors cu_anchors[i] to cu_anchors[i + 1]
+    positions: Tensor  # (A, 2) int32: where in its sample the labels of an anchor start and stop; equal: a zero target
+    label_hash: Tensor  # (S,) int64, of `hash_labels`
+    texts: list[str | None]  # A; None where the target is zero
+
+
+def segments_of(samples: Sequence[dict], config: SFRConfig, tokenizer) -> Segments:
+    """Anchors and texts of samples with "labels" and, where a sample is packed, "position_ids" that restart."""
+    lengths = torch.tensor([len(s["labels"]) for s in samples], dtype=torch.int64)
+    sample = torch.repeat_interleave(torch.arange(len(samples)), lengths)
+    start = lengths.cumsum(0) - lengths
+    labels = torch.tensor([x for s in samples for x in s["labels"]], dtype=torch.int64)
+    position = torch.arange(labels.numel()) - start[sample]
+    first = position == 0
+    for i, s in enumerate(samples):
+        if s.get("position_ids") is not None:
+            if len(s["position_ids"]) != len(s["labels"]):
+                raise ValueError(f"sample {i} has {len(s['labels'])} labels and {len(s['position_ids'])} position_ids")
+            first[start[i] : start[i] + lengths[i]] |= torch.tensor(s["position_ids"], dtype=torch.int64) == 0
+    rows = SupervisedRows.from_labels(labels[None], config, first.cumsum(0)[None])
+    owner = sample[rows.segments[:, 0]]
+    count = torch.bincount(owner, minlength=len(samples))
+    return Segments(
+        cu_anchors=torch.cat([count.new_zeros(1), count.cumsum(0)]),
+        positions=(rows.segments - start[owner][:, None]).int(),
+        label_hash=hash_labels(*(t[None] for t in (labels, position, sample, first)), len(samples), config),
+        texts=segment_texts(labels, rows, tokenizer, config),
+    )
+
+
+def hash_labels(
+    labels: Tensor,  # (S, L) int64, a sample a row; or (1, N), samples end to end
+    position: Tensor,  # like labels, int64, the place of each in its sample
+    sample: Tensor,  # (S, 1) int64, or like labels: the sample of each
+    first: Tensor,  # like labels, bool: begins a sample, or one that is packed into it
+    num_samples: int,
+    config: SFRConfig,
+) -> Tensor:  # (S,) int64
+    """A hash of each sample's supervised labels and their places: equal hashes, equal targets.
+
+    A label that nothing predicts (the first, but for the row rule "own_label") does not count: collators that pack
+    samples mask it.
+    """
+    counts = labels != IGNORE_INDEX
+    if config.row_rule == "next_label":
+        counts &= ~first
+    # Wrapping products of odd numbers with a shift between them, summed, so that the order of tokens is free.
+    mixed = (labels + 1).mul_(-7046029254386353131)
+    mixed ^= mixed >> 29
+    mixed *= (position * -4658895280553007688).sub_(7723592293110705685)
+    mixed ^= mixed >> 32
+    mixed *= counts
+    if sample.shape == (num_samples, 1):
+        return mixed.sum(1)
+    out = torch.zeros(num_samples, dtype=torch.int64, device=labels.device)
+    return out.index_add_(0, sample.reshape(-1), mixed.reshape(-1))
 
 
 def segment_texts(
-    labels: Tensor,  # (B, L), as given to SupervisedRows.from_labels
+    labels: Tensor,  # (B, L) or (N,), as given to SupervisedRows.from_labels
     rows: SupervisedRows,
     tokenizer,  # of the language model
-) -> list[str]:  # A texts; "" where the target is zero
-    """Decodes the future text of every anchor. Halves of a character at either end are left out."""
+    config: SFRConfig,
+) -> list[str | None]:  # A texts; None where the target is zero
+    """The future text of every anchor, without special tokens and without parts of characters at its ends."""
     flat = labels.reshape(-1).tolist()
-    pieces = [flat[start:stop] for start, stop in rows.segments.tolist()]
-    texts = tokenizer.batch_decode(pieces, skip_special_tokens=True) if pieces else []
-    return [text.strip("\ufffd").strip() for text in texts]
+    spans = rows.segments.tolist()
+    pieces = [flat[start:stop] for start, stop in spans if stop > start]
+    texts = _decode_whole(tokenizer, pieces)
+    if config.segment == "sentence":
+        heads = _decode(tokenizer, [piece[: config.min_tokens] for piece in pieces])
+        texts = [_first_sentence(text, len(head.rstrip(_PART))) for text, head in zip(texts, heads, strict=True)]
+    found = iter(texts)
+    return [next(found).strip() if stop > start else None for start, stop in spans]
+
+
+def _decode(tokenizer, pieces: list[list[int]]) -> list[str]:
+    return tokenizer.batch_decode(pieces, skip_special_tokens=True) if pieces else []
+
+
+def _decode_whole(tokenizer, pieces: list[list[int]]) -> list[str]:
+    """The text of each piece, less the tokens at its ends that hold a part of a character.
+
+    Parts beside whole characters of the same kind would spoil these too (byte fallback), so tokens go, not text.
+    """
+    pieces, texts = list(pieces), _decode(tokenizer, pieces)
+    for _ in range(_LONGEST - 1):
+        broken = [i for i, text in enumerate(texts) if text.startswith(_PART) or text.endswith(_PART)]
+        for i in broken:
+            pieces[i] = pieces[i][texts[i].startswith(_PART) : len(pieces[i]) - texts[i].endswith(_PART)]
+        for i, text in zip(broken, _decode(tokenizer, [pieces[i] for i in broken]), strict=True):
+            texts[i] = text
+    return [text.strip(_PART) for text in texts]
+
+
+def _first_sentence(text: str, least: int) -> str:
+    """Up to the first end of a sentence that is not before `least` characters; all of it if there is none."""
+    return next((text[: end.end()] for end in _SENTENCE_END.finditer(text) if end.end() >= least), text)

@@ -1,28 +1,25 @@
 """`TargetStore`: the embeddings of a data set's segments, made once, looked up by sample.
 
-On disk a folder of `targets.safetensors` (embeddings, cu_anchors) and `manifest.json`, which says what they were made
-from; a folder whose manifest differs from what training is about to use is refused with every difference named.
+On disk a folder of shards and `manifest.json`. Shards are mapped, not read, so opening takes no time and any number of
+dataloader workers and ranks share the memory; nothing is written after the build.
 """
 
-import hashlib
-import json
 import os
-import shutil
-import tempfile
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import SFRConfig
-from ..rows import SupervisedRows
-from .encoder import encode, fingerprint
-from .segments import segment_texts
+from .encoder import describe_encoder
+from .manifest import differences, read_manifest, segment_rules, tokenizer_hash
+from .shards import Shard, is_whole
 
-FORMAT = 1
+NO_TARGETS = -1  # the sample_id of a sample that trains on cross-entropy alone
 
 
 class TargetStore:
@@ -30,113 +27,102 @@ class TargetStore:
 
     def __init__(
         self,
-        embeddings: Tensor,  # (A, d) float32, unit norm or zero
+        embeddings: Tensor,  # (A, d) floating point, unit norm or zero
         cu_anchors: Tensor,  # (S + 1,) int64: sample i has rows cu_anchors[i] to cu_anchors[i + 1]
-        manifest: dict[str, Any] | None = None,
     ):
+        """A store in memory, of embeddings that come from elsewhere. `TargetStore.open` and `build_targets` read and
+        make one on disk."""
         if embeddings.dim() != 2 or not embeddings.is_floating_point():
             raise ValueError(f"embeddings must be (A, d) floating point, got {tuple(embeddings.shape)}")
         if not torch.isfinite(embeddings).all():
             raise ValueError("embeddings contain NaN or infinite values")
         if cu_anchors.dim() != 1 or cu_anchors.numel() < 1 or cu_anchors[-1] != embeddings.shape[0]:
             raise ValueError(f"cu_anchors must be (S + 1,) and end at A = {embeddings.shape[0]}")
-        self.embeddings, self.cu_anchors, self.manifest = embeddings, cu_anchors, manifest or {}
-        self._cu = cu_anchors.tolist()
+        shard = Shard({"embeddings": embeddings, "cu_anchors": cu_anchors})
+        self._set([shard], [0, cu_anchors.numel() - 1], embeddings.shape[1], {})
 
-    @property
-    def target_size(self) -> int:
-        return self.embeddings.shape[1]
-
-    def __len__(self) -> int:
-        return len(self._cu) - 1
-
-    def lookup(self, sample_ids: Sequence[int]) -> Tensor:
-        """The embeddings (A', d) of the samples' anchors, sample after sample."""
-        for i in sample_ids:
-            if not 0 <= i < len(self):
-                raise IndexError(f"sample_id {i} is outside the store's {len(self)} samples")
-        if not sample_ids:
-            return self.embeddings[:0]
-        return torch.cat([self.embeddings[self._cu[i] : self._cu[i + 1]] for i in sample_ids])
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes the store; a reader sees the whole of it or nothing."""
-        folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            tensors = {"embeddings": self.embeddings.contiguous(), "cu_anchors": self.cu_anchors}
-            save_file(tensors, partial / "targets.safetensors")
-            (partial / "manifest.json").write_text(json.dumps(self.manifest, indent=2) + "\n")
-            if folder.exists():
-                shutil.rmtree(folder)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    def _set(self, shards: list[Shard], cu_samples: list[int], target_size: int, manifest: dict[str, Any]) -> None:
+        self.shards, self._cu_samples = shards, cu_samples
+        self.target_size, self.manifest = target_size, manifest
 
     @classmethod
-    def load(cls, folder: str | os.PathLike, expected: dict[str, Any] | None = None) -> "TargetStore":
-        """Reads a store. With `expected`, ValueError naming every field of the manifest that differs."""
+    def open(
+        cls,
+        folder: str | os.PathLike,
+        config: SFRConfig | None = None,
+        *,
+        tokenizer=None,
+        encoder=None,
+        data: dict[str, Any] | None = None,
+    ) -> "TargetStore":
+        """The store in `folder`, compared with whatever is given of what it is about to be used with.
+
+        data  the fingerprint of the samples, as in the manifest.
+
+        ValueError naming every difference; FileNotFoundError if there is no store, or no whole one yet.
+        """
         folder = Path(folder)
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if expected is not None:
-            differences = [
-                f"{key}: stored {manifest.get(key)!r}, wanted {expected.get(key)!r}"
-                for key in sorted(set(manifest) | set(expected))
-                if manifest.get(key) != expected.get(key)
-            ]
-            if differences:
-                raise ValueError(f"the targets in {folder} were made differently: {'; '.join(differences)}")
-        tensors = load_file(folder / "targets.safetensors")
-        return cls(tensors["embeddings"], tensors["cu_anchors"], manifest)
+        manifest = read_manifest(folder)
+        wanted = {
+            **({} if config is None else {"segments": segment_rules(config)}),
+            **({} if tokenizer is None else {"tokenizer": tokenizer_hash(tokenizer)}),
+            **({} if encoder is None else {"encoder": describe_encoder(encoder)}),
+            **({} if data is None else {"data": data}),
+        }
+        if found := differences(manifest, wanted):
+            raise ValueError(f"the targets in {folder} were made differently: {'; '.join(found)}")
+        size, dtype = manifest["encoder"]["target_size"], manifest["dtype"]
+        store = cls.__new__(cls)
+        shards = [Shard(None, folder / r["file"], r, dtype, size) for r in manifest["shards"]]
+        cu_samples = [0, *accumulate(r["samples"] for r in manifest["shards"])]
+        store._set(shards, cu_samples, size, manifest)
+        return store
 
+    def __len__(self) -> int:
+        return self._cu_samples[-1]
 
-def manifest_of(samples: Sequence[dict], config: SFRConfig, encoder) -> dict[str, Any]:
-    """What decides a store's content: the labels, how they are cut into segments, and the encoder."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(len(sample["labels"]).to_bytes(8, "little"))
-        digest.update(torch.tensor(sample["labels"], dtype=torch.int64).numpy().tobytes())
-    names = ("segment_tokens", "stride", "min_tokens", "row_rule", "anchor_rule")
-    cut = {name: getattr(config, name) for name in names}
-    return {
-        "format": FORMAT,
-        "encoder": fingerprint(encoder),
-        "samples": len(samples),
-        "labels": digest.hexdigest(),
-        **cut,
-    }
+    def check(self, config: SFRConfig) -> None:
+        """ValueError naming every difference if the store was made by other segment rules than the config's."""
+        if self.manifest and (found := differences(self.manifest, {"segments": segment_rules(config)})):
+            raise ValueError(f"targets were made differently: {'; '.join(found)}")
 
+    def lookup(self, sample_ids: Sequence[int]) -> Tensor:
+        """The embeddings (A', d) of the samples' anchors, sample after sample; float32, or float16 if kept as such or
+        as int8. Samples whose id is −1 have none."""
+        parts = []
+        for i in sample_ids:
+            if i != NO_TARGETS:
+                shard, local = self._place(i)
+                parts.append(shard.embeddings(local))
+        if not parts:
+            return torch.zeros(0, self.target_size)
+        return torch.cat(parts)
 
-def build_targets(
-    samples: Sequence[dict],  # each with "labels", a list of ints
-    config: SFRConfig,
-    tokenizer,
-    encoder,  # SentenceTransformer
-    *,
-    folder: str | os.PathLike | None = None,
-    replace: bool = False,
-    progress: bool = True,
-) -> TargetStore:
-    """Embeds the segments of every sample; with `folder`, kept there and read back when nothing has changed.
+    def label_hashes(self, sample_ids: Sequence[int]) -> list[int] | None:
+        """What `hash_labels` gave for the samples when their targets were made; None if that is not known."""
+        found = []
+        for i in sample_ids:
+            if i == NO_TARGETS:
+                found.append(0)
+                continue
+            shard, local = self._place(i)
+            if "label_hash" not in shard.tensors():
+                return None
+            found.append(int(shard.tensors()["label_hash"][local]))
+        return found
 
-    A folder whose targets were made differently is a ValueError, or made anew with `replace`.
-    """
-    manifest = manifest_of(samples, config, encoder)
-    if folder is not None and (Path(folder) / "manifest.json").is_file():
-        try:
-            return TargetStore.load(folder, manifest)
-        except ValueError:
-            if not replace:
-                raise
-    texts, counts = [], []
-    for sample in samples:
-        labels = torch.tensor(sample["labels"], dtype=torch.int64).reshape(1, -1)
-        found = segment_texts(labels, SupervisedRows.from_labels(labels, config), tokenizer)
-        texts += found
-        counts.append(len(found))
-    cu_anchors = torch.tensor([0, *counts], dtype=torch.int64).cumsum(0)
-    store = TargetStore(encode(encoder, texts, progress=progress), cu_anchors, manifest)
-    if folder is not None:
-        store.save(folder)
-    return store
+    def positions(self, sample_id: int) -> Tensor:
+        """(A', 2): where in the sample the labels behind each embedding start and stop."""
+        shard, local = self._place(sample_id)
+        start, stop = shard.span(local)
+        return shard.tensors()["positions"][start:stop]
+
+    def damaged(self) -> list[Path]:
+        """The shards that are not, byte for byte, what the manifest says. Reads the whole store."""
+        return [s.path for s in self.shards if s.path is not None and not is_whole(s.path, s.record)]
+
+    def _place(self, sample_id: int) -> tuple[Shard, int]:
+        if not 0 <= sample_id < len(self):
+            raise IndexError(f"sample_id {sample_id} is outside the store's {len(self)} samples")
+        index = bisect_right(self._cu_samples, sample_id) - 1
+        return self.shards[index], sample_id - self._cu_samples[index]

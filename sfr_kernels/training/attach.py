@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..config import SFRConfig
 from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from ..ops import SFROutput
-from ..targets.store import TargetStore
+from ..targets import OnlineTargets, TargetStore
 from .attachment import Attachment, BatchInputs, CrossEntropyAttachment, SFRModelOutput, attachment_of
 from .checkpoint import pairing, save_head
 
@@ -47,7 +47,7 @@ def base_of(model: nn.Module) -> nn.Module:
 def attach(
     model: nn.Module,
     head_or_config: VelocityHead | SFRConfig | SFRLoss | LinearCrossEntropy | None = None,
-    targets: TargetStore | None = None,
+    targets: TargetStore | OnlineTargets | None = None,
     *,
     objective: str = "sfr",
     target_size: int | None = None,
@@ -59,7 +59,7 @@ def attach(
                     sizes), or an SFRLoss, which is both. With objective "ce", nothing, or a LinearCrossEntropy for its
                     options.
     targets         the store of the data set: says how wide the head must be, and lets a batch that has `sample_id`
-                    but no rows and targets look them up.
+                    but no rows and targets look them up. Or OnlineTargets, which embed the texts of a batch.
     objective       "sfr", or "ce": cross-entropy alone, fused, for people who want only that.
     target_size     d, where there is no store.
 
@@ -142,7 +142,9 @@ def output_linear(base: nn.Module) -> nn.Linear:
     return out
 
 
-def _objective(given, linear: nn.Linear, targets: TargetStore | None, target_size: int | None) -> SFRLoss:
+def _objective(
+    given, linear: nn.Linear, targets: TargetStore | OnlineTargets | None, target_size: int | None
+) -> SFRLoss:
     if isinstance(given, SFRLoss):
         return given
     if isinstance(given, VelocityHead):
@@ -162,7 +164,7 @@ def _objective(given, linear: nn.Linear, targets: TargetStore | None, target_siz
     return SFRLoss(given, VelocityHead.from_config(given, linear.in_features, target_size))
 
 
-def _cross_entropy(given, targets: TargetStore | None) -> CrossEntropyAttachment:
+def _cross_entropy(given, targets) -> CrossEntropyAttachment:
     if targets is not None:
         raise ValueError("targets have no meaning with objective='ce'")
     if not isinstance(given, LinearCrossEntropy | None):
@@ -172,8 +174,10 @@ def _cross_entropy(given, targets: TargetStore | None) -> CrossEntropyAttachment
     return CrossEntropyAttachment(LinearCrossEntropy() if given is None else given)
 
 
-def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets: TargetStore | None) -> None:
+def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -> None:
     """Errors for a head that does not fit the model or the targets; moves it to the model."""
+    if targets is not None and sfr.config.loss != "mtp":
+        targets.check(sfr.config)
     if sfr.head is None:
         return
     shape = sfr.head.shape

@@ -4,6 +4,7 @@ Both kinds answer the same questions: which inputs of a forward the loss takes, 
 lm_head's weight.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..ops import SFROutput, linear_cross_entropy
 from ..ops.times import step_seed
 from ..rows import SupervisedRows
 from ..targets.collator import sfr_inputs
+from ..targets.online import OnlineTargets, PendingTargets
 from ..targets.store import TargetStore
 
 
@@ -33,7 +35,7 @@ class BatchInputs:
 
     labels: Tensor | None
     rows: SupervisedRows | None
-    targets: Tensor | None
+    targets: Tensor | list[str | None] | None
     times: Tensor | None
     seed: int | Tensor | None
     sample_id: Tensor | list | None
@@ -52,7 +54,7 @@ class BatchInputs:
 class Attachment(SFRLoss):
     """The SFR objective."""
 
-    def __init__(self, loss: SFRLoss, store: TargetStore | None):
+    def __init__(self, loss: SFRLoss, store: TargetStore | OnlineTargets | None):
         super().__init__(loss.config, loss.head, **loss.options)
         self.store = store
         self.flow_weight = loss.config.flow_weight
@@ -71,21 +73,33 @@ class Attachment(SFRLoss):
         """The loss's arguments: rows and targets from the call where given, else from labels and the store."""
         batch.check()
         mtp = self.config.loss == "mtp"
-        if batch.rows is None and batch.sample_id is not None and (self.store is not None or mtp):
-            ids = batch.sample_id.tolist() if isinstance(batch.sample_id, Tensor) else list(batch.sample_id)
+        online = isinstance(self.store, OnlineTargets) and not mtp
+        if batch.rows is None and (online or (batch.sample_id is not None and (self.store is not None or mtp))):
+            ids = batch.sample_id
+            if ids is not None:
+                ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
             found = sfr_inputs({"labels": batch.labels, **batch.others}, ids, self.config, self.store)
         else:
             rows = SupervisedRows.from_labels(batch.labels, self.config) if batch.rows is None else batch.rows
             found = {"rows": rows, "targets": rows.labels if mtp else batch.targets}
+        if online and isinstance(found["targets"], Sequence):
+            # Begun before the decoder's forward, and waited for after it.
+            found["targets"] = self.store.start(found["targets"], found["rows"].device)
         if found["targets"] is None:
             raise ValueError(
                 f"targets must be given for loss={self.config.loss!r}: use SFRCollator, or pass sample_id to a model "
                 "attached with a TargetStore"
             )
+        if isinstance(found["targets"], Sequence):
+            raise ValueError("targets are texts, which only a model attached with OnlineTargets can embed")
         seed = self.seed() if batch.seed is None else batch.seed
         return found | dict(
             times=batch.times, seed=seed, normalizer=batch.num_items_in_batch, flow_weight=self.flow_weight
         )
+
+    def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:
+        targets = targets.wait() if isinstance(targets, PendingTargets) else targets
+        return super().forward(hidden, weight, rows, targets, *args, **options)
 
     def record(self, out: SFROutput) -> None:
         """Adds to the running sums, on the device."""

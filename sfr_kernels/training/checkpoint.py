@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,26 +10,11 @@ import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
+from ..atomic import write_atomically
 from ..config import SFRConfig
 from ..modules import SFRLoss, VelocityHead
 
 HEAD_FILE, CONFIG_FILE = "sfr_head.safetensors", "sfr_config.json"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds either what it held or all of `data`, whenever the process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(partial, 0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def pairing(model: nn.Module) -> str:

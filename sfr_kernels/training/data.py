@@ -55,23 +55,29 @@ def read_chats(path: str | os.PathLike) -> list[Example]:
     examples = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason})") from error
-            examples.append(_parse(text, f"{path}:{number}"))
+            where = f"{path}:{number}"
+            examples.append(parse_chat(read_line(line, where), where))
     if not examples:
         raise ValueError(f"{path}: the file is empty")
     return examples
 
 
-def _parse(line: str, where: str) -> Example:
-    if not line.strip():
+def read_line(line: bytes, where: str) -> dict:
+    """The JSON object of a line. ValueError naming it where there is none."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 ({error.reason})") from error
+    if not text.strip():
         raise ValueError(f"{where}: the line is empty")
     try:
-        value = json.loads(line)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
+
+
+def parse_chat(value: dict, where: str) -> Example:
+    """The conversation in a line's value. ValueError naming the line for anything that is not one."""
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not messages:
         raise ValueError(f'{where}: needs "messages", a list of {{"role", "content"}}')

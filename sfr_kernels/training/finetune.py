@@ -14,16 +14,19 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 from transformers.utils import logging as hf_logging
 
+from ..atomic import write_atomically
 from ..config import SFRConfig
 from ..evaluation.generate import generate
 from ..evaluation.held_out import frozen_flow_loss, held_out_losses
 from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
+from ..targets.manifest import FILE as MANIFEST
 from .attach import attach, detach, output_linear
 from .attachment import attachment_of
 from .callbacks import SFRCallback
-from .checkpoint import save_head, write_atomically
+from .checkpoint import save_head
+from .corpus import ChatFile
 from .data import Example, Tokenized, read_chats, split_by_prompt, tokenize
-from .models import encoder_path, load_model
+from .models import MINILM, encoder_path, load_model
 from .report import ProgressBar, loss_curves, samples_table
 
 WARMUP = 5  # steps of rising learning rate
@@ -36,7 +39,8 @@ class TrainOptions:
     data: Path
     out: Path
     model: str
-    encoder: str
+    encoder: str | None  # None: that of the targets, if there are any, else the packaged one
+    targets: Path | None  # a store's folder; None: targets in `out`
     config: SFRConfig
     objective: str  # "sfr" or "ce"
     full: bool
@@ -65,6 +69,7 @@ class TrainOptions:
         """What must not change when a run is resumed."""
         content = hashlib.sha256(self.data.read_bytes()).hexdigest()
         values = asdict(self) | {"data": str(self.data), "sha256": content, "config": self.config.to_dict()}
+        values["targets"] = self.targets and str(self.targets)
         return {k: v for k, v in values.items() if k not in ("out", "resume", "overwrite", "save_every", "samples")}
 
 
@@ -93,12 +98,15 @@ def finetune(options: TrainOptions) -> Path:
     _check_ids(data, model, examples)
     train, held_out, prompts = _split(examples, data)
     sfr = options.objective == "sfr"
-    encoder = load_encoder(encoder_path(options.encoder), device) if sfr and options.config.loss != "mtp" else None
+    store = encoder = None
+    if sfr and options.config.loss != "mtp":
+        corpus = ChatFile(options.data, tokenizer, context)
+        store, encoder = _open_targets(options, corpus, tokenizer, device)
 
     _start_folder(options)
-    store = None
     if encoder is not None:
-        store = _targets(options, data, tokenizer, encoder, len(examples))
+        folder = _targets_folder(options)
+        store = build_targets(corpus, options.config, tokenizer, encoder, folder=folder, replace=options.overwrite)
         del encoder
     collator = DataCollatorForSeq2Seq(tokenizer)
     collate = SFRCollator(options.config, store, collator) if sfr else _without_sample_id(collator)
@@ -231,12 +239,27 @@ def _split(examples: list[Example], data: Tokenized):
     return [sample[i] for i in train_ids if i in sample], [sample[i] for i in held_ids if i in sample], shown
 
 
-def _targets(options: TrainOptions, data: Tokenized, tokenizer, encoder, count: int) -> TargetStore:
-    """The store of every example of the file, by its index there; made anew if what is kept does not fit."""
-    by_id = {s["sample_id"]: s for s in data.samples}
-    samples = [by_id.get(i, {"labels": []}) for i in range(count)]
-    folder = options.out / "targets"
-    return build_targets(samples, options.config, tokenizer, encoder, folder=folder, replace=options.overwrite)
+def _targets_folder(options: TrainOptions) -> Path:
+    return options.targets or options.out / "targets"
+
+
+def _open_targets(options: TrainOptions, corpus: ChatFile, tokenizer, device: torch.device):
+    """The store of every example of the file, by its index there; or, where it is to be built, the encoder.
+
+    ValueError naming every difference if there are other targets, unless they are the run's own and it starts anew.
+    """
+    folder, encoder = _targets_folder(options), None
+    if options.encoder is not None or not (folder / MANIFEST).is_file():
+        encoder = load_encoder(encoder_path(options.encoder or MINILM), device)
+    try:
+        found = TargetStore.open(folder, options.config, tokenizer=tokenizer, encoder=encoder, data=corpus.fingerprint)
+        return found, None
+    except FileNotFoundError:
+        return None, encoder
+    except ValueError:
+        if options.targets is not None or not options.overwrite:
+            raise
+        return None, encoder or load_encoder(encoder_path(MINILM), device)
 
 
 def _trainable(model, options: TrainOptions):

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 SMOLLM2 = "smollm2-135m-instruct"
 MINILM = "all-minilm-l6-v2"
@@ -67,6 +67,16 @@ def _convert_gguf(source: Path, folder: Path) -> None:
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_tokenizer(name: str) -> tuple[object, int | None]:
+    """The tokenizer of a causal LM, and the longest context of the model if it says one."""
+    path = model_path(name)
+    try:
+        tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(f"tokenizer of {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return tokenizer, getattr(config, "max_position_embeddings", None)
 
 
 def load_model(name: str, device: torch.device, dtype: torch.dtype):

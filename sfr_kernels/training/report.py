@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from .checkpoint import write_atomically
+from ..atomic import write_atomically
 from .data import Example
 
 

@@ -1,0 +1,253 @@
+"""Building a store: every shard is encoded on its own, and is on disk before the next one is begun.
+
+What a shard holds follows from its samples alone, so whoever encodes it writes the same bytes, and no process has to
+know of another: each takes its share of the shards, leaves a record beside each, and whoever finds all records there
+writes the manifest. A build that was killed goes on at the first shard without a record.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..atomic import PARTIAL, write_atomically
+from ..config import SFRConfig
+from .corpus import Corpus, SampleList
+from .encoder import describe_encoder, encode
+from .manifest import FILE, Identity, differences, read_manifest, segment_rules, tokenizer_hash, write_manifest
+from .segments import Segments, segments_of
+from .shards import DTYPES, is_whole, shard_of, write_shard
+from .store import TargetStore
+
+BATCH_SIZE = 64  # texts the encoder embeds at once
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A store that is to be in `folder`."""
+
+    folder: Path
+    identity: Identity
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.identity.cu_samples) - 1
+
+    def shard(self, i: int) -> Path:
+        return self.folder / f"targets-{self.identity.key}-{i:06}.safetensors"
+
+    @property
+    def records(self) -> Path:
+        return self.folder / f".building-{self.identity.key}"
+
+    @property
+    def replaced(self) -> Path:
+        """The shards of the store this one takes the place of, to be removed once it has."""
+        return self.records / "replaced.json"
+
+    def record(self, i: int) -> dict | None:
+        """The record of a finished shard. None if it is not finished, or not what its record says."""
+        try:
+            record = json.loads((self.records / f"{i:06}.json").read_text())
+            return record if self.shard(i).stat().st_size == record["bytes"] else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def missing(self) -> list[int]:
+        """The shards that are not finished; none of a store that is whole."""
+        manifest = self.manifest()
+        if manifest is not None and not differences(manifest, self.identity.fields()):
+            return []
+        return [i for i in range(self.num_shards) if self.record(i) is None]
+
+    def manifest(self) -> dict | None:
+        """The manifest that is in the folder, of this store or of another; None if there is none."""
+        return read_manifest(self.folder) if (self.folder / FILE).is_file() else None
+
+
+def plan_targets(
+    corpus: Corpus, config: SFRConfig, tokenizer, encoder, folder: Path, dtype: str, batch_size: int, replace: bool
+) -> Plan:
+    """What is to be built. ValueError naming every difference if the folder has another store, unless `replace`."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    rules, tokens = segment_rules(config), tokenizer_hash(tokenizer)
+    identity = Identity(
+        describe_encoder(encoder), tokens, rules, corpus.fingerprint, dtype, batch_size, corpus.cu_samples
+    )
+    plan = Plan(folder, identity)
+    try:
+        manifest = plan.manifest()
+    except ValueError:
+        if not replace:
+            raise
+    else:
+        if manifest is not None and not replace and (found := differences(manifest, identity.fields())):
+            raise ValueError(f"the targets in {folder} were made differently: {'; '.join(found)}")
+    return plan
+
+
+def repair(plan: Plan) -> list[int]:
+    """Reads every shard of a whole store; one that is damaged is to be built again. Returns their indices.
+
+    The others' records are put back, so that nothing but the damaged shards is encoded.
+    """
+    manifest = plan.manifest()
+    if manifest is None or differences(manifest, plan.identity.fields()):
+        return []
+    names = [plan.shard(i).name for i in range(plan.num_shards)]
+    if [record["file"] for record in manifest["shards"]] != names:
+        return []
+    damaged = [i for i, record in enumerate(manifest["shards"]) if not is_whole(plan.shard(i), record)]
+    if damaged:
+        for i, record in enumerate(manifest["shards"]):
+            if i not in damaged:
+                _write_record(plan, i, record)
+        (plan.folder / FILE).unlink()
+    return damaged
+
+
+class _Segments(Dataset):
+    """The segments of each of the shards that are to be encoded; an error in place of those that have none."""
+
+    def __init__(self, corpus: Corpus, config: SFRConfig, tokenizer, shards: list[int]):
+        self.corpus, self.config, self.tokenizer, self.shards = corpus, config, tokenizer, shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: int) -> tuple[int, Segments | Exception]:
+        shard = self.shards[index]
+        try:
+            return shard, segments_of(self.corpus.read(shard), self.config, self.tokenizer)
+        except Exception as error:  # raised where it is read; a worker process would wrap it in a traceback
+            return shard, error
+
+
+def _alone(_worker: int) -> None:
+    """One thread for a worker process: the encoder's process has the others."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def prepared(corpus: Corpus, config: SFRConfig, tokenizer, shards: list[int]) -> Iterator[tuple[int, Segments]]:
+    """The segments of the shards, the next ones made by another process while one is being encoded."""
+    data = _Segments(corpus, config, tokenizer, shards)
+    ahead = dict(num_workers=1, prefetch_factor=2, worker_init_fn=_alone) if len(shards) > 1 else {}
+    # A generator of its own: building targets must not move the random numbers of a training run.
+    for shard, found in DataLoader(data, batch_size=None, generator=torch.Generator(), **ahead):
+        if isinstance(found, Exception):
+            raise found
+        yield shard, found
+
+
+def build_shards(
+    plan: Plan, corpus: Corpus, config: SFRConfig, tokenizer, encoder, shards: list[int], *,
+    pool: dict | None = None, progress: bool = True,
+) -> None:  # fmt: skip
+    """Encodes and writes the shards, with a bar of segments."""
+    identity = plan.identity
+    lengths = {i: identity.cu_samples[i + 1] - identity.cu_samples[i] for i in shards}
+    segments = samples = 0
+    with tqdm(desc="targets", unit="segment", disable=not progress or not shards, smoothing=0.1) as bar:
+        for shard, found in prepared(corpus, config, tokenizer, shards):
+            segments, samples = segments + len(found.texts), samples + lengths[shard]
+            bar.total = round(segments / samples * sum(lengths.values()))  # of the rest as many a sample as so far
+            write(plan, shard, found, encoder, pool=pool, on_done=bar.update)
+
+
+def write(plan: Plan, shard: int, found: Segments, encoder, *, pool=None, on_done=None) -> None:
+    """Encodes and writes one shard, then its record."""
+    identity = plan.identity
+    embeddings = encode(encoder, found.texts, batch_size=identity.batch_size, pool=pool, on_done=on_done)
+    try:
+        _write_record(plan, shard, write_shard(plan.shard(shard), shard_of(found, embeddings, identity.dtype)))
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}; what is finished is kept, and the same command goes on from there"
+        ) from error
+
+
+def _write_record(plan: Plan, shard: int, record: dict) -> None:
+    write_atomically(plan.records / f"{shard:06}.json", json.dumps(record).encode())
+
+
+def finish(plan: Plan) -> bool:
+    """Writes the manifest if every shard is there: the store takes the place of the one in the folder, if any, whose
+    shards are then removed. False if some are still to come."""
+    try:
+        old = plan.manifest()
+    except ValueError:  # damaged: which files were its is not known
+        old = None
+    identity = plan.identity.fields()
+    if old is None or differences(old, identity):
+        records = [plan.record(i) for i in range(plan.num_shards)]
+        if None in records:
+            return False
+        kept = {record["file"] for record in records}
+        replaced = [r["file"] for r in old["shards"] if r["file"] not in kept] if old else []
+        try:
+            write_atomically(plan.replaced, json.dumps(replaced).encode())
+            write_manifest(plan.folder, identity | {"anchors": sum(r["anchors"] for r in records), "shards": records})
+        except FileNotFoundError:  # another process was first, and has cleared up behind all of them
+            if differences(plan.manifest() or {}, identity):
+                raise
+    with contextlib.suppress(FileNotFoundError):
+        for name in json.loads(plan.replaced.read_text()):
+            (plan.folder / name).unlink(missing_ok=True)
+    shutil.rmtree(plan.records, ignore_errors=True)
+    for name in (f"targets-{plan.identity.key}", FILE):
+        for partial in plan.folder.glob(f"{PARTIAL}{name}-*"):
+            partial.unlink(missing_ok=True)  # of processes that were killed
+    return True
+
+
+def share() -> tuple[int, int]:
+    """This process's rank and the number of processes, as torchrun and accelerate launch tell them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def build_targets(
+    samples: Sequence[dict] | Corpus,  # each with "labels"; with "position_ids" that restart where it is packed
+    config: SFRConfig,
+    tokenizer,
+    encoder,  # SentenceTransformer
+    *,
+    folder: str | os.PathLike,
+    dtype: str = "float16",
+    batch_size: int = BATCH_SIZE,
+    replace: bool = False,
+    verify: bool = False,
+    pool: dict | None = None,
+    progress: bool = True,
+) -> TargetStore:
+    """The store of the segments of every sample: built in `folder`, or opened there if nothing has changed.
+
+    dtype    of the embeddings: float16, float32, or int8 with a scale for each.
+    replace  builds anew where the folder has other targets, which stay until the new ones are whole; otherwise
+             ValueError naming every difference.
+    verify   reads all of a store that is there, and makes shards that are damaged again.
+    pool     of `encoder.start_multi_process_pool(devices)`, to encode on several devices.
+
+    Under torchrun or accelerate launch every process builds its share, and returns when all are done. A build that was
+    stopped goes on where it was.
+    """
+    corpus = samples if hasattr(samples, "cu_samples") else SampleList(samples)
+    plan = plan_targets(corpus, config, tokenizer, encoder, Path(folder), dtype, batch_size, replace)
+    if verify:
+        repair(plan)
+    rank, world = share()
+    shards = [i for i in plan.missing() if i % world == rank]
+    build_shards(plan, corpus, config, tokenizer, encoder, shards, pool=pool, progress=progress and rank == 0)
+    while not finish(plan):
+        time.sleep(0.2)  # for the other processes; torchrun ends this one if one of them fails
+    return TargetStore.open(folder)

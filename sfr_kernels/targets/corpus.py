@@ -1,0 +1,43 @@
+"""Where samples come from: a corpus is cut into shards, each of which can be read on its own."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..rows import IGNORE_INDEX
+
+SHARD_TOKENS = 131072  # supervised tokens: 4096 anchors at the default stride, 8 MiB of float16 at d = 1024
+
+
+class Corpus(Protocol):
+    """Samples, shard by shard. Must be picklable, and read the same wherever it is."""
+
+    cu_samples: list[int]  # shard i has samples cu_samples[i] to cu_samples[i + 1]; the last is their number
+    fingerprint: dict[str, Any]  # of every sample, JSON
+
+    def read(self, shard: int) -> list[dict]:
+        """The samples of a shard: "labels", and "position_ids" that restart where a sample is packed."""
+
+
+class SampleList:
+    """A sequence of samples as it is: a list, or a map-style data set that fetches a sample when it is asked."""
+
+    def __init__(self, samples: Sequence[dict], shard_tokens: int = SHARD_TOKENS):
+        self.samples = samples
+        self.cu_samples, digest, tokens = [0], hashlib.sha256(), 0
+        for i in range(len(samples)):
+            sample = samples[i]
+            for name in ("labels", "position_ids"):
+                if (values := sample.get(name)) is not None:
+                    values = np.asarray(values, dtype=np.int64)
+                    digest.update(f"{name} {values.size} ".encode() + values.tobytes())
+            tokens += int((np.asarray(sample["labels"]) != IGNORE_INDEX).sum())
+            if tokens >= shard_tokens or i + 1 == len(samples):
+                self.cu_samples.append(i + 1)
+                tokens = 0
+        self.fingerprint = {"labels": digest.hexdigest()}
+
+    def read(self, shard: int) -> list[dict]:
+        return [self.samples[i] for i in range(*self.cu_samples[shard : shard + 2])]

@@ -1,0 +1,121 @@
+"""What a store was made from, what it holds, and whether that is what someone is about to use.
+
+`manifest.json` is written last, so a folder with one is a whole store. Its own checksum is its field "checksum".
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..atomic import write_atomically
+from ..config import SFRConfig
+from .shards import DamagedStore
+
+FORMAT = 2
+FILE = "manifest.json"
+_INFORMS = ("name", "file")  # says what something was called, which may change without it
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What decides every byte of a store."""
+
+    encoder: dict  # of describe_encoder
+    tokenizer: str  # of tokenizer_hash
+    segments: dict  # of segment_rules
+    data: dict  # fingerprint of the samples
+    dtype: str  # of the embeddings
+    batch_size: int  # of the encoder: the company of a text changes its last bits
+    cu_samples: Sequence[int]  # where shards start and stop
+
+    def fields(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "format": FORMAT,
+            "encoder": self.encoder,
+            "tokenizer": self.tokenizer,
+            "segments": self.segments,
+            "data": self.data,
+            "samples": self.cu_samples[-1],
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+        }
+
+    @property
+    def key(self) -> str:
+        """Twelve hexadecimal digits that name the files of such a store."""
+        return _hash([_without_names(self.fields()), list(self.cu_samples)])[:12]
+
+
+def segment_rules(config: SFRConfig) -> dict[str, Any]:
+    """The fields of the config that decide where segments are."""
+    names = ("segment", "segment_tokens", "stride", "min_tokens", "row_rule", "anchor_rule")
+    return {name: getattr(config, name) for name in names}
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """A hash of all that decides the text of tokens."""
+    if getattr(tokenizer, "is_fast", False):
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state = {k: v for k, v in state.items() if k not in ("truncation", "padding")}  # set by the last call
+    else:
+        state = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
+    special = sorted(getattr(tokenizer, "all_special_ids", []))
+    return _hash([state, special, getattr(tokenizer, "clean_up_tokenization_spaces", None)])[:32]
+
+
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Every field of `wanted` in which `stored` differs, in words."""
+    a, b = _flat(stored), _flat(wanted)
+    found = [
+        f"{key}: stored {a.get(key)!r}, wanted {value!r}"
+        for key, value in b.items()
+        if a.get(key) != value and key.split(".")[-1] not in _INFORMS
+    ]
+    if any(text.startswith("encoder.") for text in found):
+        found.insert(0, f"encoder: stored {a.get('encoder.name')!r}, wanted {b.get('encoder.name')!r}")
+    return found
+
+
+def write_manifest(folder: Path, content: dict[str, Any]) -> None:
+    content = content | {"checksum": _hash(content)}
+    write_atomically(folder / FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """FileNotFoundError if the folder is no store, or not yet; DamagedStore if its manifest was changed."""
+    try:
+        content = json.loads((folder / FILE).read_text())
+        checksum = content.pop("checksum", None)
+    except FileNotFoundError:
+        unfinished = ": one is being built there" if any(folder.glob(".building-*")) else ""
+        raise FileNotFoundError(f"there are no targets in {folder}{unfinished}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise DamagedStore(f"{folder / FILE} is damaged: {error}") from error
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"the targets in {folder} have format {content.get('format')!r}, not {FORMAT}: build them anew"
+        )
+    if checksum != _hash(content):
+        raise DamagedStore(f"{folder / FILE} is damaged: its checksum does not fit")
+    return content
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def _without_names(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_names(v) for k, v in value.items() if k not in _INFORMS}
+    return value
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for key, item in value.items():
+        out |= _flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {f"{prefix}{key}": item}
+    return out

@@ -1,0 +1,63 @@
+"""Building a store with Ray Data: shards become segments in tasks, segments become embeddings in actors.
+
+Every node must see the data and the store's folder under the same path.
+"""
+
+import dataclasses
+import pickle
+
+from ..config import SFRConfig
+from .build import Plan, write
+from .corpus import Corpus
+from .encoder import describe_encoder, load_encoder
+from .segments import segments_of
+
+
+class _Encode:
+    """An actor: loads the encoder once, encodes and writes the shards it is handed."""
+
+    def __init__(self, plan: Plan, name: str, device: str, truncate_dim: int | None):
+        self.plan, self.encoder = plan, load_encoder(name, device, truncate_dim)
+        if describe_encoder(self.encoder)["weights"] != plan.identity.encoder["weights"]:
+            raise ValueError(f"encoder {name!r} is another one on this node than where the build was started")
+
+    def __call__(self, row: dict) -> dict:
+        write(self.plan, int(row["shard"]), pickle.loads(row["segments"]), self.encoder)
+        return {"shard": row["shard"]}
+
+
+def build_with_ray(
+    plan: Plan, corpus: Corpus, config: SFRConfig, tokenizer, shards: list[int], *,
+    encoder: str, device: str, truncate_dim: int | None, workers: int,
+) -> None:  # fmt: skip
+    """Encodes and writes the shards on a Ray cluster: the one that is connected, or one on this machine.
+
+    encoder  name or folder, loaded by each of the `workers`; each takes a GPU if `device` is "cuda".
+
+    ModuleNotFoundError without the extra "ray".
+    """
+    import ray
+
+    if not shards:
+        return
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    plan = dataclasses.replace(plan, folder=plan.folder.absolute())
+    source = ray.put((corpus, config, tokenizer))
+
+    def segments(row: dict) -> dict:
+        corpus, config, tokenizer = ray.get(source)
+        return {
+            "shard": row["item"],
+            "segments": pickle.dumps(segments_of(corpus.read(row["item"]), config, tokenizer)),
+        }
+
+    rows = ray.data.from_items(shards, override_num_blocks=len(shards)).map(segments)
+    done = rows.map(
+        _Encode,
+        fn_constructor_args=(plan, encoder, device, truncate_dim),
+        concurrency=workers,
+        num_gpus=1 if device == "cuda" else 0,
+    )
+    for _ in done.iter_rows():
+        pass

@@ -1,0 +1,199 @@
+"""Anchors, segments and their text, against an oracle that walks the tokens one by one; and real tokenizers."""
+
+import random
+
+import pytest
+import torch
+from corpora import SMALL, Words
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from sfr_kernels import SFRConfig, SupervisedRows
+from sfr_kernels.targets.segments import hash_labels, segment_texts, segments_of
+from sfr_kernels.training.models import SMOLLM2, model_path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+IGNORE = -100
+
+
+def obvious_responses(labels: list[int], begins: list[bool], own_label: bool) -> list[list[int]]:
+    """The places of the labels of each response: runs of labels that something predicts, each in one packed sample."""
+    responses, last = [], None
+    for p, label in enumerate(labels):
+        if label == IGNORE or (begins[p] and not own_label):
+            continue
+        if last != p - 1 or begins[p] or not responses:
+            responses.append([])
+        responses[-1].append(p)
+        last = p
+    return responses
+
+
+def obvious_segments(labels: list[int], begins: list[bool], config: SFRConfig) -> list[tuple[int, int]]:
+    """Where the labels behind each anchor start and stop."""
+    found = []
+    for response in obvious_responses(labels, begins, config.row_rule == "own_label"):
+        m = len(response)
+        if config.segment == "response":
+            anchors = [0]
+        elif config.anchor_rule == "nearest":
+            anchors = [row for row in range(m) if row % config.stride == 0]
+        else:
+            anchors = [
+                row
+                for row in range(m)
+                if row == 0
+                or ((row % config.stride == 0 or row == m - config.min_tokens) and m - row >= config.min_tokens)
+            ]
+        for row in anchors:
+            ahead = response[row:]
+            if config.segment != "response":
+                ahead = ahead[: config.segment_tokens]
+            if config.anchor_rule == "nearest" and m - row < config.min_tokens:
+                found.append((response[row], response[row]))
+            else:
+                found.append((ahead[0], ahead[-1] + 1))
+    return found
+
+
+def random_sample(r: random.Random) -> dict:
+    """Masks, turns and packed samples of every length, the empty one among them."""
+    length, keep, change = r.randint(0, 40), r.choice([0.0, 0.3, 0.8, 1.0]), r.choice([0.05, 0.3, 0.8])
+    labels, supervised = [], r.random() < keep
+    for _ in range(length):
+        supervised = r.random() < keep if r.random() < change else supervised
+        labels.append(r.randint(0, 99) if supervised else IGNORE)
+    if r.random() < 0.5:
+        return {"labels": labels}
+    positions, at = [], 0
+    for p in range(length):
+        at = 0 if p == 0 or r.random() < 0.1 else at + 1
+        positions.append(at)
+    return {"labels": labels, "position_ids": positions}
+
+
+CONFIGS = [
+    SMALL,
+    SFRConfig.official(stride=4, min_tokens=3, segment_tokens=6),
+    SFRConfig(segment="response"),
+    SFRConfig(stride=1, min_tokens=1, segment_tokens=1),
+    SFRConfig(stride=5, min_tokens=7, segment_tokens=9, row_rule="own_label"),
+]
+
+
+def test_ten_thousand_random_patterns():
+    r, samples = random.Random(0), 0
+    while samples < 10_000:
+        config = r.choice(CONFIGS)
+        batch = [random_sample(r) for _ in range(r.randint(1, 40))]
+        samples += len(batch)
+        found = segments_of(batch, config, Words())
+        cu, positions = found.cu_anchors.tolist(), found.positions.tolist()
+        assert len(cu) == len(batch) + 1 and cu[-1] == len(positions) == len(found.texts)
+        for i, sample in enumerate(batch):
+            labels = sample["labels"]
+            begins = [p == 0 or x == 0 for p, x in enumerate(sample.get("position_ids", [1] * len(labels)))]
+            wanted = obvious_segments(labels, begins, config)
+            assert [tuple(x) for x in positions[cu[i] : cu[i + 1]]] == wanted
+            words = [" ".join(f"word{x}" for x in labels[a:b]) if b > a else None for a, b in wanted]
+            assert found.texts[cu[i] : cu[i + 1]] == words
+
+
+def test_the_hash_of_labels_tells_samples_apart_and_forgets_how_they_were_batched():
+    r = random.Random(1)
+    samples = [s for s in (random_sample(r) for _ in range(3000)) if "position_ids" not in s]
+    hashes = segments_of(samples, SMALL, Words()).label_hash.tolist()
+    by_labels = {}
+    for sample, value in zip(samples, hashes, strict=True):
+        # what counts is what is predicted: not the first label, nor the masked ones at the end
+        key = (None, *sample["labels"][1:])
+        while key and key[-1] in (IGNORE, None):
+            key = key[:-1]
+        assert by_labels.setdefault(key, value) == value
+    assert len(set(by_labels.values())) == len(by_labels) > 500
+    labels = torch.tensor([[5, 6, 7, 8], [5, 7, 6, 8], [5, 6, 7, 9]])
+    place, row = torch.arange(4).expand(3, 4), torch.arange(3)[:, None]
+    assert hash_labels(labels, place, row, place == 0, 3, SMALL).unique().numel() == 3
+
+
+class Numbers(Words):
+    """Ids of 90 and more end a sentence."""
+
+    def batch_decode(self, pieces, skip_special_tokens):
+        return [" ".join(f"w{i}." if i >= 90 else f"w{i}" for i in piece) for piece in pieces]
+
+
+def test_sentences_end_at_the_first_stop_that_is_far_enough():
+    config = SFRConfig(segment="sentence", segment_tokens=8, stride=4, min_tokens=3)
+    r = random.Random(2)
+    for _ in range(300):
+        labels = [IGNORE] * 2 + [r.randint(70, 99) for _ in range(r.randint(1, 40))]
+        found = segments_of([{"labels": labels}], config, Numbers())
+        for (start, stop), text in zip(found.positions.tolist(), found.texts, strict=True):
+            ends = [p for p in range(start, stop) if labels[p] >= 90 and p + 1 - start >= config.min_tokens]
+            stop = ends[0] + 1 if ends else stop
+            assert text == Numbers().batch_decode([labels[start:stop]], True)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("It is 3.14 or so. Then", "It is 3.14 or so."),
+        ("„Really?“ he said", "„Really?“ he said"),
+        ('"Really?" he said', '"Really?"'),
+        ("これは文です。次の文", "これは文です。"),
+        ("a list:\nthe next", "a list:"),
+        ("no end at all", "no end at all"),
+    ],
+)
+def test_what_ends_a_sentence(text, sentence):
+    class Letters(Words):
+        def batch_decode(self, pieces, skip_special_tokens):
+            return ["".join(text[i] for i in piece) for piece in pieces]
+
+    config = SFRConfig(segment="sentence", segment_tokens=100, min_tokens=1, stride=1000)
+    rows = SupervisedRows.from_labels(torch.tensor([[IGNORE, *range(len(text))]]), config)
+    assert segment_texts(torch.tensor([[IGNORE, *range(len(text))]]), rows, Letters(), config)[0] == sentence
+
+
+TEXT = "A 👩‍🚀 went to 東京 — naïve, Ω≈ç√∫, ภาษาไทย, 🎉🎉🎉 and 𝒳𝒴𝒵, then home. " * 3
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """Letters and spaces are tokens; everything else falls to bytes, of which a decoder joins whole runs."""
+    vocab = {"<unk>": 0, **{f"<0x{i:02X}>": i + 1 for i in range(256)}}
+    for letter in "abcdefghijklmnopqrstuvwxyzA ,.":
+        vocab[letter] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def single_bytes() -> PreTrainedTokenizerFast:
+    """Every token is a byte."""
+    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.mark.parametrize("kind", [byte_fallback, single_bytes, "smollm2"])
+def test_no_character_is_split(kind):
+    tokenizer = AutoTokenizer.from_pretrained(model_path(SMOLLM2)) if kind == "smollm2" else kind()
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == TEXT
+    config = SFRConfig(stride=1, min_tokens=1, segment_tokens=11)
+    labels = torch.tensor([[IGNORE, *ids]])
+    rows = SupervisedRows.from_labels(labels, config)
+    texts = segment_texts(labels, rows, tokenizer, config)
+    raw = tokenizer.batch_decode([labels[0, a:b].tolist() for a, b in rows.segments.tolist()])
+    assert sum("\ufffd" in text for text in raw) > 20  # the cuts do fall inside characters
+    for text, piece in zip(texts, raw, strict=True):
+        assert "\ufffd" not in text and text in TEXT
+        assert len(text) >= len(piece.strip("\ufffd").strip())  # and no whole one is lost
+
+
+def test_a_position_that_does_not_fit_its_labels_is_named():
+    with pytest.raises(ValueError, match="sample 1 has 2 labels and 1 position_ids"):
+        segments_of([{"labels": []}, {"labels": [1, 2], "position_ids": [0]}], SMALL, Words())
