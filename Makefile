@@ -5,7 +5,8 @@
 # make gpu-check   on a machine with a GPU, torch, triton and pytest: test and time the kernels; installs nothing
 # make bench-leaves   where torch is: time the leaf kernels of every backend beside a copy of the same bytes
 # make bench-decoder   where torch is: time the cross-entropy and the joint loss against what people use instead
-# All but the last three set up .venv first and reuse it.
+# make bench-targets   time the building and the use of targets beside the encoder and the step alone
+# All but gpu-check, bench-leaves and bench-decoder set up .venv first and reuse it.
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -20,7 +21,7 @@ RUN ?= runs/demo
 # an interrupted demo goes on, a finished one starts anew
 AGAIN = $(if $(wildcard $(RUN)/checkpoint-*),--resume,--overwrite)
 
-.PHONY: demo test test-newest-triton lint gpu-check bench-leaves bench-decoder clean
+.PHONY: demo test test-newest-triton lint gpu-check bench-leaves bench-decoder bench-targets clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -37,6 +38,9 @@ bench-leaves:
 
 bench-decoder:
 	$(GPU_PYTHON) -m benchmarks.decoder $(ARGS)
+
+bench-targets: $(VENV)/.test
+	$(BIN)/python -m benchmarks.targets $(ARGS)
 
 gpu-check:
 	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)

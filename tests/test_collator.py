@@ -188,12 +188,8 @@ def test_what_the_collator_adds_takes_a_millisecond(tmp_path, one_thread):
     assert ours < passes, (ours, passes)
 
 
-class Encoder(HashEncoder):
-    """As online targets need it: `to` moves it."""
-
-
 def online(**options) -> OnlineTargets:
-    return OnlineTargets(Encoder(TARGET), Words(), **options)
+    return OnlineTargets(HashEncoder(TARGET), Words(), **options)
 
 
 @pytest.mark.parametrize("collator", [pad, FLATTEN], ids=["padded", "packed"])

@@ -29,6 +29,8 @@ class SampleList:
         self.cu_samples, digest, tokens = [0], hashlib.sha256(), 0
         for i in range(len(samples)):
             sample = samples[i]
+            if sample.get("labels") is None:
+                raise ValueError(f"sample {i} has no 'labels'")
             for name in ("labels", "position_ids"):
                 if (values := sample.get(name)) is not None:
                     values = np.asarray(values, dtype=np.int64)

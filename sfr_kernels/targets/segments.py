@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,14 +36,15 @@ def segments_of(samples: Sequence[dict], config: SFRConfig, tokenizer) -> Segmen
     lengths = torch.tensor([len(s["labels"]) for s in samples], dtype=torch.int64)
     sample = torch.repeat_interleave(torch.arange(len(samples)), lengths)
     start = lengths.cumsum(0) - lengths
-    labels = torch.tensor([x for s in samples for x in s["labels"]], dtype=torch.int64)
+    columns = [np.asarray(s["labels"], dtype=np.int64) for s in samples]
+    labels = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *columns]))
     position = torch.arange(labels.numel()) - start[sample]
     first = position == 0
     for i, s in enumerate(samples):
         if s.get("position_ids") is not None:
             if len(s["position_ids"]) != len(s["labels"]):
                 raise ValueError(f"sample {i} has {len(s['labels'])} labels and {len(s['position_ids'])} position_ids")
-            first[start[i] : start[i] + lengths[i]] |= torch.tensor(s["position_ids"], dtype=torch.int64) == 0
+            first[start[i] : start[i] + lengths[i]] |= torch.from_numpy(np.asarray(s["position_ids"])) == 0
     rows = SupervisedRows.from_labels(labels[None], config, first.cumsum(0)[None])
     owner = sample[rows.segments[:, 0]]
     count = torch.bincount(owner, minlength=len(samples))

@@ -1,0 +1,55 @@
+"""Targets on their way to an NVIDIA GPU: pinned and copied without waiting, or embedded there beside the decoder."""
+
+import pytest
+import torch
+from corpora import HashEncoder, Words
+from tiny import CONFIG, TARGET, pad, tiny_llama, tiny_samples
+
+from sfr_kernels import attach
+from sfr_kernels.targets import OnlineTargets, SFRCollator, build_targets, encode, load_encoder
+from sfr_kernels.training.models import MINILM, encoder_path
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+SAMPLES = tiny_samples()
+TEXTS = [f"{word} " * (5 + 3 * i) for i, word in enumerate(("storm", "tea", "moon", "river"))]
+
+
+def to_gpu(batch: dict) -> dict:
+    return {k: v.to("cuda") if hasattr(v, "to") else v for k, v in batch.items()}
+
+
+def test_a_loader_pins_what_the_collator_adds_and_it_trains(tmp_path):
+    store = build_targets(SAMPLES, CONFIG, Words(), HashEncoder(TARGET), folder=tmp_path / "s", progress=False)
+    model = attach(tiny_llama().cuda(), CONFIG, store)
+    loader = torch.utils.data.DataLoader(
+        SAMPLES, 4, collate_fn=SFRCollator(CONFIG, store, pad), pin_memory=True, num_workers=1
+    )
+    on_cpu = attach(tiny_llama(), CONFIG, store)
+    on_cpu.load_state_dict(model.state_dict())
+    for batch in loader:
+        assert batch["targets"].is_pinned() and batch["rows"].rows.is_pinned()
+        found, wanted = model(**to_gpu(batch), seed=3).loss, on_cpu(**batch, seed=3).loss
+        torch.testing.assert_close(found.cpu(), wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_online_targets_of_another_stream_are_there_when_they_are_read():
+    """The stream beside is kept busy: whoever read before the event would read zeros."""
+    targets = OnlineTargets(HashEncoder(TARGET), Words())
+    wanted = targets.start(TEXTS, "cpu").wait()
+    targets.start(["warm"], "cuda").wait()
+    busy = torch.randn(4096, 4096, device="cuda")
+    with torch.cuda.stream(targets._stream):
+        for _ in range(50):
+            busy = busy @ busy / 4096
+    for _ in range(3):  # embedded, then remembered
+        assert torch.equal(targets.start(TEXTS, "cuda").wait().cpu(), wanted)
+    assert targets.encoded == 9  # four on the CPU, then "warm" and the four: another device forgets
+
+
+def test_a_real_encoder_gives_what_it_gives_on_the_cpu():
+    encoder = load_encoder(encoder_path(MINILM), "cpu")
+    wanted = torch.from_numpy(encode(encoder, TEXTS))
+    targets = OnlineTargets(encoder, Words())
+    found = targets.start(TEXTS, "cuda").wait()
+    torch.testing.assert_close(found.float().cpu(), wanted, rtol=0, atol=2e-3)
+    assert not found.is_inference()
