@@ -93,14 +93,17 @@ class SupervisedRows:
         in_response = has_ce if config.row_rule == "next_label" else flat != IGNORE_INDEX
 
         # Responses: maximal runs. Of each row its response, and its place i among the m rows of that.
-        position = (has_ce | in_response).nonzero().squeeze(1)
-        member, ce = _at(in_response, position), _at(has_ce, position)
+        same = config.row_rule == "next_label"  # the rows of CE are those of the responses
+        position = (has_ce if same else has_ce | in_response).nonzero().squeeze(1)
+        ce = _at(has_ce, position)
+        member = ce if same else _at(in_response, position)
         starts = in_response.clone()
         starts[1:] &= ~(in_response & together)[:-1]
         starts = _at(starts, position)
         response = starts.cumsum(0).sub_(1).clamp_(min=0)
         start = starts.nonzero().squeeze(1)
-        first, before = _at(position, start), _at(member.cumsum(0), start) - 1
+        first = _at(position, start)
+        before = start if same else _at(member.cumsum(0), start) - 1
         m = torch.diff(before, append=member.sum()[None])
         i, ahead = position - _at(first, response), _at(m, response)
         local, count = _row_anchors(i, ahead, m, config)
@@ -110,7 +113,7 @@ class SupervisedRows:
             local = local.masked_fill(_at(lacking, response), -1)
         offset = count.cumsum(0) - count
         flow = (local >= 0) & member
-        groups = (flow, ~flow) if config.row_rule == "next_label" else (flow & ~ce, flow & ce, ce & ~flow)
+        groups = (flow, ~flow) if same else (flow & ~ce, flow & ce, ce & ~flow)
         order = torch.cat([group.nonzero().squeeze(1) for group in groups])
         kept, flow = _at(position, order), _at(flow, order)
         if config.loss == "mtp":
