@@ -96,10 +96,10 @@ def turns(functions: dict[str, Callable], device: torch.device, rounds: int) -> 
 
 
 def building(encoder, samples: list[dict], tokenizer, folder: Path, device: torch.device, rounds: int) -> dict:
-    """The encoder alone on the texts, and the whole build, in shards of some 400 segments."""
+    """The encoder alone on the texts, and the whole build, shard by shard."""
     config = SFRConfig()
     tokens = sum(sum(x >= 0 for x in s["labels"]) for s in samples)
-    corpus = SampleList(samples, shard_tokens=10_000)
+    corpus = SampleList(samples, shard_tokens=40_000)
     shards = []
     for i in range(len(corpus.cu_samples) - 1):
         texts = segments_of(corpus.read(i), config, tokenizer).texts

@@ -11,9 +11,11 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -154,23 +156,28 @@ def build_shards(
     plan: Plan, corpus: Corpus, config: SFRConfig, tokenizer, encoder, shards: list[int], *,
     pool: dict | None = None, progress: bool = True,
 ) -> None:  # fmt: skip
-    """Encodes and writes the shards, with a bar of segments."""
-    identity = plan.identity
+    """Encodes and writes the shards, with a bar of segments. One is written while the next is being encoded."""
+    identity, last = plan.identity, None
     lengths = {i: identity.cu_samples[i + 1] - identity.cu_samples[i] for i in shards}
     segments = samples = 0
-    with tqdm(desc="targets", unit="segment", disable=not progress or not shards, smoothing=0.1) as bar:
+    bar = tqdm(desc="targets", unit="segment", disable=not progress or not shards, smoothing=0.1)
+    with bar, ThreadPoolExecutor(1) as writer:  # which, whatever happens, finishes what it was given
         for shard, found in prepared(corpus, config, tokenizer, shards):
             segments, samples = segments + len(found.texts), samples + lengths[shard]
             bar.total = round(segments / samples * sum(lengths.values()))  # of the rest as many a sample as so far
-            write(plan, shard, found, encoder, pool=pool, on_done=bar.update)
+            options = dict(batch_size=identity.batch_size, pool=pool, on_done=bar.update)
+            embeddings = encode(encoder, found.texts, **options)
+            if last is not None:
+                last.result()
+            last = writer.submit(write, plan, shard, found, embeddings)
+        if last is not None:
+            last.result()
 
 
-def write(plan: Plan, shard: int, found: Segments, encoder, *, pool=None, on_done=None) -> None:
-    """Encodes and writes one shard, then its record."""
-    identity = plan.identity
-    embeddings = encode(encoder, found.texts, batch_size=identity.batch_size, pool=pool, on_done=on_done)
+def write(plan: Plan, shard: int, found: Segments, embeddings: np.ndarray) -> None:
+    """Writes one shard, then its record."""
     try:
-        _write_record(plan, shard, write_shard(plan.shard(shard), shard_of(found, embeddings, identity.dtype)))
+        _write_record(plan, shard, write_shard(plan.shard(shard), shard_of(found, embeddings, plan.identity.dtype)))
     except OSError as error:
         raise OSError(
             error.errno, f"{error.strerror}; what is finished is kept, and the same command goes on from there"

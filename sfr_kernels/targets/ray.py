@@ -9,7 +9,7 @@ import pickle
 from ..config import SFRConfig
 from .build import Plan, write
 from .corpus import Corpus
-from .encoder import describe_encoder, load_encoder
+from .encoder import describe_encoder, encode, load_encoder
 from .segments import segments_of
 
 
@@ -22,7 +22,9 @@ class _Encode:
             raise ValueError(f"encoder {name!r} is another one on this node than where the build was started")
 
     def __call__(self, row: dict) -> dict:
-        write(self.plan, int(row["shard"]), pickle.loads(row["segments"]), self.encoder)
+        found = pickle.loads(row["segments"])
+        embeddings = encode(self.encoder, found.texts, batch_size=self.plan.identity.batch_size)
+        write(self.plan, int(row["shard"]), found, embeddings)
         return {"shard": row["shard"]}
 
 
