@@ -187,9 +187,9 @@ def stepping(store: TargetStore, samples: list[dict], tokenizer, device: torch.d
     step(ready)
     times = turns({"ready": lambda: step(ready), "store": with_store}, device, rounds)
     made = turns({"made": lambda: sfr_inputs(padded, ids, config, store, lengths)}, torch.device("cpu"), 50)["made"]
-    medians = {name: 1e3 * statistics.median(values) for name, values in times.items()}
-    ratio = statistics.median(b / a for a, b in zip(times["ready"], times["store"], strict=True))
-    return dict(tokens=4 * width, ms=medians, ratio=ratio, made_ms=1e3 * statistics.median(made))
+    fastest = {name: 1e3 * min(values) for name, values in times.items()}
+    ratio = fastest["store"] / fastest["ready"]  # medians of a shared CPU differ by more than what is looked for
+    return dict(tokens=4 * width, ms=fastest, ratio=ratio, made_ms=1e3 * statistics.median(made))
 
 
 def measure(encoder_name: str, out: Path, rounds: int) -> Path:

@@ -59,8 +59,9 @@ def segment_rules(config: SFRConfig) -> dict[str, Any]:
 def tokenizer_hash(tokenizer) -> str:
     """A hash of all that decides the text of tokens."""
     if getattr(tokenizer, "is_fast", False):
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state = {k: v for k, v in state.items() if k not in ("truncation", "padding")}  # set by the last call
+        # What comes before the tokens are truncation and padding, which the last call has set.
+        text = tokenizer.backend_tokenizer.to_str()
+        state = hashlib.sha256(text[text.index('"added_tokens"') :].encode()).hexdigest()
     else:
         state = {"class": type(tokenizer).__name__, "vocab": tokenizer.get_vocab()}
     special = sorted(getattr(tokenizer, "all_special_ids", []))
