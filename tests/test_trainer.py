@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from corpora import HashEncoder, Words
 from peft import LoraConfig, get_peft_model
-from tiny import CONFIG, pad, tiny_llama, tiny_samples, tiny_store
+from tiny import CONFIG, TARGET, pad, tiny_llama, tiny_samples, tiny_store
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from sfr_kernels import SFRConfig, attach
-from sfr_kernels.targets import SFRCollator
+from sfr_kernels.targets import OnlineTargets, SFRCollator
 from sfr_kernels.training.attachment import attachment_of
 from sfr_kernels.training.callbacks import SFRCallback, flow_weight_at
 
@@ -18,16 +19,16 @@ SAMPLES = tiny_samples(24)
 STORE = tiny_store(SAMPLES)
 
 
-def make_trainer(folder, *, lora=False, config=CONFIG, callback=None, callbacks=(), **arguments):
+def make_trainer(folder, *, lora=False, config=CONFIG, store=STORE, callback=None, callbacks=(), **arguments):
     model = tiny_llama()
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    attach(model, config, targets=STORE)
+    attach(model, config, targets=store)
     defaults = dict(per_device_train_batch_size=8, max_steps=6, logging_steps=1, learning_rate=1e-2, save_strategy="no",
                     report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False)  # fmt: skip
     return Trainer(
         model=model, args=TrainingArguments(str(folder), **{**defaults, **arguments}), train_dataset=SAMPLES,
-        data_collator=SFRCollator(config, STORE, pad), callbacks=[callback or SFRCallback(), *callbacks],
+        data_collator=SFRCollator(config, store, pad), callbacks=[callback or SFRCallback(), *callbacks],
     )  # fmt: skip
 
 
@@ -187,3 +188,15 @@ def test_the_callback_asks_for_an_attached_model(tmp_path):
     trainer = Trainer(tiny_llama(), arguments, data_collator=pad, train_dataset=SAMPLES, callbacks=[SFRCallback()])
     with pytest.raises(ValueError, match="attach"):
         trainer.train()
+
+
+def test_a_trainer_with_targets_made_online(tmp_path):
+    """Texts pass through the loader and accelerate; the second epoch embeds nothing."""
+    online = OnlineTargets(HashEncoder(TARGET), Words())
+    trainer = make_trainer(tmp_path, store=online, max_steps=3)
+    trainer.train()
+    encoded = online.encoded
+    assert encoded > 0 and len(losses(trainer)) == 3
+    again = make_trainer(tmp_path / "again", store=online, max_steps=3)
+    again.train()
+    assert online.encoded == encoded and losses(again) == losses(trainer)

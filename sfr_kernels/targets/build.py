@@ -70,7 +70,10 @@ class Plan:
 
     def manifest(self) -> dict | None:
         """The manifest that is in the folder, of this store or of another; None if there is none."""
-        return read_manifest(self.folder) if (self.folder / FILE).is_file() else None
+        try:
+            return read_manifest(self.folder)
+        except FileNotFoundError:
+            return None
 
 
 def plan_targets(
@@ -113,7 +116,7 @@ def repair(plan: Plan) -> list[int]:
         for i, record in enumerate(manifest["shards"]):
             if i not in damaged:
                 _write_record(plan, i, record)
-        (plan.folder / FILE).unlink()
+        (plan.folder / FILE).unlink(missing_ok=True)  # another process may repair it too
     return damaged
 
 

@@ -127,11 +127,11 @@ class Shard:
         if not self._checked[sample]:
             if _checksum(values) != int(tensors["checksum"][sample]):
                 raise DamagedStore(f"{self.path} is damaged: the embeddings of its sample {sample} changed on disk; "
-                                   "the command that built the store makes the shard again")  # fmt: skip
+                                   "`python -m sfr_kernels targets` with its options makes it again")  # fmt: skip
             self._checked[sample] = True
 
     def _map(self) -> dict[str, Tensor]:
-        again = "the command that built the store makes it again"
+        again = "`python -m sfr_kernels targets` with its options makes it again"
         try:
             size = self.path.stat().st_size
         except FileNotFoundError:
