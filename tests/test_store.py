@@ -157,6 +157,11 @@ def test_a_damaged_manifest_is_refused(tmp_path):
     path.write_text(json.dumps({"format": 1}))
     with pytest.raises(ValueError, match="format 1, not 2"):
         TargetStore.open(tmp_path / "s")
+    path.write_text(text[:50])
+    with pytest.raises(DamagedStore, match="damaged"):
+        build(tmp_path / "s")
+    build(tmp_path / "s", replace=True)
+    assert path.read_text() == text
     path.unlink()
     with pytest.raises(FileNotFoundError, match="there are no targets"):
         TargetStore.open(tmp_path / "s")

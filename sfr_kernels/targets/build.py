@@ -69,10 +69,10 @@ class Plan:
         return [i for i in range(self.num_shards) if self.record(i) is None]
 
     def manifest(self) -> dict | None:
-        """The manifest that is in the folder, of this store or of another; None if there is none."""
+        """The manifest that is in the folder, of this store or of another; None if there is none that can be read."""
         try:
             return read_manifest(self.folder)
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
 
 
@@ -88,16 +88,11 @@ def plan_targets(
     identity = Identity(
         describe_encoder(encoder), tokens, rules, corpus.fingerprint, dtype, batch_size, corpus.cu_samples
     )
-    plan = Plan(folder, identity)
-    try:
-        manifest = plan.manifest()
-    except ValueError:
-        if not replace:
-            raise
-    else:
-        if manifest is not None and not replace and (found := differences(manifest, identity.fields())):
-            raise ValueError(f"the targets in {folder} were made differently: {'; '.join(found)}")
-    return plan
+    if not replace:
+        with contextlib.suppress(FileNotFoundError):
+            if found := differences(read_manifest(folder), identity.fields()):
+                raise ValueError(f"the targets in {folder} were made differently: {'; '.join(found)}")
+    return Plan(folder, identity)
 
 
 def repair(plan: Plan) -> list[int]:
@@ -176,10 +171,7 @@ def _write_record(plan: Plan, shard: int, record: dict) -> None:
 def finish(plan: Plan) -> bool:
     """Writes the manifest if every shard is there: the store takes the place of the one in the folder, if any, whose
     shards are then removed. False if some are still to come."""
-    try:
-        old = plan.manifest()
-    except ValueError:  # damaged: which files were its is not known
-        old = None
+    old = plan.manifest()
     identity = plan.identity.fields()
     if old is None or differences(old, identity):
         records = [plan.record(i) for i in range(plan.num_shards)]

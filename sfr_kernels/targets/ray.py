@@ -4,6 +4,7 @@ Every node must see the data and the store's folder under the same path.
 """
 
 import dataclasses
+import os
 import pickle
 
 from ..config import SFRConfig
@@ -44,7 +45,9 @@ def build_with_ray(
         return
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
+    # Workers have other current folders.
     plan = dataclasses.replace(plan, folder=plan.folder.absolute())
+    encoder = os.path.abspath(encoder) if os.path.isdir(encoder) else encoder
     source = ray.put((corpus, config, tokenizer))
 
     def segments(row: dict) -> dict:

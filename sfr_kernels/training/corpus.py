@@ -19,7 +19,7 @@ class ChatFile:
     """
 
     def __init__(self, path: str | os.PathLike, tokenizer, max_length: int, shard_tokens: int = SHARD_TOKENS):
-        self.path, self.tokenizer, self.max_length = Path(path), tokenizer, max_length
+        self.path, self.tokenizer, self.max_length = Path(path).absolute(), tokenizer, max_length
         if not self.path.is_file():
             raise FileNotFoundError(f"data file {path} does not exist")
         digest, lines, offset = hashlib.sha256(), 0, 0
