@@ -2,11 +2,10 @@
 # make test   run the tests
 # make lint   check style
 # make test-newest-triton   run the kernels' tests on the newest Triton that is supported
-# make gpu-check   on a machine with a GPU, torch, triton and pytest: test and time the kernels; installs nothing
-# make bench-leaves   where torch is: time the leaf kernels of every backend beside a copy of the same bytes
-# make bench-decoder   where torch is: time the cross-entropy and the joint loss against what people use instead
-# make bench-targets   time the building and the use of targets beside the encoder and the step alone
-# All but gpu-check, bench-leaves and bench-decoder set up .venv first and reuse it.
+# make bench   what the library is worth on this machine, in five minutes: a table and a report
+# make readme   write README's tables and figures from the committed result files
+# make gpu-check   on a machine with a GPU, torch, triton and pytest: test the kernels there; installs nothing
+# All but gpu-check set up .venv first and reuse it.
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
@@ -21,7 +20,7 @@ RUN ?= runs/demo
 # an interrupted demo goes on, a finished one starts anew
 AGAIN = $(if $(wildcard $(RUN)/checkpoint-*),--resume,--overwrite)
 
-.PHONY: demo test test-newest-triton lint gpu-check bench-leaves bench-decoder bench-targets clean
+.PHONY: demo test test-newest-triton lint bench readme gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -33,17 +32,14 @@ test: $(VENV)/.test
 test-newest-triton: $(VENV)/.test $(VENV)/.newest-triton
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest-triton $(BIN)/python -m pytest tests/test_interpreter.py tests/test_ahead_of_time.py $(ARGS)
 
-bench-leaves:
-	$(GPU_PYTHON) -m benchmarks.leaves $(ARGS)
+bench: $(VENV)/.test
+	$(BIN)/python -m sfr_kernels bench $(ARGS)
 
-bench-decoder:
-	$(GPU_PYTHON) -m benchmarks.decoder $(ARGS)
-
-bench-targets: $(VENV)/.test
-	$(BIN)/python -m benchmarks.targets $(ARGS)
+readme: $(VENV)/.test
+	$(BIN)/python -m benchmarks.report.readme
 
 gpu-check:
-	$(GPU_PYTHON) -m benchmarks.gpu_check $(ARGS)
+	$(GPU_PYTHON) -m benchmarks.check.gpu_check $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -55,13 +55,15 @@ class BuildKernels(build_ext):
 
 
 class WithSources(build_py):
-    """Puts csrc/ into the package, so that it can be compiled at first use."""
+    """Puts csrc/ into the package, so that it can be compiled at first use, and benchmarks/, so that it can be run."""
 
     def run(self):
         super().run()
         if not self.editable_mode:
-            target = Path(self.build_lib) / "sfr_kernels" / "csrc"
-            shutil.copytree(ROOT / "csrc", target, dirs_exist_ok=True)
+            package = Path(self.build_lib) / "sfr_kernels"
+            without = shutil.ignore_patterns("results", "__pycache__")
+            for folder in ("csrc", "benchmarks"):
+                shutil.copytree(ROOT / folder, package / folder, dirs_exist_ok=True, ignore=without)
 
 
 class AnyPython(bdist_wheel):

@@ -1,7 +1,9 @@
-"""The command line: `python -m sfr_kernels train`, `targets` and `info`."""
+"""The command line: `python -m sfr_kernels train`, `targets`, `bench` and `info`."""
 
 import argparse
+import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
@@ -12,14 +14,19 @@ from .config import SFRConfig
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; 0, or 2 after printing what was wrong with the input."""
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, rest = _parser().parse_known_args(argv)
+    if args.command == "bench":
+        args.rest = argv[argv.index("bench") + 1 :]  # its options are its own
+    elif rest:
+        _parser().parse_args(argv)  # says what is unknown
     try:
         return args.run(args)
     except KeyboardInterrupt:
         print(f"\nsfr_kernels {args.command}: stopped; {args.again}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        extra = "ray" if error.name == "ray" else "train,demo"
+        extra = "ray" if error.name == "ray" else "bench" if args.command == "bench" else "train,demo"
         print(f"sfr_kernels {args.command}: needs {error.name}: pip install 'sfr_kernels[{extra}]'", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -64,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
 
     _add_targets(commands)
+    bench = commands.add_parser("bench", help="what this library is worth on this machine", add_help=False)
+    bench.set_defaults(run=_bench, again="what was measured is kept")
     info = commands.add_parser("info", help="versions, device, and which backends are usable")
     info.set_defaults(run=_info, again="")
     return parser
@@ -139,6 +148,20 @@ def _targets(args) -> int:
     return 0
 
 
+def _bench(args) -> int:
+    return _benchmarks().main(args.rest)
+
+
+def _benchmarks():
+    """The command of benchmarks/: a part of an installed package, beside it in a checkout."""
+    name = f"{__package__}.benchmarks"
+    if importlib.util.find_spec(name) is None:
+        name, root = "benchmarks", str(Path(__file__).resolve().parents[1])
+        if root not in sys.path:
+            sys.path.insert(0, root)
+    return importlib.import_module(f"{name}.command")
+
+
 def _info(args) -> int:
     import torch
 
@@ -167,7 +190,7 @@ def _info(args) -> int:
             times = ", ".join(f"{name} {ms:.4f} ms" for name, ms in row["ms"].items())
             print(f"  {row['leaf']}, {row['size']}: {row['backend']} ({times}; {row['origin']})")
         if not measured:
-            print("  no leaf has been measured on this kind of GPU (benchmarks/leaves.py does)")
+            print("  no leaf has been measured on this kind of GPU (`bench`, then `bench choose`)")
     if chosen := os.environ.get(ENVIRONMENT):
         try:
             resolve_backend(None, device)

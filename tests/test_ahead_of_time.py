@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from benchmarks.fused_output import TILES, fused_output  # noqa: E402
-from benchmarks.one_read import WARPS, one_read  # noqa: E402
+from benchmarks.check.fused_output import TILES, fused_output  # noqa: E402
+from benchmarks.check.one_read import WARPS, one_read  # noqa: E402
 from sfr_kernels.leaves import FlowPath  # noqa: E402
 from sfr_kernels.leaves import triton as leaves  # noqa: E402
 from sfr_kernels.leaves.triton import column_sum  # noqa: E402

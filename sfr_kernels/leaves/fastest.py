@@ -1,6 +1,6 @@
 """Which backend serves a leaf where nobody has asked for one: the one that was measured faster.
 
-`fastest.json` is written by `python -m benchmarks.leaves --choose RESULT_FILE`, a row for each compute capability, leaf
+`fastest.json` is written by `python -m sfr_kernels bench choose RESULT_FILE`, a row for each compute capability, leaf
 and class of size, with the times behind it and the result file they came from. What no row speaks of is Triton's.
 """
 

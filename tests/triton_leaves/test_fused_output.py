@@ -7,7 +7,7 @@ from test_flow import make_path, on_cpu
 
 only_triton()
 
-from benchmarks.fused_output import TILES, fused_output, measure  # noqa: E402
+from benchmarks.check.fused_output import TILES, fused_output, measure  # noqa: E402
 from sfr_kernels.leaves import torch as eager  # noqa: E402
 
 

@@ -7,7 +7,7 @@ from test_softmax_xent import make
 
 only_triton()
 
-from benchmarks.one_read import WIDEST, measure, one_read  # noqa: E402
+from benchmarks.check.one_read import WIDEST, measure, one_read  # noqa: E402
 from sfr_kernels.leaves import torch as eager  # noqa: E402
 
 

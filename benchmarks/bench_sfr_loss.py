@@ -1,0 +1,51 @@
+"""The joint loss: cross-entropy and flow loss on one gather of the rows, with one gradient of the hidden states."""
+
+from dataclasses import replace
+
+import torch
+
+from .harness.composites import backends, work_of
+from .harness.problems import Problem
+from .harness.shapes import FP16, FP32, case_of, fit, shape_of, sweep
+from .harness.work import LIMIT, OURS, PRODUCTS, Case, Goal, Suite, Work
+from .peers.cross_entropy import COMPILED, EAGER, LIBRARIES, absent, library
+from .peers.flow import joint_peers, with_head
+
+OP = "sfr_loss"
+APART = "one after the other"  # our two losses in turn
+WITH_HEAD = {with_head(name): LIBRARIES[name][0] for name in ("Liger", "cut-cross-entropy")}
+
+
+def cases(device: torch.device) -> list[Case]:
+    goal = Goal(of_products=1.10, peer=1.0)
+    found = []
+    for frozen in (False, True):
+        shape = shape_of("Llama-3-8B", 8192, frozen=frozen)
+        found.append(case_of(OP, "Llama-3-8B", shape, goal=goal, quick=True))
+        for model in ("Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-32B", "Gemma-3-4B", "SmolLM2-135M"):
+            found.append(case_of(OP, model, shape_of(model, 8192, frozen=frozen)))
+    found += [case_of(OP, "Qwen3-0.6B", shape_of("Qwen3-0.6B", 4096), dtype) for dtype in (FP16, FP32)]
+    shapes = [shape_of("Qwen3-1.7B", 8192, s) for s in (0.1, 0.25, 0.5, 0.75, 1.0)]
+    curve = sweep(OP, "supervised", shapes, "Qwen3-1.7B")
+    return fit(found + [replace(case, providers=(*OURS, APART, EAGER)) for case in curve], device)
+
+
+def providers(device: torch.device) -> dict[str, str | None]:
+    others = {APART: None, EAGER: None, COMPILED: absent(COMPILED, device)}
+    return backends(device) | others | {name: library(module, device) for name, module in WITH_HEAD.items()}
+
+
+def make(case: Case, device: torch.device) -> Work:
+    problem = Problem(OP, case.shape, case.dtype, device, published=True)
+    peers, judged = joint_peers(problem)
+    backend = "triton" if device.type == "cuda" else "torch"
+    peers[APART] = lambda: problem.apart(backend)
+    judged[APART] = lambda: problem.apart(backend, judged=True)
+    return work_of(problem, peers, judged=judged)
+
+
+SUITE = Suite(OP, cases, make, providers, bounds=(PRODUCTS, LIMIT))
+
+
+def test_sfr_loss(race):
+    race()

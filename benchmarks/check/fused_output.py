@@ -1,0 +1,164 @@
+"""An experiment: the head's output layer and the matching loss in one kernel, so that v is never stored.
+
+v = a W_oᵀ + b_o      u = x_1 − x_0      e = v − u      ℓ = mean_j e²      dv = (2 / d) · coefficient · e
+
+Against cuBLAS followed by `flow_mse` it saves writing and reading v, 4 bytes an element in 16 bit: at n = 6144, D = d =
+1024 that is 25 MB, 8 µs of an H100. But it makes its noise between matrix products instead of beside memory traffic,
+some 10 µs of arithmetic, and a tile of 128 × 128, which a product needs to run at its rate, leaves no registers for
+that noise: it spills with 4, 8 and 16 warps. The tiles below do not spill, at about 190 registers a thread. Expected
+to lose; the package uses cuBLAS and `flow_mse` until a measurement says otherwise.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sfr_kernels.leaves import FlowPath
+from sfr_kernels.leaves import triton as leaves
+from sfr_kernels.leaves.triton.column_sum import column_sum
+from sfr_kernels.leaves.triton.launch import launch
+from sfr_kernels.leaves.triton.philox import gaussian
+
+from ..harness.errors import message
+from ..harness.timing import Candidate, compare
+
+APART = "cuBLAS + flow_mse"
+
+# (rows, columns, depth) of a tile, warps, stages: candidates to be timed
+TILES = ((128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 4, 4), (64, 128, 64, 8, 3))
+
+
+@triton.jit
+def _fused_output_kernel(
+    a_ptr, w_ptr, b_ptr, dv_ptr, loss_ptr, partial_ptr, coefficient_ptr,
+    targets_ptr, target_stride, noise_id_ptr, anchor_ptr, seed_ptr, target_scale, source_std,
+    n, d, D,
+    HAS_NOISE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One (BLOCK_N, BLOCK_D) tile of v; neighbouring programs share their rows of a."""
+    columns = tl.cdiv(d, BLOCK_D)
+    tile_n, tile_d = (tl.program_id(0) // columns).to(tl.int64), tl.program_id(0) % columns
+    offs_n, offs_d = tile_n * BLOCK_N + tl.arange(0, BLOCK_N), tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n, mask_d = offs_n < n, offs_d < d
+    offs_k = tl.arange(0, BLOCK_K)
+    a_at = a_ptr + offs_n[:, None] * D + offs_k[None, :]
+    w_at = w_ptr + offs_d.to(tl.int64)[None, :] * D + offs_k[:, None]
+    v = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for first in range(0, D, BLOCK_K):
+        inside = offs_k < D - first
+        a = tl.load(a_at + first, mask=mask_n[:, None] & inside[None, :], other=0.0)
+        w = tl.load(w_at + first, mask=mask_d[None, :] & inside[:, None], other=0.0)
+        v = tl.dot(a, w, v, input_precision="ieee")
+    v += tl.load(b_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
+
+    anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
+    mask = mask_n[:, None] & mask_d[None, :]
+    x_1 = tl.load(targets_ptr + anchor[:, None] * target_stride + offs_d[None, :], mask=mask, other=0.0)
+    u = x_1.to(tl.float32) * target_scale
+    if HAS_NOISE:
+        identity = tl.load(noise_id_ptr + offs_n, mask=mask_n, other=0)
+        block = tile_d * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
+        u -= gaussian(tl.load(seed_ptr), identity[:, None], block[None, :]) * source_std
+    e = tl.where(mask, v - u, 0.0)
+    tl.store(loss_ptr + offs_n * columns + tile_d, tl.sum(e * e, axis=1) / d, mask=mask_n)
+    dv = e * (2.0 / d * tl.load(coefficient_ptr + offs_n, mask=mask_n, other=0.0))[:, None]
+    tl.store(dv_ptr + offs_n[:, None] * d + offs_d[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask)
+    tl.store(partial_ptr + tile_n * d + offs_d, tl.sum(dv, axis=0), mask=mask_d)
+
+
+def fused_output(
+    a: Tensor,  # (n, D), contiguous
+    w_out: Tensor,  # (d, D), contiguous
+    b_out: Tensor,  # (d,)
+    path: FlowPath,
+    coefficient: Tensor,  # (n,) float32
+    tile: tuple[int, int, int, int, int] = TILES[0],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ℓ (n,) float32, dv (n, d) in a's dtype, db (d,) float32."""
+    (n, width), d = a.shape, w_out.shape[0]
+    rows, columns, depth, warps, stages = tile
+    parts, blocks = triton.cdiv(n, rows), triton.cdiv(d, columns)
+    dv = torch.empty(n, d, dtype=a.dtype, device=a.device)
+    loss = torch.empty(n, blocks, dtype=torch.float32, device=a.device)
+    partial = loss.new_empty(1, parts, d)
+    launch(
+        _fused_output_kernel,
+        (parts * blocks,),
+        a,
+        w_out,
+        b_out,
+        dv,
+        loss,
+        partial,
+        coefficient,
+        path.targets,
+        path.targets.stride(0),
+        path.noise_id,
+        path.anchor,
+        path.seed,
+        path.target_scale,
+        path.source_std,
+        n,
+        d,
+        width,
+        HAS_NOISE=path.source_std != 0,
+        BLOCK_N=rows,
+        BLOCK_D=columns,
+        BLOCK_K=depth,
+        num_warps=warps,
+        num_stages=stages,
+        contract=False,  # the noise of `flow_path`; tensor cores have no products to contract
+    )
+    return loss.sum(1), dv, column_sum(partial)[0]
+
+
+def measure(
+    device: torch.device,
+    seconds: float = 2.0,
+    n: int = 6144,
+    width: int = 1024,  # D and d
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[dict]:
+    """Rows of a result file: both ways, every tile, beside the product alone."""
+    g = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=g)
+
+    a, w, b, v = normal(n, width), normal(width, width) / 32, normal(width), normal(n, width)
+    index = torch.zeros(n, dtype=torch.int32, device=device)
+    targets, coefficient = normal(96, width, dtype=torch.float32) / 32, torch.ones(n, device=device)
+    identity, seed = torch.arange(n, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    path = FlowPath(targets, targets[0, :1], identity, index + identity.int() % 96, index, seed, 32.0, 1.0)
+
+    def apart():
+        return leaves.flow_mse(torch.addmm(b, a, w.T, out=v), path, coefficient)
+
+    runs = {
+        "fused {}x{}x{}, {} warps, {} stages".format(*tile): lambda tile=tile: fused_output(
+            a, w, b, path, coefficient, tile
+        )
+        for tile in TILES
+    }
+    common = dict(op="output layer and loss", label=f"n{n} d{width} D{width}", dtype=str(dtype)[6:])
+    found, (loss, db) = {APART: common}, apart()
+    for name, run in list(runs.items()):
+        try:
+            pairs = zip(run(), (loss, v, db), strict=True)
+            wrong = max(
+                ((ours.double() - other.double()).norm() / other.double().norm()).item() for ours, other in pairs
+            )
+        except Exception as error:  # one tile that does not compile must not hide the others
+            found[name] = common | dict(failure=message(error))
+            del runs[name]
+            continue
+        found[name] = common if wrong <= 2.0**-7 else common | dict(failure=f"differs from {APART} by {wrong:.1e}")
+    candidates = {APART: Candidate(apart)} | {name: Candidate(run) for name, run in runs.items()}
+    candidates["floor"] = Candidate(lambda: torch.mm(a, w.T, out=v))
+    times = compare(candidates, device, seconds)
+    floor = times.pop("floor")
+    for name, time in times.items():
+        values = dict(ms=time.ms, spread_ms=time.spread_ms, issue_ms=time.issue_ms, floor_ms=floor.ms)
+        found[name] = found[name] | {key: round(ms, 5) for key, ms in values.items()}
+    return [dict(failure=None) | row | dict(candidate=name, ok="failure" not in row) for name, row in found.items()]

@@ -1,0 +1,1 @@
+"""What is measured, and how: cases, work, the race of providers, and the run of all of them."""

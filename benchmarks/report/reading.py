@@ -1,0 +1,153 @@
+"""What a result file says, case by case: who was fastest, how far from the limit, what went wrong."""
+
+from dataclasses import dataclass
+
+PRODUCTS = "products"  # the limit that is the matrix products alone
+NEEDED = ("op", "label", "dtype", "provider", "kind")  # of every extra_info
+
+
+@dataclass(frozen=True)
+class Result:
+    """One provider at one case."""
+
+    provider: str
+    kind: str  # "ours", "peer", "limit"
+    ms: float  # median
+    q1: float  # ms
+    q3: float
+    rounds: int
+    extra: dict  # extra_info as it is in the file
+
+    @property
+    def error(self) -> float | None:
+        """Relative L2 error against float64, at the output nearest to its bound."""
+        return self.worst["ours"] if self.worst else self.extra.get("error")
+
+    @property
+    def worst(self) -> dict | None:
+        """Errors of that output: "ours", "eager", "norm", "ratio"; ratio None: not a finite number."""
+        return (self.extra.get("errors") or {}).get(self.extra.get("worst"))
+
+
+@dataclass(frozen=True)
+class Race:
+    """One case, and everyone who ran it in turn."""
+
+    op: str
+    label: str
+    dtype: str
+    group: str
+    results: list[Result]
+
+    @property
+    def title(self) -> str:
+        return f"{self.label}, {self.dtype}"
+
+    def of(self, kind: str) -> list[Result]:
+        return [r for r in self.results if r.kind == kind]
+
+    @property
+    def runners(self) -> list[Result]:
+        """Ours, then peers; each by time."""
+        return [r for kind in ("ours", "peer") for r in sorted(self.of(kind), key=lambda r: r.ms)]
+
+    @property
+    def sweeps(self) -> list[dict]:
+        """The curves it is a point of: "axis", "x", "series" of each."""
+        return next((r.extra["sweeps"] for r in self.results if r.extra.get("sweeps")), [])
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it is shown by itself, and not only as a point of curves."""
+        return any(r.extra.get("main", True) for r in self.results)
+
+    @property
+    def limit_ms(self) -> float | None:
+        """Of whatever stands for the case's limit: products and bytes, the encoder alone, …"""
+        return self._bound("limit", [r.ms for r in self.of("limit") if r.provider != PRODUCTS])
+
+    @property
+    def products_ms(self) -> float | None:
+        return self._bound(PRODUCTS, [r.ms for r in self.of("limit") if r.provider == PRODUCTS])
+
+    def _bound(self, name: str, timed: list[float]) -> float | None:
+        recorded = [r.extra.get(f"{name}_ms") for r in self.results]
+        return next((ms for ms in (*recorded, *timed) if ms), None)
+
+    def fastest(self, kind: str) -> Result | None:
+        return min(self.of(kind), key=lambda r: r.ms, default=None)
+
+    @property
+    def of_limit(self) -> float | None:
+        """Times of the limit that the best of ours takes."""
+        best = self.fastest("ours")
+        return best.ms / self.limit_ms if best and self.limit_ms else None
+
+    @property
+    def lead(self) -> float | None:
+        """How many times as long the fastest peer takes; below 1 it wins."""
+        best, peer = self.fastest("ours"), self.fastest("peer")
+        return peer.ms / best.ms if best and peer else None
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A provider that did not run, or was wrong, at some cases for one reason."""
+
+    provider: str
+    ours: bool
+    reason: str
+    ops: list[str]
+    cases: list[str]
+
+
+def validate(content: dict) -> None:
+    """ValueError naming what keeps `content` from being a result file."""
+    if not isinstance(content, dict) or not isinstance(content.get("sfr_kernels"), dict):
+        raise ValueError('not a result file: no object "sfr_kernels"')
+    if not isinstance(content.get("benchmarks"), list):
+        raise ValueError('not a result file: no list "benchmarks"')
+    if not isinstance(content["sfr_kernels"].get("device"), dict):
+        raise ValueError('not a result file: "sfr_kernels" names no "device"')
+    for number, entry in enumerate(content["benchmarks"]):
+        extra, stats = entry.get("extra_info") or {}, entry.get("stats") or {}
+        if lacking := [key for key in NEEDED if key not in extra]:
+            raise ValueError(f"benchmark {number} ({entry.get('name')}): extra_info lacks {', '.join(lacking)}")
+        if not (isinstance(stats.get("median"), int | float) and stats["median"] > 0):
+            raise ValueError(f"benchmark {number} ({entry.get('name')}): stats lack a positive median")
+
+
+def races(content: dict) -> list[Race]:
+    """Every case that anyone finished, in the order of the file."""
+    found: dict[tuple[str, str, str], Race] = {}
+    for entry in content["benchmarks"]:
+        extra, stats = entry["extra_info"], entry["stats"]
+        key = extra["op"], extra["label"], extra["dtype"]
+        race = found.setdefault(key, Race(*key, entry.get("group") or "", []))
+        median, q1, q3 = (1e3 * stats.get(name, stats["median"]) for name in ("median", "q1", "q3"))
+        race.results.append(Result(extra["provider"], extra["kind"], median, q1, q3, stats.get("rounds") or 0, extra))
+    return list(found.values())
+
+
+def troubles(content: dict, key: str) -> list[Trouble]:
+    """key "absent" or "failed": one entry for each provider and reason, ours first."""
+    found: dict[tuple[str, str], Trouble] = {}
+    for entry in content["sfr_kernels"].get(key) or []:
+        provider, reason = entry["provider"], entry["reason"]
+        trouble = found.setdefault((provider, reason), Trouble(provider, entry["ours"], reason, [], []))
+        for names, name in ((trouble.ops, entry["op"]), (trouble.cases, entry.get("group") or entry["op"])):
+            if name not in names:
+                names.append(name)
+    return sorted(found.values(), key=lambda t: not t.ours)
+
+
+def ceilings(content: dict) -> tuple[float | None, dict[str, float]]:
+    """What this device reached in the same run: TB/s of a copy, read and written, and TFLOP/s of a product by dtype."""
+    copy, products = None, {}
+    for race in races(content):
+        for r in race.results if race.op == "ceilings" else ():
+            if r.provider == "copy":
+                copy = max(copy or 0.0, r.extra.get("tb_per_s") or 0.0) or None
+            elif r.extra.get("tflop_per_s"):
+                products[race.dtype] = max(products.get(race.dtype, 0.0), r.extra["tflop_per_s"])
+    return copy, products
