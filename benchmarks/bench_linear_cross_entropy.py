@@ -13,7 +13,6 @@ from .peers import cross_entropy as decoder_peers
 
 OP = "linear_cross_entropy"
 LITTLE = "little memory"
-QUICK = ("Llama-3-8B", "Qwen3-0.6B")
 # By model, tokens, share supervised and whether frozen, the most times of the products alone and the least of a peer;
 # and how many lm_heads of memory beyond the returned gradients, by whether it is frozen.
 GOALS = {
@@ -32,10 +31,10 @@ WITHOUT_COMPILE = ("triton", "cuda", "torch", "eager", "Liger", "cut-cross-entro
 
 def cases(device: torch.device) -> list[Case]:
     found = []
-    for model in MODELS:
-        for frozen in (False, True):
-            found.append(_case(model, shape_of(model, 8192, frozen=frozen), quick=model in QUICK[: 2 - frozen]))
     for frozen in (False, True):
+        found.append(_case("Llama-3-8B", shape_of("Llama-3-8B", 8192, frozen=frozen), quick=True))
+        for model in [name for name in MODELS if name != "Llama-3-8B"]:
+            found.append(_case(model, shape_of(model, 8192, frozen=frozen)))
         found.append(_case("Llama-3-8B", shape_of("Llama-3-8B", 8192, 1.0, frozen=frozen)))
         found.append(_case("Qwen3-1.7B", shape_of("Qwen3-1.7B", 4096, frozen=frozen)))
         found.append(_case(None, shape_of((2048, 248320), 16384, frozen=frozen)))
@@ -44,13 +43,16 @@ def cases(device: torch.device) -> list[Case]:
     shape = shape_of("Llama-3-8B", 8192)
     goal = Goal(of_products=1.25, weights=0.3)
     found.append(case_of(OP, "Llama-3-8B", shape, note=LITTLE, goal=goal, providers=("triton", "cuda", "torch")))
+    # at the model's own sizes, and at sizes that are no model's
+    model, quick = "Qwen3-1.7B", dict(quick=True)
     curves = [
-        *sweep(OP, "supervised", [shape_of("Qwen3-1.7B", 8192, s) for s in (0.1, 0.25, 0.5, 0.75, 1.0)], "Qwen3-1.7B",
-               quick=True),
-        *sweep(OP, "tokens", [shape_of("Qwen3-1.7B", 1024 * 2**i) for i in range(6)], "Qwen3-1.7B", quick=True),
+        *sweep(OP, "supervised", [shape_of(model, 8192, s) for s in (0.25, 0.5, 0.75, 1.0)], model, **quick),
+        *sweep(OP, "supervised", [shape_of(model, 8192, 0.1)], model),
+        *sweep(OP, "tokens", [shape_of(model, 1024 * n) for n in (2, 4, 8, 16)], model, **quick),
+        *sweep(OP, "tokens", [shape_of(model, 1024 * n) for n in (1, 32)], model),
         *sweep(OP, "vocab", [shape_of((2048, v), 8192) for v in (32000, 64000, 128256, 262144)]),
         *sweep(OP, "hidden_size", [shape_of((h, 128256), 8192) for h in (1024, 2048, 4096, 8192)]),
-    ]  # fmt: skip
+    ]
     return fit(found + [replace(case, providers=WITHOUT_COMPILE) for case in curves], device)
 
 

@@ -21,7 +21,7 @@ def cases(device: torch.device) -> list[Case]:
     found = []
     for frozen in (False, True):
         shape = shape_of("Llama-3-8B", 8192, frozen=frozen)
-        found.append(case_of(OP, "Llama-3-8B", shape, goal=goal, quick=True))
+        found.append(case_of(OP, "Llama-3-8B", shape, goal=goal, quick=not frozen))
         for model in ("Qwen2.5-7B", "Qwen3-0.6B", "Qwen3-32B", "Gemma-3-4B", "SmolLM2-135M"):
             found.append(case_of(OP, model, shape_of(model, 8192, frozen=frozen)))
     found += [case_of(OP, "Qwen3-0.6B", shape_of("Qwen3-0.6B", 4096), dtype) for dtype in (FP16, FP32)]

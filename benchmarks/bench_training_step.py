@@ -45,11 +45,9 @@ def cases(device: torch.device) -> list[Case]:
             optimizer = "SGD" if llama and not lora else "AdamW"
             for checkpointing in (False, True):
                 shape = StepShape(trunk, lora, checkpointing, optimizer, **({} if cuda else SMALL))
-                # of each model the way it is mostly fine-tuned on one GPU; a step of the larger takes a second, and
-                # the quick selection has minutes
-                quick = lora and checkpointing == llama
-                everyone = not (quick and llama) if cuda else quick and not llama
-                found.append(_case(shape, cuda, quick, None if everyone else MAIN))
+                # the way it is mostly fine-tuned on one GPU; a step of the larger model takes a second
+                quick = lora and not checkpointing and not llama
+                found.append(_case(shape, cuda, quick, None if cuda or quick else MAIN))
     return found
 
 

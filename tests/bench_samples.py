@@ -30,7 +30,7 @@ SWEEPS = {"tokens": (1024, 2048, 4096, 8192, 16384), "vocab": (32000, 64000, 128
 
 def curve(sweep: dict | None) -> dict:
     """The fields of a case that is a point of a curve, or none."""
-    return dict(sweeps=[sweep] if sweep else [], main=sweep is None)
+    return dict(sweeps=[sweep] if sweep else [], main=sweep is None, quick=sweep is None)
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Maker:
         stats |= dict(
             rounds=rounds, median=median, iqr=q3 - q1, q1=q1, q3=q3, ops=1 / statistics.fmean(data), data=data
         )
+        extra = dict(quick=True) | extra
         extra = dict(op=op, label=label, dtype=extra.pop("dtype", self.dtype), case=extra.pop("case", {}), **extra)
         group = f"{op}: {label}, {extra['dtype']}"
         name = f"test_{op}[{label}-{provider}]"

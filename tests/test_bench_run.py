@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -188,27 +189,35 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
         command.main([])
 
 
-def test_the_real_benchmarks_through_the_command(tmp_path, capsys):
-    """One leaf and the ceilings, from the command to the report."""
-    arguments = [
-        "--device",
-        "cpu",
-        "--seconds",
-        "0.01",
-        "--out",
-        str(tmp_path),
-        "--only",
-        "flow_path",
-        "--only",
-        "ceil",
-    ]
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """What a wheel of this tree puts into site-packages."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site-packages")
+    for name in ("sfr_kernels", "csrc", "benchmarks"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--dist-dir", str(built)]
+    environment = os.environ | dict(SFR_BUILD_CUDA="0")
+    subprocess.run(command, cwd=source, env=environment, check=True, capture_output=True, timeout=300)
+    (wheel,) = built.glob("*.whl")
+    shutil.unpack_archive(wheel, built, "zip")
+    return built
+
+
+def test_the_real_benchmarks_through_the_command_of_a_wheel(installed, tmp_path):
+    """One leaf and the ceilings, from the command to the report, outside of any checkout."""
+    assert not (installed / "sfr_kernels/benchmarks/results").exists()
+    arguments = ["--device", "cpu", "--seconds", "0.01", "--out", "here", "--only", "flow_path", "--only", "ceil"]
     done = subprocess.run(
         [sys.executable, "-m", "sfr_kernels", "bench", *arguments], cwd=tmp_path, capture_output=True, text=True,
-        timeout=300, env=os.environ | dict(PYTHONPATH=str(ROOT)),
+        timeout=300, env=os.environ | dict(PYTHONPATH=str(installed)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("bench-*.json")
+    (path,) = (tmp_path / "here").glob("bench-*.json")
     content = json.loads(path.read_text())
+    assert content["sfr_kernels"]["revision"] is None
+    assert all(e["fullname"].startswith("sfr_kernels/benchmarks/bench_") for e in content["benchmarks"])
     assert {e["extra_info"]["op"] for e in content["benchmarks"]} == {"flow_path", "ceilings"}
     providers = {e["extra_info"]["provider"] for e in content["benchmarks"]}
     assert providers == {"torch", "eager", "limit", "copy", "matmul"}

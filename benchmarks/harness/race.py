@@ -97,7 +97,7 @@ def common(case: Case, suite: Suite, provider: str) -> dict:
     """What a result says of itself, whether it was measured or not."""
     return dict(
         op=case.op, label=case.label, dtype=case.dtype_name, case=case.sizes, provider=provider,
-        kind=suite.kind(provider), sweeps=list(case.sweeps), main=case.main,
+        kind=suite.kind(provider), sweeps=list(case.sweeps), main=case.main, quick=case.quick,
     )  # fmt: skip
 
 

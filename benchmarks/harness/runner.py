@@ -24,6 +24,8 @@ from .as_json import as_json
 from .race import TURNS
 
 HERE = Path(__file__).resolve().parents[1]
+# from where sfr_kernels is imported: the checkout, or where the package is installed
+ROOT = next(folder for folder in HERE.parents if not (folder / "__init__.py").exists())
 # what is measured first is measured if the time does not suffice for all
 ORDER = (
     "ceilings", "linear_cross_entropy", "flow_loss", "sfr_loss", "training_step", "softmax_xent", "norm_act",
@@ -77,14 +79,13 @@ def files() -> list[Path]:
 
 def _start(run: Run, until: float | None, journal: Path, log: Path) -> subprocess.Popen:
     command = [sys.executable, "-m", "pytest", *map(str, files()), "-q", "-p", "no:cacheprovider", "--tb=short"]
-    command += ["--rootdir", str(HERE.parent), "-o", "addopts=", "-c", os.devnull]
+    command += ["--rootdir", str(ROOT), "-c", os.devnull]  # no settings of whatever project is around
     command += ["--sfr-device", run.device, "--sfr-results", str(run.path.absolute()), "--sfr-journal", str(journal)]
     command += ["--sfr-full"] * run.full + [part for text in run.only for part in ("--sfr-only", text)]
     command += [] if until is None else ["--sfr-until", str(until)]
     command += [] if run.seconds is None else ["--sfr-seconds", str(run.seconds)]
     journal.touch()
-    # the same sfr_kernels as here, wherever pytest finds its root
-    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with open(log, "w") as output:
         return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,

@@ -1,6 +1,7 @@
 """What README says of one result file, in markdown: the benchmarks of kernels, losses and steps, and those of targets.
 
-Every number is read from the file or reckoned from it. Points of sweeps are left to the curves of the report.
+Every number is read from the file or reckoned from it. Shown are the cases of the five-minute selection; the others,
+and the points of sweeps, are left to the report.
 """
 
 from sfr_kernels.config import SFRConfig
@@ -45,7 +46,7 @@ def where(name: str, content: dict) -> str:
 
 def account(name: str, content: dict, images: dict[str, str]) -> str:
     """The benchmarks other than those of targets. images: file below the root → what it shows."""
-    by_op = {op: [r for r in found if r.is_main] for op, found in races_by_op(content).items()}
+    by_op = {op: [r for r in found if r.is_main and r.is_quick] for op, found in races_by_op(content).items()}
     blocks = [where(name, content), LEGEND]
     if leaves := [race for op in LEAVES for race in by_op.get(op, ())]:
         blocks.append(_leaves(leaves))

@@ -33,11 +33,11 @@ CHARACTER = 0.07  # inches, of a label: what most fonts need at most
 
 
 def limits(content: dict) -> list[dict]:
-    """Every case with a limit that is no point of a curve: who of ours, and of the peers, came nearest to it."""
+    """The cases with a limit, of the five-minute selection: who of ours, and of the peers, came nearest to it."""
     found = []
     for op, races in races_by_op(content).items():
         for race in races:
-            if not race.is_main or not race.limit_ms or op in WHOLES:
+            if not (race.is_main and race.is_quick) or not race.limit_ms or op in WHOLES:
                 continue
             fastest = {kind: race.fastest(kind) for kind in ("ours", "peer")}
             row = {k: (r.provider, round(r.ms / race.limit_ms, 4)) for k, r in fastest.items() if r}
@@ -47,10 +47,11 @@ def limits(content: dict) -> list[dict]:
 
 
 def parts(content: dict) -> list[dict]:
-    """Every training step that was taken apart: milliseconds of its parts."""
+    """The training steps of that selection that were taken apart: milliseconds of their parts."""
     return [
         dict(case=race.title, provider=r.provider, parts={n: round(ms, 4) for n, ms in r.extra["parts"].items()})
         for race in races_by_op(content).get("training_step", ())
+        if race.is_quick
         for r in race.runners
         if r.extra.get("parts")
     ]

@@ -57,6 +57,11 @@ class Race:
         return next((r.extra["sweeps"] for r in self.results if r.extra.get("sweeps")), [])
 
     @property
+    def is_quick(self) -> bool:
+        """Whether it belongs to the five-minute selection."""
+        return any(r.extra.get("quick") for r in self.results)
+
+    @property
     def is_main(self) -> bool:
         """Whether it is shown by itself, and not only as a point of curves."""
         return any(r.extra.get("main", True) for r in self.results)
