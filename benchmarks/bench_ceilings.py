@@ -31,7 +31,8 @@ def make(case: Case, device: torch.device) -> Work:
     if case.shape is None:
         return _copy(Copy(BYTES if device.type == "cuda" else BYTES // 16, device))
     gemm = Gemm(case.shape, case.shape, case.shape, "b")
-    a, b, out = factors_of(gemm, case.dtype, device)
+    a, b = factors_of(gemm, case.dtype, device)
+    out = torch.empty(gemm.m, gemm.n, dtype=case.dtype, device=device)
 
     def run() -> list[torch.Tensor]:
         multiply(a, b, out, 1)

@@ -9,7 +9,7 @@ from .harness.errors import FACTOR
 from .harness.problems import Problem
 from .harness.shapes import BF16, FP16, FP32, MODELS, case_of, fit, shape_of, sweep
 from .harness.work import LIMIT, PRODUCTS, Case, Goal, Run, Suite, Work
-from .peers import cross_entropy as decoder_peers
+from .peers import cross_entropy as ways
 
 OP = "linear_cross_entropy"
 LITTLE = "little memory"
@@ -64,19 +64,19 @@ def _case(model: str | None, shape, dtype: torch.dtype = BF16, *, quick: bool = 
 
 
 def providers(device: torch.device) -> dict[str, str | None]:
-    return backends(device) | decoder_peers.reasons(device)
+    return backends(device) | ways.reasons(device)
 
 
 def make(case: Case, device: torch.device) -> Work:
     small = case.sizes["note"] == LITTLE
     problem = Problem(OP, case.shape, case.dtype, device, small=small)
-    names = [n for n, reason in decoder_peers.reasons(device).items() if reason is None]
+    names = [n for n, reason in ways.reasons(device).items() if reason is None]
     peers = {name: _peer(problem, name) for name in names}
     return work_of(problem, peers, factor=SMALL_FACTOR if small else FACTOR)
 
 
 def _peer(problem: Problem, name: str) -> Run:
-    loss_of, leaves = decoder_peers.loss_of(name), list(problem.leaves.values())
+    loss_of, leaves = ways.loss_of(name), list(problem.leaves.values())
     labels = problem.labels.flatten()
 
     def run():

@@ -8,16 +8,15 @@ from .harness.composites import backends, work_of
 from .harness.problems import Problem
 from .harness.shapes import FP16, FP32, case_of, fit, shape_of, sweep
 from .harness.work import LIMIT, OURS, PRODUCTS, Case, Goal, Suite, Work
-from .peers.cross_entropy import COMPILED, EAGER, LIBRARIES, absent, library
-from .peers.flow import joint_peers, with_head
+from .peers.cross_entropy import COMPILED, EAGER, reasons
+from .peers.flow import WITH_HEAD, joint_peers
 
 OP = "sfr_loss"
 APART = "one after the other"  # our two losses in turn
-WITH_HEAD = {with_head(name): LIBRARIES[name][0] for name in ("Liger", "cut-cross-entropy")}
 
 
 def cases(device: torch.device) -> list[Case]:
-    goal = Goal(of_products=1.10, peer=1.0)
+    goal = Goal(of_products=1.10, rivals=((APART, 1.0),), backends=("triton", "cuda"))
     found = []
     for frozen in (False, True):
         shape = shape_of("Llama-3-8B", 8192, frozen=frozen)
@@ -31,20 +30,21 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def providers(device: torch.device) -> dict[str, str | None]:
-    others = {APART: None, EAGER: None, COMPILED: absent(COMPILED, device)}
-    return backends(device) | others | {name: library(module, device) for name, module in WITH_HEAD.items()}
+    alone = {EAGER, COMPILED}
+    others = {name if name in alone else name + WITH_HEAD: reason for name, reason in reasons(device).items()}
+    return backends(device) | {APART: None} | others
 
 
 def make(case: Case, device: torch.device) -> Work:
     problem = Problem(OP, case.shape, case.dtype, device, published=True)
-    peers, judged = joint_peers(problem)
+    able = [name for name, reason in providers(device).items() if reason is None]
+    peers, judged = joint_peers(problem, able)
     backend = "triton" if device.type == "cuda" else "torch"
-    peers[APART] = lambda: problem.apart(backend)
-    judged[APART] = lambda: problem.apart(backend, judged=True)
-    return work_of(problem, peers, judged=judged)
+    apart = {APART: lambda judged: problem.apart(backend, judged=judged)}
+    return work_of(problem, peers, ours=apart, judged=judged)
 
 
-SUITE = Suite(OP, cases, make, providers, bounds=(PRODUCTS, LIMIT))
+SUITE = Suite(OP, cases, make, providers, ours=(*OURS, APART), bounds=(PRODUCTS, LIMIT))
 
 
 def test_sfr_loss(race):

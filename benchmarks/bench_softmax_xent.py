@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .harness.leaf_work import OF_COPY, Leaf, Numbers, leaf_case, leaf_work, suite
+from .harness.shapes import FP16, FP32
 from .harness.work import Case, Goal, Run
 from .peers.cross_entropy import COMPILED, EAGER
 
@@ -27,7 +28,7 @@ def liger(logits: Tensor, labels: Tensor) -> Tensor:
 def quack(logits: Tensor, labels: Tensor) -> Tensor:
     from quack.cross_entropy import cross_entropy
 
-    return cross_entropy(logits, labels, reduction="sum")
+    return cross_entropy(logits, labels, reduction="sum", inplace_backward=True)  # as ours
 
 
 PEERS = {
@@ -66,12 +67,15 @@ def cases(device: torch.device) -> list[Case]:
     def goal(**wanted: float) -> Goal:
         return Goal(backends=("cuda",), **wanted)
 
-    return [
+    found = [
         leaf_case(OP, 4096, 128256, goal(ms=0.85), device, quick=True),
         leaf_case(OP, 4096, 32000, goal(of_limit=1 / OF_COPY), device),
         leaf_case(OP, 1024, 256000, goal(of_limit=1 / OF_COPY), device),
         leaf_case(OP, 64, 32000, Goal(), device),
     ]
+    if device.type == "cuda":
+        found += [leaf_case(OP, 4096, 32000, Goal(), device, dtype) for dtype in (FP16, FP32)]
+    return found
 
 
 SUITE = suite(OP, cases, partial(leaf_work, leaf), LIGER, QUACK)

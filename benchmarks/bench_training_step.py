@@ -74,7 +74,7 @@ def _case(shape: StepShape, cuda: bool, quick: bool, providers: tuple[str, ...] 
         ),
         dtype=torch.bfloat16 if cuda else torch.float32,
         shape=shape,
-        seconds=15.0 if cuda else 0.3,
+        seconds=8.0 if cuda else 0.3,
         least_runs=5,
         providers=providers,
         quick=quick,
@@ -109,6 +109,8 @@ def make(case: Case, device: torch.device) -> Work:
     def extra(name: str, median_ms: float) -> dict:
         mine = step(name)
         return dict(
+            baseline=SFT_HF,
+            **({} if device.type == "cuda" else dict(threads=1)),
             tokens_per_s=1e3 * case.shape.tokens / median_ms,
             parts=measure_parts(_alone(mine.run, device), mine.lm_head, device, PARTS_RUNS),
             resident_bytes=mine.resident_bytes,

@@ -72,22 +72,31 @@ def _bench(argv: list[str]) -> int:
 
 
 def show(path: Path, problem: str | None = None) -> int:
-    """Prints the table, writes the report beside the file, and says where both are. What is measured on a machine
-    without the packages for either is shown on one that has them."""
+    """Prints the table and writes the report beside the file. What is measured on a machine without the packages for
+    either is shown on one that has them."""
     content = load(path)
     print(f"Kept in {path}")
-    try:
-        from .report.page import write_report
-        from .report.terminal import render
-    except ModuleNotFoundError as error:
-        print(f"Not shown: {error.name} is not installed (pip install 'sfr_kernels[bench]', then bench report FILE)")
-    else:
-        render(content)
-        write_report(content, path.with_suffix(".html"))
-        print(f"\nThe report is {path.with_suffix('.html')}")
+    for shown in (_table, _page):
+        try:
+            shown(content, path)
+        except ModuleNotFoundError as error:
+            print(f"{error.name} is not installed: pip install 'sfr_kernels[bench]', then bench report {path}")
     if problem:
         print(problem, file=sys.stderr)
     return 1 if problem or any(row["ours"] for row in content["sfr_kernels"]["failed"]) else 0
+
+
+def _table(content: dict, path: Path) -> None:
+    from .report.terminal import render
+
+    render(content)
+
+
+def _page(content: dict, path: Path) -> None:
+    from .report.page import write_report
+
+    write_report(content, path.with_suffix(".html"))
+    print(f"\nThe report is {path.with_suffix('.html')}")
 
 
 def _report(argv: list[str]) -> int:

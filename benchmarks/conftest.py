@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from .harness.race import DeadGPUError
-from .harness.session import DIED, Session, entered_in
+from .harness.session import Session, entered_in
 from .harness.work import GRAPH
 
 SESSION = pytest.StashKey[Session]()
@@ -52,11 +52,12 @@ def pytest_generate_tests(metafunc):
         return
     suite, option, session = metafunc.module.SUITE, metafunc.config.getoption, metafunc.config.stash[SESSION]
     cases = [c for c in suite.cases(session.device) if option("sfr_full") or c.quick]
-    cases = [c for c in cases if not option("sfr_only") or any(word in c.group for word in option("sfr_only"))]
+    cases = [c for c in cases if not option("sfr_only") or any(_holds(c.group, text) for text in option("sfr_only"))]
     found = []
     for case in cases:
         providers = [n for n in suite.providers(session.device) if entered_in(case, n)]
         found += [(suite, case, provider) for provider in (*providers, *suite.bounds)]
+    session.selected += len(found)
     found = [f for f in found if not session.is_done(f[1].group, f[2])]
     metafunc.parametrize("race", found, indirect=True, ids=[_slug(f"{c.group} {p}") for _, c, p in found])
 
@@ -65,8 +66,25 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.]+", "-", text.replace("%", "pct")).strip("-")
 
 
+def _holds(group: str, text: str) -> bool:
+    """Whether a case contains a text, as whole words: float16 is not in bfloat16."""
+    return re.search(rf"(?<!\w){re.escape(text)}(?!\w)", group) is not None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a file with nothing to measure pytest makes a test that is skipped."""
+    items[:] = [item for item in items if not _is_empty(item)]
+
+
+def _is_empty(item) -> bool:
+    return "race" in getattr(item, "fixturenames", ()) and not isinstance(item.callspec.params["race"], tuple)
+
+
 def pytest_collection_finish(session):
-    session.config.stash[SESSION].tell(event="plan", tests=len(session.items))
+    own, only = session.config.stash[SESSION], session.config.getoption("sfr_only")
+    if only and not own.selected:
+        raise pytest.UsageError(f"no case of the selection contains {' or '.join(only)}")
+    own.tell(event="plan", tests=len(session.items))
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -125,7 +143,7 @@ def race(request, results):
         try:
             found = results.race(suite, case)
         except DeadGPUError:
-            os._exit(DIED)  # the starter goes on in a new process
+            os._exit(1)  # the starter goes on in a new process
         if provider in found.failed:
             results.failed(suite, case, provider, found.failed[provider])
             pytest.fail(f"{case.group}, {provider}: {found.failed[provider]}", pytrace=False)

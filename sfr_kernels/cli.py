@@ -14,12 +14,12 @@ from .config import SFRConfig
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; 0, or 2 after printing what was wrong with the input."""
-    argv = sys.argv[1:] if argv is None else argv
-    args, rest = _parser().parse_known_args(argv)
+    argv, parser = sys.argv[1:] if argv is None else argv, _parser()
+    args, rest = parser.parse_known_args(argv)
     if args.command == "bench":
         args.rest = argv[argv.index("bench") + 1 :]  # its options are its own
     elif rest:
-        _parser().parse_args(argv)  # says what is unknown
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -156,9 +156,11 @@ def _benchmarks():
     """The command of benchmarks/: a part of an installed package, beside it in a checkout."""
     name = f"{__package__}.benchmarks"
     if importlib.util.find_spec(name) is None:
-        name, root = "benchmarks", str(Path(__file__).resolve().parents[1])
-        if root not in sys.path:
-            sys.path.insert(0, root)
+        name, folder = "benchmarks", Path(__file__).resolve().parents[1] / "benchmarks"
+        if name not in sys.modules:  # from that folder, whatever else is of that name
+            spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
     return importlib.import_module(f"{name}.command")
 
 

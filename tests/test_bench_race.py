@@ -1,5 +1,6 @@
 """The benchmarks' races on the CPU: what is timed is right, what is counted true, and nothing that fails is hidden."""
 
+import statistics
 import time
 from dataclasses import replace
 from functools import partial
@@ -57,7 +58,7 @@ def test_a_kernel_of_known_bytes_and_time_has_the_right_rate():
     """20 ms for 100 MB: 5 GB/s."""
     suite = suite_of({"ours": lambda: time.sleep(0.02) or []}, bytes=100_000_000)
     info = run_race(suite).results["ours"].info
-    assert info["tb_per_s"] == pytest.approx(0.005, rel=0.1) and "tflop_per_s" not in info
+    assert info["tb_per_s"] == pytest.approx(0.005, rel=0.1) and "tflop_per_s" not in info and info["threads"] == 1
 
 
 def test_products_of_known_flops_have_the_right_rate():
@@ -66,9 +67,11 @@ def test_products_of_known_flops_have_the_right_rate():
     suite = suite_of({"ours": lambda: time.sleep(0.02) or []}, gemms=[gemm] * 5, bounds=(PRODUCTS, LIMIT), bytes=8000)
     found = run_race(suite).results
     assert found["ours"].info["flops"] == 5 * gemm.flops
+    # and the products' own factors and results, in float32
+    assert found["ours"].info["traffic"] == 8000 + 5 * 4 * (100 * 200 + 200 * 50 + 100 * 50)
     assert found["ours"].info["tflop_per_s"] == pytest.approx(5 * gemm.flops / 0.02 / 1e12, rel=0.1)
     assert found[LIMIT].info["kind"] == "limit" and set(found) == {"ours", PRODUCTS, LIMIT}
-    assert found["ours"].info["limit_ms"] == pytest.approx(sorted(found[LIMIT].samples)[4], rel=2)
+    assert found["ours"].info["limit_ms"] == pytest.approx(statistics.median(found[LIMIT].samples), rel=1e-3)
 
 
 def test_a_copy_moves_what_it_says(monkeypatch):
@@ -91,7 +94,17 @@ def test_bytes_between_the_products_are_those_of_supervised_rows():
     by_hand = 3 * n * s.hidden_size + N * s.hidden_size + 2 * n * s.vocab
     by_hand += flow * (3 * s.target_size + s.width * (5 + 6))
     assert composites.bytes_of(problem) == 2 * by_hand
-    assert len(composites.gemms_of(problem)) == 3 + 3 + 2 + 3 + 3
+    assert len(composites.gemms_of(problem)) == 3 + 3 + 3 + 3, "forward, dW and dx of three layers; logits, dh, dW"
+
+
+def test_peak_memory_of_what_works_in_place_is_its_scratch():
+    kept = torch.ones(1_000_000)
+
+    def run():
+        torch.empty(50_000, dtype=torch.float64).fill_(1.0)
+        return [kept.mul_(1.0)]
+
+    assert 400_000 <= run_race(suite_of({"ours": run})).results["ours"].info["peak_bytes"] <= 420_000
 
 
 def test_peak_memory_is_what_is_held_beyond_the_results():
@@ -145,12 +158,11 @@ def test_every_op_is_judged_and_timed_and_its_peers_compute_the_same(bench, case
             assert 0 < info["error"] < 1e-4, f"{name} computes something else"
 
 
-@pytest.mark.parametrize("name", ["torch.compile", "Liger + published head", "cut-cross-entropy + published head"])
+@pytest.mark.parametrize("name", ["torch.compile", "Liger + published head", "quack + published head"])
 def test_peers_of_the_joint_loss_that_a_cpu_leaves_out_are_judged_by_what_they_are_given(name, monkeypatch):
     """The same arithmetic with the library's call replaced by eager torch's."""
-    monkeypatch.setattr(
-        flow, "LIBRARIES", {n: (m, cross_entropy.eager) for n, (m, _) in cross_entropy.LIBRARIES.items()}
-    )
+    monkeypatch.setattr(flow, "loss_of", lambda name: cross_entropy.eager)
+    monkeypatch.setattr(bench_sfr_loss, "providers", lambda device: {name: None})
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     work = bench_sfr_loss.make(tiny_case(bench_sfr_loss), CPU)
     run = work.run(name)
@@ -287,7 +299,7 @@ def test_what_was_missed():
         n: Timing(ms, 0.0, 0.0, 10)
         for n, ms in dict(ours=12.0, fast=15.0, slow=24.0, products=10.0, limit=11.0).items()
     }
-    goal = Goal(of_products=1.25, of_limit=1.1, peer=1.2, ms=12.0, weights=2.0)
+    goal = Goal(of_products=1.25, of_limit=1.1, peer=1.2, rivals=(("slow", 2.0),), ms=12.0, weights=2.0)
 
     def missed(goal, times=times, peak=2000):
         return misses(goal, "ours", times, suite, peak, 1000)
@@ -298,7 +310,10 @@ def test_what_was_missed():
              "ours 1.25, wanted 1.9", "2.00 lm_heads of memory, wanted 0.5")  # fmt: skip
     assert len(found) == 5 and all(any(w in line for line in found) for w in words)
     alone = {"ours": times["ours"]}
-    assert len(missed(Goal(of_products=2.0, peer=1.0), alone)) == 2, "what is unknown is not reached"
+    assert missed(Goal(rivals=(("slow", 2.1),))) == ["slow / ours 2.00, wanted 2.1"]
+    assert len(missed(Goal(of_products=2.0, peer=1.0, rivals=(("slow", 1.0),)), alone)) == 3, (
+        "what is unknown is missed"
+    )
 
 
 def test_goals_are_those_of_the_shapes():
@@ -322,9 +337,9 @@ def test_goals_are_those_of_the_shapes():
     little = [c for c in bench_linear_cross_entropy.SUITE.cases(CUDA) if c.sizes["note"]]
     assert [(c.goal.of_products, c.goal.weights) for c in little] == [(1.25, 0.3)]
     joint = [c.goal for c in bench_sfr_loss.SUITE.cases(CUDA) if c.quick]
-    assert joint == [Goal(of_products=1.10, peer=1.0)]
+    assert joint == [Goal(of_products=1.10, rivals=(("one after the other", 1.0),), backends=("triton", "cuda"))]
     rows = [c for b in LEAF_BENCHES for c in b.SUITE.cases(CUDA)]
-    wanted = {(c.op, *c.shape): (c.goal.of_limit, c.goal.ms) for c in rows}
+    wanted = {(c.op, *c.shape): (c.goal.of_limit, c.goal.ms) for c in rows if c.dtype == torch.bfloat16}
     assert wanted["softmax_xent", 4096, 128256] == (None, 0.85)
     assert {k for k, v in wanted.items() if v == (1.25, None)} == {
         *((op, 8192, 1024) for op in ("flow_path", "flow_mse", "norm_act", "norm_act_backward")),
@@ -361,6 +376,5 @@ def test_the_shapes_are_those_that_people_train():
             curves.setdefault((point["axis"], point["series"]), set()).add(point["x"])
     assert {axis for axis, _ in curves} == {"tokens", "vocab", "hidden_size", "supervised"}
     assert all(len(xs) >= 4 for xs in curves.values()) and len(curves) == 4
-    both = [c for c in cases if len(c.sweeps) == 2]
-    assert [c.sizes["tokens"] for c in both] == [8192, 8192] or len(both) == 1, "where two curves cross"
+    assert [c.sizes["tokens"] for c in cases if len(c.sweeps) == 2] == [8192, 8192], "where curves cross"
     assert any(c.main and c.sweeps for c in cases)

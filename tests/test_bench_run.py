@@ -16,18 +16,22 @@ from benchmarks.harness.session import Session
 from sfr_kernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PLANTED = ROOT / "tests" / "planted_bench" / "bench_planted.py"
+PLUGIN = "from benchmarks.conftest import *\n"
 CPU = torch.device("cpu")
 RUN = dict(device="cpu", seconds=0.0)
 
 
 @pytest.fixture
-def planted(monkeypatch):
-    """What PLANTED says → the planted benchmarks run instead of the real ones."""
+def planted(monkeypatch, tmp_path_factory):
+    """What PLANTED says → the planted benchmarks run instead of the real ones. Returns their file."""
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "conftest.py").write_text(PLUGIN)
+    file = Path(shutil.copy(ROOT / "tests" / "planted_bench.py", folder / "bench_planted.py"))
 
-    def plant(**what: str) -> None:
-        monkeypatch.setattr(runner, "files", lambda: [PLANTED])
+    def plant(**what: str) -> Path:
+        monkeypatch.setattr(runner, "files", lambda: [file])
         monkeypatch.setenv("PLANTED", ",".join(f"{name}={how}" for name, how in what.items()))
+        return file
 
     return plant
 
@@ -76,6 +80,7 @@ def test_a_run_without_trouble(planted, tmp_path):
         ("eager", "crash", "ended by SIGSEGV"),
         ("torch", "dead", "illegal memory access was encountered; the GPU answered nothing after that"),
         ("torch", "hang", "no answer for 3 s"),
+        ("eager", "late", "ended by SIGSEGV"),
     ],
 )
 def test_results_survive_what_kills_the_process(who, how, words, planted, tmp_path):
@@ -88,6 +93,13 @@ def test_results_survive_what_kills_the_process(who, how, words, planted, tmp_pa
     assert where == ("first", who) and words in reason
     content = json.loads(path.read_text())["sfr_kernels"]
     assert content["complete"] and [row["ours"] for row in content["failed"]] == [who != "eager"]
+
+
+def test_a_case_that_kills_the_process_as_it_is_made_ends_nothing_else(planted, tmp_path):
+    planted(making="crash")
+    path = tmp_path / "bench.json"
+    assert runner.measure(runner.Run(path, **RUN)) is None
+    assert measured(path) == {"second": EVERYONE} and set(failed(path)) == {("first", who) for who in EVERYONE}
 
 
 def test_a_wrong_result_is_a_failure_and_the_exit_status_says_whose(planted, tmp_path, capsys):
@@ -109,7 +121,7 @@ def test_a_wrong_result_is_a_failure_and_the_exit_status_says_whose(planted, tmp
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(planted, tmp_path, capsys):
     """Stopped by the user at its first case's last provider; what it has is not measured again."""
-    arguments = [sys.executable, "-c", STOPPED, str(PLANTED), str(tmp_path)]
+    arguments = [sys.executable, "-c", STOPPED, str(planted()), str(tmp_path)]
     environment = os.environ | dict(PLANTED="eager=interrupt", PYTHONPATH=str(ROOT))
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130 and "--resume" in done.stderr, done.stderr
@@ -135,14 +147,20 @@ sys.exit(cli.main(["bench", "--device", "cpu", "--out", sys.argv[2]]))
 """
 
 
-def test_a_run_of_another_device_or_version_is_not_gone_on_with(tmp_path):
+def test_a_run_of_another_device_version_or_revision_is_not_gone_on_with(tmp_path):
     path = tmp_path / "bench.json"
     Session(CPU, path).write()
     content = json.loads(path.read_text())
-    content["sfr_kernels"]["versions"]["torch"] = "1.0"
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"another versions: torch 1\.0, now"):
-        Session(CPU, path)
+    Session(CPU, path)
+    for where, name in ((("versions",), "torch"), (("device",), "name"), ((), "revision")):
+        changed = json.loads(json.dumps(content))
+        inner = changed["sfr_kernels"]
+        for key in where:
+            inner = inner[key]
+        inner[name] = "1.0"
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=rf"cannot be gone on with: {name} 1\.0, now"):
+            Session(CPU, path)
 
 
 def test_what_the_time_does_not_suffice_for_is_said(planted, tmp_path):
@@ -152,6 +170,10 @@ def test_what_the_time_does_not_suffice_for_is_said(planted, tmp_path):
     own = json.loads(path.read_text())["sfr_kernels"]
     assert measured(path) == {} and {row["provider"] for row in own["absent"]} == {*EVERYONE, "quack"}
     assert all("time was up" in row["reason"] for row in own["absent"] if row["provider"] != "quack")
+    assert own["cut"] and not own["complete"]
+    assert cli.main(["bench", "--resume", str(path), "--minutes", "5"]) == 0
+    own = json.loads(path.read_text())["sfr_kernels"]
+    assert measured(path) == {"first": EVERYONE, "second": EVERYONE} and own["complete"] and not own["cut"]
 
 
 def test_a_selection(planted, tmp_path):
@@ -160,10 +182,12 @@ def test_a_selection(planted, tmp_path):
     assert runner.measure(runner.Run(path, full=True, only=("third", "second"), **RUN)) is None
     assert set(measured(path)) == {"second", "third"}
     assert json.loads(path.read_text())["sfr_kernels"]["selection"] == "full, third, second"
+    said = runner.measure(runner.Run(tmp_path / "none.json", only=("thir", "bfloat16"), **RUN))
+    assert "no case of the selection contains thir or bfloat16" in said and not (tmp_path / "none.json").exists()
 
 
 def test_a_process_that_cannot_start_says_why(monkeypatch, tmp_path):
-    (tmp_path / "conftest.py").write_text((PLANTED.parent / "conftest.py").read_text())
+    (tmp_path / "conftest.py").write_text(PLUGIN)
     (tmp_path / "bench_broken.py").write_text("import nonsense\n")
     monkeypatch.setattr(runner, "files", lambda: [tmp_path / "bench_broken.py"])
     said = runner.measure(runner.Run(tmp_path / "bench.json", **RUN))
@@ -208,7 +232,7 @@ def installed(tmp_path_factory) -> Path:
 def test_the_real_benchmarks_through_the_command_of_a_wheel(installed, tmp_path):
     """One leaf and the ceilings, from the command to the report, outside of any checkout."""
     assert not (installed / "sfr_kernels/benchmarks/results").exists()
-    arguments = ["--device", "cpu", "--seconds", "0.01", "--out", "here", "--only", "flow_path", "--only", "ceil"]
+    arguments = ["--device", "cpu", "--seconds", "0.01", "--out", "here", "--only", "flow_path", "--only", "ceilings"]
     done = subprocess.run(
         [sys.executable, "-m", "sfr_kernels", "bench", *arguments], cwd=tmp_path, capture_output=True, text=True,
         timeout=300, env=os.environ | dict(PYTHONPATH=str(installed)),
@@ -235,9 +259,6 @@ def test_every_file_is_run():
 def test_names_of_files():
     path = runner.path_in(Path("out"), "NVIDIA H100 80GB HBM3", "2026-01-02T03:04:05+00:00")
     assert path == Path("out/bench-nvidia-h100-80gb-hbm3-20260102T030405.json")
-    assert runner.path_in(Path("out"), "x86_64, 2 threads", "2026-01-02T03:04:05+00:00").name.startswith(
-        "bench-x86-64-2"
-    )
 
 
 def test_where_it_ran_is_read_from_nvidia_smi(monkeypatch):

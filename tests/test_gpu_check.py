@@ -154,7 +154,8 @@ def test_the_floor_counts_the_products_of_supervised_rows():
 
 @pytest.mark.parametrize("transposed", ["", "a", "b"])
 def test_blocks_of_rows_make_the_same_product(transposed):
-    a, b, out = factors_of(Gemm(7, 5, 6, transposed), torch.float64, CPU)
+    a, b = factors_of(Gemm(7, 5, 6, transposed), torch.float64, CPU)
+    out = torch.empty(7, 6, dtype=torch.float64)
     for blocks in BLOCKS:
         multiply(a, b, out.zero_(), blocks)
         torch.testing.assert_close(out, a @ b)

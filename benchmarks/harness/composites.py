@@ -1,21 +1,25 @@
 """Work of the losses: judged as a `Problem` is, bounded by its matrix products and by what lies between them.
 
 Ours may err 1.5 times as much as eager torch does in the same dtype, in the loss and in each gradient, against float64
-(`errors`). A peer need only compute the same thing: its error is recorded, and a sixteenth is wrong.
+(`errors`), at times and with an upstream gradient that make errors show; and the call that is timed must give the same
+as float64 to a sixteenth. A peer need only compute the same thing, to a sixteenth: its error is recorded.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from sfr_kernels.ops.dispatch import unavailable
+from sfr_kernels.ops.dispatch import leaves, unavailable
+from sfr_kernels.rows import IGNORE_INDEX
 
-from .errors import FACTOR, UPSTREAM, Oracle, outputs_of, peer_verdict, verdict
+from .errors import FACTOR, UPSTREAM, Oracle, peer_verdict, verdict
 from .floor import Gemm, cross_entropy_gemms, flow_gemms
 from .limit import flow_bytes, gather_bytes, softmax_bytes
 from .problems import Problem
 from .timing import Graph
-from .work import OURS, Run, Work, WrongResultError
+from .work import Run, Work, WrongResultError
 
 SMALL_FACTOR = 3.0  # of eager's error, where dW is accumulated in 16 bit: every chunk rounds it once more
 
@@ -32,29 +36,65 @@ def work_of(
     problem: Problem,
     peers: dict[str, Run],
     *,
-    judged: dict[str, Run] | None = None,  # of peers that draw noise of their own: the same with the problem's
+    ours: dict[str, Callable[[bool], Tensor]] | None = None,  # beside the backends: (judged) → loss
+    judged: dict[str, Run] | None = None,  # of peers that draw noise of their own: with ours, gradients times UPSTREAM
     factor: float = FACTOR,
 ) -> Work:
     """The work of a problem, for our backends and these peers."""
-    oracle = []
+    oracles: dict[str, Oracle] = {}
+
+    def loss_of(provider: str) -> Callable[[bool], Tensor]:
+        return (ours or {}).get(provider) or (lambda judged: problem.loss(provider, judged=judged))
+
+    def run_of(provider: str) -> Run:
+        if provider in peers:
+            return peers[provider]
+        loss = loss_of(provider)
+        return lambda: problem.with_gradients(loss(False))
 
     def judge(provider: str, run: Run) -> dict:
-        if not oracle:
-            oracle.append(Oracle.of(problem))
-        if provider in OURS:
-            return verdict(oracle[0].errors(outputs_of(problem, provider), factor))
-        return peer_verdict(oracle[0].distance((judged or {}).get(provider, run)(), UPSTREAM))
+        if not oracles:
+            oracles["judged"] = Oracle.of(problem)
+        if provider in peers:
+            if judged and provider in judged:
+                return peer_verdict(oracles["judged"].distance(judged[provider]()))
+            return peer_verdict(oracles["judged"].distance(run(), UPSTREAM))
+        if "timed" not in oracles:  # at the times that the call draws
+            drawn = problem.op != "linear_cross_entropy"
+            oracles["timed"] = Oracle.timed(problem) if drawn else oracles["judged"]
+        fields = verdict(oracles["judged"].errors(problem.with_gradients(loss_of(provider)(True), UPSTREAM), factor))
+        peer_verdict(oracles["timed"].distance(run(), UPSTREAM))
+        return fields
 
     return Work(
-        run=lambda provider: partial(problem.run, provider) if provider in OURS else peers[provider],
+        run=run_of,
         judge=judge,
-        judged=oracle.clear,
+        judged=oracles.clear,
         gemms=gemms_of(problem),
+        factors=partial(factors_of, problem),
         bytes=bytes_of(problem),
         check_graph=partial(check_replay, problem),
         draw=lambda: problem.seed.add_(1),
         weight_bytes=None if problem.weight is None else problem.weight.nbytes,
     )
+
+
+def factors_of(problem: Problem, gemms: list[Gemm]) -> dict[Gemm, tuple[Tensor, Tensor]]:
+    """The problem's own tensors, for the products with the lm_head: what a GPU draws for a product, and so its clocks,
+    depends on the numbers. Those of the head are drawn (`floor`)."""
+    if problem.weight is None:
+        return {}
+    with torch.no_grad():
+        rows = problem.rows.rows[problem.rows.ce_start :] if problem.op == "sfr_loss" else None
+        labels = problem.labels.flatten() if rows is None else problem.rows.labels[problem.rows.ce_start :]
+        rows = (labels != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows
+        labels = labels[labels != IGNORE_INDEX]
+        h, w = problem.hidden.detach().flatten(0, 1)[rows], problem.weight.detach()
+        dlogits = h @ w.T
+        weight = torch.full((len(labels),), 1.0 / len(labels), device=h.device)
+        leaves("torch").softmax_xent(dlogits, labels, weight)
+    logits, dh, *dw = gemms[-2 if problem.shape.frozen else -3 :]
+    return {logits: (h, w.T), dh: (dlogits, w)} | ({dw[0]: (dlogits.T, h)} if dw else {})
 
 
 def gemms_of(problem: Problem) -> list[Gemm]:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,8 +24,9 @@ _CLOCKS = dict(
 
 
 def device_of(device: torch.device) -> dict:
-    """Name, capability, memory and driver; no more than the name of a CPU."""
+    """Name, capability, memory and driver; of a CPU its name and threads."""
     found = dict(name=cpu_name(), kind="cpu", capability=None, memory_bytes=None, driver=None, clocks=None)
+    found["threads"] = torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= dict(name=properties.name, kind="cuda", capability=f"{properties.major}.{properties.minor}")
@@ -33,7 +35,11 @@ def device_of(device: torch.device) -> dict:
 
 
 def cpu_name() -> str:
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def clocks() -> dict[str, float] | None:
@@ -69,8 +75,11 @@ def version(package: str) -> str | None:
 
 
 def revision() -> dict:
-    """The revision of the checkout, and whether tracked files differ from it; None where this is none."""
-    sha = output("git", "rev-parse", "HEAD") if (ROOT / ".git").exists() else None
+    """The revision of the checkout, and whether tracked files differ from it. Of a copy without .git, what
+    SFR_KERNELS_REVISION says it is a copy of; else None."""
+    if not (ROOT / ".git").exists():
+        return dict(revision=os.environ.get("SFR_KERNELS_REVISION"), modified=None)
+    sha = output("git", "rev-parse", "HEAD")
     modified = bool(output("git", "status", "--porcelain", "--untracked-files=no")) if sha else None
     return dict(revision=sha, modified=modified)
 

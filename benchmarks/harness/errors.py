@@ -32,6 +32,7 @@ class Error:
     eager: float = 0.0
     exact: float = 0.0  # of the output itself
     factor: float = FACTOR
+    slack: float = 0.0  # what is allowed besides: eager's error of a single number may be small by chance
 
     @property
     def ratio(self) -> float:
@@ -43,11 +44,12 @@ class Error:
             return 0.0
         if not math.isfinite(self.eager):
             return (self.ours / self.exact) ** 0.5 / COARSE if self.exact else math.inf
-        bound = self.factor * self.eager**0.5 + FLOOR * self.exact**0.5
+        bound = self.factor * self.eager**0.5 + FLOOR * self.exact**0.5 + self.slack**0.5
         return self.ours**0.5 / bound if bound else math.inf
 
     def __add__(self, other: "Error") -> "Error":
-        return Error(self.ours + other.ours, self.eager + other.eager, self.exact + other.exact, self.factor)
+        sums = (getattr(self, name) + getattr(other, name) for name in ("ours", "eager", "exact"))
+        return Error(*sums, self.factor, self.slack + other.slack)
 
     def to_dict(self) -> dict[str, float | None]:
         """Relative errors, and what they are relative to; None for what is not a finite number."""
@@ -65,28 +67,40 @@ class Oracle:
         names: list[str],
         exact: list[Tensor],
         eager: list[Tensor] | None,  # None: it ran out of memory, and bounds nothing
+        slack: dict[str, float] | None = None,  # relative, by name
     ):
-        self.names, self.exact = names, exact
+        self.names, self.exact, self.slack = names, exact, slack or {}
         self.norms = [square(t) for t in exact]
         self.eager = [math.inf] * len(exact) if eager is None else self._squares(eager)
 
     @classmethod
     def of(cls, problem: Problem, draw: int = 0) -> "Oracle":
-        """Of a problem, at one draw of its hidden states and noise: the loss, and UPSTREAM times every gradient."""
+        """Of a problem, at one draw of its hidden states and noise: the loss, and UPSTREAM times every gradient.
+
+        The loss is a mean of n rows, each rounded in the dtype: it may err by eps / √n besides.
+        """
         problem.redraw(draw)
         exact = exact_outputs(problem.in_float64())
         try:
             eager = outputs_of(problem, "reference")
         except torch.OutOfMemoryError:  # at shapes that are not meant for it
             eager = None
-        return cls(["loss", *problem.leaves], exact, eager)
+        slack = torch.finfo(problem.dtype).eps / problem.num_rows**0.5
+        return cls(["loss", *problem.leaves], exact, eager, dict(loss=slack))
+
+    @classmethod
+    def timed(cls, problem: Problem) -> "Oracle":
+        """The same at the times that the problem's call draws from its seed: only `distance` has a use for it."""
+        problem.redraw(0)
+        names = ["loss", *problem.leaves]
+        return cls(names, exact_outputs(problem.in_float64(), judged=False), None)
 
     def _squares(self, found: list[Tensor]) -> list[float]:
         return [square_error(f, e) for f, e in zip(found, self.exact, strict=True)]
 
     def errors(self, found: list[Tensor], factor: float = FACTOR) -> dict[str, Error]:
         rows = zip(self.names, self._squares(found), self.eager, self.norms, strict=True)
-        return {name: Error(*squares, factor) for name, *squares in rows}
+        return {name: Error(*squares, factor, self.slack.get(name, 0.0) ** 2 * squares[2]) for name, *squares in rows}
 
     def distance(self, found: list[Tensor], gradients: float = 1.0) -> float:
         """The largest relative error; of all results but the first, `gradients` times what was found. Where only the
@@ -144,11 +158,11 @@ def message(error: Exception) -> str:
     return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
-def exact_outputs(problem: Problem) -> list[Tensor]:
+def exact_outputs(problem: Problem, *, judged: bool = True) -> list[Tensor]:
     """The loss and UPSTREAM times every gradient, piece after piece."""
     leaves = list(problem.leaves.values())
     total, sums = torch.zeros((), dtype=torch.float64, device=problem.device), [torch.zeros_like(p) for p in leaves]
-    for piece in problem.oracle():
+    for piece in problem.oracle(judged):
         loss = piece()
         if loss.requires_grad:
             for s, g in zip(sums, torch.autograd.grad(loss * UPSTREAM, leaves, allow_unused=True), strict=True):
@@ -160,9 +174,7 @@ def exact_outputs(problem: Problem) -> list[Tensor]:
 
 def outputs_of(problem: Problem, backend: str) -> list[Tensor]:
     """The judged loss and UPSTREAM times every gradient."""
-    loss = problem.loss(backend, judged=True)
-    grads = torch.autograd.grad(loss, list(problem.leaves.values()), torch.full_like(loss, UPSTREAM))
-    return [loss.detach(), *grads]
+    return problem.with_gradients(problem.loss(backend, judged=True), UPSTREAM)
 
 
 def square(t: Tensor) -> float:

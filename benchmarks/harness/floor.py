@@ -6,6 +6,7 @@ Products of the time embedding have M rows, not n, and are left out.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,6 +30,11 @@ class Gemm:
     def flops(self) -> int:
         return 2 * self.m * self.k * self.n
 
+    @property
+    def numbers(self) -> int:
+        """In its factors and its product."""
+        return self.m * self.k + self.k * self.n + self.m * self.n
+
 
 def flow_gemms(n: int, hidden_size: int, target_size: int, width: int, num_layers: int) -> list[Gemm]:
     """Forward, then backward, of the velocity head on n rows: no gradient of x_t."""
@@ -38,7 +44,8 @@ def flow_gemms(n: int, hidden_size: int, target_size: int, width: int, num_layer
         return products + [Gemm(n, outputs, inputs, "")] * input_grad  # dx = dy W
 
     blocks = [g for _ in range(num_layers - 2) for g in layer(width, width)]
-    inputs = layer(hidden_size, width) + layer(target_size, width, input_grad=False)
+    # x_t and h side by side, as one product may take them
+    inputs = [*layer(target_size + hidden_size, width, input_grad=False), Gemm(n, width, hidden_size, "")]
     return inputs + blocks + layer(width, target_size)
 
 
@@ -49,13 +56,23 @@ def cross_entropy_gemms(n: int, hidden_size: int, vocab: int, trained: bool) -> 
 
 
 class Floor:
-    """The products on random numbers (zeros would run cool, and fast), each in its best number of blocks."""
+    """The products, each in its best number of blocks: on the given factors, else on random numbers (zeros would run
+    cool, and fast)."""
 
-    def __init__(self, gemms: list[Gemm], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        gemms: list[Gemm],
+        dtype: torch.dtype,
+        device: torch.device,
+        factors: dict[Gemm, tuple[Tensor, Tensor]] | None = None,  # (m, k) and (k, n), stored as the op stores them
+    ):
         self.flops, self.blocks = sum(g.flops for g in gemms), {}
-        self.factors = {g: factors_of(g, dtype, device) for g in set(gemms)}
-        for gemm, factors in self.factors.items():
-            ways = {str(b): Candidate(lambda f=factors, b=b: multiply(*f, b)) for b in BLOCKS if b <= gemm.m}
+        self.factors = {}
+        for gemm in set(gemms):
+            a, b = (factors or {}).get(gemm) or factors_of(gemm, dtype, device)
+            self.factors[gemm] = a, b, torch.empty(gemm.m, gemm.n, dtype=dtype, device=device)
+        for gemm, (a, b, out) in self.factors.items():
+            ways = {str(n): Candidate(partial(multiply, a, b, out, n)) for n in BLOCKS if n <= gemm.m}
             times = compare(ways, device, seconds=0.05, least_runs=TRIALS)
             self.blocks[gemm] = int(min(times, key=lambda name, t=times: t[name].ms))
         self.chain = gemms
@@ -70,16 +87,15 @@ class Floor:
         self.graph.replay() if self.graph else self._chain()
 
 
-def factors_of(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Both factors, random and stored as the op stores them, and a place for the product."""
+def factors_of(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Both factors, random and stored as the op stores them."""
 
     def normal(rows, columns, transposed):
         shape = (columns, rows) if transposed else (rows, columns)
         t = torch.empty(shape, dtype=dtype, device=device).normal_()
         return t.T if transposed else t
 
-    out = torch.empty(gemm.m, gemm.n, dtype=dtype, device=device)
-    return normal(gemm.m, gemm.k, gemm.transposed == "a"), normal(gemm.k, gemm.n, gemm.transposed == "b"), out
+    return normal(gemm.m, gemm.k, gemm.transposed == "a"), normal(gemm.k, gemm.n, gemm.transposed == "b")
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, blocks: int) -> None:

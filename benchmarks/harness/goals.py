@@ -31,6 +31,11 @@ def misses(
             found.append(f"no peer was measured, wanted {goal.peer:g} × our time of the fastest")
         elif min(peers) < goal.peer * ms:
             found.append(f"fastest peer / ours {min(peers) / ms:.2f}, wanted {goal.peer:g}")
+    for rival, least in goal.rivals:
+        if rival not in times:
+            found.append(f"{rival} was not measured, wanted {least:g} × our time")
+        elif times[rival].ms < least * ms:
+            found.append(f"{rival} / ours {times[rival].ms / ms:.2f}, wanted {least:g}")
     if goal.weights is not None and peak_bytes is not None and peak_bytes > goal.weights * weight_bytes:
         found.append(f"{peak_bytes / weight_bytes:.2f} lm_heads of memory, wanted {goal.weights:g}")
     return found

@@ -16,7 +16,7 @@ from sfr_kernels.ops.dispatch import leaves, unavailable
 
 from ..peers.cross_entropy import COMPILED, EAGER, absent
 from .errors import Oracle, peer_verdict, verdict
-from .shapes import BF16, FP32
+from .shapes import BF16, FP16, FP32
 from .work import LIMIT, OURS, Case, Goal, Run, Suite, Work
 
 OF_COPY = 0.8  # of a copy's bandwidth, wanted of the cuda backend
@@ -102,21 +102,25 @@ def providers(*libraries: str) -> Callable[[torch.device], dict[str, str | None]
     return reasons
 
 
-def leaf_case(op: str, n: int, width: int, goal: Goal, device: torch.device, *, quick: bool = False) -> Case:
+def leaf_case(
+    op: str, n: int, width: int, goal: Goal, device: torch.device, dtype: torch.dtype = BF16, *, quick: bool = False
+) -> Case:
     if device.type != "cuda":
-        n, width, goal = n // 16, width // 8, Goal()
-    dtype = BF16 if device.type == "cuda" else FP32
+        n, width, goal, dtype = n // 16, width // 8, Goal(), FP32
     sizes = dict(model=None, rows=n, width=width)
     return Case(op, f"{n} rows, width {width}", sizes, dtype, (n, width), goal=goal, seconds=0.5, quick=quick)
 
 
 def row_cases(*ops: str) -> Callable[[torch.device], list[Case]]:
-    """Of leaves that work on the head's rows: so few that a launch is what they cost, and many."""
+    """Of leaves that work on the head's rows: many, and so few that a launch is what they cost."""
 
     def cases(device: torch.device) -> list[Case]:
         goal = Goal(of_limit=1 / OF_COPY, backends=("cuda",))
-        large = [leaf_case(op, 8192, 1024, goal, device, quick=True) for op in ops]
-        return large + [leaf_case(op, 512, 1024, Goal(), device) for op in ops]
+        found = [leaf_case(op, 8192, 1024, goal, device, quick=True) for op in ops]
+        found += [leaf_case(op, 512, 1024, Goal(), device) for op in ops]
+        if device.type == "cuda":
+            found += [leaf_case(op, 8192, 1024, Goal(), device, dtype) for op in ops for dtype in (FP16, FP32)]
+        return found
 
     return cases
 

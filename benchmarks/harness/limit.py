@@ -1,10 +1,11 @@
 """The limit of an op: its matrix products through cuBLAS, then a copy of the bytes that must move besides.
 
-Nobody who multiplies with cuBLAS can be faster: what its kernels do between two products reads and writes the same
-bytes at best as fast as a copy does. Both are timed in the run of what they bound. Bytes, per op, by the rows n of N
-tokens that carry loss (s bytes a number):
+Who multiplies with cuBLAS can hardly be faster: what his kernels do between two products reads and writes these bytes,
+at best as fast as a copy does, unless they are so few that they stay in L2. Both are timed in the run of what they
+bound. Bytes, per op, by the rows n of N tokens that carry loss (s bytes a number):
 
-    gather, scatter     n < N only: h read and written, dh read, dh of all N tokens written     s (3 n H + N H)
+    gather, scatter     h read and written, dh read, dh of all N tokens written                 s (3 n H + N H)
+                        (none where n is nearly N: to multiply all of them would cost less)
     cross-entropy       logits read, their gradients written                                    s 2 n V
     path, loss          x_t written; v read, dv written                                         s 3 n d
     first layer         y read, a written; da and y read, dy written                            s 5 n D
@@ -17,11 +18,12 @@ from .floor import Floor
 from .timing import Candidate
 from .work import LIMIT, PRODUCTS
 
+NEARLY_ALL = 0.95
 ROOM = 512 * 2**20  # most bytes of a copy's source, and of its target: far more than any L2
 
 
 def gather_bytes(n: int, tokens: int, hidden_size: int, itemsize: int) -> int:
-    return 0 if n == tokens else itemsize * hidden_size * (3 * n + tokens)
+    return 0 if n > NEARLY_ALL * tokens else itemsize * hidden_size * (3 * n + tokens)
 
 
 def softmax_bytes(n: int, vocab: int, itemsize: int) -> int:

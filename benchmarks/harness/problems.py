@@ -137,10 +137,9 @@ class Problem:
         options = dict(seed=self.seed, config=self.config, normalizer=self.normalizer, backend=backend)
         return sfr_loss(self.hidden, self.weight, self.head, rows, self.targets, times, **options, **self.memory).loss
 
-    def apart(self, backend: str, *, judged: bool = False) -> list[Tensor]:
-        """The joint loss as its two parts, one after the other, and the gradient of every leaf."""
-        loss = self._cross_entropy(self.rows, backend) + self.config.flow_weight * self._flow(backend, judged)
-        return [loss, *torch.autograd.grad(loss, list(self.leaves.values()))]
+    def apart(self, backend: str, *, judged: bool = False) -> Tensor:
+        """The joint loss as its two parts, one after the other."""
+        return self._cross_entropy(self.rows, backend) + self.config.flow_weight * self._flow(backend, judged)
 
     def _cross_entropy(self, labels: Tensor | SupervisedRows, backend: str) -> Tensor:
         options = dict(normalizer=self.normalizer, backend=backend) | self.memory
@@ -151,8 +150,13 @@ class Problem:
         options = dict(seed=self.seed, config=self.config, normalizer=self.normalizer, backend=backend)
         return flow_matching_loss(self.hidden, self.head, rows, self.targets, times, **options)
 
-    def oracle(self) -> Iterator[Callable[[], Tensor]]:
-        """The judged value as the sum of what these return: the reference, on so many rows at a time that its logits
+    @property
+    def num_rows(self) -> int:
+        """n, of which the loss is a mean."""
+        return max(1, self.num_flow if self.op == "flow_matching_loss" else self.num_ce)
+
+    def oracle(self, judged: bool = True) -> Iterator[Callable[[], Tensor]]:
+        """The value as the sum of what these return: the reference, on so many rows at a time that its logits
         fit."""
         if self.op != "flow_matching_loss":
             rows, labels = torch.arange(self.labels.numel(), device=self.device), self.labels.flatten()
@@ -164,14 +168,17 @@ class Problem:
                     self.hidden.flatten(0, 1)[i], self.weight, y, normalizer=self.normalizer, backend="reference"
                 )
         if self.op == "flow_matching_loss":
-            yield lambda: self._flow("reference", judged=True)
+            yield lambda: self._flow("reference", judged)
         elif self.op == "sfr_loss":
-            yield lambda: self.config.flow_weight * self._flow("reference", judged=True)
+            yield lambda: self.config.flow_weight * self._flow("reference", judged)
 
     def run(self, backend: str) -> list[Tensor]:
-        """The loss and the gradient of every leaf."""
-        loss = self.loss(backend)
-        return [loss, *torch.autograd.grad(loss, list(self.leaves.values()))]
+        return self.with_gradients(self.loss(backend))
+
+    def with_gradients(self, loss: Tensor, upstream: float = 1.0) -> list[Tensor]:
+        """The loss, and `upstream` times the gradient of every leaf."""
+        grads = torch.autograd.grad(loss, list(self.leaves.values()), torch.full_like(loss, upstream))
+        return [loss.detach(), *grads]
 
 
 def make_head(shape: Shape, config: SFRConfig) -> VelocityHead:

@@ -5,11 +5,13 @@ named; the others go on. Where a kernel has left the GPU unusable, nothing in th
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 
+from .environment import clocks
 from .errors import message
 from .floor import Floor
 from .goals import misses
@@ -17,7 +19,8 @@ from .limit import bounds
 from .timing import Candidate, Graph, Timing, compare, peak_extra
 from .work import GRAPH, LIMIT, PRODUCTS, Case, Run, Suite, Work
 
-TURNS = "taking turns"  # what is under way while all of them are timed
+MAKING = "making the case"  # in the place of a provider
+LOADED_MS = 400  # of work in the queue while the clocks are read
 
 
 class DeadGPUError(RuntimeError):
@@ -38,6 +41,7 @@ class Result:
 class Race:
     results: dict[str, Result] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    clocks: dict | None = None  # of the GPU, under the load of this race
 
 
 def race(
@@ -45,47 +49,54 @@ def race(
     case: Case,
     device: torch.device,
     providers: Iterable[str],  # those that can run here
-    begin: Callable[[str], object] = lambda stage: None,  # told who is about to run, or TURNS
+    bounded: Iterable[str] | None = None,  # of the suite's bounds, those that are still to be measured; None: all
+    begin: Callable[[str], object] = lambda who: None,  # told who is about to run, or MAKING
 ) -> Race:
-    found = Race()
+    found, providers = Race(), list(providers)
+    bounded = suite.bounds if bounded is None else tuple(bounded)
     torch.compiler.reset()  # limits of recompilation are counted per function, not per case
+    begin(MAKING)
     try:
         work = suite.make(case, device)
     except Exception as error:
-        return Race(failed=dict.fromkeys([*providers, *suite.bounds], f"the case cannot be made: {message(error)}"))
+        reason = f"the case cannot be made: {_reason(MAKING, error, device)}"
+        return Race(failed=dict.fromkeys([*providers, *bounded], reason))
     fields, runs = {}, {}
     for provider in providers:
         begin(provider)
-        base = provider.removesuffix(GRAPH)
         try:
-            runs[provider], fields[provider] = _judged(work, provider, runs.get(base), device)
+            runs[provider], fields[provider] = _judged(work, provider, runs, found, device)
         except Exception as error:  # one that fails must not hide the others
             found.failed[provider] = _reason(provider, error, device)
-            runs.pop(provider, None)
     if work.judged is not None:
         work.judged()
     gc.collect()
-    candidates = {name: _candidate(work, name, run) for name, run in runs.items()}
-    begin(TURNS)
-    floor, raised = None, {}
-    try:
-        if work.gemms:
-            floor = Floor(work.gemms, case.dtype, device)
-        if suite.bounds:
-            candidates |= bounds(floor, work.bytes, device)
-    except Exception as error:
-        raised = dict.fromkeys(suite.bounds, error)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what the eager ones have cut up
+    candidates = {name: _candidate(work, run) for name, run in runs.items()}
+    if bounded:
+        begin(LIMIT)
+        try:
+            both = bounds(_floor(work, case, device), work.bytes, device)
+            candidates |= {name: both[name] for name in bounded}
+        except Exception as error:
+            found.failed |= dict.fromkeys(bounded, _reason(LIMIT, error, device))
+    raised: dict[str, Exception] = {}
     clock = torch.device("cpu") if case.on_host else device
-    times = compare(candidates, clock, case.seconds, raised, least_runs=case.least_runs)
+    times = compare(candidates, clock, case.seconds, raised, least_runs=case.least_runs, begin=begin)
     found.failed |= {name: _reason(name, error, device) for name, error in raised.items()}
+    if device.type == "cuda" and LIMIT in times:
+        found.clocks = _loaded_clocks(candidates[LIMIT], times[LIMIT].ms, device)
+    for name, fields_of in _extras(work, times, runs, begin, found, device).items():
+        fields[name] = fields.get(name, {}) | fields_of
     peaks = {name: f["peak_bytes"] for name, f in fields.items() if f.get("peak_bytes") is not None}
     missed = work.goals({name: t.ms for name, t in times.items()}, peaks) if work.goals else {}
     for name, time in times.items():
-        info = common(case, suite, name) | _measured(work, time, times, name) | fields.get(name, {})
-        if floor is not None:
-            info["floor_blocks"] = [floor.blocks[gemm] for gemm in floor.chain]
-        if work.extra is not None and name in runs:
-            info |= work.extra(name, time.ms)
+        if name in found.failed:
+            continue
+        info = common(case, suite, name) | _measured(work, case, time, times) | fields.get(name, {})
+        if clock.type == "cpu":
+            info = dict(threads=torch.get_num_threads()) | info
         if suite.is_ours(name):
             info["goals"] = misses(case.goal, name, times, suite, info.get("peak_bytes"), work.weight_bytes)
             info["goals"] += missed.get(name, [])
@@ -101,11 +112,13 @@ def common(case: Case, suite: Suite, provider: str) -> dict:
     )  # fmt: skip
 
 
-def _judged(work: Work, provider: str, launched: Run | None, device: torch.device) -> tuple[object, dict]:
-    """A provider's run, or its graph, and what its judgement and its memory say of it."""
+def _judged(work: Work, provider: str, runs: dict, found: Race, device: torch.device) -> tuple[Run | Graph, dict]:
+    """A provider's run, or the graph of one, and what its judgement and its memory say of it."""
     if provider.endswith(GRAPH):
-        if launched is None:
+        base = provider.removesuffix(GRAPH)
+        if base in found.failed:
             raise RuntimeError("the launched calls failed")
+        launched = runs.get(base) or work.run(base)
         graph = Graph(launched)
         if work.check_graph is not None:
             work.check_graph(graph, launched)
@@ -113,27 +126,56 @@ def _judged(work: Work, provider: str, launched: Run | None, device: torch.devic
     run = work.run(provider)
     fields = dict(work.judge(provider, run))
     if work.measure_memory:
-        if work.prepare is not None:
-            work.prepare()
-        fields["peak_bytes"] = max(0, peak_extra(run, device))
+        prepare = work.prepare or (lambda: None)
+        prepare()
+        run()  # may compile, and try out
+        prepare()
+        fields["peak_bytes"] = peak_extra(run, device)
     return run, fields
 
 
-def _candidate(work: Work, provider: str, run: object) -> Candidate:
-    if isinstance(run, Graph):
-        return Candidate(run.replay, work.draw)
-    return Candidate(run, work.prepare)
+def _candidate(work: Work, run: Run | Graph) -> Candidate:
+    return Candidate(run.replay, work.draw) if isinstance(run, Graph) else Candidate(run, work.prepare)
 
 
-def _measured(work: Work, time: Timing, times: dict[str, Timing], name: str) -> dict:
+def _floor(work: Work, case: Case, device: torch.device) -> Floor | None:
+    if not work.gemms:
+        return None
+    factors = work.factors(work.gemms) if work.factors else None
+    return Floor(work.gemms, case.dtype, device, factors)
+
+
+def _extras(work: Work, times: dict, runs: dict, begin: Callable, found: Race, device: torch.device) -> dict[str, dict]:
+    """What a work has to say of its providers besides."""
+    fields = {}
+    for name in [n for n in times if work.extra is not None and n in runs]:
+        begin(name)
+        try:
+            fields[name] = work.extra(name, times[name].ms)
+        except Exception as error:
+            found.failed[name] = _reason(name, error, device)
+    return fields
+
+
+def _measured(work: Work, case: Case, time: Timing, times: dict[str, Timing]) -> dict:
+    """What the work of a provider amounts to: bytes are those besides the products, traffic is all that must move."""
     flops = sum(gemm.flops for gemm in work.gemms)
-    bounded = {f"{n}_ms": round(times[n].ms, 6) for n in (PRODUCTS, LIMIT) if n in times}
-    rates = {}
+    traffic = work.bytes + case.dtype.itemsize * sum(gemm.numbers for gemm in work.gemms)
+    found = dict(flops=flops, bytes=work.bytes, traffic=traffic, issue_ms=round(time.issue_ms, 6))
     if flops:
-        rates["tflop_per_s"] = float(f"{flops / time.ms / 1e9:.5g}")
-    elif work.bytes:
-        rates["tb_per_s"] = float(f"{work.bytes / time.ms / 1e9:.5g}")
-    return dict(flops=flops, bytes=work.bytes, issue_ms=round(time.issue_ms, 6)) | rates | bounded
+        found["tflop_per_s"] = float(f"{flops / time.ms / 1e9:.5g}")
+    if traffic:
+        found["tb_per_s"] = float(f"{traffic / time.ms / 1e9:.5g}")
+    return found | {f"{n}_ms": round(times[n].ms, 6) for n in (PRODUCTS, LIMIT) if n in times}
+
+
+def _loaded_clocks(candidate: Candidate, ms: float, device: torch.device) -> dict | None:
+    """The clocks while the GPU is at work."""
+    for _ in range(min(100, math.ceil(LOADED_MS / ms))):
+        candidate.run()
+    found = clocks()
+    torch.cuda.synchronize(device)
+    return found
 
 
 def _reason(provider: str, error: Exception, device: torch.device) -> str:

@@ -21,18 +21,18 @@ from tqdm import tqdm
 from sfr_kernels.atomic import write_atomically
 
 from .as_json import as_json
-from .race import TURNS
+from .race import MAKING
 
 HERE = Path(__file__).resolve().parents[1]
 # from where sfr_kernels is imported: the checkout, or where the package is installed
 ROOT = next(folder for folder in HERE.parents if not (folder / "__init__.py").exists())
 # what is measured first is measured if the time does not suffice for all
 ORDER = (
-    "ceilings", "linear_cross_entropy", "flow_loss", "sfr_loss", "training_step", "softmax_xent", "norm_act",
-    "flow_mse", "flow_path", "velocity_head", "targets",
+    "ceilings", "linear_cross_entropy", "flow_loss", "sfr_loss", "softmax_xent", "norm_act", "flow_mse", "flow_path",
+    "velocity_head", "training_step", "targets",
 )  # fmt: skip
-SILENCE = 600.0  # seconds for which one provider may run, or all of them take turns, before that is called hanging
-START = 300.0  # the same, for anything else: imports, making a case
+SILENCE, HURRIED = 600.0, 120.0  # seconds for which a provider may run before that is called hanging; with --minutes
+START = 300.0  # the same, for what no provider does: imports
 POLL = 0.1
 
 
@@ -49,47 +49,60 @@ class Run:
 
 
 def path_in(folder: Path, device: str, date: str) -> Path:
-    where = re.sub(r"[^a-z0-9]+", "-", device.split(",")[0].lower()).strip("-")
+    where = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     when = re.sub(r"[-:]|\+.*", "", date)
     return folder / f"bench-{where}-{when}.json"
 
 
-def measure(run: Run, silence: float = SILENCE) -> str | None:
+def measure(run: Run, silence: float | None = None) -> str | None:
     """Measures all of it; None, or a line on why something is missing. KeyboardInterrupt ends the process first."""
+    silence = silence or (SILENCE if run.minutes is None else HURRIED)
     until = None if run.minutes is None else time.time() + 60 * run.minutes
-    with tempfile.TemporaryDirectory(prefix="sfr-bench-") as room, tqdm(unit="result", dynamic_ncols=True) as bar:
+    with tempfile.TemporaryDirectory(prefix="sfr-bench-") as room, _bar() as bar:
         attempt = 0
         while True:
             attempt += 1
             journal, log = Path(room) / f"journal-{attempt}", Path(room) / f"log-{attempt}"
             before = reported(run.path)
-            child = _start(run, until, journal, log)
+            child = _start(run, until, journal, log, Path(room))
             last = Follower(journal, bar, before)
             reason = _wait(child, last, silence)
             if last.finished:
                 return None
-            if last.running is None or not _blame(run.path, last.running, reason):
+            if last.running is not None:
+                _blame(run.path, last.running, reason)
+            if reported(run.path) == before:  # nothing came of it: nor would it the next time
                 return _unexpected(reason, log)
             bar.write(f"{last.running['who']} in {last.running['group']}: {reason}; going on without it")
+
+
+def _bar() -> tqdm:
+    """Where it is no terminal that it is shown on, a line now and then."""
+    return tqdm(unit="result", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10.0)
 
 
 def files() -> list[Path]:
     return [HERE / f"bench_{op}.py" for op in ORDER]
 
 
-def _start(run: Run, until: float | None, journal: Path, log: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pytest", *map(str, files()), "-q", "-p", "no:cacheprovider", "--tb=short"]
-    command += ["--rootdir", str(ROOT), "-c", os.devnull]  # no settings of whatever project is around
+def _start(run: Run, until: float | None, journal: Path, log: Path, room: Path) -> subprocess.Popen:
+    found = files()
+    command = [sys.executable, "-m", "pytest", *map(str, found), "-q", "--tb=short"]
+    # none of the settings and plugins of whatever project is around
+    command += ["-c", os.devnull, "--rootdir", str(ROOT), "--confcutdir", str(found[0].parent)]
+    command += ["-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin", "--benchmark-storage", f"file://{room}"]
     command += ["--sfr-device", run.device, "--sfr-results", str(run.path.absolute()), "--sfr-journal", str(journal)]
     command += ["--sfr-full"] * run.full + [part for text in run.only for part in ("--sfr-only", text)]
     command += [] if until is None else ["--sfr-until", str(until)]
     command += [] if run.seconds is None else ["--sfr-seconds", str(run.seconds)]
+    environment = os.environ | dict(PYTEST_DISABLE_PLUGIN_AUTOLOAD="1", PYTEST_ADDOPTS="")
+    # the same sfr_kernels as here, wherever pytest finds its root
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     journal.touch()
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with open(log, "w") as output:
         return subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
-            env=os.environ | {"PYTHONPATH": path},
+            env=environment,
         )  # fmt: skip
 
 
@@ -103,20 +116,21 @@ class Follower:
 
     def read(self) -> None:
         *lines, self.rest = (self.rest + self.file.read()).split("\n")
-        for line in lines:
+        if lines:
             self.heard = time.monotonic()
+        for line in lines:
             self._take(json.loads(line))
+        if self.running is not None:
+            self.bar.set_description_str(self.running["group"], refresh=False)
+            self.bar.set_postfix_str(self.running["who"], refresh=sys.stderr.isatty())
 
     def _take(self, event: dict) -> None:
         kind = event["event"]
         if kind == "plan":
             self.bar.total = self.before + event["tests"]
             self.bar.n = self.before
-            self.bar.refresh()
         elif kind == "running":
             self.running = event
-            self.bar.set_description_str(event["group"])
-            self.bar.set_postfix_str(event["who"])
         elif kind == "raced":
             self.running = None
         elif kind == "reported":
@@ -156,18 +170,17 @@ def reported(path: Path) -> int:
     return len(content["benchmarks"]) + len(content["sfr_kernels"]["failed"])
 
 
-def _blame(path: Path, running: dict, reason: str) -> bool:
-    """Puts a death down to who was running, unless the process has done so itself. False if it is nobody's."""
+def _blame(path: Path, running: dict, reason: str) -> None:
+    """Puts a death down to who was running, unless the process has done so itself."""
     content = json.loads(path.read_text())
     failed, group = content["sfr_kernels"]["failed"], running["group"]
-    whose = running["providers"] if running["who"] == TURNS else [running["who"]]
+    whose = running["providers"] if running["who"] == MAKING else [running["who"]]
     known = {(f["group"], f["provider"]) for f in failed}
     for provider in whose:
         if (group, provider) not in known:
             ours = provider in running["ours"]
             failed.append(dict(op=running["op"], group=group, provider=provider, ours=ours, reason=reason))
     write_atomically(path, as_json(content).encode())
-    return bool(whose)
 
 
 def _unexpected(reason: str, log: Path) -> str:

@@ -6,6 +6,7 @@ ended early is gone on with: what the file has is not measured again.
 
 import gc
 import json
+import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,9 @@ from sfr_kernels.atomic import write_atomically
 
 from . import environment
 from .as_json import as_json
-from .race import TURNS, DeadGPUError, Race, race
+from .errors import message
+from .race import MAKING, DeadGPUError, Race, race
 from .work import Case, Suite
-
-DIED = 3  # exit status of a process whose GPU answers nothing any more
 
 
 class Session:
@@ -40,9 +40,10 @@ class Session:
         self.device, self.path, self.until, self.seconds = device, path, until, seconds
         self._journal = None if journal is None else open(journal, "a")  # noqa: SIM115 (it lives as long as the session)
         self._raced: tuple[str, Race] | None = None
-        self._clocks: list[dict] = []
+        self.selected = 0  # cases and providers, measured before or not
+        self._mhz: list[float] = []
         selection = dict(selection=", ".join(["full" if full else "quick", *only]), full=full, only=list(only))
-        own = dict(version=__version__, **selection, complete=False, device=environment.device_of(device))
+        own = dict(version=__version__, **selection, complete=False, cut=False, device=environment.device_of(device))
         own |= dict(versions=environment.versions(), **environment.revision(), date=environment.now())
         self.content = dict(benchmarks=[], sfr_kernels=own | dict(absent=[], failed=[]))
         if path is not None and path.exists():
@@ -51,18 +52,19 @@ class Session:
         self._done |= {(f["group"], f["provider"]) for f in self.own["failed"]}
 
     def _go_on(self, earlier: dict) -> None:
-        own = earlier["sfr_kernels"]
+        """ValueError if what was begun is not what would be gone on with."""
+        was, now = earlier["sfr_kernels"], self.own
+        differing = [
+            f"{name} {was.get(name)}, now {now[name]}" for name in ("version", "revision", "modified")
+            if was.get(name) != now[name]
+        ]  # fmt: skip
         for what in ("device", "versions"):
-            was, now = own[what], self.own[what]
-            differing = [k for k in now if k != "clocks" and was.get(k) != now[k]]
-            if differing:
-                raise ValueError(
-                    f"{self.path} was begun with another {what}: "
-                    + ", ".join(f"{k} {was.get(k)}, now {now[k]}" for k in differing)
-                )
-        own["complete"] = False
-        own["absent"] = []
+            names = [n for n in now[what] if n != "clocks" and was[what].get(n) != now[what][n]]
+            differing += [f"{n} {was[what].get(n)}, now {now[what][n]}" for n in names]
+        if differing:
+            raise ValueError(f"{self.path} cannot be gone on with: {', '.join(differing)}")
         self.content = earlier
+        self.own.update(complete=False, cut=False, absent=[])
 
     @property
     def own(self) -> dict:
@@ -86,6 +88,7 @@ class Session:
         """Why a provider is not measured at a case, None if it is."""
         reason = suite.providers(self.device).get(provider)
         if reason is None and self.until is not None and time.time() > self.until and not self._has_raced(case):
+            self.own["cut"] = True
             reason = "not run: the time was up (--minutes)"
         return reason
 
@@ -106,21 +109,22 @@ class Session:
             case = replace(case, seconds=self.seconds)
         if self.path is not None and not self.path.exists():
             self.write()  # for the starter to put a death into
-        ours = [name for name in entered if suite.is_ours(name)]
-        everyone = [*entered, *(n for n in suite.bounds if not self.is_done(case.group, n))]
-        about = dict(event="running", op=case.op, group=case.group, providers=everyone, ours=ours)
+        bounded = [n for n in suite.bounds if not self.is_done(case.group, n)]
+        everyone = [*entered, *bounded]
+        about = dict(event="running", op=case.op, group=case.group, providers=everyone)
+        about["ours"] = [name for name in entered if suite.is_ours(name)]
         try:
-            found = race(suite, case, self.device, entered, lambda who: self.tell(who=who, **about))
+            found = race(suite, case, self.device, entered, bounded, lambda who: self.tell(who=who, **about))
         except DeadGPUError as error:
-            whose = entered if error.provider == TURNS else [error.provider]
-            for provider in whose:
+            for provider in everyone if error.provider == MAKING else [error.provider]:
                 self.failed(suite, case, provider, f"{error}; the GPU answered nothing after that")
             raise
+        except Exception as error:  # of the race itself: named, and not run into again for each provider
+            found = Race(failed=dict.fromkeys(everyone, f"the race broke off: {message(error)}"))
         self.tell(event="raced", group=case.group)
-        if self.device.type == "cuda" and (clocks := environment.clocks()):
-            self._clocks.append(clocks)
-            slow = sorted(c["sm_mhz"] or 0.0 for c in self._clocks)
-            self.own["device"]["clocks"] = clocks | dict(sm_mhz=slow[len(slow) // 2], least_sm_mhz=slow[0])
+        if found.clocks and found.clocks["sm_mhz"]:
+            self._mhz.append(found.clocks["sm_mhz"])
+            self.own["device"]["clocks"] = found.clocks | dict(sm_mhz=statistics.median(self._mhz))
         self._raced = case.group, found
         return found
 
@@ -140,7 +144,7 @@ class Session:
         self.write()
 
     def finish(self) -> None:
-        self.own["complete"] = True
+        self.own["complete"] = not self.own["cut"]
         self.write()
 
     def write(self) -> None:

@@ -91,5 +91,5 @@ def scaled(case: Case) -> Case:
 def scaled_shape(shape: Shape) -> Shape:
     return replace(
         shape, length=max(16, shape.length // 32), hidden_size=shape.hidden_size // 8, vocab=shape.vocab // 16,
-        target_size=64, width=64,
+        target_size=256, width=256,
     )  # fmt: skip

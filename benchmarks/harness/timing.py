@@ -55,11 +55,13 @@ def compare(
     raised: dict[str, Exception] | None = None,  # gets what candidates raise, which then take no further part
     *,
     least_runs: int = LEAST_RUNS,  # of each; fewer where a run takes so long that one suffices to warm up
+    begin: Callable[[str], object] = lambda name: None,  # told who runs next, outside of anyone's time
 ) -> dict[str, Timing]:
     """Every candidate's time, in rounds of one run each, in turn forwards and backwards."""
     flush, samples = Flush(device), {name: [] for name in candidates}
 
     def once(name: str) -> None:
+        begin(name)
         try:
             samples[name].append(_once(candidates[name], flush, device))
         except Exception as error:
@@ -140,8 +142,8 @@ def peak_extra(
 ) -> int:
     """Bytes allocated at the peak beyond what was there before and what is left behind."""
     gc.collect()
-    _, peak, left = allocated(lambda: list(run()), device)
-    return peak - sum(t.numel() * t.element_size() for t in left)
+    left, peak, _ = allocated(lambda: list(run()), device)  # the results live until here
+    return peak - left
 
 
 def allocated(function: Callable[[], object], device: torch.device) -> tuple[int, int, object]:

@@ -29,6 +29,7 @@ class Goal:
     of_products: float | None = None  # at most so many times the matrix products alone
     of_limit: float | None = None  # at most so many times the limit
     peer: float | None = None  # the fastest peer takes at least so many times as long
+    rivals: tuple[tuple[str, float], ...] = ()  # and these providers so many times
     ms: float | None = None
     weights: float | None = None  # peak memory, in sizes of the lm_head's weight
     backends: tuple[str, ...] | None = None  # of whom; None: every one of ours
@@ -68,6 +69,7 @@ class Work:
     run: Callable[[str], Run]  # provider → its run; called once, the first run may compile
     judge: Callable[[str, Run], dict]  # (provider, its run) → fields for the result; WrongResultError if it is wrong
     gemms: list[Gemm] = field(default_factory=list)  # the matrix products that cannot be avoided
+    factors: Callable[[list[Gemm]], dict[Gemm, tuple[Tensor, Tensor]]] | None = None  # those that have tensors
     bytes: int = 0  # that must be read or written besides
     prepare: Callable[[], object] | None = None  # before every run, outside the measured time
     judged: Callable[[], object] | None = None  # after the last judgement: frees what judged

@@ -2,10 +2,11 @@
 are given for free.
 
 It draws noise and times of its own. To be judged, it is given those of the problem, whose config must be
-`published`: one time per sequence, hidden states unscaled.
+`published`: one time per sequence, hidden states unscaled. What is compiled is judged before it is compiled.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,13 @@ from torch import Tensor
 
 from sfr_kernels import reference
 
+from ..harness.errors import UPSTREAM
 from ..harness.problems import TIMES, Problem
 from ..harness.work import Run
-from .cross_entropy import COMPILED, EAGER, LIBRARIES, eager
+from .cross_entropy import COMPILED, EAGER, eager, loss_of
 from .published_loss import PublishedFlowLoss
+
+WITH_HEAD = " + published head"  # after the name of a way to the cross-entropy
 
 
 class Published:
@@ -59,53 +63,45 @@ class Published:
         return [p.hidden, *([p.weight] if "weight" in p.leaves else []), *self.module.parameters()]
 
 
-def run_of(loss: Callable[[], Tensor], leaves: list[Tensor]) -> Run:
-    """The loss and every gradient."""
+def run_of(loss: Callable[[], Tensor], leaves: list[Tensor], upstream: float = 1.0) -> Run:
+    """The loss, and `upstream` times every gradient."""
 
     def run() -> list[Tensor]:
         value = loss()
-        return [value, *torch.autograd.grad(value, leaves)]
+        return [value.detach(), *torch.autograd.grad(value, leaves, torch.full_like(value, upstream))]
 
     return run
 
 
 def flow_peers(problem: Problem) -> tuple[dict[str, Run], dict[str, Run]]:
-    """Each way's run, and its run to be judged."""
+    """Each way's run, and its run to be judged, whose gradients are UPSTREAM times as large."""
     own = Published(problem)
     compiled = torch.compile(own.module, dynamic=False)
     runs = {
         EAGER: run_of(lambda: own.module(problem.hidden, own.x_1, own.weight), own.leaves()),
         COMPILED: run_of(lambda: compiled(problem.hidden, own.x_1, own.weight), own.leaves()),
     }
-    return runs, dict.fromkeys(runs, run_of(own.judged, own.leaves()))
+    return runs, dict.fromkeys(runs, run_of(own.judged, own.leaves(), UPSTREAM))
 
 
-def joint_peers(problem: Problem) -> tuple[dict[str, Run], dict[str, Run]]:
-    """The published head beside each way to the cross-entropy: HF's, compiled with the head or not, and libraries'."""
+def joint_peers(problem: Problem, names: list[str]) -> tuple[dict[str, Run], dict[str, Run]]:
+    """Each way to the cross-entropy and the published head: eager torch's, both compiled as one, and those of others
+    beside the head, which is compiled where that is tried at all."""
     own, λ = Published(problem), problem.config.flow_weight
     labels = F.pad(problem.labels[:, 1:], (0, 1), value=-100).flatten()
+    compiled = torch.compile(own.module, dynamic=False) if COMPILED in names else own.module
 
-    def flow() -> Tensor:
-        return λ * own.module(problem.hidden, own.x_1, own.weight)
+    def cross_entropy(function) -> Tensor:
+        return function(problem.hidden.flatten(0, 1), problem.weight, labels)
 
-    def both(cross_entropy) -> Tensor:
-        return cross_entropy(problem.hidden.flatten(0, 1), problem.weight, labels) + flow()
+    def both(function, head) -> Tensor:
+        return cross_entropy(function) + λ * head(problem.hidden, own.x_1, own.weight)
 
-    compiled = torch.compile(lambda: both(eager), dynamic=False)
-    runs = {EAGER: lambda: both(eager), COMPILED: compiled}
-    judged = dict.fromkeys(runs, eager)
-    for name in ("Liger", "cut-cross-entropy"):
-        function = LIBRARIES[name][1]
-        runs[with_head(name)] = lambda f=function: both(f)
-        judged[with_head(name)] = function
-
-    def judge(cross_entropy) -> Callable[[], Tensor]:
-        hidden = problem.hidden
-        return lambda: cross_entropy(hidden.flatten(0, 1), problem.weight, labels) + λ * own.judged()
-
+    whole = torch.compile(lambda: both(eager, own.module), dynamic=False)
+    runs, judged = {EAGER: lambda: both(eager, own.module), COMPILED: whole}, dict.fromkeys((EAGER, COMPILED), eager)
+    for name in [n for n in names if n.endswith(WITH_HEAD)]:
+        judged[name] = loss_of(name.removesuffix(WITH_HEAD))
+        runs[name] = partial(both, judged[name], compiled)
     leaves = own.leaves()
-    return {n: run_of(f, leaves) for n, f in runs.items()}, {n: run_of(judge(f), leaves) for n, f in judged.items()}
-
-
-def with_head(library: str) -> str:
-    return f"{library} + published head"
+    judges = {n: run_of(lambda f=f: cross_entropy(f) + λ * own.judged(), leaves, UPSTREAM) for n, f in judged.items()}
+    return {n: run_of(f, leaves) for n, f in runs.items()}, judges

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-EAGER, COMPILED = "published eager", "published compiled"  # as candidates of a comparison
-
 
 class TimeEmbedding(nn.Module):
     """τ(t) (..., d) of t (...)."""

@@ -3,7 +3,7 @@
 The labels of every response are cut into suffixes, one every `stride` tokens, of at most `segment_tokens`; each is
 decoded and embedded in the step, and every supervised position is given the embedding of the nearest. A suffix shorter
 than `min_tokens` has a zero target. There is a target and a weight, (m − i)/m for the i-th of m, for every position of
-the batch, zero where there is no loss. The loss on them is `peers.PublishedFlowLoss`.
+the batch, zero where there is no loss. The loss on them is `PublishedFlowLoss`.
 
 The published code scans the labels and fills the positions one by one. `SuffixTargets` computes the same without a
 loop over tokens, so that the pipeline can be told from the loops, and `LoopedSuffixTargets` with both loops: one

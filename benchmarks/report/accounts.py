@@ -7,13 +7,11 @@ and the points of sweeps, are left to the report.
 from sfr_kernels.config import SFRConfig
 
 from ..harness.work import GRAPH
+from ..step.parts import LOOPS, TARGETS
 from . import words
 from .reading import Race, Result, ceilings, races, troubles
-from .resultfile import LEAVES, WHOLES, described, is_gpu, missed_goals, races_by_op
+from .resultfile import WHOLES, described, is_gpu, missed_goals, races_by_op
 
-PLAIN = "SFT, HF's loss"  # the step that others are compared with
-OF_TARGETS = ("targets", "per-token loops")  # parts of a step
-ALONE = "encoder alone"  # what building targets is measured beside
 BILLION = 1_000_000_000
 STRIDE = SFRConfig().stride
 LEGEND = (
@@ -48,11 +46,12 @@ def account(name: str, content: dict, images: dict[str, str]) -> str:
     """The benchmarks other than those of targets. images: file below the root → what it shows."""
     by_op = {op: [r for r in found if r.is_main and r.is_quick] for op, found in races_by_op(content).items()}
     blocks = [where(name, content), LEGEND]
-    if leaves := [race for op in LEAVES for race in by_op.get(op, ())]:
+    kernels = {op: found for op, found in by_op.items() if op not in WHOLES}
+    if leaves := [race for found in kernels.values() for race in found if not race.flops]:
         blocks.append(_leaves(leaves))
-    for op, found in by_op.items():
-        if found and op not in (*LEAVES, *WHOLES):
-            blocks.append(f"**{op}**\n\n{_op(found)}")
+    for op, found in kernels.items():
+        if composites := [race for race in found if race.flops]:
+            blocks.append(f"**{op}**\n\n{_op(composites)}")
     if steps := by_op.get("training_step"):
         blocks.append(f"**A training step**\n\n{_steps(steps)}\n\n{OF_STEPS}")
     blocks += [f"![{shown}]({path})" for path, shown in images.items()]
@@ -97,22 +96,22 @@ def _peak(race: Race, result: Result | None) -> str:
 
 
 def _steps(found: list[Race]) -> str:
-    rows = []
+    rows, baselines = [], dict.fromkeys(race.baseline for race in found if race.baseline)
     for race in found:
-        plain = next((r for r in race.results if r.provider == PLAIN), None)
         for r in race.runners:
             parts, memory = r.extra.get("parts") or {}, (r.extra.get("resident_bytes"), r.extra.get("peak_bytes"))
-            targets = [parts[name] for name in OF_TARGETS if name in parts]
+            targets = [parts[name] for name in (TARGETS, LOOPS) if name in parts]
             rows.append([
-                race.title,
+                race.heading,
                 r.provider,
                 words.milliseconds(r.ms),
                 words.number(r.extra.get("tokens_per_s")),
-                words.times(r.ms / plain.ms) if plain else words.EMPTY,
+                words.times(race.times_of(r, race.baseline)),
                 words.EMPTY if None in memory else words.size(sum(memory)),
                 f"{sum(targets) / sum(parts.values()):.1%}" if targets else words.EMPTY,
             ])  # fmt: skip
-    return table(["case", "step", "time", "tokens/s", f"of {PLAIN}", "peak memory", "share of targets"], rows)
+    of = f"of {' or '.join(baselines) or 'the baseline'}"
+    return table(["case", "step", "time", "tokens/s", of, "peak memory", "share of targets"], rows)
 
 
 def _ceilings(content: dict) -> list[str]:
@@ -149,20 +148,8 @@ def targets_account(name: str, content: dict) -> str:
             encoder = build.extra["encoder"]
             largest[encoder] = max(largest.get(encoder, build), build, key=lambda b: b.extra["segments"])
     hours = {e: BILLION / STRIDE / build.extra["segments_per_s"] / 3600 for e, build in largest.items()}
-    stores = [race for race in races(content) if race.op == "collation"]
-    bytes_per_token = {}
-    for race in stores:
-        case = race.results[0].extra["case"]
-        store = f"d = {case['target_size']}, {case['storage_dtype']}"
-        taken = next((r.extra["bytes_per_token"] for r in race.results if r.extra.get("bytes_per_token")), None)
-        if taken:
-            bytes_per_token[store] = taken
-            rows.append([f"store, {store}", f"{taken:.1f} bytes a supervised token"])
-        ms = {r.provider: r.ms for r in race.of("ours")}
-        if collated := [f"{ms[way]:.2f} ms {way}" for way in ("padded", "packed") if way in ms]:
-            rows.append([f"the collator's part, {race.label}", ", ".join(collated)])
-        if "lookup" in ms:
-            rows.append([f"one sample looked up, {store}", f"{1e3 * ms['lookup']:.0f} µs"])
+    of_stores, bytes_per_token = _stores(content)
+    rows += of_stores
     blocks = [where(name, content)]
     blocks += [table(["", ""], rows)] if rows else []
     if hours or bytes_per_token:
@@ -175,7 +162,32 @@ def targets_account(name: str, content: dict) -> str:
 
 
 def _building(race: Race, build: Result) -> list[str]:
-    rate, alone = build.extra["segments_per_s"], next((r for r in race.results if r.provider == ALONE), None)
-    threads = f", {build.extra['threads']} threads" if build.extra.get("threads") else ""
+    """Its limit is the encoder alone."""
+    rate, alone = build.extra["segments_per_s"], race.fastest("limit")
     share = f": {alone.ms / build.ms:.0%} of the encoder alone ({rate * build.ms / alone.ms:.0f})" if alone else ""
-    return [f"building, {race.label}{threads}", f"{rate:.0f} segments/s{share}"]
+    threads = words.threads(build.extra.get("threads"))
+    return [", ".join(["building", race.label, *threads]), f"{rate:.0f} segments/s{share}"]
+
+
+def _stores(content: dict) -> tuple[list[list[str]], dict[str, float]]:
+    """Rows on every store that was collated from, the ways of one batch in one row; and store → bytes per token."""
+    rows, bytes_per_token = [], {}
+    batches: dict[tuple[str, str], dict[str, Result]] = {}  # (store, batch) → way → result
+    for race in races(content):
+        if race.op != "collation" or (ours := race.fastest("ours")) is None:
+            continue
+        case = ours.extra["case"]
+        store = f"d = {case['target_size']}, {case['storage_dtype']}"
+        batch = ", ".join([race.title.removeprefix(f"{case['way']}, "), *words.threads(ours.extra.get("threads"))])
+        batches.setdefault((store, batch), {})[case["way"]] = ours
+    for (store, batch), ways in batches.items():
+        known = [r.extra["bytes_per_token"] for r in ways.values() if r.extra.get("bytes_per_token")]
+        if known and store not in bytes_per_token:
+            bytes_per_token[store] = known[0]
+            rows.append([f"store, {store}", f"{known[0]:.1f} bytes a supervised token"])
+        if collated := [f"{r.ms:.2f} ms {way}" for way, r in ways.items() if way != "lookup"]:
+            rows.append([f"the collator's part, {batch}", ", ".join(collated)])
+        if lookup := ways.get("lookup"):
+            one = ", ".join([store, *words.threads(lookup.extra.get("threads"))])
+            rows.append([f"one sample looked up, {one}", f"{1e3 * lookup.ms:.0f} µs"])
+    return rows, bytes_per_token

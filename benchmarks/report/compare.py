@@ -2,30 +2,41 @@
 
     python -m sfr_kernels bench compare BASE.json NEW.json [--threshold 0.05] [--provider NAME ...]
 
-Benchmarks are matched by op, label, dtype and provider. The ratio that is judged is that of the medians, each in units
-of its own race's limit: a clock that differs between the runs moves the limit too. Where a race has no limit, or the
-limit is not of the same work in both files, it is the ratio of the medians alone.
+Benchmarks are matched by op, label, dtype and provider. Of each there are two ratios of times, new over base: that of
+the medians, and that in units of the case's references, which is divided by the median of the same ratio over the
+references: the limit, the products and the peers of that case which both files have. What moves all of them is another
+clock, or another tenant of the machine, and not our code.
 
-A slow-down counts if it exceeds the threshold and the 99% interval of the ratio lies above 1. The interval is a
-bootstrap of the medians, the limit's included, with a fixed seed. Neighbouring rounds of a run are not independent, so
-no sample counts as more than 30.
+A slow-down counts if both ratios exceed the threshold and the 99% intervals of both lie above 1: by the first alone, a
+slower machine would be one; by the second, a reference that happened to be faster. What this misses: a slow-down that
+faster clocks make up for in the first ratio. It is shown, and named below the table, but does not fail.
 
-Exit status: 0; 1 if one of ours became slower, needs more memory, is no longer right or is gone; 2 on bad input.
+The intervals are a bootstrap of the medians with a fixed seed. Neighbouring rounds of a run are not independent, so no
+sample counts as more than 30. And as two runs differ by more than their rounds show, each ratio of times also errs by
+as much as the references of a case differ from each other, over all cases of the two files.
+
+Exit status: 0; 1 if one of ours became slower, needs more memory, is no longer right or is gone; 2 on bad input. What
+the new file did not come to, because the time was up or the run was stopped, is named, and is no failure.
 """
 
 import argparse
 import math
 import sys
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
+from .reading import NOT_RUN
 from .resultfile import MIB, device_of, load
 
 DRAWS, EFFECTIVE_ROUNDS, LEAST_ROUNDS = 2000, 30, 3
 OUTER = (0.5, 99.5)  # percentiles
 THRESHOLD = 0.05
-LIMIT = "limit"  # the kind, and the provider behind "limit_ms"
+CLOCKS = dict(max_sm_mhz=("most of the SM clock", "MHz"), max_memory_mhz=("most of the memory clock", "MHz"),
+              power_limit_w=("power limits", "W"))  # fmt: skip
+SAME_CLOCK = 0.02  # by so much the SM clock under load moves by itself
+NOT_THERE = "not in the new file"
 
 Key = tuple[str, str, str, str]  # op, label, dtype, provider
 
@@ -38,10 +49,12 @@ class Pair:
     kind: str
     ms: tuple[float, float]
     bytes: tuple[int | None, int | None]  # at the peak
-    ratio: float  # the judged one
-    low: float
+    time: float  # of the medians
+    ratio: float  # of the medians in units of the references
+    low: float  # of `ratio`
     high: float
-    by_limit: bool  # `ratio` is of times in units of the limit
+    references: int  # so many; with none, `ratio` is `time`
+    hidden: bool  # slower in units of the references, and not by itself
     problems: tuple[str, ...]  # in words
 
     @property
@@ -53,9 +66,11 @@ class Pair:
 class Comparison:
     pairs: list[Pair]  # regressions first, then by ratio, the slowest first
     lost: dict[Key, str]  # ours that are only in the base, and why
+    not_run: dict[Key, str]  # the same, where the new file did not come to them
     only_base: list[Key]  # that are no loss
     only_new: list[Key]
     notes: list[str]  # how the two runs differ
+    scatter: float  # between runs, of the logarithm of a time
     threshold: float
 
     @property
@@ -68,7 +83,7 @@ class Comparison:
 
     @property
     def mean_ratio(self) -> float | None:
-        """Geometric mean of our judged ratios."""
+        """Geometric mean of our ratios, in units of the references."""
         logs = [math.log(p.ratio) for p in self.pairs if p.kind == "ours"]
         return math.exp(sum(logs) / len(logs)) if logs else None
 
@@ -76,22 +91,33 @@ class Comparison:
 def compare(a: dict, b: dict, threshold: float, providers: list[str] | None = None) -> Comparison:
     """a: the base's content, b: the new file's; providers: those that take part, None for all."""
     old, new = _by_key(a), _by_key(b)
+    common = {key: (old[key], new[key]) for key in old if key in new}
+    times = {key: y["stats"]["median"] / x["stats"]["median"] for key, (x, y) in common.items()}
+    references = _references(common)
+    scatter = _scatter(references, times)
+    rng = np.random.default_rng(0)
+    drawn = {
+        key: medians(y["stats"], rng) / medians(x["stats"], rng) * np.exp(scatter * rng.standard_normal(DRAWS))
+        for key, (x, y) in common.items()
+    }
     cases = {key[:3] for key in new}
     same_selection = a["sfr_kernels"].get("selection") == b["sfr_kernels"].get("selection")
-    pairs, lost, only_base = [], {}, []
+    pairs, lost, not_run, only_base = [], {}, {}, []
     for key, entry in old.items():
         if providers and key[3] not in providers:
             continue
-        limit = (*key[:3], LIMIT)
         if key in new:
-            pairs.append(_paired(key, entry, new[key], old.get(limit), new.get(limit), threshold))
+            others = [k for k in references.get(key[:3], ()) if k != key]
+            pairs.append(_paired(key, entry, new[key], others, times, drawn, threshold))
         elif entry["extra_info"]["kind"] == "ours" and (same_selection or key[:3] in cases):
-            lost[key] = _why_gone(key, b)
+            reason = _why_gone(key, b)
+            stopped = reason == NOT_THERE and b["sfr_kernels"].get("complete") is False
+            (not_run if stopped or reason.startswith(NOT_RUN) else lost)[key] = reason
         else:
             only_base.append(key)
     only_new = [key for key in new if key not in old and (not providers or key[3] in providers)]
-    pairs.sort(key=lambda p: (not p.regressed, -p.ratio))
-    return Comparison(pairs, lost, only_base, only_new, differences(a, b), threshold)
+    pairs.sort(key=lambda p: (not p.regressed, not p.hidden, -p.ratio))
+    return Comparison(pairs, lost, not_run, only_base, only_new, differences(a, b), scatter, threshold)
 
 
 def _by_key(content: dict) -> dict[Key, dict]:
@@ -101,30 +127,53 @@ def _by_key(content: dict) -> dict[Key, dict]:
     }
 
 
-def _paired(key: Key, a: dict, b: dict, limit_a: dict | None, limit_b: dict | None, threshold: float) -> Pair:
-    """Entries of one provider; limits: the entries of what bounds it, where the files have them."""
+def _references(common: dict[Key, tuple[dict, dict]]) -> dict[tuple, list[Key]]:
+    """Case → what in it is not ours and did the same work in both files, often enough to have a median."""
+    found = {}
+    for key, (x, y) in common.items():
+        same = all(x["extra_info"].get(name) == y["extra_info"].get(name) for name in ("kind", "flops", "bytes"))
+        often = min(x["stats"]["rounds"], y["stats"]["rounds"]) >= LEAST_ROUNDS
+        if x["extra_info"]["kind"] != "ours" and same and often:
+            found.setdefault(key[:3], []).append(key)
+    return found
+
+
+def _scatter(references: dict[tuple, list[Key]], times: dict[Key, float]) -> float:
+    """Standard deviation of log(new / base) of what took turns in both files, from the differences within the cases:
+    what moves a whole case is not in it. By the median, as a few may have changed for a reason."""
+    pairs = [pair for found in references.values() for pair in combinations(found, 2)]
+    apart = [abs(math.log(times[x] / times[y])) for x, y in pairs]
+    return 1.4826 * float(np.median(apart)) / math.sqrt(2) if apart else 0.0
+
+
+def _paired(
+    key: Key,
+    a: dict,  # its entries
+    b: dict,
+    references: list[Key],
+    times: dict[Key, float],  # new over base, of everything that both files have
+    drawn: dict[Key, np.ndarray],  # the same, (DRAWS,): what it might have been
+    threshold: float,
+) -> Pair:
     x, y = a["extra_info"], b["extra_info"]
-    by_limit = x["kind"] != LIMIT and bool(x.get("limit_ms") and y.get("limit_ms"))
-    by_limit &= all(x.get(name) == y.get(name) for name in ("flops", "bytes"))
-    rng = np.random.default_rng(0)
     ms = tuple(1e3 * entry["stats"]["median"] for entry in (a, b))
-    ratio, drawn = ms[1] / ms[0], medians(b["stats"], rng) / medians(a["stats"], rng)
-    if by_limit:
-        scale = x["limit_ms"] / y["limit_ms"]
-        ratio, drawn = ratio * scale, drawn * scale
-        # and the limit's own noise
-        for power, limit in ((1, limit_a), (-1, limit_b)):
-            if limit:
-                drawn = drawn * (medians(limit["stats"], rng) / limit["stats"]["median"]) ** power
-    low, high = (float(bound) for bound in np.percentile(drawn, OUTER))
+    time = ratio = times[key]
+    draws = drawn[key]
+    if references:
+        ratio = time / float(np.median([times[k] for k in references]))
+        draws = draws / np.median([drawn[k] for k in references], axis=0)
+    low, high = (float(v) for v in np.percentile(draws, OUTER))
+    least = float(np.percentile(drawn[key], OUTER[0]))
     if min(entry["stats"]["rounds"] for entry in (a, b)) < LEAST_ROUNDS:
-        low, high = 0.0, math.inf
-    problems = [f"{ratio:.2f} x the time"] if ratio > 1 + threshold and low > 1 else []
+        low, high, least = 0.0, math.inf, 0.0
+    by_itself, slower = time > 1 + threshold and least > 1, ratio > 1 + threshold and low > 1
+    problems = [f"{ratio:.2f} x the time"] if slower and by_itself else []
     memory = x.get("peak_bytes"), y.get("peak_bytes")
     if None not in memory and memory[1] > (1 + threshold) * memory[0] + MIB:
         problems.append(f"peak memory {memory[0] / MIB:.1f} -> {memory[1] / MIB:.1f} MiB")
     problems += _no_longer_right(x, y)
-    return Pair(key, x["kind"], ms, memory, ratio, low, high, by_limit, tuple(problems))
+    hidden = x["kind"] == "ours" and slower and not by_itself
+    return Pair(key, x["kind"], ms, memory, time, ratio, low, high, len(references), hidden, tuple(problems))
 
 
 def medians(stats: dict, rng: np.random.Generator) -> np.ndarray:  # (DRAWS,), seconds
@@ -155,28 +204,35 @@ def _why_gone(key: Key, content: dict) -> str:
         for item in content["sfr_kernels"].get(kind) or []:
             of_case = item.get("group") in (None, op, f"{op}: {label}, {dtype}")
             if item["provider"] == provider and item["op"] == op and of_case:
-                return f"{kind}: {item['reason']}"
-    return "not in the new file"
+                return item["reason"] if item["reason"].startswith(NOT_RUN) else f"{kind}: {item['reason']}"
+    return NOT_THERE
 
 
 def differences(a: dict, b: dict) -> list[str]:
     """How two runs differ in more than our code, the weightiest first."""
     x, y = a["sfr_kernels"], b["sfr_kernels"]
     dtypes = [sorted({e["extra_info"]["dtype"] for e in content["benchmarks"]}) for content in (a, b)]
-    pairs = {"devices": (x["device"].get("name"), y["device"].get("name")), "dtypes": tuple(map(", ".join, dtypes))}
+    pairs = {"devices": (device_of(a), device_of(b)), "dtypes": tuple(map(", ".join, dtypes))}
     versions = x.get("versions") or {}, y.get("versions") or {}
     pairs |= {key: tuple(v.get(key) for v in versions) for key in [*versions[0], *versions[1]]}
     pairs["drivers"] = x["device"].get("driver"), y["device"].get("driver")
-    pairs["clocks"] = x["device"].get("clocks"), y["device"].get("clocks")
+    clocks = [run["device"].get("clocks") or {} for run in (x, y)]
+    for key, (name, unit) in CLOCKS.items():
+        pairs[name] = tuple(f"{c[key]:g} {unit}" if c.get(key) else "unknown" for c in clocks)
+    loaded = [c.get("sm_mhz") for c in clocks]
+    if all(loaded) and abs(loaded[1] / loaded[0] - 1) > SAME_CLOCK:
+        pairs["SM clocks under load"] = tuple(f"{mhz:g} MHz" for mhz in loaded)
     pairs["selections"] = x.get("selection"), y.get("selection")
     found = [f"different {name}: {old} -> {new}" for name, (old, new) in pairs.items() if old != new]
-    runs = (("base", x), ("new", y))
-    return found + [f"the {name} file's run did not end" for name, run in runs if run.get("complete") is False]
+    for name, run in (("base", x), ("new", y)):
+        if run.get("complete") is False:
+            found.append(f"the {name} file's run {'was cut: the time was up' if run.get('cut') else 'did not end'}")
+    return found
 
 
 LEGEND = """\
-ratio: new over base, of times in units of the race's limit, or of the times alone (*); below 1 is faster.
-time: of the times alone. MiB: peak memory."""
+ratio: new over base, of times in units of the case's references (limit, products, peers), or of the times alone where
+there are none (*); below 1 is faster. time: of the times alone. MiB: peak memory."""
 
 
 def rendered(found: Comparison) -> str:
@@ -186,8 +242,8 @@ def rendered(found: Comparison) -> str:
     for p in found.pairs:
         interval = f"{p.low:.3f} to {p.high:.3f}" if math.isfinite(p.high) else "too few rounds"
         memory = "" if None in p.bytes else " -> ".join(f"{n / MIB:.1f}" for n in p.bytes)
-        ratio = f"{p.ratio:.3f}{' ' if p.by_limit else '*'}"
-        rows.append((ratio, interval, f"{p.ms[1] / p.ms[0]:.3f}", *(f"{ms:.4f}" for ms in p.ms), memory,
+        ratio = f"{p.ratio:.3f}{' ' if p.references else '*'}"
+        rows.append((ratio, interval, f"{p.time:.3f}", *(f"{ms:.4f}" for ms in p.ms), memory,
                      _verdict(p, found.threshold), _name(p.key)))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for *numbers, verdict, name in rows:
@@ -196,11 +252,19 @@ def rendered(found: Comparison) -> str:
     lines.append("")
     lines += [f"REGRESSION: {_name(p.key)}: {'; '.join(p.problems)}" for p in found.regressions]
     lines += [f"GONE: {_name(key)}: {reason}" for key, reason in found.lost.items()]
+    hidden = [p for p in found.pairs if p.hidden]
+    for p in hidden:
+        lines.append(
+            f"no regression: {_name(p.key)}: {p.ratio:.2f} x in units of its references, {p.time:.2f} x by itself"
+        )
+    lines += [f"not measured: {_name(key)}: {reason}" for key, reason in found.not_run.items()]
     lines += [f"only in the base: {_name(key)}" for key in found.only_base]
     lines += [f"only in the new file: {_name(key)}" for key in found.only_new]
     ours = sum(p.kind == "ours" for p in found.pairs)
     if ours:
         lines.append(f"Ours, geometric mean of {ours} ratios: {found.mean_ratio:.3f}")
+    if found.scatter:
+        lines.append(f"References of a case differ by {found.scatter:.1%} between the files; the intervals count it.")
     lines.append(f"{len(found.regressions)} of ours became worse, {len(found.lost)} are gone.")
     return "\n".join([*lines, LEGEND])
 
@@ -213,7 +277,10 @@ def _name(key: Key) -> str:
 def _verdict(p: Pair, threshold: float) -> str:
     if p.regressed:
         return "REGRESSION"
-    change = "worse" if p.problems else "better" if p.high < 1 and p.ratio < 1 / (1 + threshold) else ""
+    if p.hidden:
+        return "slower?"
+    better = p.high < 1 and max(p.ratio, p.time) < 1 / (1 + threshold)
+    change = "worse" if p.problems else "better" if better else ""
     return change if p.kind == "ours" else f"{p.kind} {change}".rstrip()
 
 
@@ -238,14 +305,10 @@ def main(argv: list[str] | None = None) -> int:
         if unknown := set(options.provider or ()) - known:
             raise ValueError(f"no provider {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}")
         found = compare(a, b, options.threshold, options.provider)
-        if not (found.pairs or found.lost):
+        if not (found.pairs or found.lost or found.not_run):
             raise ValueError(f"{options.base} and {options.new} have no benchmark in common")
     except ValueError as error:
         print(f"bench compare: {error}", file=sys.stderr)
         return 2
     print(rendered(found))
     return 1 if found.failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
+from ..harness.work import LIMIT
 from . import words
+from .colours import FAINT, GRID, INK
 from .fits import Sweep
-from .plots import FAINT, GRID, INK, hover, layout, plain
+from .plots import hover, layout, plain
 from .reading import Race, Result
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon")
@@ -30,7 +32,7 @@ def lines(curves: list[Sweep], races: list[Race], colours: dict) -> go.Figure:
     for number, curve in enumerate(sorted(curves, key=lambda c: (c.provider not in ours, c.provider not in colours))):
         bound, own = curve.provider not in colours, curve.provider in ours
         grows = "" if curve.exponent is None else f" ({curve.exponent:.2f})"
-        dash = "solid" if not bound else "dash" if curve.provider == "limit" else "dot"
+        dash = "solid" if not bound else "dash" if curve.provider == LIMIT else "dot"
         traces.append(
             go.Scatter(
                 x=curve.xs, y=curve.ms, name=f"{plain(curve.provider)}{grows}",
@@ -65,10 +67,10 @@ def log_axis(title: str) -> dict:
 
 
 def intensity(race: Race) -> float | None:
-    """FLOP of the products for each byte that must move besides."""
+    """FLOP of the products for each byte that must move at least, their operands and results included."""
     for r in race.runners:
-        if r.extra.get("flops") and r.extra.get("bytes"):
-            return r.extra["flops"] / r.extra["bytes"]
+        if r.extra.get("flops") and r.extra.get("traffic"):
+            return r.extra["flops"] / r.extra["traffic"]
     return None
 
 
@@ -116,7 +118,7 @@ def roofline(races: list[Race], copy: float | None, products: dict[str, float], 
     figure = go.Figure(traces, layout(480))
     return figure.update_layout(
         showlegend=True, legend=BELOW, margin=dict(l=60, r=28, t=8, b=44),
-        xaxis=log_axis("FLOP of the products for each byte that must move besides"), yaxis=log_axis("TFLOP/s"),
+        xaxis=log_axis("FLOP for each byte that must move at least"), yaxis=log_axis("TFLOP/s"),
     )  # fmt: skip
 
 
@@ -200,7 +202,7 @@ def bandwidth(races: list[Race], copy: float | None, colours: dict) -> go.Figure
     """TB/s of the kernels without products beside the copy; None if there is none."""
     rows = []
     for race in races:
-        rates = [(r, r.extra.get("tb_per_s")) for r in race.runners if not r.extra.get("flops")]
+        rates = [(r, r.extra.get("tb_per_s")) for r in race.runners if not race.flops]
         if found := [Dot(rate, race, r) for r, rate in rates if rate]:
             rows.append((f"{race.op}: {race.title}", found))
     return dots(rows, colours, "TB/s, read and written", copy) if rows else None

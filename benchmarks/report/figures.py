@@ -12,6 +12,7 @@ from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
+from .colours import GRID, INK, PARTS
 from .resultfile import WHOLES, races_by_op
 
 DRAWING = 1  # goes up with every change of how the same data is drawn
@@ -25,9 +26,6 @@ STYLE = {
     "axes.spines.right": False,
 }
 OURS, PEER = "#0b4f8a", "#d55e00"
-PARTS = {"targets": "#7fbc41", "per-token loops": "#dfc27d", "trunk forward": "#c8cdd2", "loss": "#c51b7d",
-         "backward": "#9aa3ab", "optimizer": "#66717b"}  # fmt: skip
-INK, GRID = "#1f2933", "#e4e8ec"
 PLOT, ROW, FRAME = 5.2, 0.22, 0.9  # inches: the axes' width, a row, and what is above and below the rows
 CHARACTER = 0.07  # inches, of a label: what most fonts need at most
 
@@ -140,5 +138,5 @@ def _draw(
                 figure.text(*place, head, fontweight="bold", verticalalignment="center")
         figure.legend(loc="upper right", ncols=len(PARTS), frameon=False, borderaxespad=0.2)
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = dict(Date=None, Creator="benchmarks/figures.py", Description=f"data sha256:{found}")
+        metadata = dict(Date=None, Creator="benchmarks/report/figures.py", Description=f"data sha256:{found}")
         figure.savefig(path, format="svg", metadata=metadata)

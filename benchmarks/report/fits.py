@@ -36,6 +36,15 @@ def exponent(xs: list[float], ys: list[float]) -> float:
     return covariance / math.fsum((x - mean_x) ** 2 for x in log_x)
 
 
+def by_plot(curves: list[Sweep]) -> dict[tuple[str, str], list[Sweep]]:
+    """(series, axis) → the curves that belong into one plot. A case may be a point of several, and so the curves of
+    one plot need not follow each other."""
+    found: dict[tuple[str, str], list[Sweep]] = {}
+    for curve in curves:
+        found.setdefault((curve.series, curve.axis), []).append(curve)
+    return found
+
+
 def sweeps(benchmarks: list[dict]) -> list[Sweep]:
     """The curves in a result file's `benchmarks`, one for each series, axis and provider, in the order of the file."""
     curves: dict[tuple[str, str, str], dict[float, float]] = {}

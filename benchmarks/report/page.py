@@ -1,13 +1,9 @@
 """The report of one result file: a single HTML file that needs no network.
 
-    python -m benchmarks.report.page FILE.json [--out FILE.html]
-
 Every plot is a <div> with an id of its own, so that it can be linked to; a plot that has nothing to show is left out,
 and the section says why. Names in the file are data: they are escaped for HTML, for JSON inside it, and for plotly.
 """
 
-import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,25 +14,12 @@ from plotly.offline import get_plotlyjs
 
 from sfr_kernels.atomic import write_atomically
 
-from . import curves, plots, tables
-from .fits import Sweep, sweeps
+from ..harness.work import LIMIT, PRODUCTS
+from . import curves, plots, tables, words
+from .fits import Sweep, by_plot, sweeps
 from .reading import Race, Trouble, ceilings, troubles, validate
-from .resultfile import load, missed_goals, races_by_op
+from .resultfile import OPS, device_of, is_gpu, missed_goals, races_by_op, shortfall
 
-OPS = {  # what each op is; in this order, others after them
-    "linear_cross_entropy": "lm_head and cross-entropy, forward and backward",
-    "sfr_loss": "cross-entropy and flow loss together, forward and backward",
-    "flow_loss": "flow-matching loss, forward and backward",
-    "velocity_head": "the velocity head, forward and backward",
-    "softmax_xent": "cross-entropy and its gradient, in place, from logits",
-    "flow_path": "noise and x_t of every row",
-    "norm_act": "LayerNorm, SiLU and residual",
-    "norm_act_backward": "backward of LayerNorm, SiLU and residual",
-    "flow_mse": "weighted squared error and its gradient",
-    "training_step": "a whole optimizer step",
-    "targets": "building targets from text",
-    "collation": "the collator's part of a batch",
-}
 NOT_RACED = "ceilings"  # what the device can do, not a case
 LEGEND_OF_BARS = "Bars: medians; whiskers: quartiles."
 SCRIPT = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
@@ -77,8 +60,8 @@ def op_section(op: str, found: list[Race], failed: list[Trouble], colours: dict)
         reading = "Each bar is a step, cut into what it consists of; at its end the median of whole steps."
         drawn.append(plot("plot-step", "Time of a step", reading, figure, key))
     elif shown:
-        known = [name for name in ("limit", "products") if any(getattr(race, f"{name}_ms") for race in shown)]
-        marks = {"limit": " Black line: the limit.", "products": " Dotted: the matrix products alone."}
+        known = [name for name in (LIMIT, PRODUCTS) if any(getattr(race, f"{name}_ms") for race in shown)]
+        marks = {LIMIT: " Black line: the limit.", PRODUCTS: " Dotted: the matrix products alone."}
         reading = LEGEND_OF_BARS + "".join(marks[name] for name in known) + " Shorter is better."
         figure = plots.time_plot(shown, failed, colours)
         drawn.append(plot(f"plot-time-{op}", "Time against the limit" if known else "Time", reading, figure))
@@ -106,10 +89,7 @@ def overview(by_op: dict[str, list[Race]], colours: dict) -> list[Plot]:
 
 
 def sweep_section(found: list[Sweep], raced: list[Race], colours: dict) -> Section:
-    groups: dict[tuple[str, str], list[Sweep]] = {}
-    for curve in found:
-        groups.setdefault((curve.series, curve.axis), []).append(curve)
-    drawn, notes = [], []
+    groups, drawn, notes = by_plot(found), [], []
     for number, ((series, axis), group) in enumerate(groups.items(), 1):
         if max(len(curve.xs) for curve in group) < 2:
             notes.append(f"{series}, against {axis}: a single point was measured, which is no curve.")
@@ -129,7 +109,7 @@ def roofline_section(content: dict, raced: list[Race], colours: dict) -> Section
         reading = "Points: cases; lines: the product and copy rates of this run. Nearer to its line is better."
         drawn.append(plot("plot-roofline", "Products", reading, figure))
     else:
-        notes.append("No case has both matrix products and a count of bytes: there is no roofline.")
+        notes.append("No case has both matrix products and a count of the bytes that move: there is no roofline.")
     if figure := curves.bandwidth(shown, copy, colours):
         reading = "Kernels without products. Black line: a copy of this run. Further right is better."
         drawn.append(plot("plot-bandwidth", "Bandwidth", reading, figure))
@@ -156,8 +136,8 @@ def facts(content: dict) -> list[tuple[str, str]]:
     """Where and when, in words; what is unknown is left out, except for libraries: those are absent."""
     about, (copy, products) = content["sfr_kernels"], ceilings(content)
     device, clocks = about["device"], about["device"].get("clocks") or {}
-    found = [("Device", device.get("name")), ("Compute capability", device.get("capability"))]
-    found.append(("Memory", tables.words.size(device["memory_bytes"]) if device.get("memory_bytes") else None))
+    found = [("Device", device_of(content)), ("Compute capability", device.get("capability"))]
+    found.append(("Memory", words.size(device["memory_bytes"]) if device.get("memory_bytes") else None))
     now = []
     for name, key in (("SM", "sm"), ("memory", "memory")):
         if clocks.get(f"{key}_mhz"):
@@ -165,8 +145,8 @@ def facts(content: dict) -> list[tuple[str, str]]:
             now.append(f"{name} {clocks[f'{key}_mhz']} MHz" + (f" of at most {most}" if most else ""))
     found.append(("Clocks", ", ".join(now) or "not recorded"))
     found.append(("Power limit", f"{clocks['power_limit_w']:g} W" if clocks.get("power_limit_w") else None))
-    ceiling = [f"copy {tables.words.number(copy)} TB/s"] if copy else []
-    ceiling += [f"{dtype} product {tables.words.number(rate)} TFLOP/s" for dtype, rate in products.items()]
+    ceiling = [f"copy {words.number(copy)} TB/s"] if copy else []
+    ceiling += [f"{dtype} product {words.number(rate)} TFLOP/s" for dtype, rate in products.items()]
     found.append(("Measured ceilings", ", ".join(ceiling) or "none"))
     found.append(("Driver", device.get("driver")))
     versions = about.get("versions") or {}
@@ -174,7 +154,7 @@ def facts(content: dict) -> list[tuple[str, str]]:
     found.append(("Not there", ", ".join(name for name, version in versions.items() if not version)))
     revision = (about.get("revision") or "unknown")[:12] + (", with local changes" if about.get("modified") else "")
     found += [("Revision", f"sfr_kernels {about.get('version', '')}, {revision}"), ("Date", about.get("date"))]
-    state = "complete" if about.get("complete") else "INCOMPLETE"
+    state = "complete" if shortfall(content) is None else "NOT COMPLETE"
     found.append(("Selection", f"{about.get('selection', 'unknown')}, {state}"))
     return [(name, value) for name, value in found if value]
 
@@ -182,8 +162,7 @@ def facts(content: dict) -> list[tuple[str, str]]:
 def render(content: dict) -> str:
     """The report's HTML. ValueError if `content` is not that of a result file."""
     validate(content)
-    found = races_by_op(content)
-    by_op = {op: found[op] for op in [*OPS, *found] if op in found and op != NOT_RACED}
+    by_op = {op: found for op, found in races_by_op(content).items() if op != NOT_RACED}
     raced = [race for races in by_op.values() for race in races]
     colours, failed, absent = plots.palette(raced), troubles(content, "failed"), troubles(content, "absent")
     sections = [op_section(op, races, failed, colours) for op, races in by_op.items()]
@@ -197,9 +176,12 @@ def render(content: dict) -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template("page.html.j2").render(
-        about=content["sfr_kernels"],
+        device=device_of(content),
+        is_gpu=is_gpu(content),
+        shortfall=shortfall(content),
         facts=facts(content),
         summary=tables.summary(by_op, failed),
+        against=tables.against(raced),
         overview=overview(by_op, colours),
         failed=failed,
         absent=absent,
@@ -213,22 +195,3 @@ def render(content: dict) -> str:
 def write_report(content: dict, path: Path) -> None:
     """Writes the report of a result file's content, whole or not at all; ValueError if it is not one."""
     write_atomically(path, render(content).encode())
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="report", description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path, help="a result file")
-    parser.add_argument("--out", type=Path, help="default: beside the file, as .html")
-    options = parser.parse_args(argv)
-    out = options.out or options.file.with_suffix(".html")
-    try:
-        write_report(load(options.file), out)
-    except (OSError, ValueError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    print(out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,10 +13,11 @@ import plotly.graph_objects as go
 
 from ..harness.work import GRAPH
 from . import words
+from .colours import FAINT, GRID, INK, PARTS
 from .reading import Race, Result, Trouble
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
-INK, FAINT, GRID, BAD = "#1f2933", "#5f6b76", "#e4e8ec", "#b3261e"
+BAD = "#b3261e"
 # Ours are the blues, and no peer is: whose a bar is can be seen before its name is read.
 BLUES = {"cuda": "#0b4f8a", "triton": "#2f86c9", "torch": "#9cc9ea"}
 MORE_BLUES = ("#14365c", "#5aa6dc", "#6f8fb0", "#bcdcf3")
@@ -28,14 +29,7 @@ PEERS = {  # Okabe and Ito's set, and a grey
     "quack": "#cc79a7",
 }
 MORE_PEERS = ("#8c6d31", "#b8a800", "#7f5f9e", "#e58b7b", "#4d4d4d", "#5a8a3c", "#a23b5a")
-PARTS = {
-    "targets": "#7fbc41",
-    "trunk forward": "#c8cdd2",
-    "loss": "#c51b7d",
-    "backward": "#9aa3ab",
-    "optimizer": "#66717b",
-}
-MORE_PARTS = ("#dfc27d", "#80cdc1", "#a6611a", "#018571")
+MORE_PARTS = ("#80cdc1", "#a6611a", "#018571")
 BAR, ROW, HEADER, GAP, FOOT = 13, 18, 24, 6, 46  # pixels
 CUT = 6.0  # times the slowest of ours, where the bar of a slower peer is cut
 LONGEST = 28  # letters of a provider's name that are shown
@@ -136,11 +130,13 @@ def hover(race: Race, r: Result) -> str:
     """All that was measured of one bar or point."""
     lines = [
         f"<b>{plain(r.provider)}</b>",
-        plain(race.title),
+        plain(race.heading),
         f"median {words.milliseconds(r.ms)}, quartiles {words.number(r.q1)} to {words.number(r.q3)}, {r.rounds} rounds",
     ]
     if race.limit_ms:
         lines.append(f"{words.times(r.ms / race.limit_ms)} the limit of {words.milliseconds(race.limit_ms)}")
+    if (of_baseline := race.times_of(r, race.baseline)) is not None:
+        lines.append(f"{words.times(of_baseline)} {plain(race.baseline)}")
     if (rate := words.rate(r.extra)) != words.EMPTY:
         lines.append(rate)
     if r.extra.get("tokens_per_s"):

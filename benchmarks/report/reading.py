@@ -1,8 +1,11 @@
 """What a result file says, case by case: who was fastest, how far from the limit, what went wrong."""
 
+from collections import Counter
 from dataclasses import dataclass
 
-PRODUCTS = "products"  # the limit that is the matrix products alone
+from ..harness.work import LIMIT, PRODUCTS
+
+NOT_RUN = "not run:"  # begins the reason of what is absent because the time was up
 NEEDED = ("op", "label", "dtype", "provider", "kind")  # of every extra_info
 
 
@@ -43,6 +46,12 @@ class Race:
     def title(self) -> str:
         return f"{self.label}, {self.dtype}"
 
+    @property
+    def heading(self) -> str:
+        """The title, and that it is work of one CPU thread where it is."""
+        alone = any(r.extra.get("threads") == 1 for r in self.results)
+        return self.title + ", one thread" * alone
+
     def of(self, kind: str) -> list[Result]:
         return [r for r in self.results if r.kind == kind]
 
@@ -69,7 +78,7 @@ class Race:
     @property
     def limit_ms(self) -> float | None:
         """Of whatever stands for the case's limit: products and bytes, the encoder alone, …"""
-        return self._bound("limit", [r.ms for r in self.of("limit") if r.provider != PRODUCTS])
+        return self._bound(LIMIT, [r.ms for r in self.of("limit") if r.provider != PRODUCTS])
 
     @property
     def products_ms(self) -> float | None:
@@ -78,6 +87,20 @@ class Race:
     def _bound(self, name: str, timed: list[float]) -> float | None:
         recorded = [r.extra.get(f"{name}_ms") for r in self.results]
         return next((ms for ms in (*recorded, *timed) if ms), None)
+
+    @property
+    def flops(self) -> int:
+        """Of its matrix products; 0 if it has none."""
+        return max((r.extra.get("flops") or 0 for r in self.results), default=0)
+
+    @property
+    def baseline(self) -> str | None:
+        """The provider that the others are compared with, where they do not all do the same work."""
+        return next((r.extra["baseline"] for r in self.results if r.extra.get("baseline")), None)
+
+    def times_of(self, r: Result, provider: str | None) -> float | None:
+        """How many times as long as `provider` a result of this race takes; None if that was not measured."""
+        return next((r.ms / other.ms for other in self.results if other.provider == provider), None)
 
     def fastest(self, kind: str) -> Result | None:
         return min(self.of(kind), key=lambda r: r.ms, default=None)
@@ -90,9 +113,10 @@ class Race:
 
     @property
     def lead(self) -> float | None:
-        """How many times as long the fastest peer takes; below 1 it wins."""
+        """How many times as long as the best of ours the fastest peer takes; below 1 it wins. None where there is a
+        baseline: the fastest of ours and the fastest peer need not do the same work."""
         best, peer = self.fastest("ours"), self.fastest("peer")
-        return peer.ms / best.ms if best and peer else None
+        return peer.ms / best.ms if best and peer and not self.baseline else None
 
 
 @dataclass(frozen=True)
@@ -105,6 +129,11 @@ class Trouble:
     ops: list[str]
     cases: list[str]
 
+    @property
+    def extent(self) -> str:
+        """ "3 cases of flow_loss, sfr_loss"."""
+        return f"{len(self.cases)} case{'s' * (len(self.cases) > 1)} of {', '.join(self.ops)}"
+
 
 def validate(content: dict) -> None:
     """ValueError naming what keeps `content` from being a result file."""
@@ -114,6 +143,8 @@ def validate(content: dict) -> None:
         raise ValueError('not a result file: no list "benchmarks"')
     if not isinstance(content["sfr_kernels"].get("device"), dict):
         raise ValueError('not a result file: "sfr_kernels" names no "device"')
+    if not isinstance(content["sfr_kernels"]["device"].get("name"), str):
+        raise ValueError('not a result file: its device has no "name"')
     for number, entry in enumerate(content["benchmarks"]):
         extra, stats = entry.get("extra_info") or {}, entry.get("stats") or {}
         if lacking := [key for key in NEEDED if key not in extra]:
@@ -135,15 +166,24 @@ def races(content: dict) -> list[Race]:
 
 
 def troubles(content: dict, key: str) -> list[Trouble]:
-    """key "absent" or "failed": one entry for each provider and reason, ours first."""
+    """key "absent" or "failed": one entry for each provider and reason, ours first; without what was not run."""
     found: dict[tuple[str, str], Trouble] = {}
     for entry in content["sfr_kernels"].get(key) or []:
         provider, reason = entry["provider"], entry["reason"]
+        if reason.startswith(NOT_RUN):
+            continue
         trouble = found.setdefault((provider, reason), Trouble(provider, entry["ours"], reason, [], []))
         for names, name in ((trouble.ops, entry["op"]), (trouble.cases, entry.get("group") or entry["op"])):
             if name not in names:
                 names.append(name)
     return sorted(found.values(), key=lambda t: not t.ours)
+
+
+def not_run(content: dict) -> dict[str, int]:
+    """Op → how many of its cases the time did not suffice for."""
+    rows = [row for row in content["sfr_kernels"].get("absent") or [] if row["reason"].startswith(NOT_RUN)]
+    groups = dict.fromkeys((row["op"], row.get("group")) for row in rows)
+    return dict(Counter(op for op, _ in groups))
 
 
 def ceilings(content: dict) -> tuple[float | None, dict[str, float]]:

@@ -3,7 +3,8 @@
     python -m benchmarks.report.readme            writes them between README's marks, and draws the figures
     python -m benchmarks.report.readme --check    exit status 1, saying what is not that of the files
 
-Shown is the newest complete file of every GPU in `benchmarks/results`; while there is none of a GPU, of every CPU.
+Shown is, of every GPU, the newest complete file in `benchmarks/results` that has every case, or while there is none the
+newest complete one; while there is none of a GPU, the same of every CPU.
 """
 
 import argparse
@@ -40,16 +41,22 @@ class Plot:
 
 def sources(root: Path, targets: bool) -> dict[str, dict]:
     """Name → content of the files that are shown, where they have benchmarks of targets, or have others."""
-    newest = {}
+    chosen = {}
     for path in sorted((root / FOLDER).glob("bench-*.json")):
         content = load(path)
         has = any((entry["extra_info"]["op"] in TARGETS) == targets for entry in content["benchmarks"])
         if has and content["sfr_kernels"].get("complete"):
-            known = newest.get(device_of(content))
-            if known is None or date_of(content) >= date_of(known[1]):
-                newest[device_of(content)] = path.name, content
-    found = dict(newest.values())
+            known = chosen.get(device_of(content))
+            if known is None or _rank(content, targets) >= _rank(known[1], targets):
+                chosen[device_of(content)] = path.name, content
+    found = dict(chosen.values())
     return {name: content for name, content in found.items() if is_gpu(content)} or found
+
+
+def _rank(content: dict, targets: bool) -> tuple[bool, str]:
+    """Files with every case of what is shown come before all others, then the newest."""
+    most, *only = (content["sfr_kernels"].get("selection") or "").split(", ")
+    return most == "full" and (not only or (targets and set(TARGETS) <= set(only))), date_of(content)
 
 
 def plots_of(content: dict) -> list[Plot]:

@@ -3,11 +3,25 @@
 import json
 from pathlib import Path
 
-from .reading import Race, races, validate
+from . import words
+from .reading import Race, not_run, races, validate
 
-LEAVES = ("flow_path", "norm_act", "norm_act_backward", "flow_mse", "softmax_xent")
+OPS = {  # what each op is; in this order, others after them
+    "linear_cross_entropy": "lm_head and cross-entropy, forward and backward",
+    "sfr_loss": "cross-entropy and flow loss together, forward and backward",
+    "flow_loss": "flow-matching loss, forward and backward",
+    "velocity_head": "the velocity head, forward and backward",
+    "softmax_xent": "cross-entropy and its gradient, in place, from logits",
+    "flow_path": "noise and x_t of every row",
+    "norm_act": "LayerNorm, SiLU and residual",
+    "norm_act_backward": "backward of LayerNorm, SiLU and residual",
+    "flow_mse": "weighted squared error and its gradient",
+    "training_step": "a whole optimizer step",
+    "targets": "building targets from text",
+    "collation": "the collator's part of a batch, and a look-up",
+    "ceilings": "what the device can do",
+}
 WHOLES = ("training_step", "targets", "collation", "ceilings")  # no kernels, and no losses
-OPS = (*LEAVES, "velocity_head", "linear_cross_entropy", "flow_loss", "sfr_loss", *WHOLES)
 MIB = 2**20
 SHOWN_VERSIONS = dict(torch="torch", triton="Triton", cuda="CUDA", python="Python", transformers="transformers",
                       liger_kernel="Liger", cut_cross_entropy="cut-cross-entropy", quack="quack")  # fmt: skip
@@ -33,7 +47,7 @@ def races_by_op(content: dict) -> dict[str, list[Race]]:
     found = {}
     for race in races(content):
         found.setdefault(race.op, []).append(race)
-    return {op: found[op] for op in sorted(found, key=lambda op: OPS.index(op) if op in OPS else len(OPS))}
+    return {op: found[op] for op in [*OPS, *found] if op in found}
 
 
 def missed_goals(content: dict) -> list[str]:
@@ -50,7 +64,20 @@ def is_gpu(content: dict) -> bool:
 
 
 def device_of(content: dict) -> str:
-    return content["sfr_kernels"]["device"]["name"]
+    """Its name; of a CPU also the threads."""
+    device = content["sfr_kernels"]["device"]
+    return device["name"] if is_gpu(content) else ", ".join([device["name"], *words.threads(device.get("threads"))])
+
+
+def shortfall(content: dict) -> str | None:
+    """In words, what keeps a run from being a whole one; None if nothing does."""
+    own, lacking = content["sfr_kernels"], not_run(content)
+    if own.get("complete"):
+        return None
+    if not own.get("cut"):
+        return "INCOMPLETE: the run did not end; this is what it had."
+    cases = ", ".join(f"{count} of {op}" for op, count in lacking.items())
+    return f"CUT SHORT: the time was up before all cases were run. Not run: {cases or 'unknown'}."
 
 
 def date_of(content: dict) -> str:

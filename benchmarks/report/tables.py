@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..step.providers import PUBLISHED_LOOPS
 from . import words
 from .reading import Race, Result, Trouble
 
@@ -37,20 +38,27 @@ def drop_empty(table: Table) -> Table:
 
 
 RESULTS = [
-    "case", "dtype", "provider", "median ms", "q1", "q3", "rounds", "× limit", "× best of ours", "issue ms",
-    "peak memory", "TFLOP/s", "TB/s", "error", "of bound", "at",
+    "case", "dtype", "provider", "median ms", "q1", "q3", "rounds", "× limit", "× best of ours", "× baseline",
+    "issue ms", "peak memory", "TFLOP/s", "TB/s", "error", "of bound", "at",
 ]  # fmt: skip
+
+
+def of_baseline(races: list[Race]) -> str:
+    """Head of the column of times in units of the baseline's."""
+    names = dict.fromkeys(race.baseline for race in races if race.baseline)
+    return f"× {' or '.join(names) or 'baseline'}"
 
 
 def results(races: list[Race]) -> Table | None:
     """Every provider at every case, the limits too; None if there is none."""
     rows, ours = [], []
     for race in races:
-        best = race.fastest("ours")
+        best = None if race.baseline else race.fastest("ours")
         for r in [*race.runners, *race.of("limit")]:
             rows.append([text(race.label), text(race.dtype), text(r.provider), *_numbers(race, r, best)])
             ours.append(r.kind == "ours")
-    return drop_empty(Table(RESULTS, rows, ours, 3)) if rows else None
+    columns = [of_baseline(races) if name == "× baseline" else name for name in RESULTS]
+    return drop_empty(Table(columns, rows, ours, 3)) if rows else None
 
 
 def _numbers(race: Race, r: Result, best: Result | None) -> list[Cell]:
@@ -60,6 +68,7 @@ def _numbers(race: Race, r: Result, best: Result | None) -> list[Cell]:
         numeric(r.rounds or None, str),
         numeric(r.ms / race.limit_ms if race.limit_ms else None),
         numeric(r.ms / best.ms if best else None),
+        numeric(race.times_of(r, race.baseline)),
         numeric(e.get("issue_ms")),
         numeric(e.get("peak_bytes"), words.size),
         numeric(e.get("tflop_per_s")),
@@ -85,7 +94,7 @@ def errors(races: list[Race]) -> Table | None:
     return Table(ERRORS, rows, [True] * len(rows), 5) if rows else None
 
 
-STEPS = ["case", "provider", "step ms", "tokens/s", "peak memory", "resident"]
+STEPS = ["case", "provider", "step ms", "× baseline", "tokens/s", "peak memory", "resident"]
 
 
 def steps(races: list[Race]) -> Table | None:
@@ -95,10 +104,26 @@ def steps(races: list[Race]) -> Table | None:
     rows = []
     for race, r in runs:
         e = r.extra
-        cells = [text(race.title), text(r.provider), numeric(r.ms), numeric(e.get("tokens_per_s"))]
+        cells = [text(race.heading), text(r.provider), numeric(r.ms), numeric(race.times_of(r, race.baseline))]
+        cells.append(numeric(e.get("tokens_per_s")))
         cells += [numeric(e.get(key), words.size) for key in ("peak_bytes", "resident_bytes")]
         rows.append(cells + [numeric((e.get("parts") or {}).get(name)) for name in parts])
-    return Table(STEPS + parts, rows, [r.kind == "ours" for _, r in runs], 2) if rows else None
+    columns = [of_baseline(races) if name == "× baseline" else name for name in STEPS]
+    return drop_empty(Table(columns + parts, rows, [r.kind == "ours" for _, r in runs], 2)) if rows else None
+
+
+def against(races: list[Race]) -> Table | None:
+    """Every step in units of the baseline and of what was published, ranges over the cases; None without a baseline."""
+    races = [race for race in races if race.baseline]
+    kinds = {r.provider: r.kind for kind in ("ours", "peer") for race in races for r in race.of(kind)}
+    rows = []
+    for name in kinds:
+        mine = [(race, r) for race in races for r in race.results if r.provider == name]
+        units = [[race.times_of(r, unit or race.baseline) for race, r in mine] for unit in (None, PUBLISHED_LOOPS)]
+        cells = [Cell(words.spread(values), min((v for v in values if v), default=None)) for values in units]
+        rows.append([text(name), numeric(len(mine), str), *cells])
+    columns = ["step", "cases", of_baseline(races), f"× {PUBLISHED_LOOPS}"]
+    return drop_empty(Table(columns, rows, [kind == "ours" for kind in kinds.values()], 1)) if rows else None
 
 
 SUMMARY = ["op", "cases", "best of ours, × limit", "fastest peer / best of ours", "fastest peers",
@@ -106,11 +131,14 @@ SUMMARY = ["op", "cases", "best of ours, × limit", "fastest peer / best of ours
 
 
 def summary(by_op: dict[str, list[Race]], failed: list[Trouble]) -> Table:
-    """A row for each op: ranges over its cases."""
+    """A row for each op: ranges over its cases. Where there is a baseline, `against` compares."""
     rows = []
     for op, races in by_op.items():
         leads, limits = [race.lead for race in races], [race.of_limit for race in races]
         peers = dict.fromkeys(race.fastest("peer").provider for race in races if race.lead)
+        compared = ", ".join(peers) or "none measured"
+        if any(race.baseline for race in races):
+            compared = "see the steps below"
         ratios = [r.worst["ratio"] for race in races for r in race.of("ours") if r.worst]
         worst = max((r for r in ratios if r is not None), default=None)
         missed = sum(len(r.extra.get("goals") or ()) for race in races for r in race.of("ours"))
@@ -127,7 +155,7 @@ def summary(by_op: dict[str, list[Race]], failed: list[Trouble]) -> Table:
                     min(known, default=None),
                     slower > 0,
                 ),
-                text(", ".join(peers) or "none measured"),
+                text(compared),
                 numeric(worst, bad=None in ratios or (worst or 0) > 1),
                 numeric(missed, str, missed > 0),
                 numeric(wrong, str, wrong > 0),

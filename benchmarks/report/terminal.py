@@ -5,28 +5,30 @@ out, and so are the least important ones where they would not fit.
 """
 
 import sys
+import textwrap
 
 from rich.console import Console
-from rich.padding import Padding
 from rich.text import Text
 
-from .fits import sweeps
+from . import words
+from .fits import by_plot, sweeps
 from .reading import Race, Result, races, troubles
-from .resultfile import MIB, described, is_gpu, missed_goals, races_by_op
+from .resultfile import MIB, described, is_gpu, missed_goals, races_by_op, shortfall
+from .tables import of_baseline
 
 PLAIN_WIDTH = 120  # where the output is no terminal
 NARROW = 100  # below it, heads are short
 GAP = 2
 COLUMNS = ("", "ms", "± IQR", "× limit", "× products", "TB/s", "TFLOP/s", "tokens/s", "peak MiB", "error", "of bound",
-           "× ours")  # fmt: skip
-LEAST_IMPORTANT = ("error", "TB/s", "TFLOP/s", "tokens/s", "of bound", "± IQR", "peak MiB", "× products")
+           "× ours", "× baseline")  # fmt: skip
+LEAST_IMPORTANT = ("error", "of bound", "TB/s", "± IQR", "TFLOP/s", "peak MiB", "× products", "tokens/s")
 SHORT = {"× products": "× prod.", "peak MiB": "MiB"}
 
 LEGEND = (
     "ms: median. ± IQR: between the quartiles. × limit: the products and a copy of the bytes that must move besides, "
     "timed in the same race. × products: the products alone. peak MiB: beyond inputs and results. error: relative L2, "
-    "against float64. of bound: the largest error in units of what is allowed. × ours: how many times as long as the "
-    "fastest of ours."
+    "against float64. of bound: the largest error in units of what is allowed. × ours, or × a step: times as long as "
+    "the fastest of ours, or that step. TB/s: of all bytes that must move, operands and results of products included."
 )
 
 
@@ -36,8 +38,8 @@ def render(content: dict, console: Console | None = None) -> None:
     _say(console, described(content), "bold")
     if not is_gpu(content):
         _say(console, "These are times of a CPU: they say nothing of a GPU.", "yellow")
-    if content["sfr_kernels"].get("complete") is False:
-        _say(console, "The run did not end: what follows is what it had.", "yellow")
+    if lacking := shortfall(content):
+        _say(console, lacking, "bold yellow")
     left_out = set()
     for op, found in races_by_op(content).items():
         left_out |= _op(console, op, found)
@@ -47,7 +49,8 @@ def render(content: dict, console: Console | None = None) -> None:
     _exponents(console, content)
     for key, title, style in (("absent", "Absent", "yellow"), ("failed", "Failed", "red")):
         lines = [
-            f"{'ours: ' if t.ours and key == 'failed' else ''}{t.provider}: {t.reason} ({_some(t.cases)})"
+            f"{'ours: ' * (t.ours and key == 'failed')}{t.provider}: {t.reason} "
+            f"({_some(t.cases) if key == 'failed' else t.extent})"
             for t in troubles(content, key)
         ]
         _list(console, title, lines, style)
@@ -61,6 +64,8 @@ def _op(console: Console, op: str, found: list[Race]) -> set[str]:
     rows = [(race, r, _cells(race, r, decimals)) for race in found for r in (*race.runners, *race.of("limit"))]
     kept = [c for c in COLUMNS if c == "" or any(cells.get(c) for _, _, cells in rows)]
     heads = {c: SHORT.get(c, c) if console.width < NARROW else c for c in kept}
+    if "× baseline" in heads:
+        heads["× baseline"] = of_baseline(found)
     widths = {c: max(len(heads[c]), *(len(cells.get(c, "")) for _, _, cells in rows)) for c in kept}
 
     def too_wide() -> int:
@@ -77,8 +82,8 @@ def _op(console: Console, op: str, found: list[Race]) -> set[str]:
     for race, result, cells in rows:
         if race is not shown:
             shown = race
-            _say(console, race.title, "cyan")
-        fastest = result is race.fastest("ours")
+            _say(console, race.heading, "cyan")
+        fastest = result is race.fastest("ours") and not race.baseline  # else it is whoever does the least work
         _say(console, _line(cells, widths), "green" if fastest else "dim" if result.kind == "limit" else "")
     return left_out
 
@@ -97,12 +102,13 @@ def _cells(race: Race, r: Result, decimals: int) -> dict[str, str]:
         for column, bound in (("× limit", race.limit_ms), ("× products", race.products_ms)):
             if bound:
                 found[column] = f"{r.ms / bound:.2f}"
-    if r.kind == "peer" and best:
+    if r.kind == "peer" and best and not race.baseline:
         found["× ours"] = f"{r.ms / best.ms:.2f}"
-    if rate := extra.get("tflop_per_s"):
-        found["TFLOP/s"] = f"{rate:.0f}" if rate >= 100 else f"{rate:.3g}"
-    elif rate := extra.get("tb_per_s"):
-        found["TB/s"] = f"{rate:.3f}" if rate >= 0.1 else f"{rate:.2g}"
+    if (times := race.times_of(r, race.baseline)) is not None:
+        found["× baseline"] = f"{times:.2f}"
+    for column, key in (("TFLOP/s", "tflop_per_s"), ("TB/s", "tb_per_s")):
+        if extra.get(key):
+            found[column] = words.number(extra[key])
     if extra.get("tokens_per_s"):
         found["tokens/s"] = f"{extra['tokens_per_s']:.0f}"
     if extra.get("peak_bytes") is not None:
@@ -127,19 +133,22 @@ def _exponents(console: Console, content: dict) -> None:
     if not fitted:
         return
     _say(console, "Time grows as a power of …", "bold", before=True)
-    width, shown = max(len(s.provider) for s in fitted), None
-    for s in fitted:
-        if (s.axis, s.series) != shown:
-            shown = s.axis, s.series
-            _say(console, f"{s.axis}: {s.series}", "cyan")
-        _say(console, f"  {s.provider.ljust(width)}  {s.exponent:6.2f}  from {s.xs[0]:g} to {s.xs[-1]:g}")
+    width = max(len(s.provider) for s in fitted)
+    for (series, axis), curves in by_plot(fitted).items():
+        _say(console, f"{axis}: {series}", "cyan")
+        for s in curves:
+            _say(console, f"  {s.provider.ljust(width)}  {s.exponent:6.2f}  from {s.xs[0]:g} to {s.xs[-1]:g}")
 
 
 def _list(console: Console, title: str, lines: list[str], style: str) -> None:
     if lines:
         _say(console, f"{title}:", f"bold {style}", before=True)
+    indent = " " * GAP
     for line in lines:
-        console.print(Padding(Text(line, style), (0, 0, 0, GAP)))
+        for part in textwrap.wrap(
+            line, console.width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        ):
+            console.print(Text(part, style))
 
 
 def _some(cases: list[str]) -> str:

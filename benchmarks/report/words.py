@@ -31,6 +31,11 @@ def size(count: int | None) -> str:
     return f"{value:.0f} {units[0]}" if value >= 100 else f"{value:.3g} {units[0]}"
 
 
+def threads(count: int | None) -> list[str]:
+    """Of a CPU, where they are known: ["one thread"], ["2 threads"], []."""
+    return [] if not count else ["one thread" if count == 1 else f"{count} threads"]
+
+
 def times(value: float | None) -> str:
     return EMPTY if value is None else f"{value:.2f} ×"
 

@@ -9,11 +9,11 @@ import tempfile
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sfr_kernels.rows import IGNORE_INDEX
 
+from ..harness.stand_ins import RandomEncoder
 from .encoder import SPECIAL
 from .models import StepShape
 
@@ -66,20 +66,3 @@ class Batches:
         return build_targets(
             samples, self.shape.config, tokenizer, encoder, folder=f"{self.folder.name}/store", progress=False
         )
-
-
-class RandomEncoder(nn.Module):
-    """Unit vectors, at once."""
-
-    prompts = truncate_dim = max_seq_length = None
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.size = size
-
-    def get_embedding_dimension(self) -> int:
-        return self.size
-
-    def encode_document(self, texts: list[str], **options) -> Tensor:
-        found = torch.randn(len(texts), self.size, generator=torch.Generator().manual_seed(len(texts)))
-        return F.normalize(found, dim=1)

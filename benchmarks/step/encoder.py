@@ -32,8 +32,11 @@ def make_tokenizer(vocab: int):
 
 
 @functools.lru_cache(maxsize=1)
-def make_encoder(shape: EncoderShape, dtype: torch.dtype, device: torch.device):
-    """A SentenceTransformer around a BERT, its pooling that of bge. One is kept for the cases to come."""
+def make_encoder(shape: EncoderShape, dtype: torch.dtype, device: torch.device, tokenizer=None):
+    """A SentenceTransformer around a BERT, its pooling that of bge. One is kept for the cases to come.
+
+    tokenizer   of `shape.vocab` words; None: the one that is made up.
+    """
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from transformers import BertConfig, BertModel
@@ -50,7 +53,7 @@ def make_encoder(shape: EncoderShape, dtype: torch.dtype, device: torch.device):
         torch.manual_seed(1)
         with device:
             BertModel(config).to(dtype).save_pretrained(folder)
-        make_tokenizer(shape.vocab).save_pretrained(folder)
+        (tokenizer or make_tokenizer(shape.vocab)).save_pretrained(folder)
         body = Transformer(str(Path(folder)), max_seq_length=MOST_TOKENS, model_kwargs={"dtype": dtype})
         encoder = SentenceTransformer(modules=[body, Pooling(shape.hidden_size, "cls")], device=str(device))
     return encoder.eval().requires_grad_(False)
