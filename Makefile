@@ -32,7 +32,7 @@ test: $(VENV)/.test
 test-newest-triton: $(VENV)/.test $(VENV)/.newest-triton
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest-triton $(BIN)/python -m pytest tests/test_interpreter.py tests/test_ahead_of_time.py $(ARGS)
 
-bench: $(VENV)/.test
+bench: $(VENV)/.peers
 	$(BIN)/python -m sfr_kernels bench $(ARGS)
 
 readme: $(VENV)/.test
@@ -78,6 +78,15 @@ $(VENV)/.train: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
 $(VENV)/.test: $(VENV)/.train
 	@echo "Installing the test tools ..."
 	@$(PIP) install $(PINS) -e ".[train,demo,test]"
+	@touch $@
+
+# What is compared with, where there is a GPU for it: each that can be installed.
+$(VENV)/.peers: $(VENV)/.test
+ifneq ($(GPU),)
+	@for peer in $$(sed -n 's/^peers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",'); do \
+	  echo "Installing $$peer ..."; $(PIP) install $$peer || echo "... which failed: it will be reported as absent"; \
+	done
+endif
 	@touch $@
 
 $(VENV)/.newest-triton: $(VENV)/.test pyproject.toml

@@ -2,7 +2,7 @@
 
     bench                       the five-minute selection, on a GPU if there is one
     bench --full                every case
-    bench --only softmax_xent   those whose op, label or dtype contains it
+    bench --only softmax_xent   of the selection, those that contain it as a word: op, label, dtype
     bench compare A B           what got slower from A to B; exit status 1 if something of ours did
     bench report FILE           the table and the report of a result file
     bench choose FILE           takes the leaves that FILE measured to be fastest for `auto`
@@ -17,10 +17,9 @@ from pathlib import Path
 
 import torch
 
-from .harness import fastest
 from .harness.environment import device_of, now
 from .harness.runner import Run, measure, path_in
-from .report import compare
+from .report import compare, fastest
 from .report.resultfile import load
 
 FOLDER = Path("runs/bench")
@@ -39,7 +38,13 @@ def _bench(argv: list[str]) -> int:
     )
     add = parser.add_argument
     add("--full", action="store_true", help="every case: hours, not minutes")
-    add("--only", action="append", default=[], metavar="TEXT", help="cases that contain this; may be given again")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="of the cases, those with these words; again for more",
+    )
     add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     add("--minutes", type=float, help="begin no case after this (default 5, without limit with --full or --only)")
     add("--seconds", type=float, help="of timing for each case, in place of its own")

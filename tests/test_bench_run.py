@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from benchmarks import command
-from benchmarks.harness import environment, fastest, runner
+from benchmarks.harness import environment, runner
 from benchmarks.harness.session import Session
+from benchmarks.report import fastest
 from sfr_kernels import cli
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,6 +1,5 @@
 """What is written from result files: the terminal's tables, README's sections and figures; README is up to date."""
 
-import copy
 import io
 import json
 import re
@@ -12,6 +11,8 @@ from rich.console import Console
 
 from benchmarks.report import accounts, figures, readme, terminal, words
 from benchmarks.report.reading import races
+from benchmarks.report.resultfile import shortfall
+from benchmarks.step.providers import PUBLISHED_LOOPS, SFR_STORED, SFT_HF
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In the terminal
@@ -24,31 +25,36 @@ def printed(content: dict, width: int) -> list[str]:
 
 
 def block(lines: list[str], op: str) -> list[str]:
-    """An op's table, its head first."""
+    """An op's table, its head first; any part that ends with an empty line."""
     start = lines.index(op) + 1
     return lines[start : lines.index("", start)]
+
+
+def heads(line: str) -> list[str]:
+    return re.split(r"\s{2,}", line.strip())
 
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 @pytest.mark.parametrize("width", [60, 80, 130])
 def test_numbers_line_up_at_any_width(kind, width):
     lines = printed(sample(kind), width)
-    assert max(map(len, lines)) <= width
-    head, *rows = block(lines, "linear_cross_entropy")
-    ends = [m.end() for m in re.finditer(r"(± |× )?\S+", head)]
-    numbers = [row for row in rows if row.startswith("  ")]
-    assert len(numbers) > 20
-    for row in numbers:
-        found = {m.end() for m in re.finditer(r"(?<=  )[\d.]+(e-\d+)?(?=  |$)", row)}
-        assert found <= set(ends), row
-        assert ends[0] in found, "a median for everybody"
+    assert max(map(len, lines)) <= width and not any(line.endswith(" ") for line in lines)
+    for op, least in (("linear_cross_entropy", 20), ("flow_loss", 20), ("training_step", 11), ("collation", 6)):
+        head, *rows = block(lines, op)
+        ends = [m.end() for m in re.finditer(r"\S+( \S+)*", head)]
+        numbers = [row for row in rows if row.startswith("  ")]
+        assert len(numbers) >= least
+        for row in numbers:
+            found = {m.end() for m in re.finditer(r"(?<=  )[\d.]+(e-\d+)?(?=  |$)", row)}
+            assert found <= set(ends), row
+            assert ends[0] in found, "a median for everybody"
 
 
 def test_every_race_shows_what_was_measured():
     content = sample()
     lines = printed(content, 200)
     head, *rows = block(lines, "softmax_xent")
-    assert re.split(r"\s{2,}", head.strip()) == [
+    assert heads(head) == [
         "ms", "± IQR", "× limit", "TB/s", "peak MiB", "error", "of bound", "× ours",
     ]  # fmt: skip
     race = next(r for r in races(content) if r.op == "softmax_xent")
@@ -57,9 +63,23 @@ def test_every_race_shows_what_was_measured():
     assert rows[0] == race.title
     assert float(shown[ours.provider][0]) == pytest.approx(ours.ms, rel=1e-2)
     assert float(shown[ours.provider][2]) == pytest.approx(ours.ms / race.limit_ms, abs=0.006)
+    assert float(shown[ours.provider][3]) == pytest.approx(ours.extra["tb_per_s"], rel=6e-3)
     assert float(shown[ours.provider][-1]) == pytest.approx(ours.worst["ratio"], abs=0.006)
     assert float(shown[peer.provider][-1]) == pytest.approx(peer.ms / ours.ms, abs=0.006)
-    assert float(shown["limit"][0]) == pytest.approx(race.limit_ms, rel=2e-2) and len(shown["limit"]) == 2
+    assert float(shown["limit"][0]) == pytest.approx(race.limit_ms, rel=2e-2) and len(shown["limit"]) == 3
+
+
+def test_steps_are_shown_in_units_of_plain_fine_tuning():
+    content = sample()
+    head, first, *rows = block(printed(content, 80), "training_step")
+    assert heads(head) == ["ms", "tokens/s", "MiB", f"× {SFT_HF}"], "whoever does the least work is not the measure"
+    race = next(r for r in races(content) if r.op == "training_step")
+    plain = next(r for r in race.results if r.provider == SFT_HF)
+    shown = {row[:35].strip(): row.split() for row in rows[: len(race.results)]}
+    assert first == race.title and shown.keys() == {r.provider for r in race.results}
+    for r in race.results:
+        assert float(shown[r.provider][-3]) == round(r.extra["tokens_per_s"])
+        assert float(shown[r.provider][-1]) == pytest.approx(r.ms / plain.ms, abs=0.006)
 
 
 def test_what_does_not_fit_is_named():
@@ -70,13 +90,17 @@ def test_what_does_not_fit_is_named():
 def test_exponents_absences_failures_and_missed_goals_follow():
     content = sample()
     lines = printed(content, 200)
-    start = lines.index("Time grows as a power of …")
-    assert "tokens: linear_cross_entropy, trained, bfloat16" in lines[start:]
-    assert any(re.fullmatch(r"  triton +(0\.9|1\.0)\d  from 1024 to 16384", line) for line in lines[start:])
+    exponents = block(lines, "Time grows as a power of …")
+    assert "tokens: linear_cross_entropy: Qwen3-1.7B, 50% supervised, trained, bfloat16" in exponents
+    assert any(re.fullmatch(r"  triton +(0\.9|1\.0)\d  from 1024 to 16384", line) for line in exponents)
+    headings = [line for line in exponents if not line.startswith(" ")]
+    assert len(headings) == len(set(headings)) == 6, "of series that interleave in the file"
     failed = lines.index("Failed:")
     assert lines[failed + 1].startswith("  ours: cuda: WrongResultError: hidden: error 4.1e-03, allowed 3.0e-03 (sfr_")
     assert lines[failed + 2].startswith("  F.linear_cross_entropy: RuntimeError: CUDA out of memory")
-    assert any("quack is not installed" in line for line in lines[lines.index("Absent:") : failed])
+    assert block(lines, "Absent:") == [
+        "  cuda: no nvcc (1 case of softmax_xent)", "  quack: quack is not installed (1 case of linear_cross_entropy)",
+    ]  # fmt: skip
     missed = [goal for b in content["benchmarks"] for goal in b["extra_info"].get("goals", ())]
     goals = lines[lines.index("Missed goals:") + 1 :]
     assert goals.index("") == len(missed) > 0 and all(goal in line for goal, line in zip(missed, goals, strict=False))
@@ -86,7 +110,18 @@ def test_exponents_absences_failures_and_missed_goals_follow():
 def test_a_cpu_and_a_run_that_was_cut_off_are_said_to_be():
     gpu, cpu = ("\n".join(printed(sample(kind), 100)) for kind in ("cuda", "cpu"))
     assert "times of a CPU" in cpu and "times of a CPU" not in gpu
-    assert "did not end" in cpu and "did not end" not in gpu
+    assert f"\n{shortfall(sample('cpu'))}\n" in cpu and "2 of velocity_head" in cpu and "CUT" not in gpu
+    assert "not run:" not in cpu and "Processor @ 2.10GHz, 2 threads, torch" in cpu
+    stopped = sample()
+    stopped["sfr_kernels"]["complete"] = False
+    assert "\nINCOMPLETE: the run did not end; this is what it had.\n" in "\n".join(printed(stopped, 100))
+
+
+def test_work_of_one_thread_is_said_to_be():
+    lines = printed(sample("cpu"), 120)
+    assert all(row.endswith(", one thread") for row in block(lines, "collation") if row.startswith("p"))
+    assert block(lines, "training_step")[1].endswith("float32, one thread")
+    assert not any("thread" in row for row in block(lines, "sfr_loss"))
 
 
 def test_output_that_is_no_terminal_is_plain(capsys):
@@ -112,35 +147,10 @@ def test_a_case_that_only_peers_finished_is_shown():
 # ---------------------------------------------------------------------------------------------------------------------
 # README and its figures
 
-TARGETS = (
-    ("targets", "minilm, 60 samples", "float16", dict(build=1000.0, **{"encoder alone": 930.0})),
-    ("targets", "minilm, all samples", "float16", dict(build=4000.0, **{"encoder alone": 3800.0})),
-    ("collation", "B8 L2048, d 1024, float16", "float16", dict(padded=1.04, packed=1.22, lookup=0.014)),
-    ("collation", "B8 L2048, d 256, int8", "int8", dict(padded=0.5, packed=0.6, lookup=0.011)),
-)
-
-
-def with_targets(content: dict) -> dict:
-    """The sample with benchmarks of targets as `bench_targets` records them."""
-    kept = [b for b in content["benchmarks"] if b["extra_info"]["op"] not in readme.TARGETS]
-    for op, label, dtype, times in TARGETS:
-        for provider, ms in times.items():
-            extra = dict(op=op, label=label, dtype=dtype, provider=provider, sweeps=[])
-            extra["kind"] = "limit" if provider == "encoder alone" else "ours"
-            if op == "targets":
-                extra |= dict(encoder="minilm", threads=2, segments=200 if ms < 2000 else 720)
-                extra |= dict(case=dict(encoder="minilm"), segments_per_s=1e3 * extra["segments"] / ms)
-            else:
-                wide = dtype == "float16"
-                extra["case"] = dict(storage_dtype=dtype, target_size=1024 if wide else 256)
-                extra["bytes_per_token"] = 65.6 if wide else 8.6
-            kept.append(dict(group=f"{op}: {label}, {dtype}", stats=dict(median=ms / 1e3, rounds=3), extra_info=extra))
-    return content | dict(benchmarks=kept)
-
 
 def made(kind: str, **run) -> dict:
-    content = copy.deepcopy(with_targets(sample(kind)))
-    content["sfr_kernels"] |= dict(complete=True) | run
+    content = sample(kind)
+    content["sfr_kernels"] |= dict(complete=True, cut=False) | run
     return content
 
 
@@ -220,20 +230,23 @@ def test_cells_are_the_files_numbers():
 
 
 def test_steps_stand_beside_plain_fine_tuning():
-    content = made("cuda")
-    steps = [b for b in content["benchmarks"] if b["extra_info"]["op"] == "training_step"]
-    for benchmark in steps:
-        extra = benchmark["extra_info"]
-        extra["provider"] = accounts.PLAIN if extra["provider"] == "eager" else extra["provider"]
-        extra["parts"] = {"targets": 10.0, "per-token loops": 15.0, "loss": 75.0}
+    content = made("cpu")
     race = next(r for r in races(content) if r.op == "training_step")
-    ours = race.fastest("ours")
-    plain = next(r for r in race.results if r.provider == accounts.PLAIN)
+    ms = {r.provider: r.ms for r in race.results}
+    ours = next(r for r in race.results if r.provider == SFR_STORED)
     text = accounts.account("x.json", content, {})
-    row = next(line for line in text.splitlines() if line.startswith(f"| {race.title} | {ours.provider} |"))
+    assert f"| of {SFT_HF} |" in text
+    row = next(line for line in text.splitlines() if line.startswith(f"| {race.title}, one thread | {SFR_STORED} |"))
     memory = words.size(ours.extra["peak_bytes"] + ours.extra["resident_bytes"])
-    assert f"| {ours.ms / plain.ms:.2f} × | {memory} | 25.0% |" in row
-    assert f"| {accounts.PLAIN} | {plain.ms:.0f} ms |" in text and "| 1.00 × |" in text
+    share = ours.extra["parts"]["targets"] / sum(ours.extra["parts"].values())
+    assert f"| {ms[SFR_STORED] / ms[SFT_HF]:.2f} × | {memory} | {share:.1%} |" in row
+    assert f"| {SFT_HF} | {words.milliseconds(ms[SFT_HF])} |" in text and "| 1.00 × |" in text
+    loops = next(r for r in race.results if r.provider == PUBLISHED_LOOPS).extra["parts"]
+    share = (loops["targets"] + loops["per-token loops"]) / sum(loops.values())
+    assert f"| {ms[PUBLISHED_LOOPS] / ms[SFT_HF]:.2f} × |" in text and f"| {share:.1%} |" in text
+    for entry in content["benchmarks"]:
+        entry["extra_info"].pop("baseline", None)
+    assert "| of the baseline |" in accounts.account("x.json", content, {})
 
 
 def test_what_a_reader_should_know_of_a_run_is_said():
@@ -246,30 +259,33 @@ def test_what_a_reader_should_know_of_a_run_is_said():
 
 def test_a_graph_is_told_with_the_memory_of_its_launches():
     content = made("cuda")
-    race = next(r for r in races(content) if r.op == "flow_loss")
-    ours = next(b for b in content["benchmarks"] if b["extra_info"] is race.fastest("ours").extra)
-    graph = copy.deepcopy(ours)
-    graph["extra_info"] |= dict(provider=f"{race.fastest('ours').provider}, graph", peak_bytes=None)
-    graph["stats"]["median"] /= 2
-    content["benchmarks"].append(graph)
+    entry = next(b for b in content["benchmarks"] if b["extra_info"]["provider"] == "cuda, graph")
+    entry["stats"]["median"] /= 2
+    race = next(r for r in races(content) if r.op == "flow_loss" and r.is_main)
+    graph = race.fastest("ours")
+    launched = next(r for r in race.results if f"{r.provider}, graph" == graph.provider)
+    assert "peak_bytes" not in graph.extra
     text = accounts.account("x.json", content, {})
     row = next(line for line in text.split("**flow_loss**")[1].splitlines() if race.title in line)
-    assert ", graph" in row and row.split(" | ")[-1].startswith(words.size(ours["extra_info"]["peak_bytes"]))
+    assert f"| {graph.provider} " in row and row.split(" | ")[-1].startswith(words.size(launched.extra["peak_bytes"]))
 
 
 def test_targets_are_told_with_what_a_billion_tokens_cost(root):
     put(root, "gpu", made("cuda"))
     readme.write(root)
     text = section(root, "targets")
+    found = {race.title: race.results[0].ms for race in races(sample()) if race.op == "collation"}
     for row in (
-        "| building, minilm, 60 samples, 2 threads | 200 segments/s: 93% of the encoder alone (215) |",
-        "| building, minilm, all samples, 2 threads | 180 segments/s: 95% of the encoder alone (189) |",
+        "| building, all-minilm-l6-v2, 100 samples, 2 threads | 200 segments/s: 93% of the encoder alone (215) |",
+        "| building, all-minilm-l6-v2, 828 samples, 2 threads | 180 segments/s: 93% of the encoder alone (194) |",
         "| store, d = 1024, float16 | 65.6 bytes a supervised token |",
         "| store, d = 256, int8 | 8.6 bytes a supervised token |",
-        "| the collator's part, B8 L2048, d 1024, float16 | 1.04 ms padded, 1.22 ms packed |",
-        "| one sample looked up, d = 1024, float16 | 14 µs |",
+        "| the collator's part, B8 L2048, d 1024, float16, one thread | "
+        f"{found['padded, B8 L2048, d 1024, float16']:.2f} ms padded, "
+        f"{found['packed, B8 L2048, d 1024, float16']:.2f} ms packed |",
+        "| one sample looked up, d = 1024, float16, one thread | 14 µs |",
     ):
-        assert row in text
+        assert text.count(row) == 1
     hours = 1e9 / 32 / 180 / 3600
     assert f"31.2 million segments, 66 GB at d = 1024, float16, 9 GB at d = 256, int8, {hours:.1f} hours" in text
 
@@ -279,7 +295,7 @@ def test_the_newest_file_of_every_gpu_is_shown_and_a_cpu_only_while_there_is_non
     put(root, "cpu", cpu)
     readme.write(root)
     assert "bench-cpu.json" in section(root, "bench") and "**These are times of a CPU**" in section(root, "targets")
-    figure = next((root / readme.FIGURES).glob("limit-x86-64*.svg"))
+    figure = next((root / readme.FIGURES).glob("limit-intel-r-xeon*2-threads.svg"))
 
     put(root, "a-new", made("cuda", date="2026-02-02T00:00:00+00:00"))
     put(root, "b-old", made("cuda", date="2026-02-01T00:00:00+00:00"))
@@ -293,6 +309,19 @@ def test_the_newest_file_of_every_gpu_is_shown_and_a_cpu_only_while_there_is_non
         assert re.findall(r"\[(bench-.*?\.json)\]", section(root, mark)) == ["bench-a-new.json", "bench-other.json"]
         assert "CPU" not in section(root, mark)
     assert not figure.exists() and len(list((root / readme.FIGURES).iterdir())) == 4
+
+
+def test_a_file_with_every_case_comes_before_a_newer_quick_one(root):
+    put(root, "a-full", made("cuda", date="2026-02-01T00:00:00+00:00"))
+    put(root, "b-quick", made("cuda", date="2026-02-03T00:00:00+00:00", selection="quick"))
+    put(root, "c-cut", made("cuda", date="2026-02-04T00:00:00+00:00", complete=False, cut=True))
+    put(root, "d-only", made("cuda", date="2026-02-05T00:00:00+00:00", selection="full, softmax_xent"))
+    for targets in (False, True):
+        assert list(readme.sources(root, targets)) == ["bench-a-full.json"]
+    put(root, "e-full", made("cuda", date="2026-02-02T00:00:00+00:00"))
+    put(root, "f-targets", made("cuda", date="2026-02-06T00:00:00+00:00", selection="full, targets, collation"))
+    assert list(readme.sources(root, targets=False)) == ["bench-e-full.json"]
+    assert list(readme.sources(root, targets=True)) == ["bench-f-targets.json"], "it has every case of targets"
 
 
 def test_a_file_without_targets_leaves_those_to_one_that_has_them(root):

@@ -1,4 +1,4 @@
-"""The benchmarks on a GPU: clocks that can be trusted, every op and peer at small sizes, and a GPU that dies on the way."""
+"""The benchmarks on a GPU: times that can be trusted, every op and peer at small sizes, and a GPU that dies."""
 
 import json
 import shutil

@@ -11,9 +11,12 @@ A slow-down counts if both ratios exceed the threshold and the 99% intervals of 
 slower machine would be one; by the second, a reference that happened to be faster. What this misses: a slow-down that
 faster clocks make up for in the first ratio. It is shown, and named below the table, but does not fail.
 
-The intervals are a bootstrap of the medians with a fixed seed. Neighbouring rounds of a run are not independent, so no
-sample counts as more than 30. And as two runs differ by more than their rounds show, each ratio of times also errs by
-as much as the references of a case differ from each other, over all cases of the two files.
+The noise is that of a bootstrap of the medians with a fixed seed. Neighbouring rounds of a run are not independent, so
+no sample counts as more than 30. And two runs differ by more than their rounds show: each ratio also errs by as much as
+the references of a case differ from each other, over all cases of the two files; where a case has no reference, by as
+much as whole cases moved, too. The intervals hold for all of ours together: of a hundred that hold at 99% each, one or
+the other would be a false alarm. Where runs differ much, a slow-down of one case drowns, and the mean over ours, at the
+end, says more.
 
 Exit status: 0; 1 if one of ours became slower, needs more memory, is no longer right or is gone; 2 on bad input. What
 the new file did not come to, because the time was up or the run was stopped, is named, and is no failure.
@@ -24,6 +27,7 @@ import math
 import sys
 from dataclasses import dataclass
 from itertools import combinations
+from statistics import NormalDist
 
 import numpy as np
 
@@ -31,9 +35,9 @@ from .reading import NOT_RUN
 from .resultfile import MIB, device_of, load
 
 DRAWS, EFFECTIVE_ROUNDS, LEAST_ROUNDS = 2000, 30, 3
-OUTER = (0.5, 99.5)  # percentiles
+CERTAIN = 0.99  # that an interval holds, of all of ours together
 THRESHOLD = 0.05
-CLOCKS = dict(max_sm_mhz=("most of the SM clock", "MHz"), max_memory_mhz=("most of the memory clock", "MHz"),
+CLOCKS = dict(max_sm_mhz=("highest SM clocks", "MHz"), max_memory_mhz=("highest memory clocks", "MHz"),
               power_limit_w=("power limits", "W"))  # fmt: skip
 SAME_CLOCK = 0.02  # by so much the SM clock under load moves by itself
 NOT_THERE = "not in the new file"
@@ -94,12 +98,14 @@ def compare(a: dict, b: dict, threshold: float, providers: list[str] | None = No
     common = {key: (old[key], new[key]) for key in old if key in new}
     times = {key: y["stats"]["median"] / x["stats"]["median"] for key, (x, y) in common.items()}
     references = _references(common)
-    scatter = _scatter(references, times)
+    scatter, drift = _scatter(references, times)
     rng = np.random.default_rng(0)
-    drawn = {
-        key: medians(y["stats"], rng) / medians(x["stats"], rng) * np.exp(scatter * rng.standard_normal(DRAWS))
-        for key, (x, y) in common.items()
-    }
+    drawn = {}
+    for key, (x, y) in common.items():
+        noise = scatter if key[:3] in references else math.hypot(scatter, drift)
+        drawn[key] = medians(y["stats"], rng) / medians(x["stats"], rng) * np.exp(noise * rng.standard_normal(DRAWS))
+    tests = sum(x["extra_info"]["kind"] == "ours" for x, _ in common.values())
+    errors = NormalDist().inv_cdf(1 - (1 - CERTAIN) / 2 / max(1, tests))
     cases = {key[:3] for key in new}
     same_selection = a["sfr_kernels"].get("selection") == b["sfr_kernels"].get("selection")
     pairs, lost, not_run, only_base = [], {}, {}, []
@@ -108,7 +114,7 @@ def compare(a: dict, b: dict, threshold: float, providers: list[str] | None = No
             continue
         if key in new:
             others = [k for k in references.get(key[:3], ()) if k != key]
-            pairs.append(_paired(key, entry, new[key], others, times, drawn, threshold))
+            pairs.append(_paired(key, entry, new[key], others, times, drawn, errors, threshold))
         elif entry["extra_info"]["kind"] == "ours" and (same_selection or key[:3] in cases):
             reason = _why_gone(key, b)
             stopped = reason == NOT_THERE and b["sfr_kernels"].get("complete") is False
@@ -138,12 +144,16 @@ def _references(common: dict[Key, tuple[dict, dict]]) -> dict[tuple, list[Key]]:
     return found
 
 
-def _scatter(references: dict[tuple, list[Key]], times: dict[Key, float]) -> float:
-    """Standard deviation of log(new / base) of what took turns in both files, from the differences within the cases:
-    what moves a whole case is not in it. By the median, as a few may have changed for a reason."""
-    pairs = [pair for found in references.values() for pair in combinations(found, 2)]
-    apart = [abs(math.log(times[x] / times[y])) for x, y in pairs]
-    return 1.4826 * float(np.median(apart)) / math.sqrt(2) if apart else 0.0
+def _scatter(references: dict[tuple, list[Key]], times: dict[Key, float]) -> tuple[float, float]:
+    """Standard deviations of log(new / base): within the cases, and of whole cases. Both by quantiles, as some may have
+    changed for a reason: within, by the lower quartile of all differences, for one of three may be such a one."""
+    logs = {case: [math.log(times[key]) for key in found] for case, found in references.items()}
+    apart = [abs(x - y) for found in logs.values() for x, y in combinations(found, 2)]
+    moved = [abs(float(np.median(found))) for found in logs.values()]
+    within = (
+        float(np.quantile(apart, 0.25, method="lower")) / (math.sqrt(2) * NormalDist().inv_cdf(5 / 8)) if apart else 0
+    )
+    return within, float(np.median(moved)) / NormalDist().inv_cdf(3 / 4) if moved else 0.0
 
 
 def _paired(
@@ -153,6 +163,7 @@ def _paired(
     references: list[Key],
     times: dict[Key, float],  # new over base, of everything that both files have
     drawn: dict[Key, np.ndarray],  # the same, (DRAWS,): what it might have been
+    errors: float,  # so many standard errors an interval reaches, to either side
     threshold: float,
 ) -> Pair:
     x, y = a["extra_info"], b["extra_info"]
@@ -162,8 +173,8 @@ def _paired(
     if references:
         ratio = time / float(np.median([times[k] for k in references]))
         draws = draws / np.median([drawn[k] for k in references], axis=0)
-    low, high = (float(v) for v in np.percentile(draws, OUTER))
-    least = float(np.percentile(drawn[key], OUTER[0]))
+    reach, least = math.exp(errors * np.log(draws).std()), time / math.exp(errors * np.log(drawn[key]).std())
+    low, high = ratio / reach, ratio * reach
     if min(entry["stats"]["rounds"] for entry in (a, b)) < LEAST_ROUNDS:
         low, high, least = 0.0, math.inf, 0.0
     by_itself, slower = time > 1 + threshold and least > 1, ratio > 1 + threshold and low > 1
@@ -232,13 +243,14 @@ def differences(a: dict, b: dict) -> list[str]:
 
 LEGEND = """\
 ratio: new over base, of times in units of the case's references (limit, products, peers), or of the times alone where
-there are none (*); below 1 is faster. time: of the times alone. MiB: peak memory."""
+there are none (*); below 1 is faster. interval: of the ratio, at 99% for all of ours together. time: of the times
+alone. MiB: peak memory."""
 
 
 def rendered(found: Comparison) -> str:
     """The comparison in words: how the runs differ, the table, what is gone, the mean."""
     lines = [f"!!! {note}" for note in found.notes]
-    rows = [("ratio ", "99% interval", "time", "base ms", "new ms", "MiB", "", "")]
+    rows = [("ratio ", "interval", "time", "base ms", "new ms", "MiB", "", "")]
     for p in found.pairs:
         interval = f"{p.low:.3f} to {p.high:.3f}" if math.isfinite(p.high) else "too few rounds"
         memory = "" if None in p.bytes else " -> ".join(f"{n / MIB:.1f}" for n in p.bytes)

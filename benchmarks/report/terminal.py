@@ -112,7 +112,8 @@ def _cells(race: Race, r: Result, decimals: int) -> dict[str, str]:
     if extra.get("tokens_per_s"):
         found["tokens/s"] = f"{extra['tokens_per_s']:.0f}"
     if extra.get("peak_bytes") is not None:
-        found["peak MiB"] = f"{extra['peak_bytes'] / MIB:.1f}"
+        mib = extra["peak_bytes"] / MIB
+        found["peak MiB"] = f"{mib:.1f}" if mib < 1000 else f"{mib:.0f}"
     if r.error is not None:
         found["error"] = f"{r.error:.1e}"
     if r.worst and r.worst.get("ratio") is not None:
@@ -143,12 +144,8 @@ def _exponents(console: Console, content: dict) -> None:
 def _list(console: Console, title: str, lines: list[str], style: str) -> None:
     if lines:
         _say(console, f"{title}:", f"bold {style}", before=True)
-    indent = " " * GAP
     for line in lines:
-        for part in textwrap.wrap(
-            line, console.width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
-        ):
-            console.print(Text(part, style))
+        _say(console, line, style, indent=" " * GAP)
 
 
 def _some(cases: list[str]) -> str:
@@ -162,8 +159,11 @@ def _summary(console: Console, content: dict) -> None:
     _say(console, f"{counts}, {goals}", "bold red" if wrong else "bold", before=True)
 
 
-def _say(console: Console, text: str, style: str = "", before: bool = False) -> None:
+def _say(console: Console, text: str, style: str = "", *, before: bool = False, indent: str = "") -> None:
     """A line, or a paragraph that is broken at the console's width. No markup is read from it."""
     if before:
         console.print()
-    console.print(Text(text, style))
+    # rich would leave the space at which it breaks a line
+    options = dict(initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    for line in textwrap.wrap(text, console.width, **options):
+        console.print(Text(line, style))

@@ -6,9 +6,8 @@ from pathlib import Path
 from sfr_kernels.atomic import write_atomically
 from sfr_kernels.leaves import fastest
 
-from ..report.resultfile import load
+from .resultfile import load
 
-LEAVES = ("flow_path", "norm_act", "norm_act_backward", "flow_mse", "softmax_xent")
 RIVALS = ("cuda", "triton")
 
 
@@ -18,14 +17,15 @@ def choices(content: dict) -> list[dict]:
     found = {}
     for entry in content["benchmarks"]:
         info, ms = entry["extra_info"], 1e3 * entry["stats"]["median"]
-        if info["op"] in LEAVES and info["provider"] in RIVALS:
+        if "size" in info and info["provider"] in RIVALS:  # leaves alone have one
             ms = max(ms, info["issue_ms"]) if info["size"] == "small" else ms
-            found.setdefault((info["op"], info["size"]), {}).setdefault(info["provider"], {})[info["label"]] = ms
+            of_backend = found.setdefault((info["op"], info["size"]), {}).setdefault(info["provider"], {})
+            of_backend[info["label"], info["dtype"]] = ms
     table = []
     for (leaf, size), of_backend in sorted(found.items()):
         both = set.intersection(*(set(times) for times in of_backend.values()))
         if len(of_backend) == len(RIVALS) and both:
-            ms = {name: round(sum(times[label] for label in both), 5) for name, times in of_backend.items()}
+            ms = {name: round(sum(times[case] for case in both), 5) for name, times in of_backend.items()}
             table.append(dict(leaf=leaf, size=size, backend=min(ms, key=ms.get), ms=ms))
     return table
 
