@@ -89,7 +89,8 @@ def pytest_collection_finish(session):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     """A result file is published: it names the processor, not the machine."""
-    machine_info.pop("node", None)
+    for name in ("node", "release"):
+        machine_info.pop(name, None)
     machine_info.get("cpu", {}).pop("flags", None)
 
 

@@ -221,7 +221,7 @@ def test_cells_are_the_files_numbers():
             assert f"{ours.provider} {words.milliseconds(ours.ms)}" in row
             assert f"{peer.provider} {peer.ms / ours.ms:.2f} ×" in row
             if titled:
-                assert row[3:5] == [f"{ours.extra['tb_per_s']:.2f}", f"{race.limit_ms / ours.ms:.0%}"]
+                assert row[3:5] == [words.number(ours.extra["tb_per_s"]), f"{race.limit_ms / ours.ms:.0%}"]
             else:
                 assert row[2] == f"{ours.ms / race.limit_ms:.2f} ×"
                 assert row[4] == " / ".join(words.size(r.extra["peak_bytes"]) for r in (ours, peer))

@@ -63,7 +63,7 @@ def _leaves(found: list[Race]) -> str:
     rows = []
     for race in found:
         best = race.fastest("ours")
-        moved = f"{best.extra['tb_per_s']:.2f}" if best and best.extra.get("tb_per_s") else words.EMPTY
+        moved = words.number(best.extra.get("tb_per_s")) if best else words.EMPTY
         share = f"{1 / race.of_limit:.0%}" if race.of_limit else words.EMPTY
         rows.append([race.op, race.title, _best(race), moved, share, _peer(race)])
     return table(["kernel", "case", "ours", "TB/s", "of a copy's bandwidth", "fastest peer"], rows)
