@@ -61,9 +61,10 @@ class WithSources(build_py):
         super().run()
         if not self.editable_mode:
             package = Path(self.build_lib) / "sfr_kernels"
-            without = shutil.ignore_patterns("results", "__pycache__")
+            without = shutil.ignore_patterns("results", "check", "__pycache__")  # which are a checkout's
             for folder in ("csrc", "benchmarks"):
-                shutil.copytree(ROOT / folder, package / folder, dirs_exist_ok=True, ignore=without)
+                shutil.rmtree(package / folder, ignore_errors=True)  # of an earlier build
+                shutil.copytree(ROOT / folder, package / folder, ignore=without)
 
 
 class AnyPython(bdist_wheel):

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # no test needs a hub, and one that is out of reach is tried for minutes; read when its library is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 
