@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .harness.environment import device_of, now
-from .harness.runner import Run, measure, path_in
+from .harness.runner import Run, measure, path_in, reported
 from .report import compare, fastest
 from .report.resultfile import load
 
@@ -54,12 +54,13 @@ def _bench(argv: list[str]) -> int:
     for module in ("pytest", "pytest_benchmark"):
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"No module named {module!r}", name=module)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("sfr_kernels bench: --device cuda, but torch sees no GPU", file=sys.stderr)
-        return 2
     if args.resume is not None:  # what was selected then
         own = load(args.resume)["sfr_kernels"]
         args.full, args.only, args.device = own["full"], own["only"], own["device"]["kind"]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("sfr_kernels bench: torch sees no GPU", file=sys.stderr)
+        return 2
+    before = None if args.resume is None else reported(args.resume)
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     minutes = args.minutes
     if minutes is None and not (args.full or args.only):
@@ -70,7 +71,7 @@ def _bench(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nbench --resume {path} goes on from there", file=sys.stderr)
         raise
-    if not path.is_file():
+    if not path.is_file() or (measured and reported(path) == before):
         print(measured, file=sys.stderr)
         return 2
     return show(path, measured)

@@ -56,6 +56,8 @@ def pytest_generate_tests(metafunc):
     found = []
     for case in cases:
         providers = [n for n in suite.providers(session.device) if entered_in(case, n)]
+        able = [n for n in providers if suite.providers(session.device)[n] is None]
+        session.settle(case.group, [*able, *suite.bounds])
         found += [(suite, case, provider) for provider in (*providers, *suite.bounds)]
     session.selected += len(found)
     found = [f for f in found if not session.is_done(f[1].group, f[2])]
@@ -104,6 +106,7 @@ def pytest_benchmark_update_commit_info(config, commit_info):
 @pytest.fixture(scope="session")
 def results(request) -> Session:
     session, hook = request.config.stash[SESSION], request.config.hook
+    session.compile()
     if "machine_info" not in session.content:
         machine = hook.pytest_benchmark_generate_machine_info(config=request.config)
         hook.pytest_benchmark_update_machine_info(config=request.config, machine_info=machine)
@@ -143,7 +146,9 @@ def race(request, results):
             pytest.skip(f"{provider}: {reason}")
         try:
             found = results.race(suite, case)
-        except DeadGPUError:
+        except DeadGPUError as error:
+            if request.config.getoption("sfr_journal") is None:
+                pytest.exit(f"{case.group}, {error.provider}: {error}; the GPU answers nothing any more", returncode=1)
             os._exit(1)  # the starter goes on in a new process
         if provider in found.failed:
             results.failed(suite, case, provider, found.failed[provider])

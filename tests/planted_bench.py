@@ -1,7 +1,7 @@
 """Providers that do what providers should not, as the environment says: for the tests of the run around them.
 
 PLANTED is "provider=what,…" at the first case, or "making=what": crash, hang, dead (the GPU answers nothing after it),
-assert (the same, on a real one), interrupt, wrong, or late (a crash while all take turns).
+assert (the same, on a real one), interrupt, wrong, or late and late-dead (while all take turns).
 """
 
 import os
@@ -14,7 +14,8 @@ from benchmarks.harness import race as racing
 from benchmarks.harness.work import Case, Suite, Work, WrongResultError
 
 PLANTED = dict(part.split("=") for part in os.environ.get("PLANTED", "").split(",") if part)
-WARM = 5  # calls before all take turns
+WARM = 6  # calls before all take turns
+LATE = {"late": "crash", "late-dead": "dead"}
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -60,9 +61,9 @@ def make(case: Case, device: torch.device) -> Work:
 
     def run_of(provider: str):
         def run() -> list:
-            if planted.get(provider) == "late":
+            if planted.get(provider) in LATE:
                 calls[provider] += 1
-                do("crash" if calls[provider] > WARM else None)
+                do(LATE[planted[provider]] if calls[provider] > WARM else None)
             return []
 
         return run

@@ -20,7 +20,7 @@ from benchmarks import (
     bench_targets,
     bench_velocity_head,
 )
-from benchmarks.harness import composites, leaf_work, limit, problems, shapes
+from benchmarks.harness import composites, errors, leaf_work, limit, problems, shapes
 from benchmarks.harness import race as racing
 from benchmarks.harness.floor import Gemm
 from benchmarks.harness.goals import misses
@@ -221,6 +221,22 @@ def test_a_peer_that_computes_something_else_is_refused(name, monkeypatch):
     assert "differs from float64" in found.failed[name] and set(found.results) == {PRODUCTS, LIMIT}
 
 
+def test_what_is_not_a_number_is_not_forgotten():
+    oracle = errors.Oracle(["a", "b", "c"], [torch.ones(3, dtype=torch.float64)] * 3, None)
+    right, wrong = torch.ones(3), torch.full((3,), float("nan"))
+    assert oracle.distance([right] * 3) == 0.0
+    for place in range(3):
+        found = [right, right, 1.01 * right]
+        found[place] = wrong
+        with pytest.raises(WrongResultError):
+            errors.peer_verdict(oracle.distance(found))
+
+
+def test_a_graph_of_what_failed_before_is_not_timed():
+    found = racing.race(bench_flow_loss.SUITE, tiny_case(bench_flow_loss), CPU, ["torch, graph"], lost=["torch"])
+    assert "launched calls failed" in found.failed["torch, graph"] and set(found.results) == {PRODUCTS, LIMIT}
+
+
 def test_one_that_fails_at_any_moment_hides_no_other():
     calls = []
 
@@ -253,7 +269,7 @@ def test_a_case_that_cannot_be_made_fails_for_everyone():
 
     suite = replace(suite_of({"ours": list}, bounds=(LIMIT,)), make=make)
     found = run_race(suite)
-    assert not found.results and set(found.failed) == {"ours", LIMIT} and "cannot be made" in found.failed["ours"]
+    assert not found.results and set(found.failed) == {"ours", LIMIT} and "planted" in found.failed["ours"]
 
 
 def test_a_gpu_that_answers_nothing_any_more_ends_the_race(monkeypatch):

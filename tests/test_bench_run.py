@@ -82,6 +82,7 @@ def test_a_run_without_trouble(planted, tmp_path):
         ("torch", "dead", "illegal memory access was encountered; the GPU answered nothing after that"),
         ("torch", "hang", "no answer for 3 s"),
         ("eager", "late", "ended by SIGSEGV"),
+        ("eager", "late-dead", "illegal memory access was encountered; the GPU answered nothing after that"),
     ],
 )
 def test_results_survive_what_kills_the_process(who, how, words, planted, tmp_path):

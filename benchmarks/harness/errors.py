@@ -109,7 +109,7 @@ class Oracle:
         for number, (f, exact, norm) in enumerate(zip(found, self.exact, self.norms, strict=True)):
             e = square_error(f, exact if f.shape == exact.shape else exact.sum(), gradients if number else 1.0)
             error = (e / norm) ** 0.5 if norm else float(f.any())
-            worst = error if not error <= worst else worst  # also where it is not a number
+            worst = max(worst, error if math.isfinite(error) else math.inf)
         return worst
 
 

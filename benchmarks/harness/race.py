@@ -51,21 +51,38 @@ def race(
     providers: Iterable[str],  # those that can run here
     bounded: Iterable[str] | None = None,  # of the suite's bounds, those that are still to be measured; None: all
     begin: Callable[[str], object] = lambda who: None,  # told who is about to run, or MAKING
+    lost: Iterable[str] = (),  # that failed before
 ) -> Race:
-    found, providers = Race(), list(providers)
+    """DeadGPUError if the GPU answers nothing any more."""
+    providers = list(providers)
     bounded = suite.bounds if bounded is None else tuple(bounded)
+    try:
+        return _race(suite, case, device, providers, bounded, begin, set(lost))
+    except DeadGPUError:
+        raise
+    except Exception as error:  # of making the case, or of the race itself: named, and not run into by each of them
+        reason = f"the race broke off: {_reason(MAKING, error, device)}"
+        return Race(failed=dict.fromkeys([*providers, *bounded], reason))
+
+
+def _race(
+    suite: Suite,
+    case: Case,
+    device: torch.device,
+    providers: list[str],
+    bounded: tuple[str, ...],
+    begin: Callable[[str], object],
+    lost: set[str],
+) -> Race:
+    found = Race()
     torch.compiler.reset()  # limits of recompilation are counted per function, not per case
     begin(MAKING)
-    try:
-        work = suite.make(case, device)
-    except Exception as error:
-        reason = f"the case cannot be made: {_reason(MAKING, error, device)}"
-        return Race(failed=dict.fromkeys([*providers, *bounded], reason))
+    work = suite.make(case, device)
     fields, runs = {}, {}
     for provider in providers:
         begin(provider)
         try:
-            runs[provider], fields[provider] = _judged(work, provider, runs, found, device)
+            runs[provider], fields[provider] = _judged(work, provider, runs, lost | set(found.failed), device)
         except Exception as error:  # one that fails must not hide the others
             found.failed[provider] = _reason(provider, error, device)
     if work.judged is not None:
@@ -94,7 +111,7 @@ def race(
     for name, time in times.items():
         if name in found.failed:
             continue
-        info = common(case, suite, name) | _measured(work, case, time, times) | fields.get(name, {})
+        info = common(case, suite, name) | _measured(work, case, name, times) | fields.get(name, {})
         if clock.type == "cpu":
             info = dict(threads=torch.get_num_threads()) | info
         if suite.is_ours(name):
@@ -112,13 +129,13 @@ def common(case: Case, suite: Suite, provider: str) -> dict:
     )  # fmt: skip
 
 
-def _judged(work: Work, provider: str, runs: dict, found: Race, device: torch.device) -> tuple[Run | Graph, dict]:
+def _judged(work: Work, provider: str, runs: dict, lost: set[str], device: torch.device) -> tuple[Run | Graph, dict]:
     """A provider's run, or the graph of one, and what its judgement and its memory say of it."""
     if provider.endswith(GRAPH):
         base = provider.removesuffix(GRAPH)
-        if base in found.failed:
+        if base in lost:
             raise RuntimeError("the launched calls failed")
-        launched = runs.get(base) or work.run(base)
+        launched = runs[base]
         graph = Graph(launched)
         if work.check_graph is not None:
             work.check_graph(graph, launched)
@@ -157,11 +174,12 @@ def _extras(work: Work, times: dict, runs: dict, begin: Callable, found: Race, d
     return fields
 
 
-def _measured(work: Work, case: Case, time: Timing, times: dict[str, Timing]) -> dict:
+def _measured(work: Work, case: Case, name: str, times: dict[str, Timing]) -> dict:
     """What the work of a provider amounts to: bytes are those besides the products, traffic is all that must move."""
-    flops = sum(gemm.flops for gemm in work.gemms)
-    traffic = work.bytes + case.dtype.itemsize * sum(gemm.numbers for gemm in work.gemms)
-    found = dict(flops=flops, bytes=work.bytes, traffic=traffic, issue_ms=round(time.issue_ms, 6))
+    time, flops = times[name], sum(gemm.flops for gemm in work.gemms)
+    besides = 0 if name == PRODUCTS else work.bytes
+    traffic = besides + case.dtype.itemsize * sum(gemm.numbers for gemm in work.gemms)
+    found = dict(flops=flops, bytes=besides, traffic=traffic, issue_ms=round(time.issue_ms, 6))
     if flops:
         found["tflop_per_s"] = float(f"{flops / time.ms / 1e9:.5g}")
     if traffic:

@@ -69,11 +69,13 @@ def measure(run: Run, silence: float | None = None) -> str | None:
             reason = _wait(child, last, silence)
             if last.finished:
                 return None
-            if last.running is not None:
+            if last.running is not None and not last.died:
                 _blame(run.path, last.running, reason)
+            elif not last.died:
+                return _unexpected(reason, log)
             if reported(run.path) == before:  # nothing came of it: nor would it the next time
                 return _unexpected(reason, log)
-            bar.write(f"{last.running['who']} in {last.running['group']}: {reason}; going on without it")
+            bar.write(f"{last.running['group']}, {last.running['who']}: {reason}; going on without it")
 
 
 def _bar() -> tqdm:
@@ -112,7 +114,8 @@ class Follower:
     def __init__(self, journal: Path, bar: tqdm, before: int):
         self.file, self.bar, self.before = open(journal), bar, before  # noqa: SIM115 (closed by `close`)
         self.running: dict | None = None  # who runs at this moment
-        self.finished, self.heard, self.rest = False, time.monotonic(), ""
+        self.finished = self.died = False  # died: of a dead GPU, which it has put down itself
+        self.heard, self.rest = time.monotonic(), ""
 
     def read(self) -> None:
         *lines, self.rest = (self.rest + self.file.read()).split("\n")
@@ -135,6 +138,8 @@ class Follower:
             self.running = None
         elif kind == "reported":
             self.bar.update()
+        elif kind == "died":
+            self.died, self.running = True, event
         elif kind == "finished":
             self.finished = True
 

@@ -4,10 +4,12 @@ The file is pytest-benchmark's, with "sfr_kernels" added: device, versions, what
 ended early is gone on with: what the file has is not measured again.
 """
 
+import contextlib
 import gc
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +17,11 @@ import torch
 
 from sfr_kernels._version import __version__
 from sfr_kernels.atomic import write_atomically
+from sfr_kernels.leaves.cuda.build import find
+from sfr_kernels.ops.dispatch import unavailable
 
 from . import environment
 from .as_json import as_json
-from .errors import message
 from .race import MAKING, DeadGPUError, Race, race
 from .work import Case, Suite
 
@@ -55,7 +58,7 @@ class Session:
         """ValueError if what was begun is not what would be gone on with."""
         was, now = earlier["sfr_kernels"], self.own
         differing = [
-            f"{name} {was.get(name)}, now {now[name]}" for name in ("version", "revision", "modified")
+            f"{name} {was.get(name)}, now {now[name]}" for name in ("version", "revision", "modified", "selection")
             if was.get(name) != now[name]
         ]  # fmt: skip
         for what in ("device", "versions"):
@@ -72,6 +75,19 @@ class Session:
 
     def is_done(self, group: str, provider: str) -> bool:
         return (group, provider) in self._done
+
+    def settle(self, group: str, everyone: Iterable[str]) -> None:
+        """A case of which a part is missing is raced anew: only what took turns can be compared."""
+        measured = {b["extra_info"]["provider"] for b in self.content["benchmarks"] if b["group"] == group}
+        if measured and not all(self.is_done(group, provider) for provider in everyone):
+            self.content["benchmarks"] = [b for b in self.content["benchmarks"] if b["group"] != group]
+            self._done -= {(group, provider) for provider in measured}
+
+    def compile(self) -> None:
+        """The CUDA kernels, once, in nobody's time; whoever needs them says what is wrong."""
+        if self.device.type == "cuda" and unavailable("cuda", self.device) is None:
+            with contextlib.suppress(Exception):
+                find()
 
     def head(self, content: dict) -> None:
         """The top level that pytest-benchmark makes, unless an earlier part of this run has."""
@@ -111,16 +127,16 @@ class Session:
             self.write()  # for the starter to put a death into
         bounded = [n for n in suite.bounds if not self.is_done(case.group, n)]
         everyone = [*entered, *bounded]
+        lost = {f["provider"] for f in self.own["failed"] if f["group"] == case.group}
         about = dict(event="running", op=case.op, group=case.group, providers=everyone)
         about["ours"] = [name for name in entered if suite.is_ours(name)]
         try:
-            found = race(suite, case, self.device, entered, bounded, lambda who: self.tell(who=who, **about))
+            found = race(suite, case, self.device, entered, bounded, lambda who: self.tell(who=who, **about), lost)
         except DeadGPUError as error:
             for provider in everyone if error.provider == MAKING else [error.provider]:
                 self.failed(suite, case, provider, f"{error}; the GPU answered nothing after that")
+            self.tell(event="died", group=case.group, who=error.provider)
             raise
-        except Exception as error:  # of the race itself: named, and not run into again for each provider
-            found = Race(failed=dict.fromkeys(everyone, f"the race broke off: {message(error)}"))
         self.tell(event="raced", group=case.group)
         if found.clocks and found.clocks["sm_mhz"]:
             self._mhz.append(found.clocks["sm_mhz"])
