@@ -37,7 +37,7 @@ def _bench(argv: list[str]) -> int:
         prog="sfr_kernels bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--full", action="store_true", help="every case: hours, not minutes")
+    add("--full", action="store_true", help="every case, not the five-minute selection")
     add(
         "--only",
         action="append",
