@@ -34,12 +34,17 @@ class SFRConfig:
     segment_tokens   k, tokens of future text in a target; 0 means the same as segment="response".
     stride           tokens between anchors.
     min_tokens       shortest future text that gets a target.
-    row_rule         which positions carry the flow loss: those whose "next_label" or whose "own_label" is supervised.
-    anchor_rule      which target a row uses: the "following" anchor, or the "nearest" one.
+    target_rule      which positions carry the flow loss, and which text each is to foresee. "following": those that
+                     predict a supervised label; the first anchor at or after the row. "published": those whose own
+                     label is supervised; the nearest anchor of the sequence, before the row or after it, and where
+                     there is none a zero target (DESIGN section 1, Presets).
     weighting        row weights: "linear" and "uniform" have mean one over a response; "linear_decay" is
                      (m − i + 1)/m.
     flow_normalizer  L_flow is divided by the supervised "tokens" of the optimizer step, or by the sum of the
-                     "weights" of this call (never less than 1).
+                     "weights" of this call (never less than 1); with "cka", which has no weights, by nothing.
+    encoder_pooling  of the sentence encoder: its "own", or the "mean" of its last hidden states, with no prompt.
+    encoder_max_tokens
+                     tokens of a text that the encoder reads; None: as many as its own configuration says.
     mtp_offset       j ≥ 2: "mtp" predicts the token j positions ahead.
     seed             the seed of noise and times.
     """
@@ -60,10 +65,11 @@ class SFRConfig:
     segment_tokens: int = 256
     stride: int = 32
     min_tokens: int = 16
-    row_rule: Literal["next_label", "own_label"] = "next_label"
-    anchor_rule: Literal["following", "nearest"] = "following"
+    target_rule: Literal["following", "published"] = "following"
     weighting: Literal["linear", "uniform", "linear_decay"] = "linear"
     flow_normalizer: Literal["tokens", "weights"] = "tokens"
+    encoder_pooling: Literal["own", "mean"] = "own"
+    encoder_max_tokens: int | None = None
     mtp_offset: int = 2
     seed: int = 0
 
@@ -74,14 +80,15 @@ class SFRConfig:
             if choices := [c for c in get_args(hint) if isinstance(c, str)]:
                 if value not in choices:
                     raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-            elif hint is int:
+            elif value is None and type(None) in get_args(hint):
+                continue
+            elif int in (hint, *get_args(hint)) and float not in get_args(hint):
                 if isinstance(value, bool) or not isinstance(value, int):
                     raise TypeError(f"{name} must be an int, got {value!r}")
-            elif not (value is None and name == "target_scale"):
-                if isinstance(value, bool) or not isinstance(value, int | float):
-                    raise TypeError(f"{name} must be a number, got {value!r}")
-                if not math.isfinite(value):
-                    raise ValueError(f"{name} must be finite, got {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            elif not math.isfinite(value):
+                raise ValueError(f"{name} must be finite, got {value!r}")
         for name, least in dict(
             width=1,
             num_layers=2,
@@ -89,13 +96,14 @@ class SFRConfig:
             segment_tokens=0,
             stride=1,
             min_tokens=1,
+            encoder_max_tokens=1,
             mtp_offset=2,
             flow_weight=0,
             source_std=0,
             flow_warmup=0,
         ).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.flow_warmup >= 1:
             raise ValueError(f"flow_warmup is a share of the run and must be below 1, got {self.flow_warmup}")
         for name in ("time_scale", "hidden_scale", "target_scale"):
@@ -113,22 +121,25 @@ class SFRConfig:
             raise ValueError(
                 f"segment_tokens must be 0 with loss='cka', which compares responses, got {self.segment_tokens}"
             )
-        if self.loss == "mtp" and self.row_rule != "next_label":
-            raise ValueError("loss='mtp' predicts labels further ahead of the next one: row_rule must be 'next_label'")
+        if self.loss == "mtp" and self.target_rule != "following":
+            raise ValueError(
+                "loss='mtp' predicts labels further ahead of the next one: target_rule must be 'following'"
+            )
 
     @classmethod
     def official(cls, **overrides: Any) -> "SFRConfig":
-        """The published code's arithmetic (DESIGN section 1, Presets): its rows, targets, times and normalizer."""
+        """The arithmetic of the published code (DESIGN section 1, Presets)."""
         return cls(
             **dict(
                 target_scale=1.0,
                 time_scale=1.0,
                 hidden_scale=1.0,
                 time_sampling="sequence",
-                row_rule="own_label",
-                anchor_rule="nearest",
+                target_rule="published",
                 weighting="linear_decay",
                 flow_normalizer="weights",
+                encoder_pooling="mean",
+                encoder_max_tokens=512,
             )
             | overrides
         )

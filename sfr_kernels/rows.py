@@ -6,8 +6,6 @@ the order [flow only | flow and CE | CE only], so that the rows of either loss a
 masks or gathers a second time. All of it follows from the labels (DESIGN section 1), with no loop over tokens.
 """
 
-from dataclasses import dataclass, fields, replace
-
 import torch
 from torch import Tensor
 
@@ -16,9 +14,12 @@ from .config import SFRConfig
 IGNORE_INDEX = -100
 
 
-@dataclass(frozen=True, eq=False)
 class SupervisedRows:
-    """The n supervised rows of a batch of B sequences of L tokens. Build it with `from_labels`."""
+    """The n supervised rows of a batch of B sequences of L tokens. Build it with `from_labels`.
+
+    A batch carries it as one object, not a dataclass and not a tuple: libraries that slice, concatenate or cast the
+    tensors of a batch by sample would take these for such.
+    """
 
     rows: Tensor  # (n,) int64, index into the flattened (B·L) tokens
     noise_id: Tensor  # (n,) int64, identity of the row for noise and time
@@ -27,10 +28,21 @@ class SupervisedRows:
     weight: Tensor  # (n,) float32, weight of the row in the flow loss
     time_index: Tensor | None  # (n,) int32, index into the times; None until the times of the step are drawn
     token_row: Tensor  # (B·L,) int32, index into the rows of each token; -1 where it is none
-    segments: Tensor  # (A, 2) int64: anchor a's text is labels.flatten()[start:stop]; empty means a zero target
+    segments: Tensor  # (A, 2) int64: anchor a's text is labels.flatten()[start:stop] less -100; empty: a zero target
     shape: tuple[int, int]  # (B, L)
     num_flow: int  # rows[:num_flow] carry the flow loss
     num_ce: int  # rows[n - num_ce:] carry cross-entropy
+    targets: Tensor | list[str | None] | None  # (A, d) embeddings, or the A texts to embed; `SFRCollator` adds them
+
+    def __init__(self, **values):
+        for name in type(self).__annotations__:
+            setattr(self, name, values.pop(name) if name != "targets" else values.pop(name, None))
+        if values:
+            raise TypeError(f"SupervisedRows has no {', '.join(values)}")
+
+    def replace(self, **values) -> "SupervisedRows":
+        """A copy with other values."""
+        return type(self)(**vars(self) | values)
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -48,8 +60,7 @@ class SupervisedRows:
         return self.rows.device
 
     def _map(self, fn) -> "SupervisedRows":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: fn(v) for k, v in tensors.items() if isinstance(v, Tensor)})
+        return self.replace(**{name: fn(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "SupervisedRows":
         """The same rows on `device`. By default only a copy to the CPU waits: it may be read at once."""
@@ -68,8 +79,12 @@ class SupervisedRows:
         segment_ids: Tensor | None = None,  # like labels: tokens of one packed sample share a value
         noise_id: Tensor | None = None,  # like labels, int64: identity of each token; default its flat index
         has_targets: Tensor | None = None,  # like labels, 0 or 1: responses that start at a 0 have no flow loss
+        blank: Tensor | None = None,  # (A,) bool: anchors of these rules whose text is blank, which are none
     ) -> "SupervisedRows":
         """The supervised rows of a batch, by the rules of `config`.
+
+        A is a property of the labels alone: an anchor that falls away, because of its text or for too few tokens,
+        keeps its place with an empty segment.
 
         Call it where the labels are, on the CPU, and move the result with `.to(device)`. On a GPU it works too, but
         has to wait for the counts. Raises TypeError or ValueError naming the argument.
@@ -78,10 +93,11 @@ class SupervisedRows:
         labels, segment_ids, noise_id, has_targets = _validate(labels, segment_ids, noise_id, has_targets)
         batch, length = labels.shape
         flat, device = labels.reshape(-1).long(), labels.device
+        following = config.target_rule == "following"
 
         # together[p]: tokens p and p + 1 belong to the same sample
         together = torch.zeros(batch, length, dtype=torch.bool, device=device)
-        next_label = torch.full((batch, length), IGNORE_INDEX, device=device)
+        next_label = torch.full((batch, length), IGNORE_INDEX, dtype=torch.int64, device=device)
         next_label[:, :-1] = labels[:, 1:]
         if segment_ids is None:
             together[:, :-1] = True
@@ -90,41 +106,38 @@ class SupervisedRows:
             next_label.masked_fill_(~together, IGNORE_INDEX)
         together, next_label = together.reshape(-1), next_label.reshape(-1)
         has_ce = next_label != IGNORE_INDEX
-        in_response = has_ce if config.row_rule == "next_label" else flat != IGNORE_INDEX
 
-        # Responses: maximal runs. Of each row its response, and its place i among the m rows of that.
-        same = config.row_rule == "next_label"  # the rows of CE are those of the responses
-        position = (has_ce if same else has_ce | in_response).nonzero().squeeze(1)
-        ce = _at(has_ce, position)
-        member = ce if same else _at(in_response, position)
-        starts = in_response.clone()
-        starts[1:] &= ~(in_response & together)[:-1]
-        starts = _at(starts, position)
-        response = starts.cumsum(0).sub_(1).clamp_(min=0)
-        start = starts.nonzero().squeeze(1)
-        first = _at(position, start)
-        before = start if same else _at(member.cumsum(0), start) - 1
-        m = torch.diff(before, append=member.sum()[None])
-        i, ahead = position - _at(first, response), _at(m, response)
-        local, count = _row_anchors(i, ahead, m, config)
-        if has_targets is not None:
-            lacking = has_targets.reshape(-1)[first] == 0
-            count = count.masked_fill(lacking, 0)
-            local = local.masked_fill(_at(lacking, response), -1)
-        offset = count.cumsum(0) - count
-        flow = (local >= 0) & member
-        groups = (flow, ~flow) if same else (flow & ~ce, flow & ce, ce & ~flow)
-        order = torch.cat([group.nonzero().squeeze(1) for group in groups])
-        kept, flow = _at(position, order), _at(flow, order)
+        # Of each row of a response that response, and its place i among the m rows of it.
+        member = (has_ce if following else flat != IGNORE_INDEX).nonzero().squeeze(1)
+        begins = _begins(member, together, following)
+        response, start = begins.cumsum(0).sub_(1), begins.nonzero().squeeze(1)
+        m = torch.diff(start, append=start.new_full((1,), member.numel()))
+        i, ahead = torch.arange(member.numel(), device=device) - _at(start, response), _at(m, response)
+        lacking = None if has_targets is None else _at(has_targets.reshape(-1), _at(member, start)) == 0
         if config.loss == "mtp":
             # The target of a row is the label of the row mtp_offset - 1 ahead of it: anchors index rows, not segments.
-            inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
-            ahead_of = (_at(start, response) + local).clamp_(min=0, max=max(order.numel() - 1, 0))
-            anchors = _at(_at(inverse, ahead_of), order)
-            segments = torch.stack([kept + 1, kept + 2], dim=1)
+            anchor = torch.where(
+                i + config.mtp_offset - 1 < ahead, i + _at(start, response) + config.mtp_offset - 1, -1
+            )
+            if lacking is not None:
+                anchor.masked_fill_(_at(lacking, response), -1)
         else:
-            anchors = _at((_at(offset, response) + local).int(), order)
-            segments = _segments(m, first, count, offset, config)
+            anchor, segments = _anchors(member, start, response, m, i, lacking, blank, config)
+
+        position, ce = member, None  # the rows of CE are those of the responses
+        if not following:
+            position = (has_ce | (flat != IGNORE_INDEX)).nonzero().squeeze(1)
+            ce, at = _at(has_ce, position), _at(flat != IGNORE_INDEX, position).nonzero().squeeze(1)
+            anchor = torch.full_like(position, -1).index_copy_(0, at, anchor)
+            i, ahead = (torch.ones_like(position).index_copy_(0, at, x) for x in (i, ahead))
+        flow = anchor >= 0
+        groups = (flow, ~flow) if ce is None else (flow & ~ce, flow & ce, ce & ~flow)
+        order = torch.cat([group.nonzero().squeeze(1) for group in groups])
+        kept, flow, anchor = _at(position, order), _at(flow, order), _at(anchor, order)
+        if config.loss == "mtp":
+            inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=device))
+            anchor = torch.where(flow, _at(inverse, anchor.clamp(min=0)), -1)
+            segments = torch.stack([kept + 1, kept + 2], dim=1)
         token_row = torch.full_like(flat, -1, dtype=torch.int32)
         token_row.scatter_(0, kept, torch.arange(kept.numel(), dtype=torch.int32, device=device))
         identity = torch.arange(flat.numel(), device=device) if noise_id is None else noise_id.reshape(-1)
@@ -132,14 +145,14 @@ class SupervisedRows:
             rows=kept,
             noise_id=_at(identity, kept),
             labels=_at(next_label, kept),
-            anchor=torch.where(flow, anchors, -1).int(),
+            anchor=anchor.int(),
             weight=torch.where(flow, _at(_weights(i, ahead, config), order), 0.0),
             time_index=(kept // length).int() if config.time_sampling == "sequence" else None,
             token_row=token_row,
             segments=segments,
             shape=(batch, length),
             num_flow=int(flow.sum()),
-            num_ce=int(ce.sum()),
+            num_ce=kept.numel() if ce is None else int(ce.sum()),
         )
 
 
@@ -148,46 +161,98 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
     return values.index_select(0, index)
 
 
-def _row_anchors(i: Tensor, ahead: Tensor, m: Tensor, config: SFRConfig) -> tuple[Tensor, Tensor]:
-    """Local anchor (-1 = none) of row i of a response of `ahead` rows; the number of anchors of responses of m rows."""
-    stride, least = config.stride, config.min_tokens
-    if config.loss == "mtp":
-        wanted = i + config.mtp_offset - 1
-        return torch.where(wanted < ahead, wanted, -1), m
-    if config.segment_tokens == 0:
-        return torch.zeros_like(i), torch.ones_like(m)
-    if config.anchor_rule == "nearest":
-        last = (ahead - 1).div(stride, rounding_mode="floor")
-        return torch.minimum((i + (stride - 1) // 2).div_(stride, rounding_mode="floor"), last), (
-            m + stride - 1
-        ) // stride
-    on_grid = (i + stride - 1).div_(stride, rounding_mode="floor")
-    # the last row that has enough text ahead; row 0 always counts
-    local = torch.where(i <= (ahead - least).clamp_(min=0), on_grid, -1)
-    last = (m - least).clamp(min=0)
-    return local, last // stride + 1 + (last % stride != 0)
+def _begins(member: Tensor, together: Tensor, following: bool) -> Tensor:
+    """Which members begin a response: a maximal run of them, or, as published, all of a packed sample."""
+    if following:
+        group = member - torch.arange(member.numel(), device=member.device)
+    else:
+        group = _at((~together).cumsum(0) - (~together).long(), member)
+    begins = torch.ones_like(member, dtype=torch.bool)
+    torch.ne(group[1:], group[:-1], out=begins[1:])
+    return begins
 
 
-def _segments(m: Tensor, first: Tensor, count: Tensor, offset: Tensor, config: SFRConfig) -> Tensor:
-    """Where the text of each anchor starts and stops in the flattened labels: (A, 2)."""
-    response = torch.repeat_interleave(torch.arange(m.numel(), device=m.device), count)
-    m = m[response]
-    row = (torch.arange(response.numel(), device=m.device) - offset[response]) * config.stride
-    if config.anchor_rule == "following":
-        row = torch.minimum(row, (m - config.min_tokens).clamp(min=0))
-    stop = m if config.segment_tokens == 0 else torch.minimum(row + config.segment_tokens, m)
-    if config.anchor_rule == "nearest":
-        stop = torch.where(m - row < config.min_tokens, row, stop)
-    text = first[response] + (config.row_rule == "next_label")
-    return torch.stack([text + row, text + stop], dim=1)
+def _anchors(
+    member: Tensor,  # (k,) positions of the rows of responses
+    start: Tensor,  # (R,) where each response starts among them
+    response: Tensor,  # (k,) of each row
+    m: Tensor,  # (R,) rows of each response
+    i: Tensor,  # (k,) place of each row in its response
+    lacking: Tensor | None,  # (R,) bool: has no targets
+    blank: Tensor | None,  # (A,) bool
+    config: SFRConfig,
+) -> tuple[Tensor, Tensor]:
+    """The anchor of each row, −1 for none, and the segment (A, 2) of each anchor."""
+    following, whole = config.target_rule == "following", config.segment_tokens == 0
+    stride, least, reach = config.stride, config.min_tokens, config.segment_tokens
+    last = (m - least).clamp_(min=0)  # as published, anchors are on the grid alone
+    if whole:
+        count = torch.ones_like(m)
+    else:
+        count = last // stride + 1 + (last % stride != 0) if following else (m + stride - 1) // stride
+    if lacking is not None:
+        count = count.masked_fill(lacking, 0)
+    offset = count.cumsum(0) - count
+    of = torch.repeat_interleave(torch.arange(m.numel(), device=m.device), count)  # (A,) the response of each anchor
+    row = (torch.arange(of.numel(), device=m.device) - _at(offset, of)) * stride
+    if following:
+        row = torch.minimum(row, _at(last, of))
+    at = _at(start, of) + row  # (A,) the anchor among the members
+    place, end = _at(member, at), _at(member, _at(start + m - 1, of)) + 1  # of the segment's last label, or after it
+    begin = place + (following or not whole)
+    stop = end + following if whole else torch.minimum(place + 1 + reach, end + following)
+    keep = torch.ones_like(of, dtype=torch.bool)
+    if not (following or whole):  # supervised labels within the reach
+        keep = torch.searchsorted(member, stop) - at - 1 >= least
+    if blank is not None:
+        if blank.shape != keep.shape or blank.dtype != torch.bool:
+            raise ValueError(f"blank must be ({len(of)},) bool, one for each anchor, got {tuple(blank.shape)}")
+        keep = keep & ~blank.to(keep.device)
+    segments = torch.stack([torch.where(keep, x, place) for x in (begin, stop)], dim=1)
+
+    first = _at(offset, response)  # (k,) the first anchor of each row's response
+    if following:
+        # on the grid, while the last row that has enough text ahead is not behind; row 0 always counts
+        wanted = first if whole else first + (i + stride - 1) // stride
+        left = keep.nonzero().squeeze(1)
+        anchor = _first_of(left, wanted, of, response)
+        if not whole:
+            anchor = anchor.masked_fill(i > _at(last, response), -1)
+    elif whole or stride == 1:
+        anchor = first + i * (not whole)  # one for all, or each its own; a zero target where that fell away
+    else:
+        anchor = _nearest(member, place, keep.nonzero().squeeze(1), of, response, first)
+    return (anchor if lacking is None else anchor.masked_fill(_at(lacking, response), -1)), segments
+
+
+def _first_of(left: Tensor, wanted: Tensor, of: Tensor, response: Tensor) -> Tensor:
+    """Of the anchors that are left, the first at or after the one wanted that is of the row's response; −1 for none."""
+    if left.numel() == of.numel():
+        return wanted
+    place = torch.searchsorted(left, wanted)
+    anchor = _at(torch.cat([left, left.new_full((1,), of.numel())]), place)
+    return torch.where(_at(torch.cat([of, of.new_full((1,), -1)]), anchor) == response, anchor, -1)
+
+
+def _nearest(member: Tensor, place: Tensor, left: Tensor, of: Tensor, response: Tensor, first: Tensor) -> Tensor:
+    """Of the anchors that are left in each row's response the nearest, of two the earlier; the response's first, whose
+    target is then zero, where none is left."""
+    if left.numel() == 0:
+        return first
+    place, of = _at(place, left), _at(of, left)
+    after = torch.searchsorted(place, member)
+    before, after = (after - 1).clamp(min=0), after.clamp(max=left.numel() - 1)
+    far = torch.iinfo(torch.int64).max
+    back, ahead = (torch.where(_at(of, k) == response, (_at(place, k) - member).abs(), far) for k in (before, after))
+    found = _at(left, torch.where(back <= ahead, before, after))
+    return torch.where(torch.minimum(back, ahead) < far, found, first)
 
 
 def _weights(i: Tensor, m: Tensor, config: SFRConfig) -> Tensor:
     if config.weighting == "uniform":
-        return torch.ones(i.shape, device=i.device)
-    if config.weighting == "linear":
-        return (2.0 * (m - i) / (m + 1)).float()
-    return ((m - i) / m).float()
+        return torch.ones(i.shape, dtype=torch.float32, device=i.device)
+    ahead = (m - i).float()
+    return 2 * ahead / (m + 1) if config.weighting == "linear" else ahead / m
 
 
 def _validate(labels, segment_ids, noise_id, has_targets):

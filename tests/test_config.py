@@ -16,10 +16,11 @@ DEFAULT = SHARED | dict(
     hidden_scale=0.0625,
     time_sampling="stratified",
     num_times=256,
-    row_rule="next_label",
-    anchor_rule="following",
+    target_rule="following",
     weighting="linear",
     flow_normalizer="tokens",
+    encoder_pooling="own",
+    encoder_max_tokens=None,
 )
 OFFICIAL = SHARED | dict(
     loss="flow",
@@ -27,10 +28,11 @@ OFFICIAL = SHARED | dict(
     time_scale=1.0,
     hidden_scale=1.0,
     time_sampling="sequence",
-    row_rule="own_label",
-    anchor_rule="nearest",
+    target_rule="published",
     weighting="linear_decay",
     flow_normalizer="weights",
+    encoder_pooling="mean",
+    encoder_max_tokens=512,
 )
 
 
@@ -75,10 +77,11 @@ def test_json_round_trip_of_every_field():
         segment_tokens=9,
         stride=4,
         min_tokens=3,
-        row_rule="own_label",
-        anchor_rule="nearest",
+        target_rule="published",
         weighting="uniform",
         flow_normalizer="weights",
+        encoder_pooling="mean",
+        encoder_max_tokens=100,
         mtp_offset=4,
         seed=-(2**63),
     )
@@ -119,8 +122,9 @@ def test_json_with_an_unknown_field_or_no_object():
         ("segment_tokens", -1),
         ("stride", 0),
         ("min_tokens", 0),
-        ("row_rule", "all"),
-        ("anchor_rule", "previous"),
+        ("target_rule", "previous"),
+        ("encoder_pooling", "cls"),
+        ("encoder_max_tokens", 0),
         ("weighting", "quadratic"),
         ("flow_normalizer", "rows"),
         ("mtp_offset", 1),  # the next token is cross-entropy's
@@ -135,7 +139,15 @@ def test_an_invalid_value_names_its_field(field, value):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("width", 8.0), ("stride", True), ("seed", "0"), ("time_scale", "1"), ("flow_weight", None), ("source_std", True)],
+    [
+        ("width", 8.0),
+        ("encoder_max_tokens", 8.0),
+        ("stride", True),
+        ("seed", "0"),
+        ("time_scale", "1"),
+        ("flow_weight", None),
+        ("source_std", True),
+    ],
 )
 def test_an_invalid_type_names_its_field(field, value):
     with pytest.raises(TypeError, match=field):
@@ -145,8 +157,8 @@ def test_an_invalid_type_names_its_field(field, value):
 def test_losses_that_do_not_fit_the_rows():
     with pytest.raises(ValueError, match="segment_tokens"):  # CKA compares whole responses
         SFRConfig(loss="cka")
-    with pytest.raises(ValueError, match="row_rule"):
-        SFRConfig(loss="mtp", row_rule="own_label")
+    with pytest.raises(ValueError, match="target_rule"):
+        SFRConfig(loss="mtp", target_rule="published")
 
 
 def test_frozen_and_keyword_only():

@@ -105,7 +105,7 @@ def sixteen_bit_case(preset: str) -> Case:
     case = make_case(
         small_config(preset, time_scale=1.0, width=40), length=41, hidden_size=32, target_size=24, vocab=23
     )
-    case.rows = replace(case.rows, time_index=(case.rows.noise_id % 4).int())
+    case.rows = case.rows.replace(time_index=(case.rows.noise_id % 4).int())
     case.options = dict(times=torch.tensor([0.125, 0.375, 0.625, 0.875]))
     return case
 
@@ -189,7 +189,7 @@ def test_explicit_times_and_times_from_the_seed():
     case = make_case(small_config())
     drawn, index = reference.draw_times(case.rows, case.seed, case.config)
     from_seed = check(case)
-    case.rows = replace(case.rows, time_index=index.int())
+    case.rows = case.rows.replace(time_index=index.int())
     assert_same(check(case, times=drawn), from_seed)
     assert check(case, times=drawn.flip(0))["value"] != from_seed["value"]
 
@@ -286,7 +286,7 @@ def test_flow_path_is_its_definition(preset):
 def test_mse_is_flow_from_a_point_at_time_zero():
     mse = make_case(small_config(loss="mse"))
     flow = replace(mse, config=replace(mse.config, loss="flow", source_std=0.0))
-    flow.rows = replace(mse.rows, time_index=torch.zeros(len(mse.rows), dtype=torch.int32))
+    flow.rows = mse.rows.replace(time_index=torch.zeros(len(mse.rows), dtype=torch.int32))
     result = evaluate(our_flow(flow, times=torch.zeros(1)), flow.inputs())
     assert_same(result, evaluate(our_flow(mse), mse.inputs()), rtol=1e-12)
 

@@ -93,7 +93,7 @@ def flow_by_hand(case, t: dict[int, float], noise: torch.Tensor, scale: float, w
 def test_flow_loss_one_row_at_a_time(preset, scale):
     case = make_case(small_config(preset))
     times = torch.tensor([0.0, 0.25, 0.5, 0.75])  # one for each sequence
-    case.rows = replace(case.rows, time_index=(case.rows.rows // 13).int())
+    case.rows = case.rows.replace(time_index=(case.rows.rows // 13).int())
     weights = dict(zip(case.rows.rows.tolist(), case.rows.weight.tolist(), strict=True))
     total = case.rows.num_ce if preset == "default" else max(sum(weights.values()), 1)
     noise = reference.gaussian_noise(case.seed, case.rows.noise_id[: case.rows.num_flow], 6).double()

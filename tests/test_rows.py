@@ -14,18 +14,20 @@ IGNORE = -100
 
 
 def slow_responses(labels: list[list[int]], segments: list[list[int]] | None, config: SFRConfig) -> list[list[int]]:
-    """The responses as lists of flat positions: maximal runs of the rule's positions in one packed sample."""
+    """The responses as lists of flat positions: maximal runs of the positions of the rule in one packed sample; as
+    published, all of them there."""
+    published = config.target_rule == "published"
     responses, length = [], len(labels[0])
     for b, row in enumerate(labels):
         previous = None
         for p in range(length):
-            if config.row_rule == "own_label":
+            if published:
                 member = row[p] != IGNORE
             else:
                 together = p + 1 < length and (segments is None or segments[b][p] == segments[b][p + 1])
                 member = together and row[p + 1] != IGNORE
             same_sample = previous is not None and (segments is None or segments[b][p] == segments[b][previous])
-            if member and previous == p - 1 and same_sample:
+            if member and same_sample and (published or previous == p - 1):
                 responses[-1].append(b * length + p)
             elif member:
                 responses.append([b * length + p])
@@ -34,21 +36,36 @@ def slow_responses(labels: list[list[int]], segments: list[list[int]] | None, co
     return responses
 
 
-def slow_anchors(m: int, config: SFRConfig) -> list[int]:
-    """The rows of a response of m rows that have a target."""
-    grid = list(range(0, m, config.stride))
+def slow_anchors(response: list[int], flat: list[int], config: SFRConfig, blank) -> dict[int, tuple[int, int]]:
+    """{position of an anchor: where its text starts and stops in the flattened labels}; no text, no target."""
+    m, published = len(response), config.target_rule == "published"
     if config.segment_tokens == 0:
-        return [0]
-    if config.anchor_rule == "nearest":
-        return grid
-    last = [m - config.min_tokens] if m >= config.min_tokens else []
-    return [a for a in sorted({*grid, *last}) if a == 0 or m - a >= config.min_tokens]
+        text = (response[0], response[-1] + 1) if published else (response[0] + 1, response[-1] + 2)
+        return {response[0]: text if not blank(flat[slice(*text)]) else (response[0], response[0])}
+    anchors = {}
+    last = [m - config.min_tokens] if m >= config.min_tokens and not published else []
+    for a in sorted({*range(0, m, config.stride), *last}):
+        begin = response[a] + 1
+        if published:
+            ahead = [p for p in response if begin <= p < begin + config.segment_tokens]
+            stop = min(begin + config.segment_tokens, response[-1] + 1)
+            enough = len(ahead) >= config.min_tokens
+        else:
+            if a > 0 and m - a < config.min_tokens:
+                continue
+            stop, enough = begin + min(config.segment_tokens, m - a), True
+        used = enough and not blank(flat[begin:stop])
+        anchors[response[a]] = (begin, stop) if used else (response[a], response[a])
+    return anchors
 
 
-def slow_rows(labels: list[list[int]], segments, config: SFRConfig) -> tuple[dict[int, dict], list[tuple[int, int]]]:
+def slow_rows(
+    labels: list[list[int]], segments, config: SFRConfig, blank
+) -> tuple[dict[int, dict], list[tuple[int, int]]]:
     """{flat position: what its row must say}, and where the text of every anchor lies in the flattened labels."""
     length, out, texts = len(labels[0]), {}, []
     flat = [label for row in labels for label in row]
+    published = config.target_rule == "published"
 
     def row(position):
         b, p = divmod(position, length)
@@ -61,27 +78,26 @@ def slow_rows(labels: list[list[int]], segments, config: SFRConfig) -> tuple[dic
             del out[position]
     for response in slow_responses(labels, segments, config):
         m = len(response)
-        text = [p + 1 if config.row_rule == "next_label" else p for p in response]  # the label each row stands for
-        at = {}
-        for a in slow_anchors(m, config):
-            taken = text[a:] if config.segment_tokens == 0 else text[a : a + config.segment_tokens]
-            zero = config.anchor_rule == "nearest" and m - a < config.min_tokens
-            at[a] = (text[a], text[a]) if zero else (taken[0], taken[-1] + 1)
+        at = {} if config.loss == "mtp" else slow_anchors(response, flat, config, blank)
+        left = {a: text for a, text in at.items() if text[1] > text[0]}
         for i, position in enumerate(response):
             weight = {"linear": 2 * (m - i) / (m + 1), "uniform": 1.0, "linear_decay": (m - i) / m}[config.weighting]
             if config.loss == "mtp":
                 ahead = i + config.mtp_offset - 1
-                chosen = (text[ahead], text[ahead] + 1) if ahead < m else None
+                chosen = (response[ahead] + 1, response[ahead] + 2) if ahead < m else None
             elif config.segment_tokens == 0:
-                chosen = at[0]
-            elif config.anchor_rule == "nearest":
-                chosen = at[min(at, key=lambda a, i=i: (abs(a - i), a))]
+                chosen = left.get(response[0], "zero" if published else None)
+            elif config.stride == 1 and published:
+                chosen = left.get(position, "zero")
+            elif published:
+                nearest = min(left, key=lambda a, p=position: (abs(a - p), a), default=None)
+                chosen = left.get(nearest, "zero")
             else:
-                chosen = next((at[a] for a in sorted(at) if a >= i), None)
+                chosen = next((left[a] for a in sorted(left) if a >= position), None)
             if chosen is not None:
                 row(position).update(text=chosen, weight=weight)
-            texts += [(text[i], text[i] + 1)] if config.loss == "mtp" else []
-        texts += [] if config.loss == "mtp" else list(at.values())
+            texts += [(position + 1, position + 2)] if config.loss == "mtp" else []
+        texts += at.values()
     return out, texts
 
 
@@ -89,18 +105,23 @@ def as_slow(rows: SupervisedRows) -> tuple[dict[int, dict], list[tuple[int, int]
     """The same description of the library's rows."""
     texts = [tuple(s) for s in rows.segments.tolist()]
     columns = (rows.rows, rows.labels, rows.anchor, rows.weight)
+    shown = [*(text if text[1] > text[0] else "zero" for text in texts), None]
     out = {
-        position: dict(
-            label=label, text=texts[anchor] if anchor >= 0 else None, weight=weight, sequence=position // rows.shape[1]
-        )
+        position: dict(label=label, text=shown[anchor], weight=weight, sequence=position // rows.shape[1])
         for position, label, anchor, weight in zip(*(c.tolist() for c in columns), strict=True)
     }
     return out, texts
 
 
-def check(labels: Tensor, config: SFRConfig, segments: Tensor | None = None) -> SupervisedRows:
+def check(labels: Tensor, config: SFRConfig, segments: Tensor | None = None, blank=None) -> SupervisedRows:
+    """blank: of the labels of a segment, whether they are no text."""
     rows = SupervisedRows.from_labels(labels, config, segments)
-    expected, texts = slow_rows(labels.tolist(), None if segments is None else segments.tolist(), config)
+    if blank is not None:
+        flat = labels.flatten().tolist()
+        found = [stop > start and blank(flat[start:stop]) for start, stop in rows.segments.tolist()]
+        rows = SupervisedRows.from_labels(labels, config, segments, blank=torch.tensor(found, dtype=torch.bool))
+    packed = None if segments is None else segments.tolist()
+    expected, texts = slow_rows(labels.tolist(), packed, config, blank or (lambda text: False))
     ours, our_texts = as_slow(rows)
     assert ours.keys() == expected.keys() and len(rows) == len(expected)
     for position, row in expected.items():
@@ -133,6 +154,7 @@ CONFIGS = {
     "whole response, official": small_config("official", segment_tokens=0),
     "stride of one": small_config(stride=1, min_tokens=1, segment_tokens=1),
     "stride even": small_config("official", stride=4),  # a tie between two anchors at row 2
+    "stride of one, official": small_config("official", stride=1),  # its own or none
     "stride beyond the response": small_config(stride=50, min_tokens=3),
     "no shortest text": small_config(stride=4, min_tokens=1, weighting="uniform"),
     "mtp": small_config(loss="mtp"),
@@ -145,6 +167,8 @@ def test_random_patterns(config):
     for seed in range(60):
         labels, segments = random_batch(seed)
         check(labels, config, segments)
+        if config.loss != "mtp":
+            check(labels, config, segments, blank=lambda text: all(label < 45 for label in text))
 
 
 def one_response(m: int, before: int = 3, after: int = 2) -> Tensor:
@@ -185,12 +209,12 @@ def test_anchors_of_one_response_by_hand():
     by_position = rows.anchor[rows.rows.argsort()].tolist()
     assert by_position == [0, 1, 1, 1, 2, 2, 2, 3, 3, -1]
     assert rows.segments.tolist() == [[3, 8], [6, 11], [9, 13], [11, 13]]
-    # published rule: rows 0 … 9 at 3 … 12; the last anchor, 9, has one token left: an empty text, its weight kept
+    # published rule: rows 0 … 9 at 3 … 12, the text after the anchor's own; the last, 9, has none left and falls away
     rows = check(one_response(10, after=0), small_config("official"))
     flow = slice(None, rows.num_flow)
     order = rows.rows[flow].argsort()
-    assert rows.anchor[flow][order].tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 3, 3]
-    assert rows.segments.tolist() == [[3, 8], [6, 11], [9, 13], [12, 12]]
+    assert rows.anchor[flow][order].tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert rows.segments.tolist() == [[4, 9], [7, 12], [10, 13], [12, 12]]
     torch.testing.assert_close(rows.weight[flow][order], torch.arange(10, 0, -1) / 10)
 
 
@@ -218,9 +242,8 @@ def test_no_target_contains_a_token_already_emitted_nor_crosses_a_sample():
                     continue
                 start, stop = rows.segments[anchor].tolist()
                 assert (sample[start:stop] == sample[position]).all()
-                assert (labels.flatten()[start:stop] != IGNORE).all()
                 if preset == "default":  # the hidden state at `position` has seen the tokens up to and with it
-                    assert start > position
+                    assert start > position and (labels.flatten()[start:stop] != IGNORE).all()
                     assert stop - start >= 2 or start == position + 1  # min_tokens, but for the first row
                     seen += 1
     assert seen > 500

@@ -64,7 +64,7 @@ def sized_case(preset: str, **options) -> Case:
     """Enough rows for errors to be statistics, and times and angles that 16 bit can hold, or eager would drown in t."""
     config = small_config(preset, time_scale=1.0, width=40, flow_weight=0.5)
     case = make_case(config, length=41, hidden_size=32, target_size=24, vocab=83)
-    case.rows = replace(case.rows, time_index=(case.rows.noise_id % 4).int())
+    case.rows = case.rows.replace(time_index=(case.rows.noise_id % 4).int())
     case.options = dict(times=torch.tensor([0.125, 0.375, 0.625, 0.875]), **options)
     return case
 
@@ -305,7 +305,7 @@ def test_seed_and_times():
     value = ours(case)(case.inputs())
     assert torch.equal(ours(case, seed=torch.tensor([case.seed]))(case.inputs()), value)
     assert ours(case, seed=case.seed + 1)(case.inputs()) != value
-    case.rows = replace(case.rows, time_index=(case.rows.rows % 3).int())
+    case.rows = case.rows.replace(time_index=(case.rows.rows % 3).int())
     check(case, times=torch.tensor([0.1, 0.5, 1.0]))
 
 
@@ -328,7 +328,7 @@ def errors():
     case = make_case(small_config())
     nan = case.targets.clone()
     nan[0, 0] = float("inf")
-    wrong = replace(case.rows, labels=torch.full_like(case.rows.labels, 17))
+    wrong = case.rows.replace(labels=torch.full_like(case.rows.labels, 17))
     return [
         (TypeError, "hidden", dict(hidden=[1.0])),
         (ValueError, "rows", dict(hidden=torch.zeros(4, 12, 12))),

@@ -155,7 +155,7 @@ def test_a_damaged_manifest_is_refused(tmp_path):
         with pytest.raises(DamagedStore, match=r"manifest\.json is damaged"):
             TargetStore.open(tmp_path / "s")
     path.write_text(json.dumps({"format": 1}))
-    with pytest.raises(ValueError, match="format 1, not 2"):
+    with pytest.raises(ValueError, match="format 1, not 3"):
         TargetStore.open(tmp_path / "s")
     path.write_text(text[:50])
     with pytest.raises(DamagedStore, match="damaged"):

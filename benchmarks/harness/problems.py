@@ -6,7 +6,7 @@ mid-training, its output layer not zero.
 
 from collections.abc import Callable, Iterator
 from copy import copy, deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,7 @@ class Problem:
         self.labels = self.labels.to(device)
         index = rows.rows // shape.length if published else torch.arange(len(rows))
         index = (index % len(TIMES)).int()
-        self.rows, self.timed_rows = rows.to(device), replace(rows, time_index=index).to(device)
+        self.rows, self.timed_rows = rows.to(device), rows.replace(time_index=index).to(device)
         self.times = torch.tensor(TIMES, device=device)
         self.seed = torch.zeros(1, dtype=torch.int64, device=device)
         supervised = int((self.labels != -100).sum()) if op == "linear_cross_entropy" else rows.num_ce

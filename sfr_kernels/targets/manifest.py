@@ -14,7 +14,7 @@ from ..atomic import write_atomically
 from ..config import SFRConfig
 from .shards import DamagedStore
 
-FORMAT = 2
+FORMAT = 3
 FILE = "manifest.json"
 _INFORMS = ("name", "file")  # says what something was called, which may change without it
 
@@ -51,8 +51,9 @@ class Identity:
 
 
 def segment_rules(config: SFRConfig) -> dict[str, Any]:
-    """The fields of the config that decide where segments are."""
-    names = ("segment", "segment_tokens", "stride", "min_tokens", "row_rule", "anchor_rule")
+    """The fields of the config that decide where segments are, and what an encoder makes of their text."""
+    names = ("segment", "segment_tokens", "stride", "min_tokens", "target_rule")
+    names += ("encoder_pooling", "encoder_max_tokens")
     return {name: getattr(config, name) for name in names}
 
 

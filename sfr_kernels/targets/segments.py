@@ -66,11 +66,11 @@ def hash_labels(
 ) -> Tensor:  # (S,) int64
     """A hash of each sample's supervised labels and their places: equal hashes, equal targets.
 
-    A label that nothing predicts (the first, but for the row rule "own_label") does not count: collators that pack
-    samples mask it.
+    A label that nothing predicts (the first, but for the rule "published") does not count: collators that pack samples
+    mask it.
     """
     counts = labels != IGNORE_INDEX
-    if config.row_rule == "next_label":
+    if config.target_rule == "following":
         counts &= ~first
     # Wrapping products of odd numbers with a shift between them, summed, so that the order of tokens is free.
     mixed = (labels + 1).mul_(-7046029254386353131)

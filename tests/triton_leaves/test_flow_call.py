@@ -93,7 +93,7 @@ def test_numbers_of_another_width_are_not_misread(dtype):
     case = case_of()
     wanted = evaluate(run(case), case.inputs(dtype))
     rows = case.rows
-    wide = replace(rows, weight=rows.weight.double(), anchor=rows.anchor.long())
+    wide = rows.replace(weight=rows.weight.double(), anchor=rows.anchor.long())
     found = evaluate(run(replace(case, rows=wide, targets=case.targets.double())), case.inputs(dtype))
     for name, x in wanted.items():
         torch.testing.assert_close(found[name], x, rtol=1e-3, atol=1e-3, check_dtype=False)
@@ -101,7 +101,7 @@ def test_numbers_of_another_width_are_not_misread(dtype):
     index = torch.arange(len(rows.rows)) % 4
     results = []
     for kind in (torch.int32, torch.int64):
-        timed = replace(case, rows=replace(rows, time_index=index.to(kind)), options=dict(times=times))
+        timed = replace(case, rows=rows.replace(time_index=index.to(kind)), options=dict(times=times))
         x = timed.inputs(dtype)
         given = dict(seed=1, config=case.config, backend="cuda")
         results.append(flow_matching_loss(x.hidden, x.head, timed.rows, case.targets, times, **given))
