@@ -155,7 +155,11 @@ def collating(way: str, dtype: str, target_size: int) -> Work:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            return [store.lookup(ids) if way == LOOKUP else sfr_inputs(batch, ids, config, store, lengths)["targets"]]
+            return [
+                store.lookup(ids)
+                if way == LOOKUP
+                else sfr_inputs(batch, ids, config, store, lengths=lengths)["rows"].targets
+            ]
         finally:
             torch.set_num_threads(threads)
 

@@ -90,7 +90,7 @@ def test_cross_entropy_alone_takes_what_the_models_own_loss_takes():
     for options in (dict(shift_labels=shifted), dict(labels=zero, ignore_index=0)):
         batch = {**PLAIN, **options}
         torch.testing.assert_close(model(**batch).loss, plain(**batch).loss, rtol=1e-5, atol=1e-6)
-    for name, value in dict(targets=BATCH["targets"], seed=3, times=torch.rand(4)).items():
+    for name, value in dict(targets=BATCH["rows"].targets, seed=3, times=torch.rand(4)).items():
         with pytest.raises(ValueError, match=name):
             model(**PLAIN, **{name: value})
     twin = copy.deepcopy(model)
@@ -137,7 +137,7 @@ def test_the_loss_is_sfr_loss_of_the_last_hidden_state():
     hidden = model.model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).last_hidden_state
     attach(model, CONFIG, targets=STORE)
     torch.nn.init.normal_(model.sfr.head.output_proj.weight)
-    wanted = sfr_loss(hidden, model.lm_head.weight, model.sfr.head, BATCH["rows"], BATCH["targets"], seed=7,
+    wanted = sfr_loss(hidden, model.lm_head.weight, model.sfr.head, BATCH["rows"], BATCH["rows"].targets, seed=7,
                       config=CONFIG, backend="reference")  # fmt: skip
     out = model(**BATCH, seed=7)
     for a, b in ((out.loss, wanted.loss), (out.ce_loss, wanted.ce), (out.flow_loss, wanted.flow)):
@@ -294,9 +294,9 @@ def test_errors_name_the_argument_and_change_nothing():
     with pytest.raises(ValueError, match="targets must be given"):
         model(**PLAIN)
     with pytest.raises(ValueError, match="target size"):
-        model(**{**BATCH, "targets": BATCH["targets"][:, :5]})
+        model(**{**BATCH, "targets": BATCH["rows"].targets[:, :5]})
     with pytest.raises(ValueError, match="NaN"):
-        model(**{**BATCH, "targets": BATCH["targets"] * float("nan")})
+        model(**{**BATCH, "targets": BATCH["rows"].targets * float("nan")})
     with pytest.raises(ValueError, match="labels"):
         model(**{**BATCH, "labels": BATCH["labels"][:, 1:]})
 

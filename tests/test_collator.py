@@ -36,7 +36,7 @@ def noise_of(batch):
     n = rows.num_flow
     half, first = torch.tensor([0.5]), torch.zeros(n, dtype=torch.int32)
     seed = torch.tensor([3])
-    path = FlowPath(batch["targets"], half, rows.noise_id[:n], rows.anchor[:n], first, seed, 2.0, 1.0)
+    path = FlowPath(batch["rows"].targets, half, rows.noise_id[:n], rows.anchor[:n], first, seed, 2.0, 1.0)
     return dict(zip(rows.noise_id.tolist(), flow_path(path, torch.float32), strict=False))
 
 
@@ -83,7 +83,7 @@ def test_samples_that_are_packed_already(tmp_path, collator):
     store = build_targets(packs, CONFIG, Words(), HashEncoder(TARGET), folder=tmp_path / "p", progress=False)
     plain = build_targets(SAMPLES, CONFIG, Words(), HashEncoder(TARGET), folder=tmp_path / "s", progress=False)
     batch = SFRCollator(CONFIG, store, collate)(packs)
-    assert torch.equal(batch["targets"], plain.lookup(range(8)))
+    assert torch.equal(batch["rows"].targets, plain.lookup(range(8)))
     apart = SFRCollator(CONFIG, plain, pad)(SAMPLES)["rows"]
     assert len(batch["rows"]) == len(apart) and torch.equal(batch["rows"].labels, apart.labels)
 
@@ -111,13 +111,13 @@ def test_samples_without_targets_train_on_cross_entropy_alone(built):
     sequence = rows.rows // rows.shape[1]
     without = (sequence == 1) | (sequence == 5)
     assert without.any() and (rows.anchor[without] == -1).all() and rows.num_ce == whole["rows"].num_ce
-    assert torch.equal(batch["targets"], built.lookup([0, 2, 3, 4, 6, 7])) and rows.num_anchors == len(batch["targets"])
+    assert torch.equal(rows.targets, built.lookup([0, 2, 3, 4, 6, 7])) and rows.num_anchors == len(rows.targets)
     kept = {k: v for k, v in noise_of(whole).items() if k >> 32 not in (1, 5)}
     assert all(torch.equal(v, kept[k]) for k, v in noise_of(batch).items() if k in kept) and kept
     out = attach(tiny_llama(), CONFIG, built)(**batch)
     out.loss.backward()
     none = SFRCollator(CONFIG, built, FLATTEN)([{**s, "sample_id": -1} for s in SAMPLES])
-    assert none["targets"].shape == (0, TARGET) and none["rows"].num_flow == 0 and none["rows"].num_ce > 0
+    assert none["rows"].targets.shape == (0, TARGET) and none["rows"].num_flow == 0 and none["rows"].num_ce > 0
     assert attach(tiny_llama(), CONFIG, built)(**none).flow_loss == 0
 
 
@@ -142,8 +142,8 @@ def test_config_and_store_are_compared_where_they_meet(built):
 
 def test_mtp_needs_no_store():
     batch = SFRCollator(SFRConfig(loss="mtp"), None, pad)(SAMPLES)
-    assert torch.equal(batch["targets"], batch["rows"].labels)
-    assert batch["targets"].shape != (0, TARGET)
+    assert torch.equal(batch["rows"].targets, batch["rows"].labels)
+    assert batch["rows"].targets.shape != (0, TARGET)
 
 
 def test_a_seed_of_ones_own(built):
@@ -183,7 +183,7 @@ def test_what_the_collator_adds_takes_a_millisecond(tmp_path, one_thread):
             times.append(time.perf_counter() - start)
         return min(times)
 
-    ours = fastest(lambda: sfr_inputs(batch, list(range(8)), SFRConfig(), store, [2048] * 8))
+    ours = fastest(lambda: sfr_inputs(batch, list(range(8)), SFRConfig(), store, lengths=[2048] * 8))
     passes = fastest(lambda: [labels * 3 + 1 for _ in range(100)])
     assert ours < passes, (ours, passes)
 
@@ -196,8 +196,8 @@ def online(**options) -> OnlineTargets:
 def test_online_targets_are_those_of_a_store(built, collator):
     targets = online()
     batch = SFRCollator(CONFIG, targets, collator)(SAMPLES)
-    assert isinstance(batch["targets"], list) and len(batch["targets"]) == batch["rows"].num_anchors
-    assert torch.equal(targets.start(batch["targets"], "cpu").wait(), built.lookup(range(8)))
+    assert isinstance(batch["rows"].targets, list) and len(batch["rows"].targets) == batch["rows"].num_anchors
+    assert torch.equal(targets.start(batch["rows"].targets, "cpu").wait(), built.lookup(range(8)))
     torch.manual_seed(0)
     model = attach(tiny_llama(), CONFIG, targets).train()
     torch.manual_seed(0)
@@ -237,8 +237,8 @@ def test_segments_are_remembered_up_to_the_capacity(capacity):
 
 def test_online_targets_make_texts_in_other_processes():
     loader = torch.utils.data.DataLoader(SAMPLES, 4, num_workers=1, collate_fn=SFRCollator(CONFIG, online(), pad))
-    texts = [t for batch in loader for t in batch["targets"]]
-    assert texts == [t for i in (0, 4) for t in SFRCollator(CONFIG, online(), pad)(SAMPLES[i : i + 4])["targets"]]
+    texts = [t for batch in loader for t in batch["rows"].targets]
+    assert texts == [t for i in (0, 4) for t in SFRCollator(CONFIG, online(), pad)(SAMPLES[i : i + 4])["rows"].targets]
     import pickle
 
     elsewhere = pickle.loads(pickle.dumps(online()))

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from corpora import HashEncoder, Words
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+from transformers import AutoModel, AutoTokenizer
 
-from sfr_kernels.targets import encode, load_encoder
-from sfr_kernels.targets.encoder import describe_encoder
+from sfr_kernels import SFRConfig
+from sfr_kernels.targets import OnlineTargets, encode, load_encoder
+from sfr_kernels.targets.encoder import as_configured, describe_encoder
 from sfr_kernels.targets.manifest import differences
 from sfr_kernels.training.models import MINILM, encoder_path
 
@@ -67,3 +71,43 @@ def test_an_encoder_that_cannot_be_loaded_says_so(tmp_path):
     for name in (str(tmp_path / "absent"), "nobody/no-such-encoder"):
         with pytest.raises(RuntimeError, match=r"encoder .* cannot be loaded"):
             load_encoder(name)
+
+
+def published(texts: list[str], tokens: int) -> torch.Tensor:
+    """The published encoding, by the model and the tokenizer alone: the masked mean of the last hidden states."""
+    folder = encoder_path(MINILM)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=tokens, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**batch).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+
+def test_the_official_preset_encodes_as_published(minilm):
+    texts = ["tea", "a storm at sea " * 100]  # 402 tokens: more than the encoder's own 256
+    official = SFRConfig.official()
+    cls = SentenceTransformer(
+        modules=[minilm[0], Pooling(384, "cls")], device="cpu", prompts={"document": "title: "}
+    )  # as an encoder may be, though the published code does not look
+    for encoder in (minilm, cls):
+        found = as_configured(encoder, official)
+        torch.testing.assert_close(torch.from_numpy(encode(found, texts)), published(texts, 512), rtol=1e-4, atol=1e-5)
+        assert describe_encoder(found)["max_seq_length"] == 512 and as_configured(found, official) is found
+        assert describe_encoder(found)["weights"] == describe_encoder(minilm)["weights"] or encoder is cls
+    few = as_configured(minilm, SFRConfig(encoder_max_tokens=8))
+    torch.testing.assert_close(torch.from_numpy(encode(few, texts)), published(texts, 8), rtol=1e-4, atol=1e-5)
+    own = as_configured(cls, SFRConfig(encoder_max_tokens=8))
+    assert own[1].pooling_mode == "cls" and own.prompts == cls.prompts and own.max_seq_length == 8
+    # the encoder that was given is what it was
+    assert minilm.max_seq_length == 256 and as_configured(minilm, SFRConfig()) is minilm
+    targets = OnlineTargets(minilm, Words())
+    targets.check(official)
+    torch.testing.assert_close(targets.start(texts, "cpu").wait().float(), published(texts, 512), rtol=0, atol=1e-3)
+
+
+def test_an_encoder_that_cannot_be_configured_says_so(minilm):
+    with pytest.raises(ValueError, match="encoder_max_tokens is 600, the encoder has 512 positions"):
+        as_configured(minilm, SFRConfig(encoder_max_tokens=600))
+    with pytest.raises(TypeError, match="encoder_pooling and encoder_max_tokens need a SentenceTransformer"):
+        as_configured(HashEncoder(), SFRConfig.official())

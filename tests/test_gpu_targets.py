@@ -27,7 +27,7 @@ def test_a_loader_pins_what_the_collator_adds_and_it_trains(tmp_path):
     on_cpu = attach(tiny_llama(), CONFIG, store)
     on_cpu.load_state_dict(model.state_dict())
     for batch in loader:
-        assert batch["targets"].is_pinned() and batch["rows"].rows.is_pinned()
+        assert batch["rows"].targets.is_pinned() and batch["rows"].rows.is_pinned()
         found, wanted = model(**to_gpu(batch), seed=3).loss, on_cpu(**batch, seed=3).loss
         torch.testing.assert_close(found.cpu(), wanted, rtol=1e-3, atol=1e-4)
 

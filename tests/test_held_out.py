@@ -20,7 +20,7 @@ def batches(count, seed):
         batch["rows"] = SupervisedRows.from_labels(batch["labels"], CONFIG)
         kind = torch.randint(KINDS, (8,), generator=generator)
         sequence = batch["rows"].segments[:, 0] // batch["labels"].shape[1]
-        batch["targets"] = directions[kind[sequence]]
+        batch["rows"].targets = directions[kind[sequence]]
         hidden = torch.zeros(*batch["labels"].shape, HIDDEN)
         hidden[..., :SIZE] = 40 * directions[kind][:, None]
         yield batch | {"hidden": hidden}

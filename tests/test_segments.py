@@ -9,49 +9,35 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sfr_kernels import SFRConfig, SupervisedRows
-from sfr_kernels.targets.segments import hash_labels, segment_texts, segments_of
+from sfr_kernels.targets.segments import hash_labels, rows_and_texts, segment_texts, segments_of
 from sfr_kernels.training.models import SMOLLM2, model_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IGNORE = -100
 
 
-def obvious_responses(labels: list[int], begins: list[bool], own_label: bool) -> list[list[int]]:
-    """The places of the labels of each response: runs of labels that something predicts, each in one packed sample."""
+def obvious_segments(labels: list[int], begins: list[bool], config: SFRConfig) -> list[tuple[int, int]]:
+    """Where the labels behind each anchor start and stop: of runs of labels that something predicts, each in one packed
+    sample."""
     responses, last = [], None
     for p, label in enumerate(labels):
-        if label == IGNORE or (begins[p] and not own_label):
+        if label == IGNORE or begins[p]:
             continue
-        if last != p - 1 or begins[p] or not responses:
+        if last != p - 1:
             responses.append([])
         responses[-1].append(p)
         last = p
-    return responses
-
-
-def obvious_segments(labels: list[int], begins: list[bool], config: SFRConfig) -> list[tuple[int, int]]:
-    """Where the labels behind each anchor start and stop."""
     found = []
-    for response in obvious_responses(labels, begins, config.row_rule == "own_label"):
+    for response in responses:
         m = len(response)
-        if config.segment == "response":
-            anchors = [0]
-        elif config.anchor_rule == "nearest":
-            anchors = [row for row in range(m) if row % config.stride == 0]
-        else:
-            anchors = [
-                row
-                for row in range(m)
-                if row == 0
-                or ((row % config.stride == 0 or row == m - config.min_tokens) and m - row >= config.min_tokens)
-            ]
-        for row in anchors:
-            ahead = response[row:]
-            if config.segment != "response":
-                ahead = ahead[: config.segment_tokens]
-            if config.anchor_rule == "nearest" and m - row < config.min_tokens:
-                found.append((response[row], response[row]))
+        for row in range(m):
+            if config.segment == "response":
+                anchor, stop = row == 0, m
             else:
+                on = row % config.stride == 0 or row == m - config.min_tokens
+                anchor, stop = row == 0 or (on and m - row >= config.min_tokens), row + config.segment_tokens
+            if anchor:
+                ahead = response[row:stop]
                 found.append((ahead[0], ahead[-1] + 1))
     return found
 
@@ -74,10 +60,9 @@ def random_sample(r: random.Random) -> dict:
 
 CONFIGS = [
     SMALL,
-    SFRConfig.official(stride=4, min_tokens=3, segment_tokens=6),
     SFRConfig(segment="response"),
     SFRConfig(stride=1, min_tokens=1, segment_tokens=1),
-    SFRConfig(stride=5, min_tokens=7, segment_tokens=9, row_rule="own_label"),
+    SFRConfig(stride=5, min_tokens=7, segment_tokens=9),
 ]
 
 
@@ -95,7 +80,7 @@ def test_ten_thousand_random_patterns():
             begins = [p == 0 or x == 0 for p, x in enumerate(sample.get("position_ids", [1] * len(labels)))]
             wanted = obvious_segments(labels, begins, config)
             assert [tuple(x) for x in positions[cu[i] : cu[i + 1]]] == wanted
-            words = [" ".join(f"word{x}" for x in labels[a:b]) if b > a else None for a, b in wanted]
+            words = [" ".join(f"word{x}" for x in labels[a:b]) for a, b in wanted]
             assert found.texts[cu[i] : cu[i + 1]] == words
 
 
@@ -190,10 +175,65 @@ def test_no_character_is_split(kind):
     raw = tokenizer.batch_decode([labels[0, a:b].tolist() for a, b in rows.segments.tolist()])
     assert sum("\ufffd" in text for text in raw) > 20  # the cuts do fall inside characters
     for text, piece in zip(texts, raw, strict=True):
-        assert "\ufffd" not in text and text in TEXT
-        assert len(text) >= len(piece.strip("\ufffd").strip())  # and no whole one is lost
+        whole = piece.strip("\ufffd").strip()
+        assert "\ufffd" not in text and text in TEXT if text else not whole
+        assert len(text or "") >= len(whole)  # and no whole one is lost
 
 
-def test_a_position_that_does_not_fit_its_labels_is_named():
-    with pytest.raises(ValueError, match="sample 1 has 2 labels and 1 position_ids"):
-        segments_of([{"labels": []}, {"labels": [1, 2], "position_ids": [0]}], SMALL, Words())
+@pytest.mark.parametrize(
+    ("packed", "words"),
+    [
+        ({"position_ids": [0]}, "sample 1 has 2 labels and 1 position_ids"),
+        ({"seq_lengths": [1]}, r"sample 1 has 2 labels, its seq_lengths \[1\] are not parts of them"),
+        ({"seq_lengths": [3, -1]}, "not parts of them"),
+        ({"seq_lengths": []}, "not parts of them"),
+    ],
+)
+def test_what_does_not_fit_the_labels_is_named(packed, words):
+    with pytest.raises(ValueError, match=words):
+        segments_of([{"labels": []}, {"labels": [1, 2], **packed}], SMALL, Words())
+
+
+def test_a_pack_is_told_by_positions_or_by_lengths():
+    labels = [IGNORE, *range(1, 9), IGNORE, *range(20, 31)]
+    positions = [*range(9), *range(12)]
+    wanted = segments_of([{"labels": labels, "position_ids": positions}], SMALL, Words())
+    for packed in ({"seq_lengths": [9, 12]}, {"position_ids": torch.tensor([[positions]] * 3)}):  # of a vision model
+        found = segments_of([{"labels": labels, **packed}], SMALL, Words())
+        assert found.texts == wanted.texts and torch.equal(found.label_hash, wanted.label_hash)
+    assert len(segments_of([{"labels": labels}], SMALL, Words()).texts) == len(wanted.texts)
+
+
+class Marked(Words):
+    """Ids below 10 are special, 10 to 19 white space, 20 to 29 half a character."""
+
+    def batch_decode(self, pieces, skip_special_tokens):
+        shown = {1: " ", 2: "\ufffd"}
+        return ["".join(shown.get(i // 10, f"w{i} ") for i in piece if i >= 10) for piece in pieces]
+
+
+@pytest.mark.parametrize("nothing", [3, 13, 23], ids=["special tokens", "white space", "half a character"])
+@pytest.mark.parametrize("preset", [SFRConfig, SFRConfig.official])
+def test_an_anchor_without_text_is_none(preset, nothing):
+    """No text, no anchor: rows look for another one, and train on no flow, as published on zero, if there is none."""
+    config = preset(stride=4, min_tokens=3, segment_tokens=4)
+    labels = torch.tensor([[IGNORE, *[nothing] * 9, *range(50, 60)], [IGNORE, *[nothing] * 19]])
+    rows, texts = rows_and_texts(labels, config, Marked())
+    following = config.target_rule == "following"
+    # rows 0 … 18 at positions 0 … 18, anchors 0, 4, 8, 12, 16; as published at positions 1, 5, 9, 13, 17
+    wanted = {8: "w50 w51 w52", 12: "w53 w54 w55 w56", 16: "w57 w58 w59"} if following else {
+        9: "w50 w51 w52 w53", 13: "w54 w55 w56 w57"
+    }  # fmt: skip
+    assert [t for t in texts if t is not None] == list(wanted.values())
+    place = {text: at for at, text in wanted.items()}
+    for position, anchor in zip(rows.rows.tolist(), rows.anchor.tolist(), strict=True):
+        if position >= 20:  # the second sequence has no text at all
+            assert anchor == -1 if following else texts[anchor] is None
+        elif following:
+            after = [at for at in wanted if at >= position]
+            assert (place[texts[anchor]] if anchor >= 0 else None) == (min(after) if after else None)
+        elif anchor >= 0:
+            assert place[texts[anchor]] == min(wanted, key=lambda at, p=position: (abs(at - p), at))
+    if not following:
+        zero = rows.anchor[(rows.rows >= 20) & (rows.anchor >= 0)]
+        assert len(zero) == 19 and (rows.weight[rows.anchor >= 0] > 0).all()

@@ -47,10 +47,11 @@ def test_every_sample_has_its_targets(tmp_path, dtype):
 
 
 def test_zero_targets_stay_zero(tmp_path):
-    config = SFRConfig.official(stride=4, min_tokens=3)
+    config = SFRConfig(stride=4, min_tokens=3, target_rule="published")
     for dtype in ("float16", "int8"):
         store = build(tmp_path / dtype, config=config, dtype=dtype)
         zero = torch.cat([store.positions(i)[:, 0] == store.positions(i)[:, 1] for i in range(30)])
+        assert torch.equal(store.blank(range(30)), zero) and store.blank([-1]).shape == (0,)
         norms = store.lookup(range(30)).float().norm(dim=1)
         assert zero.any() and not norms[zero].any() and ((norms[~zero] - 1).abs() < 0.02).all()
 
@@ -210,6 +211,45 @@ def test_a_store_in_memory_needs_no_folder():
         TargetStore(torch.full((2, 3), float("nan")), torch.tensor([0, 2]))
     with pytest.raises(ValueError, match="cu_anchors"):
         TargetStore(torch.zeros(2, 3), torch.tensor([0, 3]))
+
+
+def test_stores_under_one_count(tmp_path):
+    """Samples that are trained on and samples that are evaluated on, each with a store of its own."""
+    train, evaluation = build(tmp_path / "t"), build(tmp_path / "e", SAMPLES[3:9])
+    both = TargetStore.concat([train, evaluation])
+    assert len(both) == 36 and both.target_size == 8
+    for i in range(6):
+        assert torch.equal(both.lookup([30 + i]), train.lookup([3 + i]))
+        assert both.label_hashes([30 + i]) == train.label_hashes([3 + i])
+        assert torch.equal(both.positions(30 + i), train.positions(3 + i))
+    assert torch.equal(both.lookup([29, 30, -1]), train.lookup([29, 3]))
+    with pytest.raises(IndexError, match="36 samples"):
+        both.lookup([36])
+    other = SFRConfig(**{**SMALL.to_dict(), "stride": 5})
+    with pytest.raises(ValueError, match=r"segments\.stride: stored 4, wanted 5"):
+        both.check(other)
+    with pytest.raises(ValueError, match=r"segments\.stride"):
+        TargetStore.concat([train, build(tmp_path / "o", config=other)])
+    memory = TargetStore(torch.eye(4), torch.tensor([0, 4]))
+    for stores in ([train, memory], []):
+        with pytest.raises(ValueError, match="one target size"):
+            TargetStore.concat(stores)
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        ({"train": SAMPLES, "test": SAMPLES[:2]}, "one data set, got dict of train, test"),
+        (iter(SAMPLES), "a stream has no sample_id"),
+        (
+            [{"input_ids": [1, 2], "completion_mask": [0, 1]}],
+            "sample 0 has no 'labels', only input_ids, completion_mask",
+        ),
+    ],
+)
+def test_what_is_no_list_of_samples_is_refused_with_what_to_do(tmp_path, samples, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        build(tmp_path / "s", samples)
 
 
 def test_bytes_per_supervised_token(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from corpora import SMALL, HashEncoder, Words, files_of, random_samples, write_labels
 
 from sfr_kernels.cli import main
-from sfr_kernels.targets import DamagedStore, SampleList, TargetStore, build_targets
+from sfr_kernels.targets import DamagedStore, OnlineTargets, SampleList, TargetStore, build_targets
 from sfr_kernels.training.corpus import ChatFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,13 +197,18 @@ def test_segments_come_in_order_of_length_and_once(tmp_path):
     assert torch.equal(store.lookup([0]), store.lookup([1]))
 
 
-def test_an_encoder_that_returns_nan_is_refused(tmp_path):
+def test_an_encoder_that_returns_nan_is_told_of_which_sample(tmp_path):
     class Broken(HashEncoder):
         def encode_document(self, texts, **options):
-            return super().encode_document(texts, **options) * float("nan")
+            found = super().encode_document(texts, **options)
+            found[[i for i, text in enumerate(texts) if "word777" in text]] = float("nan")
+            return found
 
-    with pytest.raises(ValueError, match="NaN"):
-        build(tmp_path / "s", encoder=Broken())
+    samples = [*SAMPLES, {"labels": [-100, 5, 777, 6]}, *SAMPLES]
+    with pytest.raises(ValueError, match=r"NaN or infinite values for a text of sample 12: 'word5 word777 word6'"):
+        build(tmp_path / "s", SampleList(samples, shard_tokens=150), encoder=Broken())
+    with pytest.raises(ValueError, match="NaN or infinite values for 'word777'"):
+        OnlineTargets(Broken(), Words()).start(["word1", "word777"], "cpu").wait()
 
 
 def test_a_bad_line_is_named_wherever_it_is(tmp_path):

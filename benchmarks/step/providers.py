@@ -124,14 +124,13 @@ class OursStored(Step):
         from sfr_kernels.targets.collator import sfr_inputs
 
         shape = self.stage.shape
-        found = sfr_inputs(batch.host, sample_ids, self.config, self.source, [shape.length] * shape.batch)
-        rows = found["rows"].pin_memory() if self.stage.device.type == "cuda" else found["rows"]
-        return found | {"rows": rows.to(self.stage.device)}
+        lengths = [shape.length] * shape.batch
+        rows = sfr_inputs(batch.host, sample_ids, self.config, self.source, lengths=lengths)["rows"]
+        rows = rows.pin_memory() if self.stage.device.type == "cuda" else rows
+        return {"rows": rows.to(self.stage.device)}
 
     def targets(self, batch: Batch, mark: Callable[[str], None] = unmarked) -> dict:
         found = self._collated(batch, batch.sample_ids)
-        targets = found["targets"].pin_memory() if self.stage.device.type == "cuda" else found["targets"]
-        found["targets"] = targets.to(self.stage.device, non_blocking=True)
         mark(TARGETS)
         return found
 
@@ -141,7 +140,7 @@ class OursStored(Step):
 
     def embeddings(self, targets: dict) -> Tensor:
         """(A, d), for the reference."""
-        return targets["targets"]
+        return targets["rows"].targets
 
 
 class OursOnline(OursStored):
@@ -160,7 +159,7 @@ class OursOnline(OursStored):
         return found
 
     def embeddings(self, targets: dict) -> Tensor:
-        return self.source.start(targets["targets"], self.stage.device).wait()
+        return self.source.start(targets["rows"].targets, self.stage.device).wait()
 
 
 class Published(Step):

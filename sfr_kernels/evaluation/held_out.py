@@ -25,7 +25,8 @@ def held_out_losses(model: nn.Module, batches: Iterable[dict], device: torch.dev
     model.eval()
     totals, tokens = {}, 0
     for batch in batches:
-        count = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        rows, labels = batch.get("rows"), batch["labels"]
+        count = int((labels[:, 1:] != IGNORE_INDEX).sum()) if rows is None else rows.num_ce
         out = model(**{k: v.to(device) for k, v in batch.items()})
         tokens += count
         for name, loss in (("ce_loss", out.get("ce_loss", out.loss)), ("flow_loss", out.get("flow_loss"))):
@@ -51,14 +52,13 @@ def frozen_flow_loss(
     """
 
     def loss_of(batch, seed):
-        rows, targets = batch["rows"].to(device), batch["targets"].to(device)
-        hidden = hidden_of(batch).to(device)
-        return flow_matching_loss(hidden, head, rows, targets, seed=seed, config=config), rows.num_ce
+        rows, hidden = batch["rows"].to(device), hidden_of(batch).to(device)
+        return flow_matching_loss(hidden, head, rows, rows.targets, seed=seed, config=config), rows.num_ce
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         some = next(iter(held_out_batches))
-        head = VelocityHead.from_config(config, hidden_of(some).shape[-1], some["targets"].shape[1]).to(device)
+        head = VelocityHead.from_config(config, hidden_of(some).shape[-1], some["rows"].targets.shape[1]).to(device)
         optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.0)
         schedule = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         for step, batch in enumerate(tqdm(train_batches, total=steps, desc="blind head", unit="step")):

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ..atomic import PARTIAL, write_atomically
 from ..config import SFRConfig
 from .corpus import Corpus, SampleList
-from .encoder import describe_encoder, encode
+from .encoder import as_configured, describe_encoder, encode
 from .manifest import FILE, Identity, differences, read_manifest, segment_rules, tokenizer_hash, write_manifest
 from .segments import Segments, segments_of
 from .shards import DTYPES, is_whole, shard_of, write_shard
@@ -43,6 +43,12 @@ class Plan:
 
     def shard(self, i: int) -> Path:
         return self.folder / f"targets-{self.identity.key}-{i:06}.safetensors"
+
+    def embed(self, i: int, found: Segments, encoder, **options) -> np.ndarray:
+        """The embeddings of a shard's segments. An error names the sample."""
+        samples = np.repeat(np.arange(*self.identity.cu_samples[i : i + 2]), np.diff(found.cu_anchors))
+        named = dict(name_of=lambda anchor: f"a text of sample {samples[anchor]}")
+        return encode(encoder, found.texts, batch_size=self.identity.batch_size, **named, **options)
 
     @property
     def records(self) -> Path:
@@ -145,8 +151,7 @@ def build_shards(
         for shard, found in prepared(corpus, config, tokenizer, shards):
             segments, samples = segments + len(found.texts), samples + lengths[shard]
             bar.total = round(segments / samples * sum(lengths.values()))  # of the rest as many a sample as so far
-            options = dict(batch_size=identity.batch_size, pool=pool, on_done=bar.update)
-            embeddings = encode(encoder, found.texts, **options)
+            embeddings = plan.embed(shard, found, encoder, pool=pool, on_done=bar.update)
             if last is not None:
                 last.result()
             last = writer.submit(write, plan, shard, found, embeddings)
@@ -201,10 +206,10 @@ def share() -> tuple[int, int]:
 
 
 def build_targets(
-    samples: Sequence[dict] | Corpus,  # each with "labels"; with "position_ids" that restart where it is packed
+    samples: Sequence[dict] | Corpus,  # each with "labels"; where it is packed, with "position_ids" or "seq_lengths"
     config: SFRConfig,
     tokenizer,
-    encoder,  # SentenceTransformer
+    encoder,  # SentenceTransformer; `config` may ask for another pooling and length than its own
     *,
     folder: str | os.PathLike,
     dtype: str = "float16",
@@ -226,6 +231,7 @@ def build_targets(
     stopped goes on where it was.
     """
     corpus = samples if hasattr(samples, "cu_samples") else SampleList(samples)
+    encoder = as_configured(encoder, config)
     plan = plan_targets(corpus, config, tokenizer, encoder, Path(folder), dtype, batch_size, replace)
     if verify:
         repair(plan)

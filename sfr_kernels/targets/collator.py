@@ -9,19 +9,21 @@ from torch import Tensor
 from ..config import SFRConfig
 from ..rows import SupervisedRows
 from .online import OnlineTargets
-from .segments import hash_labels
+from .segments import hash_labels, packed_starts, rows_and_texts
 from .store import NO_TARGETS, TargetStore
 
 
 class SFRCollator:
-    """Batches of the wrapped collator, plus `rows` (SupervisedRows) and `targets` (A, d).
+    """Batches of the wrapped collator, plus `rows` (SupervisedRows), which carry their targets (A, d).
 
     Features carry "sample_id", their index in the store; it also makes the noise of a row independent of batching,
     padding, packing and ranks. One whose id is None or −1 trains on cross-entropy alone. The wrapped collator may pad
-    (attention_mask) or pack (position_ids that restart), but must keep the samples in order and whole.
+    (attention_mask) or pack (position_ids that restart), but must keep the samples in order and whole. A sample that is
+    itself packed says so in "position_ids" or in "seq_lengths".
 
-    With OnlineTargets, `targets` are the A texts, which the attached model embeds; a sample without "sample_id" then
-    has the noise of its place in the batch.
+    With OnlineTargets, `rows.targets` are the A texts, which the attached model embeds; a sample without "sample_id"
+    then has the noise of its place in the batch. Evaluation data have targets in the same store, see
+    `TargetStore.concat`.
 
     The seed is that of the step, which a collator in another process cannot know: the attached model makes it. For a
     loop of one's own `seed` is asked at each batch, and its answer added as a (1,) int64 tensor. The times of a step
@@ -46,18 +48,21 @@ class SFRCollator:
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         features = [dict(feature) for feature in features]
-        online = isinstance(self.targets, OnlineTargets)
-        if not online and not all("sample_id" in feature for feature in features):
+        named = all("sample_id" in feature for feature in features)
+        if not named and not isinstance(self.targets, OnlineTargets):
             raise ValueError(
                 "features have no 'sample_id', the index of the sample in the target store. With a Trainer, attach "
-                "the model first or set remove_unused_columns=False, so that the column reaches the collator"
+                "the model first or set remove_unused_columns=False, so that the column reaches the collator; give "
+                "the ids after whatever packs the samples, which drops them"
             )
-        named = all("sample_id" in feature for feature in features)
         ids = [feature.pop("sample_id", None) for feature in features]
         ids = [NO_TARGETS if i is None else int(i) for i in ids] if named else None
-        lengths = [len(feature["input_ids"]) for feature in features]
+        lengths = starts = None
+        if all("input_ids" in feature for feature in features):  # else the wrapped collator makes them
+            lengths = [len(feature["input_ids"]) for feature in features]
+            starts = [packed_starts(feature, f"feature {i} of a batch") for i, feature in enumerate(features)]
         batch = dict(self.collator(features))
-        found = sfr_inputs(batch, ids, self.config, self.targets, lengths)
+        found = sfr_inputs(batch, ids, self.config, self.targets, lengths=lengths, starts=starts)
         if self.seed is not None:
             found["seed"] = torch.tensor([self.seed()], dtype=torch.int64)
         return batch | found
@@ -65,30 +70,31 @@ class SFRCollator:
 
 def sfr_inputs(
     batch: dict[str, Any],  # with "labels", and "attention_mask" or "position_ids" where samples are padded or packed
-    sample_ids: list[int] | None,  # in order; −1: no targets. None, with OnlineTargets: they have no identity
+    sample_ids: list[int] | None,  # in order; −1: no targets. None, without a store: they have no identity
     config: SFRConfig,
     targets: TargetStore | OnlineTargets | None,
+    *,
     lengths: list[int] | None = None,  # tokens of each sample; needed where samples that are packed hold several
+    starts: list[list[int]] | None = None,  # where in each sample those begin that are packed into it
 ) -> dict[str, Any]:
-    """`rows` and `targets` of a batch. ValueError if its labels are not those the targets were made of."""
+    """`rows` of a batch, with their targets. ValueError if its labels are not those the targets were made of."""
     labels = batch["labels"]
     count = next((len(x) for x in (sample_ids, lengths) if x is not None), labels.shape[0])
-    sample, position, first = _token_identity(batch, count, lengths)
-    ids = None if sample_ids is None else torch.tensor(sample_ids, dtype=torch.int64, device=labels.device)
-    if ids is not None:
+    sample, position, first, apart = _token_identity(batch, count, lengths, starts)
+    identity = {"segment_ids": apart.reshape(-1).cumsum(0).view(labels.shape)}
+    if sample_ids is not None:
+        ids = torch.tensor(sample_ids, dtype=torch.int64, device=labels.device)
         ids = ids.index_select(0, sample.reshape(-1)).view(sample.shape)
-    packed = "position_ids" in batch or labels.shape[0] != count
-    rows = SupervisedRows.from_labels(
-        labels,
-        config,
-        segment_ids=first.reshape(-1).cumsum(0).view(labels.shape) if packed else None,
-        noise_id=None if ids is None else (ids.clamp(min=0) << 32) + position,
-        has_targets=(ids >= 0).int().expand(labels.shape) if NO_TARGETS in (sample_ids or ()) else None,
-    )
-    if config.loss == "mtp":
-        return {"rows": rows, "targets": rows.labels}
-    if isinstance(targets, OnlineTargets):
-        return {"rows": rows, "targets": targets.texts(labels, rows, config)}
+        identity["noise_id"] = (ids.clamp(min=0) << 32) + position
+        if NO_TARGETS in sample_ids:
+            identity["has_targets"] = (ids >= 0).int().expand(labels.shape)
+    if isinstance(targets, OnlineTargets) and config.loss != "mtp":
+        on_cpu = {name: x.cpu() for name, x in identity.items()}
+        rows, texts = rows_and_texts(labels.cpu(), config, targets.tokenizer, **on_cpu)
+        return {"rows": rows.to(labels.device).replace(targets=texts)}
+    if config.loss == "mtp" or targets is None:
+        rows = SupervisedRows.from_labels(labels, config, **identity)
+        return {"rows": rows.replace(targets=rows.labels) if config.loss == "mtp" else rows}
     if (wanted := targets.label_hashes(sample_ids)) is not None:
         found = hash_labels(labels.long(), position, sample, first, count, config).tolist()
         for i, a, b in zip(sample_ids, found, wanted, strict=True):
@@ -97,42 +103,61 @@ def sfr_inputs(
                     f"the labels of sample {i} are not those its targets were made of: they were cut, masked or "
                     "tokenized differently, or sample_id is not the sample's index in the store"
                 )
-    embeddings = targets.lookup(sample_ids).to(labels.device)
-    if embeddings.shape[0] != rows.num_anchors:
+    embeddings, blank = targets.lookup(sample_ids).to(labels.device), targets.blank(sample_ids).to(labels.device)
+    try:
+        rows = SupervisedRows.from_labels(labels, config, **identity, blank=blank)
+    except ValueError as error:
         raise ValueError(
-            f"the batch has {rows.num_anchors} anchors, its samples {embeddings.shape[0]} in the store: labels were "
-            "cut, reordered or masked differently after the targets were built, or the config's segments differ"
-        )
-    return {"rows": rows, "targets": embeddings}
+            f"the batch has other anchors than its samples in the store ({error}): labels were cut, reordered or "
+            "masked differently after the targets were built, or the config's segments differ"
+        ) from error
+    return {"rows": rows.replace(targets=embeddings)}
 
 
-def _token_identity(batch: dict[str, Any], count: int, lengths: list[int] | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each token: its sample (B, L) or (B, 1), its position there, and whether it begins a sample or one packed
-    into it."""
-    labels, positions = batch["labels"], batch.get("position_ids")
+def _token_identity(
+    batch: dict[str, Any], count: int, lengths: list[int] | None, starts: list[list[int]] | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each token: its sample (B, L) or (B, 1), its position there, whether it begins a sample or one packed into it,
+    and whether it lies apart from the token before it: as these do, and as what follows on padding does."""
+    labels, positions, mask = batch["labels"], batch.get("position_ids"), batch.get("attention_mask")
     device = labels.device
+    if positions is not None and positions.dim() == 3:
+        positions = positions[0]  # of a vision model's axes the text's
+    real = torch.ones_like(labels, dtype=torch.bool)
+    if mask is not None and mask.dim() == 2:
+        if mask.shape != labels.shape:
+            raise ValueError(f"attention_mask must be {tuple(labels.shape)} like labels, got {tuple(mask.shape)}")
+        if (mask > 1).any():
+            raise ValueError("attention_mask must be 0 or 1: where samples are packed, give position_ids that restart")
+        real = mask != 0
     if labels.shape[0] == count:
-        mask = batch.get("attention_mask")
         sample = torch.arange(count, device=device)[:, None]
-        if mask is None or mask.dim() != 2:
-            position = torch.arange(labels.shape[1], device=device).expand(labels.shape)
-        else:
-            position = (mask.long().cumsum(1) - 1).clamp_(min=0)
+        position = (real.cumsum(1) - 1).clamp_(min=0)
         first = position == 0
-        return sample, position, first if positions is None else first | (positions == 0)
-    if positions is None:
+        if positions is not None:
+            first |= (positions == 0) & real
+    elif positions is None:
         raise ValueError(f"{count} samples in {labels.shape[0]} packed rows need position_ids that restart")
-    restarts = (positions == 0).reshape(-1)
-    if lengths is None or len(lengths) != count:
-        sample = restarts.long().cumsum(0) - 1
-        if int(sample[-1]) + 1 != count:
-            raise ValueError(f"position_ids restart {int(sample[-1]) + 1} times for {count} samples")
-        return sample.view(labels.shape), positions.long(), restarts.view(labels.shape)
-    if sum(lengths) > labels.numel():
-        raise ValueError(f"the samples have {sum(lengths)} tokens, the packed batch {labels.numel()}: some were cut")
-    size = torch.tensor(lengths, device=device)
-    size[-1] += labels.numel() - sum(lengths)  # padding at the end
-    sample = torch.repeat_interleave(torch.arange(count, device=device), size, output_size=labels.numel())
-    position = torch.arange(labels.numel(), device=device) - (size.cumsum(0) - size).index_select(0, sample)
-    first = restarts | (position == 0)
-    return sample.view(labels.shape), position.view(labels.shape), first.view(labels.shape)
+    else:
+        restarts = positions.expand(labels.shape).reshape(-1) == 0
+        if lengths is None or len(lengths) != count:
+            sample = restarts.long().cumsum(0) - 1
+            if int(sample[-1]) + 1 != count:
+                raise ValueError(f"position_ids restart {int(sample[-1]) + 1} times for {count} samples")
+            sample, position, first = sample.view(labels.shape), positions.long(), restarts.view(labels.shape)
+        else:
+            if (total := sum(lengths)) > labels.numel():
+                raise ValueError(f"the samples have {total} tokens, the packed batch {labels.numel()}: some were cut")
+            size = torch.tensor(lengths, dtype=torch.int64, device=device)
+            size[-1] += labels.numel() - total  # padding at the end
+            index = torch.arange(count, device=device)
+            sample = torch.repeat_interleave(index, size, output_size=labels.numel())
+            position = torch.arange(labels.numel(), device=device) - (size.cumsum(0) - size).index_select(0, sample)
+            first = restarts | (position == 0)
+            sample, position, first = (x.view(labels.shape) for x in (sample, position, first))
+    if starts is not None and positions is None and any(starts):  # the wrapped collator has dropped what tells
+        where = torch.tensor([(i << 32) + at for i, places in enumerate(starts) for at in places], device=device)
+        first |= torch.isin((sample << 32) + position, where)
+    apart = first.clone()
+    apart.view(-1)[1:] |= ~real.reshape(-1)[:-1]
+    return sample, position, first, apart

@@ -1,7 +1,7 @@
 """Where samples come from: a corpus is cut into shards, each of which can be read on its own."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,20 +18,33 @@ class Corpus(Protocol):
     fingerprint: dict[str, Any]  # of every sample, JSON
 
     def read(self, shard: int) -> list[dict]:
-        """The samples of a shard: "labels", and "position_ids" that restart where a sample is packed."""
+        """The samples of a shard: "labels", and where a sample is packed what `packed_starts` reads."""
 
 
 class SampleList:
     """A sequence of samples as it is: a list, or a map-style data set that fetches a sample when it is asked."""
 
     def __init__(self, samples: Sequence[dict], shard_tokens: int = SHARD_TOKENS):
+        if isinstance(samples, Mapping):
+            raise TypeError(f"samples must be one data set, got {type(samples).__name__} of {', '.join(samples)}: "
+                            "build the targets of each, each in a folder of its own")  # fmt: skip
+        if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+            raise TypeError(
+                f"samples must have a length and an index, got {type(samples).__name__}: a stream has no sample_id. "
+                "Give a list or a map-style data set, or a file to `python -m sfr_kernels targets`; or train with "
+                "OnlineTargets, which need nothing ahead"
+            )
         self.samples = samples
         self.cu_samples, digest, tokens = [0], hashlib.sha256(), 0
         for i in range(len(samples)):
             sample = samples[i]
             if sample.get("labels") is None:
-                raise ValueError(f"sample {i} has no 'labels'")
-            for name in ("labels", "position_ids"):
+                raise ValueError(
+                    f"sample {i} has no 'labels', only {', '.join(sample)}: targets are made of the labels that the "
+                    "wrapped collator gives, so where it makes them (of completion_mask, assistant_masks or messages), "
+                    "make them before, or train with OnlineTargets, which need none"
+                )
+            for name in ("labels", "position_ids", "seq_lengths"):
                 if (values := sample.get(name)) is not None:
                     values = np.asarray(values, dtype=np.int64)
                     digest.update(f"{name} {values.size} ".encode() + values.tobytes())

@@ -1,11 +1,14 @@
 """Sentence embeddings from any sentence-transformers model, through its own API."""
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable
 
 import numpy as np
 import torch
+
+from ..config import SFRConfig
 
 CALL = 8  # batches in one call of the encoder: often enough for a progress bar, rarely enough to cost nothing
 
@@ -36,6 +39,42 @@ def load_encoder(name_or_path: str, device: str | torch.device | None = None, tr
         raise ValueError(f"truncate_dim must be from 1 to the encoder's {whole}, got {truncate_dim}")
     encoder.sfr_name = name_or_path
     return encoder
+
+
+def as_configured(encoder, config: SFRConfig):
+    """The encoder with the pooling and the length of `config`: itself, where these are its own, else another one that
+    shares its weights.
+
+    Pooling "mean" is that of the published code: the mean of the last hidden states under the attention mask, whatever
+    pooling, layers and prompts the encoder has of its own. ValueError for more tokens than the encoder has positions.
+    """
+    mean, tokens = config.encoder_pooling == "mean", config.encoder_max_tokens
+    if getattr(encoder, "sfr_configured", (False, encoder.max_seq_length)) == (mean, tokens or encoder.max_seq_length):
+        return encoder
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+    if not isinstance(encoder, SentenceTransformer) or not hasattr(encoder[0], "processor"):
+        raise TypeError(
+            "encoder_pooling and encoder_max_tokens need a SentenceTransformer that begins with a transformer, got "
+            f"{type(encoder).__name__}"
+        )
+    first, *rest = encoder.children()
+    positions = getattr(first.model.config, "max_position_embeddings", None)
+    if tokens is not None and positions is not None and tokens > positions:
+        raise ValueError(f"encoder_max_tokens is {tokens}, the encoder has {positions} positions")
+    first = copy.copy(first)
+    first.processor = copy.deepcopy(first.processor)  # which holds the length
+    first.max_seq_length = tokens or encoder.max_seq_length
+    if mean:
+        rest, prompts = [Pooling(first.get_embedding_dimension(), "mean"), Normalize()], {}
+    else:
+        prompts = {"prompts": encoder.prompts, "default_prompt_name": encoder.default_prompt_name}
+    options = dict(device=str(encoder.device), truncate_dim=encoder.truncate_dim, **prompts)
+    found = SentenceTransformer(modules=[first, *rest], **options).train(encoder.training)
+    found.sfr_name = getattr(encoder, "sfr_name", None)
+    found.sfr_configured = mean, first.max_seq_length
+    return found
 
 
 def describe_encoder(encoder) -> dict:
@@ -80,8 +119,9 @@ def encode(
     batch_size: int = 64,
     pool: dict | None = None,  # of encoder.start_multi_process_pool(devices)
     on_done: Callable[[int], None] | None = None,  # told how many of the texts are done since it was last called
+    name_of: Callable[[int], str] = "text {}".format,  # what an error calls a text
 ) -> np.ndarray:  # (len(texts), d) float32, unit norm; zero where the text is None
-    """Embeds each distinct text once, the longest first. ValueError if the encoder returns NaN.
+    """Embeds each distinct text once, the longest first. ValueError naming the text for which the encoder returns NaN.
 
     The batches follow from the texts alone: with a pool, or without one, every text is embedded in the same company.
     """
@@ -105,7 +145,9 @@ def encode(
             on_done(sum(times[text] for text in part))
     if on_done is not None:
         on_done(len(texts) if pool is not None else len(texts) - sum(times.values()))
-    if not np.isfinite(table).all():
-        raise ValueError("the encoder returned NaN or infinite embeddings")
     position = {text: i for i, text in enumerate(unique)}
-    return table[[len(unique) if text is None else position[text] for text in texts]]
+    embeddings = table[[len(unique) if text is None else position[text] for text in texts]]
+    if not np.isfinite(embeddings).all():
+        wrong = int(np.flatnonzero(~np.isfinite(embeddings).all(1))[0])
+        raise ValueError(f"the encoder returned NaN or infinite values for {name_of(wrong)}: {texts[wrong][:200]!r}")
+    return embeddings

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import SFRConfig
-from ..rows import SupervisedRows
-from .encoder import target_size
-from .segments import segment_texts
+from .encoder import as_configured, target_size
 
 
 @dataclass
@@ -63,11 +61,9 @@ class OnlineTargets:
         return self.__dict__ | left
 
     def check(self, config: SFRConfig) -> None:
-        """Whatever the config's segments are, they are made by it."""
-
-    def texts(self, labels: Tensor, rows: SupervisedRows, config: SFRConfig) -> list[str | None]:
-        """The text of every anchor, None for a zero target. On a GPU this waits for the labels."""
-        return segment_texts(labels.cpu(), rows.to("cpu"), self.tokenizer, config)
+        """Segments are made by whatever rules the config has; of the encoder it may say pooling and length."""
+        if self.encoder is not None:
+            self.encoder = as_configured(self.encoder, config)
 
     def start(self, texts: Sequence[str | None], device: torch.device | str) -> PendingTargets:
         """Begins to embed the texts: (A, d) float16, unit norm, zero where the text is None."""
@@ -106,6 +102,9 @@ class OnlineTargets:
                 show_progress_bar=False,
             ).half()  # fmt: skip
             self.encoded += len(fresh)
+            if device.type == "cpu" and not (finite := found.isfinite().all(1)).all():  # on a GPU the loss shows it
+                text = fresh[int((~finite).nonzero()[0])]
+                raise ValueError(f"the encoder returned NaN or infinite values for {text[:200]!r}")
             place = {text: i for i, text in enumerate(fresh)}
             index = torch.tensor([(i, place[t]) for i, t in enumerate(texts) if t in place]).T.to(device)
             out[index[0]] = found[index[1]]

@@ -10,22 +10,22 @@ import pickle
 from ..config import SFRConfig
 from .build import Plan, write
 from .corpus import Corpus
-from .encoder import describe_encoder, encode, load_encoder
+from .encoder import as_configured, describe_encoder, load_encoder
 from .segments import segments_of
 
 
 class _Encode:
     """An actor: loads the encoder once, encodes and writes the shards it is handed."""
 
-    def __init__(self, plan: Plan, name: str, device: str, truncate_dim: int | None):
-        self.plan, self.encoder = plan, load_encoder(name, device, truncate_dim)
+    def __init__(self, plan: Plan, config: SFRConfig, name: str, device: str, truncate_dim: int | None):
+        self.plan, self.encoder = plan, as_configured(load_encoder(name, device, truncate_dim), config)
         if describe_encoder(self.encoder)["weights"] != plan.identity.encoder["weights"]:
             raise ValueError(f"encoder {name!r} is another one on this node than where the build was started")
 
     def __call__(self, row: dict) -> dict:
         found = pickle.loads(row["segments"])
-        embeddings = encode(self.encoder, found.texts, batch_size=self.plan.identity.batch_size)
-        write(self.plan, int(row["shard"]), found, embeddings)
+        shard = int(row["shard"])
+        write(self.plan, shard, found, self.plan.embed(shard, found, self.encoder))
         return {"shard": row["shard"]}
 
 
@@ -60,7 +60,7 @@ def build_with_ray(
     rows = ray.data.from_items(shards, override_num_blocks=len(shards)).map(segments)
     done = rows.map(
         _Encode,
-        fn_constructor_args=(plan, encoder, device, truncate_dim),
+        fn_constructor_args=(plan, config, encoder, device, truncate_dim),
         concurrency=workers,
         num_gpus=1 if device == "cuda" else 0,
     )

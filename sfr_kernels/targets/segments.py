@@ -1,7 +1,7 @@
 """The anchors of samples and the text of each anchor's segment (DESIGN section 1, Targets).
 
-Which positions are anchors is decided by `SupervisedRows.from_labels`; here many samples are laid end to end, so that
-one call finds the anchors of all of them, and the labels ahead of each anchor become text.
+Which positions are anchors is decided by `SupervisedRows.from_labels`; here the labels ahead of each become text, and
+those whose text is blank fall away. Many samples are laid end to end, so that one call finds all of their anchors.
 """
 
 import re
@@ -26,13 +26,13 @@ class Segments:
     """The anchors of S samples, sample after sample."""
 
     cu_anchors: Tensor  # (S + 1,) int64: sample i has anchors cu_anchors[i] to cu_anchors[i + 1]
-    positions: Tensor  # (A, 2) int32: where in its sample the labels of an anchor start and stop; equal: a zero target
+    positions: Tensor  # (A, 2) int32: where in its sample the labels of an anchor start and stop; equal: no target
     label_hash: Tensor  # (S,) int64, of `hash_labels`
-    texts: list[str | None]  # A; None where the target is zero
+    texts: list[str | None]  # A; None where there is no target
 
 
 def segments_of(samples: Sequence[dict], config: SFRConfig, tokenizer) -> Segments:
-    """Anchors and texts of samples with "labels" and, where a sample is packed, "position_ids" that restart."""
+    """Anchors and texts of samples with "labels" and, where a sample is packed, what `packed_starts` reads."""
     lengths = torch.tensor([len(s["labels"]) for s in samples], dtype=torch.int64)
     sample = torch.repeat_interleave(torch.arange(len(samples)), lengths)
     start = lengths.cumsum(0) - lengths
@@ -41,19 +41,37 @@ def segments_of(samples: Sequence[dict], config: SFRConfig, tokenizer) -> Segmen
     position = torch.arange(labels.numel()) - start[sample]
     first = position == 0
     for i, s in enumerate(samples):
-        if s.get("position_ids") is not None:
-            if len(s["position_ids"]) != len(s["labels"]):
-                raise ValueError(f"sample {i} has {len(s['labels'])} labels and {len(s['position_ids'])} position_ids")
-            first[start[i] : start[i] + lengths[i]] |= torch.from_numpy(np.asarray(s["position_ids"])) == 0
-    rows = SupervisedRows.from_labels(labels[None], config, first.cumsum(0)[None])
+        first[start[i] + torch.tensor(packed_starts(s, f"sample {i}"), dtype=torch.int64)] = True
+    rows, texts = rows_and_texts(labels[None], config, tokenizer, segment_ids=first.cumsum(0)[None])
     owner = sample[rows.segments[:, 0]]
     count = torch.bincount(owner, minlength=len(samples))
     return Segments(
         cu_anchors=torch.cat([count.new_zeros(1), count.cumsum(0)]),
         positions=(rows.segments - start[owner][:, None]).int(),
         label_hash=hash_labels(*(t[None] for t in (labels, position, sample, first)), len(samples), config),
-        texts=segment_texts(labels, rows, tokenizer, config),
+        texts=texts,
     )
+
+
+def packed_starts(sample: dict, name: str) -> list[int]:
+    """Where samples begin that are packed into this one: "position_ids" that restart, or "seq_lengths", as TRL packs.
+
+    ValueError naming the sample if they do not fit its length.
+    """
+    length = len(sample["labels" if sample.get("labels") is not None else "input_ids"])
+    if (positions := sample.get("position_ids")) is not None:
+        positions = np.asarray(positions)
+        if positions.shape[-1:] != (length,):
+            raise ValueError(f"{name} has {length} labels and {positions.shape[-1]} position_ids")
+        while positions.ndim > 1:
+            positions = positions[0]  # of the axes of a vision model the text's
+        return np.flatnonzero(positions == 0).tolist()
+    if (lengths := sample.get("seq_lengths")) is not None:
+        ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
+        if ends.size == 0 or ends[-1] != length or (np.asarray(lengths) < 1).any():
+            raise ValueError(f"{name} has {length} labels, its seq_lengths {list(lengths)} are not parts of them")
+        return [0, *ends[:-1].tolist()]
+    return []
 
 
 def hash_labels(
@@ -84,22 +102,37 @@ def hash_labels(
     return out.index_add_(0, sample.reshape(-1), mixed.reshape(-1))
 
 
+def rows_and_texts(
+    labels: Tensor,  # (B, L) on the CPU
+    config: SFRConfig,
+    tokenizer,  # of the language model
+    **identity: Tensor | None,  # segment_ids, noise_id and has_targets of `SupervisedRows.from_labels`
+) -> tuple[SupervisedRows, list[str | None]]:
+    """The rows of labels whose anchors all have a text, and the A texts; None where an anchor fell away."""
+    rows = SupervisedRows.from_labels(labels, config, **identity)
+    texts = segment_texts(labels, rows, tokenizer, config)
+    blank = [text is None for text in texts]
+    if any(blank):
+        blank = torch.tensor(blank, dtype=torch.bool)
+        rows = SupervisedRows.from_labels(labels, config, **identity, blank=blank)
+    return rows, texts
+
+
 def segment_texts(
     labels: Tensor,  # (B, L) or (N,), as given to SupervisedRows.from_labels
     rows: SupervisedRows,
     tokenizer,  # of the language model
     config: SFRConfig,
-) -> list[str | None]:  # A texts; None where the target is zero
-    """The future text of every anchor, without special tokens and without parts of characters at its ends."""
+) -> list[str | None]:  # A texts
+    """The future text of every anchor, without special tokens and without parts of characters at its ends; None where
+    nothing but white space is left of it, or it has no labels."""
     flat = labels.reshape(-1).tolist()
-    spans = rows.segments.tolist()
-    pieces = [flat[start:stop] for start, stop in spans if stop > start]
+    pieces = [[x for x in flat[start:stop] if x != IGNORE_INDEX] for start, stop in rows.segments.tolist()]
     texts = _decode_whole(tokenizer, pieces)
     if config.segment == "sentence":
         heads = _decode(tokenizer, [piece[: config.min_tokens] for piece in pieces])
         texts = [_first_sentence(text, len(head.rstrip(_PART))) for text, head in zip(texts, heads, strict=True)]
-    found = iter(texts)
-    return [next(found).strip() if stop > start else None for start, stop in spans]
+    return [text.strip() or None for text in texts]
 
 
 def _decode(tokenizer, pieces: list[list[int]]) -> list[str]:

@@ -109,6 +109,14 @@ class Shard:
         cu = self.tensors()["cu_anchors"]
         return int(cu[sample]), int(cu[sample + 1])
 
+    def blank(self, sample: int) -> Tensor:
+        """(A',) bool: anchors of one sample that have no text; where only embeddings are known, those that are zero."""
+        if "positions" not in self.tensors():
+            return ~self.embeddings(sample).any(1)
+        start, stop = self.span(sample)
+        begin, end = self.tensors()["positions"][start:stop].unbind(1)
+        return begin == end
+
     def embeddings(self, sample: int) -> Tensor:
         """(A', d) of one sample: float16 or float32. The caller must not change it."""
         tensors = self.tensors()

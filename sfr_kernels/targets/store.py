@@ -4,10 +4,10 @@ On disk a folder of shards and `manifest.json`. Shards are mapped, not read, so 
 dataloader workers and ranks share the memory; nothing is written after the build.
 """
 
+import itertools
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import SFRConfig
-from .encoder import describe_encoder
+from .encoder import as_configured, describe_encoder
 from .manifest import differences, read_manifest, segment_rules, tokenizer_hash
 from .shards import Shard, is_whole
 
@@ -27,7 +27,7 @@ class TargetStore:
 
     def __init__(
         self,
-        embeddings: Tensor,  # (A, d) floating point, unit norm or zero
+        embeddings: Tensor,  # (A, d) floating point, unit norm; zero: the anchor's text is blank, it is none
         cu_anchors: Tensor,  # (S + 1,) int64: sample i has rows cu_anchors[i] to cu_anchors[i + 1]
     ):
         """A store in memory, of embeddings that come from elsewhere. `TargetStore.open` and `build_targets` read and
@@ -63,6 +63,8 @@ class TargetStore:
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
+        if encoder is not None and config is not None:
+            encoder = as_configured(encoder, config)
         wanted = {
             **({} if config is None else {"segments": segment_rules(config)}),
             **({} if tokenizer is None else {"tokenizer": tokenizer_hash(tokenizer)}),
@@ -74,9 +76,28 @@ class TargetStore:
         size, dtype = manifest["encoder"]["target_size"], manifest["dtype"]
         store = cls.__new__(cls)
         shards = [Shard(None, folder / r["file"], r, dtype, size) for r in manifest["shards"]]
-        cu_samples = [0, *accumulate(r["samples"] for r in manifest["shards"])]
+        cu_samples = [0, *itertools.accumulate(r["samples"] for r in manifest["shards"])]
         store._set(shards, cu_samples, size, manifest)
         return store
+
+    @classmethod
+    def concat(cls, stores: Sequence["TargetStore"]) -> "TargetStore":
+        """The samples of several stores under one count: those of the second follow on the first's, and so on.
+
+        For a data set in parts, or one that is trained on and one that is evaluated on: their `sample_id`s are then
+        i and len(first) + i. ValueError naming every difference between how the stores were made.
+        """
+        known = [{k: s.manifest[k] for k in ("encoder", "segments", "tokenizer")} for s in stores if s.manifest]
+        for other in known[1:]:
+            if found := differences(known[0], other):
+                raise ValueError(f"stores were made differently: {'; '.join(found)}")
+        if len(sizes := {store.target_size for store in stores}) != 1:
+            raise ValueError(f"stores must be some of one target size, got sizes {sorted(sizes)}")
+        joined = cls.__new__(cls)
+        ends = [end - begin for store in stores for begin, end in itertools.pairwise(store._cu_samples)]
+        shards = [shard for store in stores for shard in store.shards]
+        joined._set(shards, [0, *itertools.accumulate(ends)], sizes.pop(), known[0] if known else {})
+        return joined
 
     def __len__(self) -> int:
         return self._cu_samples[-1]
@@ -95,7 +116,16 @@ class TargetStore:
                 shard, local = self._place(i)
                 parts.append(shard.embeddings(local))
         if not parts:
-            return torch.zeros(0, self.target_size)
+            return torch.zeros(0, self.target_size, dtype=torch.float32)
+        return torch.cat(parts)
+
+    def blank(self, sample_ids: Sequence[int]) -> Tensor:
+        """(A',) bool: the anchors of `lookup` whose text is blank, so that they are none."""
+        parts = [torch.zeros(0, dtype=torch.bool)]
+        for i in sample_ids:
+            if i != NO_TARGETS:
+                shard, local = self._place(i)
+                parts.append(shard.blank(local))
         return torch.cat(parts)
 
     def label_hashes(self, sample_ids: Sequence[int]) -> list[int] | None:

@@ -4,7 +4,6 @@ Both kinds answer the same questions: which inputs of a forward the loss takes, 
 lm_head's weight.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from ..rows import SupervisedRows
 from ..targets.collator import sfr_inputs
 from ..targets.online import OnlineTargets, PendingTargets
 from ..targets.store import TargetStore
+
+WHOLE_BATCHES = 'with a streaming data set on several processes set accelerator_config={"dispatch_batches": False}'
 
 
 @dataclass
@@ -48,7 +49,10 @@ class BatchInputs:
         if not isinstance(self.rows, SupervisedRows):
             raise TypeError(f"rows must be SupervisedRows, got {type(self.rows).__name__}")
         if self.labels is not None and tuple(self.labels.shape) != self.rows.shape:
-            raise ValueError(f"rows were made for {self.rows.shape} tokens, labels are {tuple(self.labels.shape)}")
+            raise ValueError(
+                f"rows were made for {self.rows.shape} tokens, labels are {tuple(self.labels.shape)}: a batch must "
+                f"reach the model as the collator made it ({WHOLE_BATCHES})"
+            )
 
 
 class Attachment(SFRLoss):
@@ -72,29 +76,34 @@ class Attachment(SFRLoss):
     def inputs(self, batch: BatchInputs) -> dict:
         """The loss's arguments: rows and targets from the call where given, else from labels and the store."""
         batch.check()
-        mtp = self.config.loss == "mtp"
-        online = isinstance(self.store, OnlineTargets) and not mtp
-        if batch.rows is None and (online or (batch.sample_id is not None and (self.store is not None or mtp))):
+        online = isinstance(self.store, OnlineTargets) and self.config.loss != "mtp"
+        rows, targets = batch.rows, batch.targets
+        if rows is None:
             ids = batch.sample_id
             if ids is not None:
                 ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-            found = sfr_inputs({"labels": batch.labels, **batch.others}, ids, self.config, self.store)
-        else:
-            rows = SupervisedRows.from_labels(batch.labels, self.config) if batch.rows is None else batch.rows
-            found = {"rows": rows, "targets": rows.labels if mtp else batch.targets}
-        if online and isinstance(found["targets"], Sequence):
-            # Begun before the decoder's forward, and waited for after it.
-            found["targets"] = self.store.start(found["targets"], found["rows"].device)
-        if found["targets"] is None:
+            store = self.store if targets is None and (online or ids is not None) else None
+            rows = sfr_inputs({"labels": batch.labels, **batch.others}, ids, self.config, store)["rows"]
+        if targets is None:
+            targets = rows.labels if self.config.loss == "mtp" else rows.targets
+        if targets is None:
             raise ValueError(
                 f"targets must be given for loss={self.config.loss!r}: use SFRCollator, or pass sample_id to a model "
                 "attached with a TargetStore"
             )
-        if isinstance(found["targets"], Sequence):
-            raise ValueError("targets are texts, which only a model attached with OnlineTargets can embed")
+        if not isinstance(targets, Tensor):
+            if not online:
+                raise ValueError("targets are texts, which only a model attached with OnlineTargets can embed")
+            # Begun before the decoder's forward, and waited for after it.
+            targets = self.store.start(targets, rows.device)
         seed = self.seed() if batch.seed is None else batch.seed
-        return found | dict(
-            times=batch.times, seed=seed, normalizer=batch.num_items_in_batch, flow_weight=self.flow_weight
+        return dict(
+            rows=rows,
+            targets=targets,
+            times=batch.times,
+            seed=seed,
+            normalizer=batch.num_items_in_batch,
+            flow_weight=self.flow_weight,
         )
 
     def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:

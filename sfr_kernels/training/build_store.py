@@ -11,6 +11,7 @@ from transformers.utils import logging as hf_logging
 from ..config import SFRConfig
 from ..targets import TargetStore, build_targets, load_encoder
 from ..targets.build import finish, plan_targets, repair, share
+from ..targets.encoder import as_configured
 from .corpus import ChatFile
 from .models import encoder_path, load_tokenizer
 
@@ -50,7 +51,7 @@ def build_store(options: StoreOptions) -> TargetStore:
     tokenizer, longest = load_tokenizer(options.model)
     corpus = ChatFile(options.data, tokenizer, min(options.max_length, longest or options.max_length))
     name, devices = encoder_path(options.encoder), _devices(options)
-    encoder = load_encoder(name, devices[0], options.truncate_dim)
+    encoder = as_configured(load_encoder(name, devices[0], options.truncate_dim), options.config)
     if options.engine == "ray":
         from ..targets.ray import build_with_ray
 

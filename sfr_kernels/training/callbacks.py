@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import DataLoaderDispatcher
 from transformers import TrainerCallback
 
 from ..config import SFRConfig
-from .attachment import Attachment, attachment_of
+from .attachment import WHOLE_BATCHES, Attachment, attachment_of
 from .checkpoint import pairing, restore_head
 
 
@@ -43,6 +44,11 @@ class SFRCallback(TrainerCallback):
         sfr = attachment_of(model)
         if not isinstance(sfr, Attachment):
             raise ValueError("SFRCallback needs a model with an SFR objective: attach it before Trainer is made")
+        if args.world_size > 1 and isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
+            raise ValueError(
+                "one process would read the data set for all, and cut batches that a collator has made whole: "
+                f"{WHOLE_BATCHES}"
+            )
         if state.global_step > 0:
             folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             restore_head(folder, sfr, pairing(model))
