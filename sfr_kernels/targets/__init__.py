@@ -5,7 +5,7 @@ from .collator import SFRCollator
 from .corpus import SampleList
 from .encoder import encode, load_encoder
 from .online import OnlineTargets
-from .segments import segment_texts
+from .segments import rows_and_texts, segment_texts
 from .shards import DamagedStore
 from .store import TargetStore
 
@@ -18,5 +18,6 @@ __all__ = [
     "build_targets",
     "encode",
     "load_encoder",
+    "rows_and_texts",
     "segment_texts",
 ]
