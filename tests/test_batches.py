@@ -11,6 +11,7 @@ from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from sfr_kernels import SFRConfig, attach
 from sfr_kernels.targets import OnlineTargets, SFRCollator, TargetStore, build_targets
+from sfr_kernels.targets.collator import sfr_inputs
 from sfr_kernels.training.callbacks import SFRCallback
 
 # every token is labelled, as in continued pre-training
@@ -69,6 +70,22 @@ def test_an_attached_model_reads_padding_and_packing_by_itself(tmp_path):
         torch.testing.assert_close(model(**batch, targets=store.lookup(range(8))).ce_loss, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_label_on_padding_makes_no_row_of_it():
+    """Some collators label it, or mask the end token as if it were padding: the last real token may predict that."""
+    batch = pad(WHOLE)
+    real = batch["attention_mask"].bool()
+    batch["labels"] = batch["labels"].masked_fill(~real, 2)
+    for mask in (
+        batch["attention_mask"],
+        batch["attention_mask"].flip(1),
+    ):  # flipped: real tokens in the middle of none
+        rows = sfr_inputs(batch | {"attention_mask": mask}, None, CONFIG, OnlineTargets(HashEncoder(TARGET), Words()))[
+            "rows"
+        ]
+        places = set(rows.rows.tolist())
+        assert places <= set(mask.flatten().nonzero().squeeze(1).tolist()) and len(rows) > 40
+
+
 def test_a_mask_that_numbers_packed_samples_is_refused():
     batch = pad(WHOLE)
     mask = batch["attention_mask"].clone()
@@ -82,7 +99,7 @@ def test_packs_that_tell_lengths(tmp_path, drops):
     """TRL's packing: no ids, `seq_lengths` for positions, of which its collator makes them."""
     packs = []
     for i in range(0, 8, 2):
-        pair = tiny_samples()[i : i + 2]
+        pair = WHOLE[i : i + 2]
         pack = {name: pair[0][name] + pair[1][name] for name in ("input_ids", "labels")}
         packs.append({**pack, "seq_lengths": [len(s["labels"]) for s in pair], "sample_id": i // 2})
 
@@ -94,25 +111,24 @@ def test_packs_that_tell_lengths(tmp_path, drops):
             batch["position_ids"] = torch.tensor([p + [0] * (width - len(p)) for p in positions])
         return batch
 
-    plain = store_of(tmp_path / "s", tiny_samples())
+    plain = store_of(tmp_path / "s", WHOLE)
     rows = SFRCollator(CONFIG, store_of(tmp_path / "p", packs), collate)(packs)["rows"]
-    apart = SFRCollator(CONFIG, plain, pad)(tiny_samples())["rows"]
+    apart = SFRCollator(CONFIG, plain, pad)(WHOLE)["rows"]
     assert torch.equal(rows.targets, plain.lookup(range(8)))
     assert torch.equal(rows.labels, apart.labels) and torch.equal(rows.anchor, apart.anchor)
 
 
 def test_features_of_a_vision_model(tmp_path):
     """No input_ids before the wrapped collator makes them, tensors that are not by sample, three axes of positions."""
-    samples = tiny_samples()
-    store = store_of(tmp_path / "s", samples)
+    store = store_of(tmp_path / "s", WHOLE)
 
     def processor(features):
-        batch = pad([samples[f["text"]] for f in features])
+        batch = pad([WHOLE[f["text"]] for f in features])
         axis = torch.arange(batch["labels"].shape[1]).expand(batch["labels"].shape)
         return batch | {"pixel_values": torch.zeros(77, 3), "position_ids": torch.stack([axis, axis // 2, axis // 3])}
 
     rows = SFRCollator(CONFIG, store, processor)([{"text": i, "sample_id": i} for i in range(8)])["rows"]
-    wanted = SFRCollator(CONFIG, store, pad)(samples)["rows"]
+    wanted = SFRCollator(CONFIG, store, pad)(WHOLE)["rows"]
     for name in ("rows", "anchor", "labels", "noise_id", "targets"):
         assert torch.equal(getattr(rows, name), getattr(wanted, name)), name
 
