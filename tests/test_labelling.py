@@ -91,6 +91,7 @@ INST = (
         (INST, [" Hello"], "Hello", [" Hello </s>", "Yes. </s>"]),
         (INST, [], "[/INST]", ["[/INST] </s>", "Yes. </s>"]),
         (INST.replace("%} {{", "%}{{"), [], "Hello", ["Hello </s>", "Yes. </s>"]),
+        (PLAIN[: PLAIN.index("{% if")], [], "Hello", ["Hello", "Yes."]),
     ],
 )  # fmt: skip
 def test_templates_without_a_generation_prompt(tmp_path, template, joined, answer, expected):
@@ -142,9 +143,13 @@ PRINTED = CALLING.replace("arguments | tojson", "arguments")
 ADDED = CALLING.replace("arguments | tojson", "arguments + ''")
 NULL = TURN + "{% if m.content is none %}" + CALLS + "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}" + ENDING
 BOTH = NULL.replace("arguments | tojson", "arguments + ''")
+# No generation prompt; and with tools before the last thing the user says.
+SILENT = CALLING.removesuffix(ENDING)
+LAST = "{% set last = (messages | selectattr('role', 'equalto', 'user') | list)[-1] %}"
+MOVED = LAST + TURN + "{% if m == last %}" + TOOLS + "{% endif %}{{ m.content }}" + CALLS + "<|end|>{% endfor %}"
 
 
-@pytest.mark.parametrize("template", [CALLING, PRINTED, ADDED, TOOLS + NULL, TOOLS + BOTH, CALLING[: -len(ENDING)]])
+@pytest.mark.parametrize("template", [CALLING, PRINTED, ADDED, TOOLS + NULL, TOOLS + BOTH, SILENT, MOVED])
 @pytest.mark.parametrize("content", [None, ""])
 @pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city": "Paris"}'])
 def test_calls_are_labelled_in_the_form_the_template_wants(tmp_path, template, content, arguments):

@@ -128,14 +128,14 @@ def _up_to_answer(example: Example, messages: list[dict], turn: int, tokenizer) 
     mark = _mark(through)
     answer = {k: messages[turn][k] for k in ("role", "name") if k in messages[turn]} | {"content": mark}
     answered = [*messages[:turn], answer]
-    alone = _render(example, answered, tokenizer)
-    followed = _render(example, [*answered, {"role": "user", "content": "And?"}], tokenizer)
+    head, found, tail = _render(example, answered, tokenizer).partition(mark)
+    followed = _render(example, [*answered, {"role": "user", "content": "And?"}], tokenizer).partition(mark)
     # A template that always ends in the header of an answer has one after the answer, too: not once more turns follow.
-    if alone.count(mark) == 1 and followed.startswith(alone.rstrip()):
-        head = alone[: alone.index(mark)]
-        for found in (head.rstrip(" "), head.rstrip()):
-            if through.startswith(found):
-                return found
+    # What is before the answer may then differ: some put tools before the last thing the user says.
+    if found and followed[1] and mark not in tail and followed[2].startswith(tail.rstrip()):
+        for start in (head.rstrip(" "), head.rstrip()):
+            if through.startswith(start):
+                return start
     raise ValueError(
         f"{example.where}: where an answer begins cannot be told: the chat template ignores add_generation_prompt, and "
         "renders an answer in other ways than between something before and something after it. Add the prompt to it"
