@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from ..rows import IGNORE_INDEX
 from .formats import Example
 
+_CALLS = "tool calls"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -138,7 +139,7 @@ def _up_to_answer(example: Example, messages: list[dict], turn: int, tokenizer) 
                 return start
     raise ValueError(
         f"{example.where}: where an answer begins cannot be told: the chat template ignores add_generation_prompt, and "
-        "renders an answer in other ways than between something before and something after it. Add the prompt to it"
+        "its text is not what comes before an answer, the answer, and what comes after: give it a generation prompt"
     )
 
 
@@ -184,9 +185,6 @@ def _as_text(arguments: dict | str) -> str:
 
 def _with_function(call: dict, **changed) -> dict:
     return call | {"function": call["function"] | changed}
-
-
-_CALLS = "tool calls"
 
 
 def _dropped(example: Example, messages: list[dict], tokenizer) -> list[tuple[str, int]]:
