@@ -185,6 +185,7 @@ def test_what_the_template_does_not_render_is_counted_and_not_labelled(tmp_path)
     found, report = labelled(tmp_path, one, lines[2])
     assert found == [["Hm. The weather?".replace(". ", ".") + CALLED, "No.<|end|>"]]
     assert report.endswith("render: tool calls of 1 examples")
+    assert labelled(tmp_path, one, calls_and_answer(CALL, CALL))[0] == [[CALLED, "No.<|end|>"]]
     instead = tokenizer(CALLING.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"))
     assert labelled(tmp_path, instead, lines[2])[1].endswith("render: text beside tool calls of 1 examples")
     only = {"messages": [ASKED, {"role": "assistant", "tool_calls": [CALL]}]}

@@ -88,10 +88,11 @@ def _label(example: Example, messages: list[dict], dropped, tokenizer, special: 
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORE_INDEX] * len(ids)
-    uncalled = {turn for what, turn in dropped if what == _CALLS}
+    uncalled = Counter(turn for what, turn in dropped if what == _CALLS)
     for turn, message in enumerate(messages):
         content = message["content"] or ""
-        if message["role"] != "assistant" or message.get("weight") == 0 or (turn in uncalled and not content.strip()):
+        empty = not content.strip() and uncalled[turn] == len(message.get("tool_calls", ()))
+        if message["role"] != "assistant" or message.get("weight") == 0 or empty:
             continue
         through = _render(example, messages[: turn + 1], tokenizer)
         if not text.startswith(through.rstrip()):
@@ -211,7 +212,9 @@ def _dropped(example: Example, messages: list[dict], tokenizer) -> list[tuple[st
                 shown["content"] = marked("text beside tool calls", turn)
             arguments = [c["function"]["arguments"] for c in calls]
             # Python's way to print an object, where the template expects JSON.
-            found += [(_CALLS, turn) for a in arguments if a and isinstance(a, dict) and str(a) in text]
+            found += [
+                ("arguments of tool calls", turn) for a in arguments if a and isinstance(a, dict) and str(a) in text
+            ]
         probe.append(shown)
     tools = [_with_function(tool, name=marked("tools", -1)) for tool in example.tools]
     rendered = _render(example, probe, tokenizer, tools=tools) if marks else ""
