@@ -11,6 +11,8 @@ from pathlib import Path
 
 from .config import SFRConfig
 
+_CHATS = 'JSON lines of {"messages": […]}, ShareGPT\'s {"conversations": […]} or {"prompt", "completion"}'
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; 0, or 2 after printing what was wrong with the input."""
@@ -50,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train, again="--resume goes on from the last checkpoint")
     add = train.add_argument
     add("--out", type=Path, required=True, help="folder of the run")
-    add("--data", type=Path, help='JSON lines of {"messages": […]}; the shipped personas if left out')
+    add("--data", type=Path, help=f"{_CHATS}; the shipped personas if left out")
     add("--model", default="smollm2-135m-instruct", help="causal LM: folder, name, or the packaged default")
     add("--encoder", help="sentence encoder: folder or name; that of the targets, else the packaged all-minilm-l6-v2")
     add("--targets", type=Path, help="folder of the targets, built there if there are none; OUT/targets if left out")
@@ -89,7 +91,7 @@ def _add_targets(commands) -> None:
     )
     targets.set_defaults(run=_targets, again="the same command goes on from there")
     add = targets.add_argument
-    add("--data", type=Path, required=True, help='JSON lines of {"messages": […]}, or of {"labels": […]}')
+    add("--data", type=Path, required=True, help=f'{_CHATS}, or of {{"labels": […]}}')
     add("--out", type=Path, required=True, help="folder of the store")
     add("--model", default="smollm2-135m-instruct", help="causal LM whose tokenizer it is: folder or name")
     add("--encoder", default="all-minilm-l6-v2", help="sentence encoder: folder, name, or the packaged default")

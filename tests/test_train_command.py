@@ -21,13 +21,16 @@ WORDS = ["sun", "moon", "river", "stone", "bird", "cloud", "tree", "wind", "rain
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny model with a real tokenizer, and chats."""
+    """A tiny model with a real tokenizer, and chats; one of them with a call, which its template does not render."""
     folder = tmp_path_factory.mktemp("command")
     tokenizer = AutoTokenizer.from_pretrained(model_path(SMOLLM2))
     tokenizer.save_pretrained(folder / "model")
     tiny_llama(vocab_size=len(tokenizer)).save_pretrained(folder / "model")
     chats = [chat(f"What of {a}?", f"The {a} and the {b} are old friends. " * 3) for a in WORDS[:6] for b in WORDS[:4]]
-    write_chats(folder / "chats.jsonl", chats)
+    called = {"from": "function_call", "value": '{"name": "look", "arguments": {}}'}
+    conversation = [{"from": "human", "value": "What of snow?"}, called, {"from": "observation", "value": "White."}]
+    conversation.append({"from": "gpt", "value": "The snow is white. " * 3})
+    write_chats(folder / "chats.jsonl", [*chats, {"conversations": conversation}])
     return folder
 
 
@@ -141,8 +144,10 @@ def test_smollm2_learns_and_the_saved_model_needs_nothing_of_this_package(tmp_pa
 def test_targets_that_were_built_before_are_used_and_missing_ones_are_built(folder, tmp_path, capsys):
     store, data = tmp_path / "store", ["--data", str(folder / "chats.jsonl"), "--model", str(folder / "model")]
     assert main(["targets", *data, "--out", str(store), "--batch-size", "16"]) == 0
+    assert capsys.readouterr().err.count("does not render: tool calls of 1 examples") == 1
     files = {p.name: p.stat().st_mtime_ns for p in store.iterdir()}
     assert main(command(folder, tmp_path / "a", "--targets", str(store))) == 0
+    assert capsys.readouterr().err.count("does not render: tool calls of 1 examples") == 1
     assert {p.name: p.stat().st_mtime_ns for p in store.iterdir()} == files
     assert not (tmp_path / "a" / "targets").exists()
     assert main(command(folder, tmp_path / "b", "--targets", str(tmp_path / "other"))) == 0

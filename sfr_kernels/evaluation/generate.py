@@ -9,7 +9,7 @@ import torch
 def generate(
     model,
     tokenizer,
-    chats: Sequence[Sequence[dict[str, str]]],  # messages up to the user's last
+    prompts: Sequence[str],  # chats as text, up to where an answer begins
     *,
     max_new_tokens: int = 96,
     temperature: float = 0.7,
@@ -17,7 +17,7 @@ def generate(
     batch_size: int = 16,
     seed: int = 0,
 ) -> list[str]:
-    """One sampled answer a chat. The global random state is left as it was, and the model in the mode it was in."""
+    """One sampled answer a prompt. The global random state is left as it was, and the model in the mode it was in."""
     device = next(model.parameters()).device
     side, training = tokenizer.padding_side, model.training
     tokenizer.padding_side = "left"
@@ -26,11 +26,8 @@ def generate(
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for start in range(0, len(chats), batch_size):
-                texts = [
-                    tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True)
-                    for chat in chats[start : start + batch_size]
-                ]
+            for start in range(0, len(prompts), batch_size):
+                texts = list(prompts[start : start + batch_size])
                 batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
                 out = model.generate(
                     **batch, do_sample=True, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,

@@ -77,6 +77,8 @@ def build_store(options: StoreOptions) -> TargetStore:
         finally:
             if pool is not None:
                 encoder.stop_multi_process_pool(pool)
+    if report := corpus.counts.report():  # of what this process read
+        print(report, file=sys.stderr)
     if share()[0] == 0:
         size = sum(record["bytes"] for record in store.manifest["shards"])
         print(

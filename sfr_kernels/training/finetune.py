@@ -25,7 +25,9 @@ from .attachment import attachment_of
 from .callbacks import SFRCallback
 from .checkpoint import save_head
 from .corpus import ChatFile
-from .data import Example, Tokenized, read_chats, split_by_prompt, tokenize
+from .data import read_chats, split_by_prompt, tokenize
+from .formats import Example
+from .labelling import Tokenized, last_prompt
 from .models import MINILM, encoder_path, load_model
 from .report import ProgressBar, loss_curves, samples_table
 
@@ -96,7 +98,7 @@ def finetune(options: TrainOptions) -> Path:
         print(report, file=sys.stderr)
     output_linear(model)
     _check_ids(data, model, examples)
-    train, held_out, prompts = _split(examples, data)
+    train, held_out, shown = _split(examples, data)
     sfr = options.objective == "sfr"
     store = encoder = None
     if sfr and options.config.loss != "mtp":
@@ -119,10 +121,10 @@ def finetune(options: TrainOptions) -> Path:
         last = options.config.loss == "cka"  # compares the responses of a batch, and needs a few
         return DataLoader(samples, batch_size, shuffle, collate_fn=collate, generator=order, drop_last=last)
 
-    prompts = prompts[: 3 * options.samples]
-    chats = [chat for _, chat in prompts]
+    shown = shown[: 3 * options.samples]
+    prompts = [last_prompt(example, tokenizer) for example in shown]
     before = held_out_losses(model, loader(held_out), device) if held_out else {}
-    answers_before = generate(model, tokenizer, chats, seed=options.seed)
+    answers_before = generate(model, tokenizer, prompts, seed=options.seed)
     print(f"{len(train)} training and {len(held_out)} held-out examples; held out before: {_text(before)}", flush=True)
 
     trainer = Trainer(
@@ -148,7 +150,7 @@ def finetune(options: TrainOptions) -> Path:
             options.config, lambda batch: torch.zeros(*batch["labels"].shape, size), _first(batches, steps),
             loader(held_out), steps, options.learning_rate, WARMUP, device,
         )  # fmt: skip
-    return _finish(options, trainer, tokenizer, chats, prompts, answers_before, results, began)
+    return _finish(options, trainer, tokenizer, shown, prompts, answers_before, results, began)
 
 
 def _check_folder(options: TrainOptions) -> str | None:
@@ -226,14 +228,13 @@ def _check_ids(data: Tokenized, model, examples: list[Example]) -> None:
 
 
 def _split(examples: list[Example], data: Tokenized):
-    """Training samples, held-out samples, and (example, chat) of prompts for the table: three personas a prompt."""
+    """Training samples, held-out samples, and examples for the table of answers: three personas a prompt."""
     train_ids, held_ids = split_by_prompt(examples)
     sample = {s["sample_id"]: s for s in data.samples}
     by_prompt: dict[str, list] = {}
     for i in held_ids or train_ids:
-        last = max(k for k, m in enumerate(examples[i].messages) if m["role"] == "assistant")
-        by_prompt.setdefault(examples[i].prompt, []).append((examples[i], examples[i].messages[:last]))
-    shown = [pair for pairs in by_prompt.values() for pair in pairs[:3]]
+        by_prompt.setdefault(examples[i].prompt, []).append(examples[i])
+    shown = [example for group in by_prompt.values() for example in group[:3]]
     if not any(i in sample for i in train_ids):
         raise ValueError("no training example is left within --max-length")
     return [sample[i] for i in train_ids if i in sample], [sample[i] for i in held_ids if i in sample], shown
@@ -285,11 +286,11 @@ def _text(losses: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in losses.items()) or "nothing"
 
 
-def _finish(options, trainer, tokenizer, chats, prompts, answers_before, results, began) -> Path:
+def _finish(options, trainer, tokenizer, shown, prompts, answers_before, results, began) -> Path:
     """Saves the plain model, the head, the curves and the samples, and prints what changed."""
     model, out = trainer.model, options.out
     history = [h for h in trainer.state.log_history if "loss" in h]
-    answers = generate(model, tokenizer, chats, seed=options.seed)
+    answers = generate(model, tokenizer, prompts, seed=options.seed)
     folder = out / "model"
     loss = attachment_of(model)
     detach(model)
@@ -304,7 +305,7 @@ def _finish(options, trainer, tokenizer, chats, prompts, answers_before, results
     results["seconds"] = round(time.monotonic() - began, 1)
     write_atomically(out / "losses.json", (json.dumps(results | {"history": history}, indent=1) + "\n").encode())
     loss_curves(history, results, out / "losses.png")
-    samples_table([example for example, _ in prompts], answers_before, answers, out / "samples.md")
+    samples_table(shown, answers_before, answers, out / "samples.md")
     before, after = results["held_out_before"], results["held_out_after"]
     print(f"\nHeld out, before: {_text(before)}\nHeld out, after:  {_text(after)}")
     if "blind_flow_loss" in results:
