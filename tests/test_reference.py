@@ -42,7 +42,7 @@ class Published(nn.Module):
         super().__init__()
         self.size, self.time_scale, self.hidden_scale = size, time_scale, hidden_scale
         self.time_embed = nn.Module()
-        self.time_embed.mlp = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
+        self.time_embed.mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.SiLU(), nn.Linear(4 * size, size))
         self.input_proj = nn.Sequential(nn.Linear(2 * size + hidden_size, width), nn.LayerNorm(width), nn.SiLU())
         self.res_blocks = nn.ModuleList(nn.Module() for _ in range(2))
         for block in self.res_blocks:

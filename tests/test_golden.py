@@ -1,0 +1,64 @@
+"""The head and the losses of `SFRConfig.official()` are the published ones: tests/golden decides.
+
+The kernels are judged by the same files in tests/triton_leaves/test_golden_kernels.py.
+"""
+
+import pytest
+import torch
+from golden_cases import (
+    HEADS,
+    LOSSES,
+    assert_golden,
+    evaluate_head,
+    evaluate_loss,
+    loss_problem,
+    make_head,
+    tensors,
+    wanted_of_head,
+)
+
+from sfr_kernels import SFRConfig, VelocityHead, flow_matching_loss, reference
+from sfr_kernels.leaves.torch import flow_path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BOTH = pytest.mark.parametrize("backend", ["torch", "reference"])
+
+
+@BOTH
+@pytest.mark.parametrize("case", HEADS, ids=lambda case: f"{case['num_layers']} layers, d {case['target_size']}")
+def test_the_published_head(case, backend, monkeypatch):
+    monkeypatch.setenv("SFR_KERNELS_BACKEND", backend)
+    assert_golden(evaluate_head(make_head(case), case, torch.float64), wanted_of_head(case), 1e-13)
+
+
+def test_a_published_head_trains():
+    case = HEADS[0]
+    state, x = tensors(case["state"], torch.float32), tensors({k: case[k] for k in ("x_t", "h", "v")}, torch.float32)
+    config = SFRConfig.official(width=case["width"], num_layers=case["num_layers"])
+    head = VelocityHead.from_config(config, case["hidden_size"], case["target_size"])
+    assert list(head.state_dict()) == list(state)
+    head.load_state_dict(state, strict=True)
+    optimizer, losses = torch.optim.SGD(head.parameters(), lr=0.1), []
+    x_t, h, v = (x[name].flatten(0, 1) for name in ("x_t", "h", "v"))
+    for _ in range(5):
+        loss = (head(x_t, 0.25, h) - 2 * v).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(later < sooner for sooner, later in zip(losses, losses[1:], strict=False))
+    assert all((p != state[name]).any() for name, p in head.named_parameters())
+
+
+@BOTH
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_published_losses(name, backend, monkeypatch):
+    """In float64, but for weights and targets, which the published code rounds to float32."""
+    problem = loss_problem(name)
+    if problem.x_0 is not None:
+        noise = problem.x_0.flatten(0, 1)
+        monkeypatch.setattr(flow_path, "gaussian", lambda seed, identity, size: noise[identity])
+        monkeypatch.setattr(reference, "gaussian_noise", lambda seed, identity, size: noise[identity])
+    arguments = problem.hidden, problem.head, problem.rows, problem.targets, problem.times
+    loss = flow_matching_loss(*arguments, seed=0, config=problem.config, backend=backend)
+    assert_golden(evaluate_loss(problem, loss), problem.wanted, 1e-6)
