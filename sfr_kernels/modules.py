@@ -29,8 +29,8 @@ class VelocityHead(nn.Module):
 
     Parameters carry the names and shapes of the published head, so its checkpoints load with `load_state_dict`:
     `time_embed.mlp.{0,2}`, from d to 4d and back, `input_proj.{0,1}` with weight [W_x | W_τ | W_h],
-    `res_blocks.i.{linear,norm}`, `output_proj`, which starts at zero. The published head has time_scale and hidden_scale 1:
-    `VelocityHead.from_config(SFRConfig.official(), hidden_size, target_size)`.
+    `res_blocks.i.{linear,norm}`, `output_proj`, which starts at zero. The published head has time_scale and
+    hidden_scale 1: `VelocityHead.from_config(SFRConfig.official(), hidden_size, target_size)`.
     """
 
     def __init__(

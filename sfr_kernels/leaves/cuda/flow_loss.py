@@ -20,7 +20,9 @@ _ALIGNMENT = 256  # bytes
 _TENSORS = "h coefficient targets times noise_id anchor time_index seed"
 _POINTERS = f"gemm handle stream {_TENSORS} params matrices work vectors dh loss"
 _SIZES = "n hidden target_stride"
-_NUMBERS = "d inner width num_times layers gain_dtype targets_dtype add_to_dh parts rows mse_threads act_threads back_threads"
+_NUMBERS = (
+    "d inner width num_times layers gain_dtype targets_dtype add_to_dh parts rows mse_threads act_threads back_threads"
+)
 _SCALES = "time_scale hidden_scale target_scale source_std eps"
 
 
