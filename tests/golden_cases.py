@@ -110,3 +110,21 @@ def assert_golden(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance
         assert mine.shape == exact.shape, name
         error, norm = (mine - exact).norm().item(), exact.norm().item()
         assert error <= tolerance * norm, f"{name}: off by {error / max(norm, 1e-300):.1e}, at most {tolerance:.1e}"
+
+
+class Numbers:
+    """A tokenizer that writes labels as numbers, and as nothing where they are blank; and an encoder whose embedding of
+    a text is what the file knows it by: first label, last label, and their count."""
+
+    def __init__(self, blank: list[int]):
+        self.blank = set(blank)
+
+    def batch_decode(self, pieces: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return [" ".join("" if label in self.blank else str(label) for label in piece) for piece in pieces]
+
+    def get_embedding_dimension(self) -> int:
+        return 3
+
+    def encode(self, texts: list[str], **options) -> Tensor:
+        labels = [[int(word) for word in text.split()] for text in texts]
+        return torch.tensor([[text[0], text[-1], len(text)] for text in labels], dtype=torch.float64)
