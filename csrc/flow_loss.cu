@@ -80,24 +80,24 @@ template <typename T> int run(const FlowLoss &f, int dtype) {
     const Products<T> mm{f.gemm, f.handle};
     void *const stream = f.stream;
     const int64_t n = f.n, H = f.hidden, ld = 2 * f.d + f.hidden;
-    const int d = f.d, D = f.width, M = f.num_times, layers = f.layers, G = f.gain_dtype;
+    const int d = f.d, F = f.inner, D = f.width, M = f.num_times, layers = f.layers, G = f.gain_dtype;
     const int parts = sizeof(T) == 2 ? 2 : 1; // of float32 in the products of the time's backward
     const auto at = [&](int k) { return static_cast<T *>(f.work[k]); };
     const auto param = [&](int k) { return static_cast<const T *>(f.params[k]); };
     T *x_t = at(0), *v = at(1), *s = at(2), *z = at(3), *silu = at(4), *tau = at(5);
     float *table = static_cast<float *>(f.work[6]), *partial = static_cast<float *>(f.work[7]);
     float *moments = static_cast<float *>(f.work[8]);
-    const int64_t Md = static_cast<int64_t>(M) * d;
+    const int64_t Md = static_cast<int64_t>(M) * d, MF = static_cast<int64_t>(M) * F;
     T *again = parts == 2 ? s + Md : nullptr;
     const T *w_1 = param(0), *w_2 = param(2), *w_x = param(4), *w_tau = w_x + d, *w_h = w_x + 2 * d;
     const T *w_out = param(4 * layers + 4), *b_out = param(4 * layers + 5);
 
-    // τ and the table of row biases, of M rows
+    // τ, by way of F columns, and the table of row biases: M rows
     SFR_TRY(sfr_sinusoid(f.times, s, dtype, M, d, f.time_scale, stream));
     if (again != nullptr) SFR_TRY(sfr_sinusoid(f.times, again, dtype, M, d, f.time_scale, stream));
-    SFR_TRY(mm(false, true, M, d, d, 1.0f, s, d, w_1, d, 0.0f, z, d));
-    SFR_TRY(add_bias(z, param(1), silu, parts == 2 ? silu + Md : nullptr, M, d, stream));
-    SFR_TRY(mm(false, true, M, d, d, 1.0f, silu, d, w_2, d, 0.0f, tau, d));
+    SFR_TRY(mm(false, true, M, F, d, 1.0f, s, d, w_1, d, 0.0f, z, F));
+    SFR_TRY(add_bias(z, param(1), silu, parts == 2 ? silu + MF : nullptr, M, F, stream));
+    SFR_TRY(mm(false, true, M, d, F, 1.0f, silu, F, w_2, F, 0.0f, tau, d));
     SFR_TRY(add_bias<T, T>(tau, param(3), nullptr, parts == 2 ? tau + Md : nullptr, M, d, stream));
     SFR_TRY(mm(false, true, M, D, d, 1.0f, tau, d, w_tau, ld, 0.0f, table, D));
     SFR_TRY((add_bias<float, T>(table, param(5), nullptr, nullptr, M, D, stream)));
@@ -133,8 +133,9 @@ template <typename T> int run(const FlowLoss &f, int dtype) {
 
     // v holds dv; the gradient of the last activation takes that activation's place
     const bool need = f.vectors != nullptr;
-    float *tail = need ? f.vectors + 2 * d + 3 * static_cast<int64_t>(D) * layers : nullptr;
+    float *layer_vectors = need ? f.vectors + F + d : nullptr; // after those of b_1 and b_2
     if (need) {
+        float *tail = layer_vectors + 3 * static_cast<int64_t>(D) * layers;
         SFR_TRY(sfr_column_sum(partial, FLOAT32, tail, 1, f.parts, d, stream));
         SFR_TRY(mm(true, false, d, D, n, 1.0f, v, d, a, D, 0.0f, static_cast<T *>(f.matrices[2 + layers]), D));
     }
@@ -145,7 +146,7 @@ template <typename T> int run(const FlowLoss &f, int dtype) {
         SFR_TRY(sfr_norm_act_backward(da, dtype, D, 1, k.y, D, 1, k.gamma, k.beta, G, k.mean, k.rstd, moments, k.y, D, 1,
                                       partial, l > 0, n, D, f.parts, f.rows, f.back_threads, stream));
         if (need) {
-            float *to = f.vectors + 2 * d + 3 * static_cast<int64_t>(D) * l; // Σ dy, dγ, dβ
+            float *to = layer_vectors + 3 * static_cast<int64_t>(D) * l; // Σ dy, dγ, dβ
             SFR_TRY(sfr_column_sum(partial, FLOAT32, to + D, 2, f.parts, D, stream));
             if (l > 0) SFR_TRY(sfr_column_sum(partial + 2LL * f.parts * D, FLOAT32, to, 1, f.parts, D, stream));
         }
@@ -166,17 +167,17 @@ template <typename T> int run(const FlowLoss &f, int dtype) {
         const int64_t rows = static_cast<int64_t>(parts) * M;
         SFR_TRY(sfr_sum_by_index(dy, dtype, D, 1, f.time_index, order, order + n, dtable, static_cast<int>(n), D, M,
                                  stream));
-        SFR_TRY(sfr_column_sum(dtable, FLOAT32, f.vectors + 2 * d, 1, M, D, stream));
+        SFR_TRY(sfr_column_sum(dtable, FLOAT32, layer_vectors, 1, M, D, stream));
         SFR_TRY(sfr_split(dtable, nullptr, split, dtype, static_cast<int64_t>(M) * D, 0, stream));
         SFR_TRY(mm(true, false, D, d, rows, 1.0f, split, D, tau, d, 0.0f, d_tau, ld));
         SFR_TRY(mm(false, false, rows, d, D, 1.0f, split, D, w_tau, ld, 0.0f, wide, d));
-        SFR_TRY(sfr_column_sum(wide, FLOAT32, f.vectors + d, 1, rows, d, stream));
+        SFR_TRY(sfr_column_sum(wide, FLOAT32, f.vectors + F, 1, rows, d, stream));
         SFR_TRY(sfr_split(wide, nullptr, split, dtype, Md, parts == 2, stream));
-        SFR_TRY(mm(true, false, d, d, rows, 1.0f, split, d, silu, d, 0.0f, static_cast<T *>(f.matrices[1]), d));
-        SFR_TRY(mm(false, false, rows, d, d, 1.0f, split, d, w_2, d, 0.0f, wide, d));
-        SFR_TRY(sfr_split(wide, z, split, dtype, Md, parts == 2, stream));
-        SFR_TRY(mm(true, false, d, d, rows, 1.0f, split, d, s, d, 0.0f, static_cast<T *>(f.matrices[0]), d));
-        SFR_TRY(sfr_column_sum(split, dtype, f.vectors, 1, rows, d, stream));
+        SFR_TRY(mm(true, false, d, F, rows, 1.0f, split, d, silu, F, 0.0f, static_cast<T *>(f.matrices[1]), F));
+        SFR_TRY(mm(false, false, rows, F, d, 1.0f, split, d, w_2, F, 0.0f, wide, F));
+        SFR_TRY(sfr_split(wide, z, split, dtype, MF, parts == 2, stream));
+        SFR_TRY(mm(true, false, F, d, rows, 1.0f, split, F, s, d, 0.0f, static_cast<T *>(f.matrices[0]), d));
+        SFR_TRY(sfr_column_sum(split, dtype, f.vectors, 1, rows, F, stream));
     }
     if (f.dh != nullptr)
         SFR_TRY(mm(false, false, n, H, D, f.hidden_scale, dy, D, w_h, ld, f.add_to_dh ? 1.0f : 0.0f,

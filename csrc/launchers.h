@@ -30,7 +30,7 @@ struct FlowLoss {
     void *dh;                      // (n, H), may be h; null: not needed
     float *loss;                   // (n, blocks of columns)
     int64_t n, hidden, target_stride;
-    int d, width, num_times, layers, gain_dtype, targets_dtype, add_to_dh;
+    int d, inner, width, num_times, layers, gain_dtype, targets_dtype, add_to_dh;
     int parts, rows, mse_threads, act_threads, back_threads;
     float time_scale, hidden_scale, target_scale, source_std, eps;
 };

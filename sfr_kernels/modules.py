@@ -14,7 +14,7 @@ from .rows import IGNORE_INDEX, SupervisedRows
 class _TimeEmbedding(nn.Module):
     def __init__(self, size: int):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
+        self.mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.SiLU(), nn.Linear(4 * size, size))
 
 
 class _ResidualBlock(nn.Module):
@@ -27,10 +27,10 @@ class _ResidualBlock(nn.Module):
 class VelocityHead(nn.Module):
     """v(x_t, t, h): the small MLP that predicts the flow's velocity (DESIGN section 1).
 
-    Parameters carry the names of the published head, so its checkpoints load with `load_state_dict`:
-    `time_embed.mlp.{0,2}`, `input_proj.{0,1}` with weight [W_x | W_τ | W_h], `res_blocks.i.{linear,norm}`,
-    `output_proj`, which starts at zero. The published head has time_scale and hidden_scale 1:
-    `VelocityHead.from_config(SFRConfig.official(), hidden_size, target_size)`.
+    Parameters carry the names and shapes of the published head, so its checkpoints load with `load_state_dict`:
+    `time_embed.mlp.{0,2}`, from d to 4d and back, `input_proj.{0,1}` with weight [W_x | W_τ | W_h],
+    `res_blocks.i.{linear,norm}`, `output_proj`, which starts at zero. The published head has time_scale and
+    hidden_scale 1: `VelocityHead.from_config(SFRConfig.official(), hidden_size, target_size)`.
     """
 
     def __init__(

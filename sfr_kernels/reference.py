@@ -173,7 +173,7 @@ def flow_matching_loss(
     weight: Tensor | None = None,  # (V, H), the decoder of "mtp"
     decoder_options: dict | None = None,
 ) -> Tensor:
-    """L_flow = Σ_r weight[r] ℓ_r / normalizer, for every loss kind."""
+    """L_flow = Σ_r weight[r] ℓ_r / normalizer, for every loss kind; "cka" has one ℓ for all rows, and no weights."""
     dtype = hidden.dtype
     used = rows.anchor >= 0
     h = hidden.reshape(-1, hidden.shape[-1])[rows.rows[used]]
@@ -182,9 +182,12 @@ def flow_matching_loss(
     if config.flow_normalizer == "weights":
         norm = w.sum().clamp(min=1.0)
     if config.loss == "cka":
-        if len(h) == 0:
+        published = config.target_rule == "published"
+        if len(h) == 0 or (published and len(torch.unique(anchor)) < 4):
             return hidden.sum() * 0
-        return (1 - _response_cka(h, targets.to(dtype), anchor)) * (rows.num_flow / norm)
+        cka = _response_cka(h, targets.to(dtype), anchor)
+        loss = 1 - (cka.clamp(0, 1) if published else cka)
+        return loss if config.flow_normalizer == "weights" else loss * (rows.num_flow / norm)
 
     if times is None:
         times, time_index = draw_times(rows, seed, config)
@@ -209,6 +212,8 @@ def _response_cka(h: Tensor, targets: Tensor, anchor: Tensor) -> Tensor:
     (Song et al. 2012, equation 5; Kornblith et al. 2019)."""
     present = torch.unique(anchor)
     n = len(present)
+    if n < 4:
+        raise ValueError(f"loss='cka' needs at least 4 responses in a batch, got {n}")
     means = torch.stack([h[anchor == a].mean(dim=0) for a in present])
 
     def gram(x):

@@ -139,8 +139,8 @@ def test_a_wrong_gradient_is_refused(name, steps, judge, monkeypatch):
 def test_wrong_published_targets_are_refused(method, words, steps, judge, monkeypatch):
     step, right = steps[PUBLISHED_LOOPS], getattr(SuffixTargets, method)
     wrong = {
-        "places": lambda self, labels: (right(self, labels)[0] + 1, right(self, labels)[1]),
-        "texts": lambda self, responses: [t and t[1:] for t in right(self, responses)],
+        "places": lambda self, labels, texts: right(self, labels, texts) + 1,
+        "texts": lambda self, labels: [t and t[1:] for t in right(self, labels)],
         "embed": lambda self, texts, device: 2 * right(self, texts, device),
     }
     owner = step.make if method == "embed" else SuffixTargets
@@ -154,10 +154,13 @@ def test_wrong_published_targets_are_refused(method, words, steps, judge, monkey
 # The published targets
 
 
-def test_without_loops_the_published_targets_are_the_same(stage, steps):
-    labels = stage.batches.next().inputs["labels"].clone()
-    labels[0, :51] = IGNORE_INDEX  # responses of 13 and of 48 tokens: one with a short tail, one without
-    config = SFRConfig.official(width=64, segment_tokens=16, stride=8, min_tokens=6)
+@pytest.mark.parametrize("segments", [{}, dict(stride=1), dict(segment_tokens=0)], ids=["nearest", "own", "whole"])
+def test_without_loops_the_published_targets_are_the_same(stage, segments):
+    """Beside tests/golden: a sequence of two runs, one of a few tokens, one without any; all of them in one text."""
+    labels = stage.batches.next().inputs["labels"][:1].repeat(3, 1)
+    labels[0, 30:34], labels[1, 5:], labels[2] = IGNORE_INDEX, IGNORE_INDEX, IGNORE_INDEX
+    labels[1, :5] = stage.batches.hosts[0]["labels"][0, -5:]
+    config = SFRConfig.official(**dict(width=64, segment_tokens=16, stride=8, min_tokens=6) | segments)
     made = [
         kind(stage.encoder, stage.tokenizer, config, torch.float32) for kind in (SuffixTargets, LoopedSuffixTargets)
     ]
@@ -165,12 +168,20 @@ def test_without_loops_the_published_targets_are_the_same(stage, steps):
     assert torch.equal(x_1, looped[0]) and torch.equal(weight, looped[1])
     own = labels != IGNORE_INDEX
     assert torch.equal(weight > 0, own) and not x_1[~own].any()
-    zero = own & ~x_1.any(dim=-1)
-    assert zero.any() and (weight[zero] > 0).all()  # a short tail keeps its weight
-    texts = made[0].texts(made[0].responses(labels))
-    assert None in texts and all(len(t.split()) <= 16 for t in texts if t)
-    rows = SupervisedRows.from_labels(labels, config)
-    assert len(texts) == rows.num_anchors and x_1[own].unique(dim=0).shape[0] > len(texts) // 2
+    assert x_1[1].any() == (config.segment_tokens == 0)  # else too short for a target, but not for its weight
+    texts = made[0].texts(labels)
+    assert (None in texts) == (config.segment_tokens > 0)
+    assert len(texts) == SupervisedRows.from_labels(labels, config).num_anchors
+    assert x_1[own].unique(dim=0).shape[0] == sum(t is not None for t in texts) + (None in texts)
+
+
+def test_published_embeddings_are_means_of_the_last_hidden_states(stage):
+    texts = stage.tokenizer.batch_decode([stage.batches.hosts[0]["labels"][0, -n:] for n in (3, 9)])
+    tokens = stage.encoder.tokenizer(texts, padding=True, return_tensors="pt")
+    states, mask = stage.encoder[0].auto_model(**tokens).last_hidden_state, tokens["attention_mask"].unsqueeze(-1)
+    mean = (states * mask).sum(1) / mask.sum(1)
+    found = SuffixTargets(stage.encoder, stage.tokenizer, SFRConfig.official(), torch.float32).embed(texts, CPU)
+    torch.testing.assert_close(found, mean / mean.norm(dim=1, keepdim=True), rtol=1e-5, atol=1e-6)
 
 
 def test_the_encoder_reads_as_many_tokens_as_a_segment_has(stage):

@@ -18,9 +18,9 @@ def published_state(num_blocks: int = 2) -> dict[str, torch.Tensor]:
     """A checkpoint as the published code writes it, made without this library."""
     g = torch.Generator().manual_seed(0)
     shapes = {
-        "time_embed.mlp.0.weight": (D_TARGET, D_TARGET),
-        "time_embed.mlp.0.bias": (D_TARGET,),
-        "time_embed.mlp.2.weight": (D_TARGET, D_TARGET),
+        "time_embed.mlp.0.weight": (4 * D_TARGET, D_TARGET),
+        "time_embed.mlp.0.bias": (4 * D_TARGET,),
+        "time_embed.mlp.2.weight": (D_TARGET, 4 * D_TARGET),
         "time_embed.mlp.2.bias": (D_TARGET,),
         "input_proj.0.weight": (WIDTH, 2 * D_TARGET + H),
         "input_proj.0.bias": (WIDTH,),

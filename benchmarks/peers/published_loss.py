@@ -16,7 +16,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, size: int, time_scale: float):
         super().__init__()
         self.size, self.time_scale = size, time_scale
-        self.mlp = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
+        self.mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.SiLU(), nn.Linear(4 * size, size))
 
     def forward(self, t: Tensor) -> Tensor:
         half = self.size // 2

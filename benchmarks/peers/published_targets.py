@@ -1,9 +1,11 @@
 """SFR's targets as published, made within the training step: what they cost is what ours are compared with.
 
-The labels of every response are cut into suffixes, one every `stride` tokens, of at most `segment_tokens`; each is
-decoded and embedded in the step, and every supervised position is given the embedding of the nearest. A suffix shorter
-than `min_tokens` has a zero target. There is a target and a weight, (m − i)/m for the i-th of m, for every position of
-the batch, zero where there is no loss. The loss on them is `PublishedFlowLoss`.
+The supervised labels of a sequence are its response. An anchor stands at every `stride`-th of them; its text is the
+supervised labels at the next `segment_tokens` positions, decoded. It is kept if they are `min_tokens` at least and the
+text is not blank, and then embedded. Every supervised position is given the embedding of the nearest anchor kept, of
+two the earlier one, and with a stride of 1 of its own alone; where there is none, zero. With `segment_tokens` 0 the
+text of the whole response serves all its positions. There is a target and a weight, (m − i)/m for the i-th of m, for
+every position of the batch, zero where there is no loss. The loss on them is `PublishedFlowLoss`.
 
 The published code scans the labels and fills the positions one by one. `SuffixTargets` computes the same without a
 loop over tokens, so that the pipeline can be told from the loops, and `LoopedSuffixTargets` with both loops: one
@@ -34,49 +36,87 @@ class SuffixTargets:
         labels: Tensor,  # (B, L)
         mark: Callable[[str], None] = unmarked,  # told which part of the step ends
     ) -> tuple[Tensor, Tensor]:  # x_1 (B, L, d), weight (B, L) float32
-        anchor, weight = self.places(labels)
-        responses = self.responses(labels)
-        embeddings = self.embed(self.texts(responses), labels.device)
-        x_1 = embeddings[anchor.clamp(min=0)] * (anchor >= 0).unsqueeze(-1)
+        host = labels.cpu()
+        texts = self.texts(host)
+        place = self.places(host, texts).to(labels.device)
+        embeddings = self.embed(texts, labels.device)
+        nothing = embeddings.new_zeros(1, embeddings.shape[1])  # which is where the place -1 leads
+        x_1 = torch.cat([embeddings, nothing])[place]
+        weight = self.weights(labels)
         mark(TARGETS)
         return x_1, weight
 
-    def responses(self, labels: Tensor) -> list[list[int]]:
-        """The supervised labels of each sequence."""
-        own = labels != IGNORE_INDEX
-        return [part.tolist() for part in labels[own].cpu().split(own.sum(dim=1).tolist())]
-
-    def places(self, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The suffix of each position, −1 where there is no loss, and its weight: both (B, L)."""
+    def weights(self, labels: Tensor) -> Tensor:  # (B, L)
         own = labels != IGNORE_INDEX
         i, m = own.cumsum(dim=1) - 1, own.sum(dim=1, keepdim=True)
-        count = (m + self.config.stride - 1) // self.config.stride
-        anchor = count.cumsum(dim=0) - count + torch.minimum(self._nearest(i), count - 1)
-        return torch.where(own, anchor, -1), torch.where(own, (m - i) / m, 0.0)
+        return torch.where(own, (m - i) / m, 0.0)
 
-    def _nearest(self, i):
-        """The suffix that begins nearest to row i; of two, the earlier one."""
-        return (i + (self.config.stride - 1) // 2) // self.config.stride
+    def texts(self, labels: Tensor) -> list[str | None]:
+        """The text of every anchor, None where it falls away."""
+        member, sequence, anchor = self._anchors(labels)
+        k, length = self.config.segment_tokens, labels.shape[1]
+        end = (sequence[anchor] + 1) * length
+        stop = torch.searchsorted(member, torch.minimum(member[anchor] + k + 1, end) if k else end)
+        tokens = labels.flatten()[member].tolist()
+        spans = zip((anchor + (k > 0)).tolist(), stop.tolist(), strict=True)
+        return self.decode([tokens[start:stop] for start, stop in spans])
 
-    def texts(self, responses: list[list[int]]) -> list[str | None]:
-        """The text of every suffix of every response, None where it is too short."""
-        c = self.config
-        cuts = [tokens[start:] for tokens in responses for start in range(0, len(tokens), c.stride)]
-        pieces = [cut[: c.segment_tokens] if len(cut) >= c.min_tokens else None for cut in cuts]
-        found = iter(self.tokenizer.batch_decode([p for p in pieces if p is not None], skip_special_tokens=True))
-        return [None if p is None else next(found) for p in pieces]
+    def places(self, labels: Tensor, texts: list[str | None]) -> Tensor:
+        """(B, L): the text of each position, −1 where it has none."""
+        member, sequence, anchor = self._anchors(labels)
+        kept = torch.tensor([text is not None for text in texts], dtype=torch.bool)
+        out, left = torch.full((labels.numel(),), -1), kept.nonzero().squeeze(1)
+        if len(left) == 0:
+            return out.view_as(labels)
+        if self._whole or self.config.stride == 1:
+            index = sequence.unique_consecutive(return_inverse=True)[1] if self._whole else torch.arange(len(member))
+            found = torch.where(kept[index], index, -1)
+        else:
+            # sequences laid so far apart that another one's anchor is further away than any of one's own
+            key = member + 2 * labels.shape[1] * sequence
+            at = key[anchor[left]]
+            after = torch.searchsorted(at, key)
+            before, after = (after - 1).clamp(min=0), after.clamp(max=len(at) - 1)
+            back, ahead = (key - at[before]).abs(), (at[after] - key).abs()
+            nearest = left[torch.where(back <= ahead, before, after)]
+            found = torch.where(torch.minimum(back, ahead) < labels.shape[1], nearest, -1)
+        out[member] = found
+        return out.view_as(labels)
+
+    @property
+    def _whole(self) -> bool:
+        """One text serves the whole response."""
+        return self.config.segment_tokens == 0
+
+    def _anchors(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The supervised positions of the flattened labels, the sequence of each, and which of them are anchors."""
+        member = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
+        sequence = member // labels.shape[1]
+        i = torch.arange(len(member)) - torch.searchsorted(sequence, sequence)
+        return member, sequence, (i == 0 if self._whole else i % self.config.stride == 0).nonzero().squeeze(1)
+
+    def decode(self, pieces: list[list[int]]) -> list[str | None]:
+        """The text of each piece, None where it is too short or blank."""
+        least = 1 if self._whole else self.config.min_tokens
+        long = [piece for piece in pieces if len(piece) >= least]
+        found = iter(self.tokenizer.batch_decode(long, skip_special_tokens=True))
+        texts = [next(found) if len(piece) >= least else None for piece in pieces]
+        return [text if text and text.strip() else None for text in texts]
 
     def embed(self, texts: list[str | None], device: torch.device) -> Tensor:
-        """x_1 (A, d) of every suffix, zero where it has no text."""
-        kept = [text for text in texts if text is not None]
-        encoded = self.encoder.encode(
-            kept, batch_size=BATCH_SIZE, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
-        )
+        """x_1 (A, d) of every text, zero where there is none."""
         size = self.encoder.get_embedding_dimension()
         out = torch.zeros(len(texts), size, dtype=self.dtype, device=device)
         index = [i for i, text in enumerate(texts) if text is not None]
-        scale = self.config.scale_for(size)
-        out[torch.tensor(index, device=device)] = (scale * encoded).to(device, self.dtype)
+        if index:
+            encoded = self.encoder.encode(
+                [texts[i] for i in index],
+                batch_size=BATCH_SIZE,
+                normalize_embeddings=True,
+                convert_to_tensor=True,
+                show_progress_bar=False,
+            )
+            out[torch.tensor(index, device=device)] = (self.config.scale_for(size) * encoded).to(device, self.dtype)
         return out
 
 
@@ -84,24 +124,30 @@ class LoopedSuffixTargets(SuffixTargets):
     """The same, token by token."""
 
     def __call__(self, labels: Tensor, mark: Callable[[str], None] = unmarked) -> tuple[Tensor, Tensor]:
-        batch, length = labels.shape
-        positions, responses = [], []
+        (batch, length), k, stride = labels.shape, self.config.segment_tokens, self.config.stride
+        responses, anchors, pieces = [], [], []
         for b in range(batch):
-            supervised = [(p, label) for p in range(length) if (label := labels[b, p].item()) != IGNORE_INDEX]
-            positions.append([p for p, _ in supervised])
-            responses.append([label for _, label in supervised])
+            response = [(p, label) for p in range(length) if (label := labels[b, p].item()) != IGNORE_INDEX]
+            responses.append([p for p, _ in response])
+            for i in range(0, len(response), stride if k else length):
+                p = response[i][0]
+                anchors.append((b, p))
+                ahead = response[i + 1 : i + 1 + k] if k else response
+                pieces.append([label for q, label in ahead if not k or q <= p + k])
         mark(LOOPS)
-        embeddings = self.embed(self.texts(responses), labels.device)
+        texts = self.decode(pieces)
+        embeddings = self.embed(texts, labels.device)
         x_1 = embeddings.new_zeros(batch, length, embeddings.shape[1])
         weight = torch.zeros(batch, length, device=labels.device)
         mark(TARGETS)
-        first = 0
-        for b, places in enumerate(positions):
-            m = len(places)
-            count = -(-m // self.config.stride)
-            for i, p in enumerate(places):
-                x_1[b, p] = embeddings[first + min(self._nearest(i), count - 1)]
-                weight[b, p] = (m - i) / m
-            first += count
+        for b, response in enumerate(responses):
+            kept = [(p, a) for a, (of, p) in enumerate(anchors) if of == b and texts[a] is not None]
+            near = 0
+            for i, p in enumerate(response):
+                while near + 1 < len(kept) and abs(kept[near + 1][0] - p) < abs(kept[near][0] - p):
+                    near += 1
+                if kept and (stride > 1 or not k or kept[near][0] == p):
+                    x_1[b, p] = embeddings[kept[near][1]]
+                weight[b, p] = (len(response) - i) / len(response)
         mark(LOOPS)
         return x_1, weight

@@ -33,7 +33,8 @@ def make_tokenizer(vocab: int):
 
 @functools.lru_cache(maxsize=1)
 def make_encoder(shape: EncoderShape, dtype: torch.dtype, device: torch.device, tokenizer=None):
-    """A SentenceTransformer around a BERT, its pooling that of bge. One is kept for the cases to come.
+    """A SentenceTransformer around a BERT, its pooling the mean, as the published code has it of every encoder: so the
+    published targets and ours are of the same embeddings. One is kept for the cases to come.
 
     tokenizer   of `shape.vocab` words; None: the one that is made up.
     """
@@ -55,5 +56,5 @@ def make_encoder(shape: EncoderShape, dtype: torch.dtype, device: torch.device, 
             BertModel(config).to(dtype).save_pretrained(folder)
         (tokenizer or make_tokenizer(shape.vocab)).save_pretrained(folder)
         body = Transformer(str(Path(folder)), max_seq_length=MOST_TOKENS, model_kwargs={"dtype": dtype})
-        encoder = SentenceTransformer(modules=[body, Pooling(shape.hidden_size, "cls")], device=str(device))
+        encoder = SentenceTransformer(modules=[body, Pooling(shape.hidden_size, "mean")], device=str(device))
     return encoder.eval().requires_grad_(False)

@@ -104,23 +104,26 @@ class Judge:
         return errors
 
     def _check_places(self, step: Published, batch: Batch, targets: tuple[Tensor, Tensor]) -> None:
-        """Rows, anchors, weights and texts are those of the official preset; with loops, all of it is bit for bit what
-        it is without."""
+        """Rows, weights, texts and which text each row has are those of the official preset; with loops, all of it is
+        bit for bit what it is without."""
         from sfr_kernels.targets.segments import segment_texts
 
         labels, rows = batch.host["labels"], _official_rows(step, batch)
         n, index = rows.num_flow, rows.rows[: rows.num_flow]
-        anchor = torch.full((labels.numel(),), -1).index_copy_(0, index, rows.anchor[:n].long())
+        anchor = rows.anchor[:n].long()
+        anchor = anchor.masked_fill((rows.segments[:, 0] == rows.segments[:, 1])[anchor], -1)  # a zero target
+        anchor = torch.full((labels.numel(),), -1).index_copy_(0, index, anchor)
         weight = torch.zeros(labels.numel()).index_copy_(0, index, rows.weight[:n])
         if not torch.allclose(targets[1].cpu().flatten(), weight, rtol=1e-6, atol=0):
             raise WrongResultError("the published weights are not those of the official preset")
         if step.make is None:
             return
         maker = SuffixTargets(step.encoder, self.stage.tokenizer, step.config, self.stage.dtype)
-        if not torch.equal(maker.places(labels)[0].flatten(), anchor):
-            raise WrongResultError("the published anchors are not those of the official preset")
-        if maker.texts(maker.responses(labels)) != segment_texts(labels, rows, self.stage.tokenizer, step.config):
+        texts = maker.texts(labels)
+        if texts != segment_texts(labels, rows, self.stage.tokenizer, step.config):
             raise WrongResultError("the published texts are not those of the official preset")
+        if not torch.equal(maker.places(labels, texts).flatten(), anchor):
+            raise WrongResultError("the published anchors are not those of the official preset")
         for made, wanted in zip(targets, maker(batch.inputs["labels"]), strict=True):
             if not torch.equal(made, wanted):
                 raise WrongResultError("the loops make other targets than the same without loops")

@@ -195,7 +195,7 @@ class PublishedGiven(Published):
         size = *labels.shape, stage.shape.encoder.hidden_size
         x_1 = F.normalize(torch.randn(size, generator=torch.Generator().manual_seed(3)), dim=-1)
         x_1 *= (labels != IGNORE_INDEX).unsqueeze(-1)
-        _, weight = SuffixTargets(None, None, self.config, stage.dtype).places(labels)
+        weight = SuffixTargets(None, None, self.config, stage.dtype).weights(labels)
         self.given = x_1.to(stage.device, stage.dtype), weight.to(stage.device)
 
     def targets(self, batch: Batch, mark: Callable[[str], None] = unmarked) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from ..leaves import FlowPath
 from ..rows import SupervisedRows
 from .arguments import check_config, check_flow, check_hidden
 from .calls import Call
-from .cka import response_cka
+from .cka import cka_loss
 from .dispatch import leaves, resolve_backend
 from .gradients import (
     fake_parameter_grads,
@@ -262,11 +262,9 @@ def flow_matching_loss(
     flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     if config.loss == "cka":
         with torch.autocast(hidden.device.type, enabled=False):
-            if rows.num_flow == 0:
-                return (flat[:0].sum() * 0).to(norm.dtype)
-            anchor = rows.anchor[: rows.num_flow].long()
-            cka = response_cka(flat.index_select(0, rows.rows[: rows.num_flow]), targets, anchor)
-            return (1 - cka) * (rows.num_flow / norm)
+            n, published = rows.num_flow, config.target_rule == "published"
+            loss = cka_loss(flat.index_select(0, rows.rows[:n]), targets, rows.anchor[:n].long(), published)
+            return loss if config.flow_normalizer == "weights" else loss * (n / norm)
     index = rows.rows[: rows.num_flow]
     if config.loss == "cosine":
         return _cosine(backend, head, flat.index_select(0, index), targets, rows, config) / norm

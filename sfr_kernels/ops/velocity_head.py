@@ -43,7 +43,7 @@ class HeadWeights:
         flat = [p if k in gains else p.to(dtype) for k, p in enumerate(params)]
         self.time_scale, self.hidden_scale, self.dtype = time_scale, hidden_scale, dtype
         self.w1, self.b1, self.w2, self.b2, w_in, self.b_in, self.gamma_in, self.beta_in = flat[:8]
-        self.size = self.w1.shape[0]  # d
+        self.size = self.w2.shape[0]  # d
         self.w_x, self.w_tau, self.w_h = self.columns(w_in)
         self.blocks = [flat[k : k + 4] for k in range(8, len(flat) - 2, 4)]
         self.w_out, self.b_out = flat[-2:]
@@ -58,7 +58,7 @@ class HeadWeights:
 class HeadActivations:
     """What forward leaves for backward, which takes it apart."""
 
-    time: list[Tensor]  # sinusoid, pre-activation, activation and τ, each (M, d)
+    time: list[Tensor]  # sinusoid (M, d), pre-activation and activation (M, 4d), τ (M, d)
     normed: list[tuple[Tensor, Tensor, Tensor]]  # per normed layer: y (n, D), mean and rstd (n,)
     outputs: list[Tensor]  # per normed layer: a (n, D); at last v (n, d), whose place dv takes
 
@@ -170,8 +170,8 @@ def _time_backward(
     w: HeadWeights,
     time: Sequence[Tensor],
     dtable: Tensor,  # (M, D) float32
-    d_w1: Tensor,  # (d, d), where its gradient goes; the others alike
-    d_w2: Tensor,  # (d, d)
+    d_w1: Tensor,  # (4d, d), where its gradient goes; the others alike
+    d_w2: Tensor,  # (d, 4d)
     d_tau: Tensor,  # (D, d)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of the table of row biases; the gradients of b_1, b_2 and b.
@@ -185,7 +185,8 @@ def _time_backward(
     s, silu, tau, w_tau, w_2 = (x.to(dtype) for x in (s, silu, tau, w.w_tau, w.w2))
     parts = leaves.split(dtable, m, dtype)
     times = len(parts) // m
-    s, silu, tau = torch.cat([t for t in (s, silu, tau) for _ in range(times)]).split(times * m)
+    if times > 1:
+        s, silu, tau = (torch.cat([t] * times) for t in (s, silu, tau))
     torch.mm(parts.T, tau, out=d_tau)
     parts = leaves.split(wide_product(parts, w_tau), m, dtype)
     db2 = parts.sum(0, dtype=wide)
@@ -219,12 +220,12 @@ velocity_head_op = torch.library.custom_op("sfr_kernels::velocity_head", _veloci
 
 @velocity_head_op.register_fake
 def _(h, x_t, times, time_index, params, time_scale, hidden_scale, need_grad, backend):
-    n, m, d, width = h.shape[0], times.shape[0], params[0].shape[0], params[4].shape[0]
+    n, m, width, (d, inner) = h.shape[0], times.shape[0], params[4].shape[0], params[2].shape
     v, wide = h.new_empty(n, d), wide_dtype(h.dtype)
     if not need_grad:
         return [v]
     layers = 1 + (len(params) - 10) // 4
-    time = [h.new_empty(m, d) for _ in range(4)]
+    time = [h.new_empty(m, size) for size in (d, inner, inner, d)]
     stats = [h.new_empty(n, dtype=wide) for _ in range(2)]
     normed = [torch.empty_like(t) for _ in range(layers) for t in (h.new_empty(n, width), *stats)]
     return [v, *time, *normed, *(h.new_empty(n, width) for _ in range(layers))]

@@ -20,7 +20,9 @@ _ALIGNMENT = 256  # bytes
 _TENSORS = "h coefficient targets times noise_id anchor time_index seed"
 _POINTERS = f"gemm handle stream {_TENSORS} params matrices work vectors dh loss"
 _SIZES = "n hidden target_stride"
-_NUMBERS = "d width num_times layers gain_dtype targets_dtype add_to_dh parts rows mse_threads act_threads back_threads"
+_NUMBERS = (
+    "d inner width num_times layers gain_dtype targets_dtype add_to_dh parts rows mse_threads act_threads back_threads"
+)
 _SCALES = "time_scale hidden_scale target_scale source_std eps"
 
 
@@ -85,7 +87,7 @@ def flow_loss(
 ) -> Tensor:
     """ℓ (n,) in float32."""
     coefficient = coefficient.float().contiguous()
-    (n, hidden), d, width, dtype = h.shape, params[0].shape[0], params[4].shape[0], h.dtype
+    (n, hidden), (d, inner), width, dtype = h.shape, params[2].shape, params[4].shape[0], h.dtype
     (targets, noise_id, anchor), layers = path_arguments(path), (len(params) - 6) // 4
     times, time_index = path.times.float().contiguous(), path.time_index.int().contiguous()
     num_times, size, (parts, rows) = times.shape[0], dtype.itemsize, parts_for(n)
@@ -96,15 +98,15 @@ def flow_loss(
         n * d * size,  # x_t
         n * d * size,  # v, then dv
         twice * num_times * d * size,  # sinusoid
-        num_times * d * size,  # its layer before the activation
-        twice * num_times * d * size,  # and after
+        num_times * inner * size,  # its layer before the activation
+        twice * num_times * inner * size,  # and after
         twice * num_times * d * size,  # τ
         4 * num_times * width,  # the table of row biases, then its gradient
         4 * 3 * parts * max(d, width),  # partial sums
         8 * n if width * size > 16 * back_threads else 0,  # moments of rows wider than a block
-        4 * twice * num_times * d,  # gradients of τ and before
+        4 * twice * num_times * inner,  # gradients of τ and before
         4 * (n + 2 * num_times),  # rows by time
-        twice * num_times * max(d, width) * size,  # their parts
+        twice * num_times * max(inner, width) * size,  # their parts
         *[n * width * size, n * width * size, 4 * n, 4 * n] * layers,
     ]
     room, starts = _room(bytes_of, h.device)
@@ -124,7 +126,7 @@ def flow_loss(
         None if dh is None else dh.data_ptr(),
         loss.data_ptr(),
         *(n, hidden, targets.stride(0)),
-        *(d, width, num_times, layers, DTYPES[params[6].dtype], DTYPES[targets.dtype], add_to_dh),
+        *(d, inner, width, num_times, layers, DTYPES[params[6].dtype], DTYPES[targets.dtype], add_to_dh),
         *(parts, rows, mse_threads, threads_for(width, dtype, 512), back_threads),
         *(time_scale, hidden_scale, path.target_scale, path.source_std, EPS),
     )

@@ -1,0 +1,122 @@
+"""The head and the losses of `SFRConfig.official()`, and the copies of the published code that the benchmarks race, are
+the published ones: tests/golden decides.
+
+The kernels are judged by the same files in tests/triton_leaves/test_golden_kernels.py.
+"""
+
+from importlib import import_module
+from itertools import pairwise
+
+import pytest
+import torch
+from golden_cases import (
+    HEADS,
+    LOSSES,
+    TARGETS,
+    Numbers,
+    assert_golden,
+    evaluate_head,
+    evaluate_loss,
+    labels_of,
+    loss_problem,
+    make_head,
+    tensors,
+    wanted_of_head,
+)
+
+from benchmarks.peers.published_loss import PublishedFlowLoss
+from benchmarks.peers.published_targets import LoopedSuffixTargets, SuffixTargets
+from sfr_kernels import SFRConfig, VelocityHead, flow_matching_loss, reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+BOTH = pytest.mark.parametrize("backend", ["torch", "reference"])
+
+
+@BOTH
+@pytest.mark.parametrize("case", HEADS, ids=lambda case: f"{case['num_layers']} layers, d {case['target_size']}")
+def test_the_published_head(case, backend, monkeypatch):
+    monkeypatch.setenv("SFR_KERNELS_BACKEND", backend)
+    assert_golden(evaluate_head(make_head(case), case, torch.float64), wanted_of_head(case), 1e-13)
+
+
+def test_a_published_head_trains():
+    case = HEADS[0]
+    state, x = tensors(case["state"], torch.float32), tensors({k: case[k] for k in ("x_t", "h", "v")}, torch.float32)
+    config = SFRConfig.official(width=case["width"], num_layers=case["num_layers"])
+    head = VelocityHead.from_config(config, case["hidden_size"], case["target_size"])
+    assert list(head.state_dict()) == list(state)
+    head.load_state_dict(state, strict=True)
+    optimizer, losses = torch.optim.SGD(head.parameters(), lr=0.1), []
+    x_t, h, v = (x[name].flatten(0, 1) for name in ("x_t", "h", "v"))
+    for _ in range(5):
+        loss = (head(x_t, 0.25, h) - 2 * v).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(later < sooner for sooner, later in pairwise(losses))
+    assert all((p != state[name]).any() for name, p in head.named_parameters())
+
+
+@BOTH
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_published_losses(name, backend, monkeypatch):
+    """In float64; the published code rounds weights and targets to float32."""
+    problem = loss_problem(name)
+    if problem.x_0 is not None:
+        noise = problem.x_0.flatten(0, 1)
+        leaf = import_module("sfr_kernels.leaves.torch.flow_path")  # whose name in the package is the function's
+        monkeypatch.setattr(leaf, "gaussian", lambda seed, identity, size: noise[identity])
+        monkeypatch.setattr(reference, "gaussian_noise", lambda seed, identity, size: noise[identity])
+    arguments = problem.hidden, problem.head, problem.rows, problem.targets, problem.times
+    loss = flow_matching_loss(*arguments, seed=0, config=problem.config, backend=backend)
+    assert_golden(evaluate_loss(problem, loss), problem.wanted, problem.tolerance)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The copies that the benchmarks race
+
+
+def published_copy(case: dict) -> PublishedFlowLoss:
+    shape = make_head(case).shape
+    copy = PublishedFlowLoss(shape.hidden_size, shape.target_size, shape.width, shape.num_blocks + 2).double()
+    copy.load_state_dict(tensors(case["state"]), strict=True)
+    return copy
+
+
+@pytest.mark.parametrize("case", HEADS, ids=lambda case: f"{case['num_layers']} layers, d {case['target_size']}")
+def test_the_copied_head(case):
+    copy = published_copy(case)
+    x = tensors({name: case[name] for name in ("x_t", "t", "h", "upstream")})
+    v = copy.velocity(x["x_t"], x["t"], x["h"].requires_grad_())
+    names, parameters = zip(*copy.named_parameters(), strict=True)
+    grads = torch.autograd.grad(v, [x["h"], *parameters], x["upstream"])
+    found = dict(zip(["hidden", *names], grads, strict=True)) | {"v": v}
+    found |= {name: found[name].flatten(0, 1) for name in ("v", "hidden")}
+    assert_golden(found, wanted_of_head(case), 1e-13)
+
+
+def test_the_copied_loss():
+    problem = loss_problem("flow_matching")
+    problem.head = published_copy(LOSSES["flow_matching"])
+    n, weight, x_1 = problem.rows.num_flow, torch.zeros(problem.labels.numel()), torch.zeros_like(problem.x_0)
+    index = problem.rows.rows[:n]
+    weight[index] = problem.rows.weight[:n]
+    x_1.flatten(0, 1)[index] = problem.targets[problem.rows.anchor[:n].long()]
+    t = problem.times[:, None, None]
+    x_t = problem.x_0.lerp(x_1, t)
+    loss = problem.head.loss(problem.hidden, x_t, x_1 - problem.x_0, problem.times, weight.view_as(problem.labels))
+    assert_golden(evaluate_loss(problem, loss), problem.wanted, problem.tolerance)
+
+
+@pytest.mark.parametrize("kind", [SuffixTargets, LoopedSuffixTargets])
+@pytest.mark.parametrize("case", TARGETS, ids=lambda case: case["name"])
+def test_the_copied_targets(case, kind):
+    config = SFRConfig.official(**{name: case[name] for name in ("segment_tokens", "stride", "min_tokens")})
+    numbers, labels = Numbers(case["blank_tokens"]), labels_of(case)
+    x_1, weight = kind(numbers, numbers, config, torch.float64)(labels)
+    wanted, wanted_weight = torch.zeros_like(x_1), torch.zeros_like(weight)
+    for b, p, target, w in case["rows"]:
+        wanted[b, p], wanted_weight[b, p] = torch.tensor(target or [0, 0, 0]), w
+    assert torch.equal(x_1, wanted)
+    torch.testing.assert_close(weight, wanted_weight, rtol=1e-6, atol=0)
