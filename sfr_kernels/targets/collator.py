@@ -156,7 +156,8 @@ def _token_identity(
             first = restarts | (position == 0)
             sample, position, first = (x.view(labels.shape) for x in (sample, position, first))
     if starts is not None and positions is None and any(starts):  # the wrapped collator has dropped what tells
-        where = torch.tensor([(i << 32) + at for i, places in enumerate(starts) for at in places], device=device)
+        where = [(i << 32) + at for i, places in enumerate(starts) for at in places]
+        where = torch.tensor(where, dtype=torch.int64, device=device)
         first |= torch.isin((sample << 32) + position, where)
     apart = first.clone()
     apart.view(-1)[1:] |= ~real.reshape(-1)[:-1]

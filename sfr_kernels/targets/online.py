@@ -71,7 +71,7 @@ class OnlineTargets:
             raise RuntimeError("the encoder stays in the process that made OnlineTargets: embed there")
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="targets")
-        device = torch.empty(0, device=device).device  # with its index
+        device = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
         return PendingTargets(self._thread.submit(self._run, list(texts), device))
 
     @torch.no_grad()
@@ -91,7 +91,7 @@ class OnlineTargets:
         out = torch.zeros(len(texts), self.target_size, dtype=torch.float16, device=device)
         known = [(i, self._slots[text]) for i, text in enumerate(texts) if text in self._slots]
         if known:
-            index = torch.tensor(known).T.to(device)
+            index = torch.tensor(known, dtype=torch.int64).T.to(device)
             out[index[0]] = self._table[index[1]]
             for i, _ in known:
                 self._slots.move_to_end(texts[i])
@@ -106,7 +106,8 @@ class OnlineTargets:
                 text = fresh[int((~finite).nonzero()[0])]
                 raise ValueError(f"the encoder returned NaN or infinite values for {text[:200]!r}")
             place = {text: i for i, text in enumerate(fresh)}
-            index = torch.tensor([(i, place[t]) for i, t in enumerate(texts) if t in place]).T.to(device)
+            index = [(i, place[t]) for i, t in enumerate(texts) if t in place]
+            index = torch.tensor(index, dtype=torch.int64).T.to(device)
             out[index[0]] = found[index[1]]
             self._remember(fresh[: self.capacity], found)
         return out
@@ -117,4 +118,4 @@ class OnlineTargets:
             slot = len(self._slots) if len(self._slots) < self.capacity else self._slots.popitem(last=False)[1]
             self._slots[text] = slot
             slots.append(slot)
-        self._table[torch.tensor(slots).to(self._table.device)] = found[: len(texts)]
+        self._table[torch.tensor(slots, dtype=torch.int64).to(self._table.device)] = found[: len(texts)]

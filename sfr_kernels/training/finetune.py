@@ -147,8 +147,8 @@ def finetune(options: TrainOptions) -> Path:
         batches = (b for _ in range(epochs) for b in loader(train, whole, shuffle=True))
         size = attachment_of(model).head.shape.hidden_size
         results["blind_flow_loss"] = frozen_flow_loss(
-            options.config, lambda batch: torch.zeros(*batch["labels"].shape, size), _first(batches, steps),
-            loader(held_out), steps, options.learning_rate, WARMUP, device,
+            options.config, lambda batch: torch.zeros(*batch["labels"].shape, size, dtype=torch.float32),
+            _first(batches, steps), loader(held_out), steps, options.learning_rate, WARMUP, device,
         )  # fmt: skip
     return _finish(options, trainer, tokenizer, shown, prompts, answers_before, results, began)
 
