@@ -2,6 +2,7 @@
 # make test   run the tests
 # make lint   check style
 # make test-newest-triton   run the kernels' tests on the newest Triton that is supported
+# make test-oldest-torch   run the operators' tests on the oldest torch that is supported
 # make bench   what the library is worth on this machine, a table and a report; begins no case after five minutes
 # make readme   write README's tables and figures from the committed result files
 # make gpu-check   on a machine with a GPU, torch, triton and pytest: test the kernels there; installs nothing
@@ -15,12 +16,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 GPU := $(wildcard /proc/driver/nvidia/version)
 CONSTRAINTS := $(if $(CI),constraints-ci.txt,constraints-cpu.txt)
 TORCH := $(shell sed -n 's/^torch==//p' constraints-cpu.txt)
+OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+OPERATORS := linear_cross_entropy decoder_arguments sharded_vocab flow_loss sfr_loss ops modules rows arguments \
+	constants default_dtype
 PINS := $(if $(GPU),,-c $(CONSTRAINTS))
 RUN ?= runs/demo
 # an interrupted demo goes on, a finished one starts anew
 AGAIN = $(if $(wildcard $(RUN)/checkpoint-*),--resume,--overwrite)
 
-.PHONY: demo test test-newest-triton lint bench readme gpu-check clean
+.PHONY: demo test test-newest-triton test-oldest-torch lint bench readme gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -31,6 +35,9 @@ test: $(VENV)/.test
 
 test-newest-triton: $(VENV)/.test $(VENV)/.newest-triton
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest-triton $(BIN)/python -m pytest tests/test_interpreter.py tests/test_ahead_of_time.py $(ARGS)
+
+test-oldest-torch: $(VENV)/.test $(VENV)/.oldest-torch
+	PYTHONPATH=$(CURDIR)/$(VENV)/oldest-torch $(BIN)/python -m pytest $(OPERATORS:%=tests/test_%.py) $(ARGS)
 
 bench: $(VENV)/.peers
 	$(BIN)/python -m sfr_kernels bench $(ARGS)
@@ -56,14 +63,17 @@ $(VENV)/.lint: constraints-ci.txt | $(VENV)/bin/python
 	$(PIP) install $$(sed -n 's/^ruff/ruff/p' constraints-ci.txt)
 	@touch $@
 
-# Without an NVIDIA driver the CPU build of torch, which is far smaller: from where pip already looks, else from
-# PyTorch's own index, else (not Linux) the only build there is.
+# The CPU build of a version of torch, which is far smaller: from where pip already looks, else from PyTorch's own
+# index, else (not Linux) the only build there is.
+cpu_torch = $(PIP) install $(2) "torch==$(1)+cpu" 2>/dev/null \
+	|| $(PIP) install $(2) "torch==$(1)" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+	|| $(PIP) install $(2) "torch==$(1)"
+
+# the CPU build where there is no NVIDIA driver
 $(VENV)/.torch: constraints-cpu.txt | $(VENV)/bin/python
 	@echo "Installing torch (about a minute) ..."
 ifeq ($(GPU),)
-	@$(PIP) install "torch==$(TORCH)+cpu" 2>/dev/null \
-	|| $(PIP) install "torch==$(TORCH)" --index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-	|| $(PIP) install "torch==$(TORCH)"
+	@$(call cpu_torch,$(TORCH))
 else
 	@$(PIP) install "torch>=2.11"
 endif
@@ -93,4 +103,11 @@ $(VENV)/.newest-triton: $(VENV)/.test pyproject.toml
 	@echo "Installing the newest Triton ..."
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/newest-triton \
 	"$$(sed -n 's/.*"\(triton[^;]*\);.*/\1/p' pyproject.toml)"
+	@touch $@
+
+$(VENV)/.oldest-torch: $(VENV)/.test pyproject.toml
+	@echo "Installing torch $(OLDEST_TORCH) ..."
+	@rm -rf $(VENV)/oldest-torch
+	@$(call cpu_torch,$(OLDEST_TORCH),--target $(VENV)/oldest-torch)
+	@PYTHONPATH=$(VENV)/oldest-torch $(BIN)/python -c 'import torch; v = torch.__version__; assert v.startswith("$(OLDEST_TORCH)."), v'
 	@touch $@

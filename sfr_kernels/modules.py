@@ -7,6 +7,7 @@ from .config import SFRConfig
 from .leaves import RowStats
 from .ops import SFROutput, linear_cross_entropy, sfr_loss
 from .ops.arguments import check_scales
+from .ops.constants import check_constant, check_tensor
 from .ops.velocity_head import HeadShape, evaluate_head
 from .rows import IGNORE_INDEX, SupervisedRows
 
@@ -68,14 +69,18 @@ class VelocityHead(nn.Module):
         t: Tensor,  # (n,) or a scalar
         hidden: Tensor,  # (n, H)
     ) -> Tensor:  # (n, d)
-        """The velocity at x_t, differentiable in `hidden` and the parameters."""
+        """The velocity at x_t, differentiable in `hidden` and the parameters; x_t and t must not require a gradient."""
+        check_tensor("hidden", hidden)
+        check_tensor("x_t", x_t)
         n = hidden.shape[0]
         if hidden.shape != (n, self.shape.hidden_size):
             raise ValueError(f"hidden must be (n, {self.shape.hidden_size}), got {tuple(hidden.shape)}")
         if x_t.shape != (n, self.shape.target_size):
             raise ValueError(f"x_t must be ({n}, {self.shape.target_size}), got {tuple(x_t.shape)}")
-        if x_t.requires_grad:
-            raise ValueError("x_t must not require a gradient: the head is differentiable in hidden and its parameters")
+        if isinstance(t, Tensor):
+            check_tensor("t", t)
+        check_constant("x_t", x_t)
+        check_constant("t", t)
         t = torch.as_tensor(t, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         if t.dim() == 0:
             times, index = t.reshape(1), torch.zeros(n, dtype=torch.int32, device=hidden.device)
@@ -101,9 +106,10 @@ class LinearCrossEntropy(nn.Module):
     def __init__(
         self,
         *,
-        shift: bool = False,
+        shift: bool | int = False,
         ignore_index: int = IGNORE_INDEX,
         reduction: str = "mean",
+        class_weight: Tensor | None = None,  # (V,), a buffer
         softcap: float | None = None,
         logit_scale: float = 1.0,
         label_smoothing: float = 0.0,
@@ -118,6 +124,7 @@ class LinearCrossEntropy(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        self.register_buffer("class_weight", class_weight)
         self.options = dict(
             shift=shift,
             ignore_index=ignore_index,
@@ -147,7 +154,14 @@ class LinearCrossEntropy(nn.Module):
         row_weight: Tensor | None = None,  # (...)
     ) -> Tensor | tuple[Tensor, RowStats]:
         return linear_cross_entropy(
-            hidden, weight, labels, bias=bias, normalizer=normalizer, row_weight=row_weight, **self.options
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            normalizer=normalizer,
+            row_weight=row_weight,
+            class_weight=self.class_weight,
+            **self.options,
         )
 
 

@@ -75,7 +75,8 @@ def draw_times(rows: SupervisedRows, seed: int | Tensor, config: SFRConfig) -> t
     """
     n, device = len(rows), rows.device
     if config.is_dirac:
-        return torch.zeros(1, device=device), torch.zeros(n, dtype=torch.int64, device=device)
+        index = torch.zeros(n, dtype=torch.int64, device=device)
+        return torch.zeros(1, dtype=torch.float32, device=device), index
     if config.time_sampling == "sequence":
         identity = torch.zeros(rows.shape[0], dtype=torch.int64, device=device)
         identity.scatter_reduce_(0, rows.time_index.long(), rows.noise_id, "amin", include_self=False)

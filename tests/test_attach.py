@@ -107,6 +107,7 @@ def test_cross_entropy_alone_takes_the_options_of_its_module(tmp_path):
     model.save_pretrained(tmp_path)
     assert not list(tmp_path.glob("sfr_*"))
     detach(model)
+    weighted = LinearCrossEntropy(class_weight=torch.ones(VOCAB))
     for error, match, arguments in [
         (ValueError, "objective", dict(objective="mse")),
         (ValueError, "targets", dict(objective="ce", targets=STORE)),
@@ -115,6 +116,7 @@ def test_cross_entropy_alone_takes_the_options_of_its_module(tmp_path):
         (ValueError, "reduction", dict(objective="ce", head_or_config=LinearCrossEntropy(reduction="sum"))),
         (ValueError, "softcap", dict(objective="ce", head_or_config=LinearCrossEntropy(softcap=3.0))),
         (ValueError, "vocab_start", dict(objective="ce", head_or_config=LinearCrossEntropy(vocab_start=3))),
+        (ValueError, "class_weight", dict(objective="ce", head_or_config=weighted)),
     ]:
         with pytest.raises(error, match=match):
             attach(model, **arguments)

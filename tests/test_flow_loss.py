@@ -341,7 +341,7 @@ def errors():
         (TypeError, "rows", dict(rows=torch.zeros(3))),
         (ValueError, "rows", dict(rows=make_case(small_config()).rows.to("meta"))),
         (TypeError, "config", dict(config={})),
-        (ValueError, "targets", dict(targets=torch.zeros(count, 6, dtype=torch.int64))),
+        (TypeError, "targets", dict(targets=torch.zeros(count, 6, dtype=torch.int64))),
         (ValueError, "targets", dict(targets=torch.zeros(count * 6))),
         (ValueError, "target", dict(targets=torch.zeros(count, 7))),  # another width than the head's
         (ValueError, "targets", dict(targets=torch.zeros(count + 1, 6))),
@@ -354,7 +354,7 @@ def errors():
         (ValueError, "time_index", dict(times=torch.zeros(1))),  # the default preset leaves it to the seed
         (ValueError, "times", dict(times=torch.zeros(0))),
         (ValueError, "times", dict(times=torch.zeros(1, 1))),
-        (ValueError, "times", dict(times=torch.zeros(1, dtype=torch.int64))),
+        (TypeError, "times", dict(times=torch.zeros(1, dtype=torch.int64))),
         (TypeError, "normalizer", dict(normalizer="tokens")),
         (TypeError, "normalizer", dict(normalizer=True)),
         (ValueError, "normalizer", dict(normalizer=float("nan"))),

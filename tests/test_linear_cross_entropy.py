@@ -145,11 +145,12 @@ def test_the_accumulator_of_the_weight_gradient_is_float32_unless_asked():
     assert ours(x, accum_dtype=torch.bfloat16)["weight"].equal(ours(x)["weight"])  # one chunk has no accumulator
 
 
-def test_shift_predicts_the_next_token_of_the_same_sequence():
+@pytest.mark.parametrize("shift, ahead", [(False, 0), (True, 1), (0, 0), (1, 1), (2, 2), (10, 10), (11, 11), (12, 11)])
+def test_shift_predicts_a_later_token_of_the_same_sequence(shift, ahead):
     x = make()
-    shifted = torch.tensor([[*row[1:], IGNORE] for row in x.labels.tolist()])
-    assert_same(ours(x, shift=True), oracle(x, labels=shifted))
-    rows = linear_cross_entropy(x.hidden, x.weight, x.labels, bias=x.bias, shift=True, reduction="none")
+    shifted = torch.tensor([[*row[ahead:], *[IGNORE] * ahead] for row in x.labels.tolist()])
+    assert_same(ours(x, shift=shift), oracle(x, labels=shifted))
+    rows = linear_cross_entropy(x.hidden, x.weight, x.labels, bias=x.bias, shift=shift, reduction="none")
     assert torch.equal(rows != 0, shifted != IGNORE)
 
 
@@ -321,15 +322,22 @@ ROWS = SupervisedRows.from_labels(torch.zeros(2, 3, dtype=torch.int64))
         (TypeError, "normalizer", dict(normalizer="3")),
         (ValueError, "normalizer", dict(normalizer=3, reduction="sum")),
         (ValueError, "softcap", dict(softcap=0.0)),
-        (ValueError, "label_smoothing", dict(label_smoothing=1.0)),
+        (ValueError, "label_smoothing", dict(label_smoothing=1.1)),
         (ValueError, "z_loss", dict(z_loss=-0.1)),
         (ValueError, "labels .* got 5", dict(labels=torch.full((2, 3), 5), debug=True)),
         (ValueError, "labels .* got 5", dict(labels=torch.full((2, 3), 5), backend="reference")),
         (ValueError, "shift", dict(labels=ROWS, shift=True)),
+        (ValueError, "shift .* -1", dict(shift=-1)),
+        (TypeError, "shift .* 1.0", dict(shift=1.0)),
+        (ValueError, "class_weight", dict(class_weight=torch.ones(4))),
+        (ValueError, "class_weight", dict(class_weight=META.expand(5))),
+        (TypeError, "class_weight", dict(class_weight=torch.ones(5, dtype=torch.int64))),
+        (ValueError, "class_weight .* label_smoothing", dict(class_weight=torch.ones(5), label_smoothing=0.1)),
         (ValueError, "rows", dict(labels=ROWS, hidden=torch.zeros(3, 3, 4))),
         (ValueError, "weight is empty", dict(weight=torch.zeros(0))),  # as ZeRO-3 leaves it
         (ValueError, "weight is empty", dict(weight=torch.zeros(0, 4))),
         (ValueError, "chunk_rows", dict(chunk_rows=0)),
+        (TypeError, "chunk_rows", dict(chunk_rows=True)),  # not 1
         (ValueError, "accum_dtype", dict(accum_dtype=torch.bfloat16)),
         (ValueError, "accum_dtype", dict(accum_dtype=torch.float64)),
         (ValueError, "vocab_start", dict(vocab_start=4)),

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo.testing
 from cases import Case, assert_same, evaluate, make_case, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -79,6 +80,30 @@ def test_inductor_takes_another_seed_without_compiling_again():
     compiled = torch.compile(lambda seed: seed_tensor(seed, torch.device("cpu")) ^ 1, fullgraph=True)
     for seed in (3, 4, -7, 2**62 + 12345, 2**63 - 1):
         assert compiled(seed).item() == seed ^ 1
+
+
+def losses_of_a_step(x, case, step: int, value: float):
+    """Every number that may change from one step of training to the next."""
+    flow = dict(rows=case.rows, targets=case.targets, seed=step, config=case.config, normalizer=value + 1)
+    loss = flow_matching_loss(x.hidden, x.head, **flow)
+    loss = loss + sfr_loss(x.hidden, x.weight, x.head, flow_weight=value, **flow).loss
+    return loss + linear_cross_entropy(x.hidden, x.weight, case.labels, shift=True, normalizer=value)
+
+
+@pytest.mark.parametrize("loss", ["flow", "cosine", "cka"])
+def test_the_numbers_of_a_step_are_in_no_graph(loss):
+    """Else every step has one of its own, until dynamo has had enough of them."""
+    torch._dynamo.reset()
+    case = make_case(small_config(loss=loss))
+    x = case.inputs()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled, graphs = torch.compile(losses_of_a_step, backend=counter, fullgraph=True), []
+    for step in range(2, 7):
+        numbers = step, 0.1 * step
+        run = [evaluate(lambda x, f=f, n=numbers: f(x, case, *n), x) for f in (compiled, losses_of_a_step)]
+        assert_same(*run)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, *[graphs[1]] * 4]
 
 
 def operators():

@@ -366,7 +366,7 @@ def test_losses_that_cannot_be_served():
     with pytest.raises(ValueError, match="4 responses"):
         ours(case)(case.inputs())
     case = make_case(small_config(loss="mtp"))
-    with pytest.raises(ValueError, match="targets"):  # embeddings, where labels are decoded
+    with pytest.raises(TypeError, match="targets"):  # embeddings, where labels are decoded
         ours(replace(case, targets=torch.zeros(len(case.rows), 12)))(case.inputs())
     with pytest.raises(ValueError, match="target size 6"):  # the head's output must be a hidden state
         x = case.inputs()

@@ -183,6 +183,8 @@ def wrong_labels_and_parts_are_errors_in_every_process(rank, sizes):
         ours(y)
     with pytest.raises(ValueError, match="reference"):
         ours(y, backend="reference")
+    with pytest.raises(ValueError, match=r"class_weight .* process_group"):
+        ours(y, class_weight=torch.ones(len(y.weight)))
 
 
 @check

@@ -95,6 +95,30 @@ def test_imports_run_one_way(path):
         assert "reference" not in imported, "only ops may reach the reference: it judges the rest"
 
 
+CREATIONS = {"zeros", "ones", "full", "empty", "empty_strided", "rand", "randn", "normal", "tensor", "as_tensor"}
+CREATIONS |= {"scalar_tensor", "eye", "linspace", "logspace", "Tensor"}
+
+
+def without_dtype(source: str) -> list[str]:
+    """The calls that make a tensor of torch's default dtype, which is the caller's to choose; an arange of integers
+    makes none."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("torch."):
+            continue
+        name = ast.unparse(node.func).removeprefix("torch.")
+        real = any(isinstance(x, ast.Constant) and isinstance(x.value, float) for a in node.args for x in ast.walk(a))
+        if (name in CREATIONS or (name == "arange" and real)) and "dtype" not in [k.arg for k in node.keywords]:
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_no_tensor_has_the_default_dtype(path):
+    assert len(without_dtype("torch.zeros(3)\ntorch.arange(0.5)\ntorch.arange(n)\ntorch.ones(2, dtype=t)")) == 2
+    assert not without_dtype(path.read_text())
+
+
 IMPORT = """
 import sys, time
 import torch

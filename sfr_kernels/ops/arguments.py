@@ -5,13 +5,13 @@ from torch import Tensor, nn
 
 from ..config import SFRConfig
 from ..rows import SupervisedRows
+from .constants import INTEGER, check_constant, check_tensor
 from .numerics import autocast_dtype, wide_dtype
 from .velocity_head import HeadShape
 
 
 def check_hidden(hidden: Tensor) -> None:
-    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
-        raise TypeError(f"hidden must be a floating-point tensor, got {getattr(hidden, 'dtype', type(hidden))}")
+    check_tensor("hidden", hidden)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be (..., H) with at least two dimensions, got {tuple(hidden.shape)}")
 
@@ -41,11 +41,12 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
     if times is not None:
         if config.is_dirac:
             raise ValueError(f"times must be None for loss={config.loss!r}, which is taken at t = 0")
-        if not isinstance(times, Tensor) or times.dim() != 1 or not times.is_floating_point():
-            got = f"{tuple(times.shape)} of {times.dtype}" if isinstance(times, Tensor) else type(times).__name__
-            raise ValueError(f"times must be an (M,) floating-point tensor, got {got}")
-        if times.shape[0] == 0:
-            raise ValueError("times must have at least one entry; None leaves them to the seed")
+        check_tensor("times", times)
+        check_constant("times", times)
+        if times.dim() != 1 or times.shape[0] == 0:
+            raise ValueError(
+                f"times must be (M,), M at least 1, got {tuple(times.shape)}; None leaves them to the seed"
+            )
         if times.device != hidden.device:
             raise ValueError(f"times are on {times.device}, hidden on {hidden.device}")
     if rows.time_index is None and not config.is_dirac:
@@ -53,13 +54,14 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
             raise ValueError("times were given, but rows.time_index is None: set it, or leave both to the seed")
         if config.time_sampling == "sequence":
             raise ValueError("rows were made for stratified times; build them with this config (time_sampling)")
+    check_constant("targets", targets)
+    check_tensor("rows.weight", rows.weight)
+    check_constant("rows.weight", rows.weight)
     if config.loss == "mtp":
-        shape = tuple(rows.labels.shape)
-        if not isinstance(targets, Tensor) or targets.shape != shape or targets.is_floating_point():
-            got = (
-                f"{tuple(targets.shape)} of {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
-            )
-            raise ValueError(f"targets of loss='mtp' must be rows.labels {shape}, got {got}")
+        check_tensor("targets", targets, INTEGER)
+        if targets.shape != rows.labels.shape:
+            shapes = f"{tuple(rows.labels.shape)}, got {tuple(targets.shape)}"
+            raise ValueError(f"targets of loss='mtp' must be rows.labels {shapes}")
         if targets.device != hidden.device:
             raise ValueError(f"targets are on {targets.device}, hidden on {hidden.device}")
     else:
@@ -87,9 +89,9 @@ def check_scales(head: nn.Module, config: SFRConfig) -> None:
 
 
 def check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) -> None:
-    if not isinstance(targets, Tensor) or targets.dim() != 2 or not targets.is_floating_point():
-        shape = tuple(targets.shape) if isinstance(targets, Tensor) else type(targets).__name__
-        raise ValueError(f"targets must be (A, d) floating point, got {shape}")
+    check_tensor("targets", targets)
+    if targets.dim() != 2:
+        raise ValueError(f"targets must be (A, d), got {tuple(targets.shape)}")
     if targets.shape[0] != rows.num_anchors:
         raise ValueError(
             f"targets must have one row for each of the {rows.num_anchors} anchors of rows, got {targets.shape[0]}"
@@ -112,12 +114,13 @@ def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"weight is empty {tuple(weight.shape)}: an engine that shards parameters (ZeRO-3, FSDP) has taken it. "
             "Call the loss inside the module that owns it (attach does), or gather it first"
         )
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        shape = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise ValueError(f"weight must be (V, H) with H = {hidden.shape[-1]} as in hidden, got {shape}")
-    if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
-        shape = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
-        raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {shape}")
+    check_tensor("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must be (V, H) with H = {hidden.shape[-1]} as in hidden, got {tuple(weight.shape)}")
+    if bias is not None:
+        check_tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
     cast = torch.is_autocast_enabled(hidden.device.type)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is None:
@@ -135,8 +138,11 @@ def check_memory(
     dtype = autocast_dtype(hidden)
     if logits_dtype not in (None, dtype, wide_dtype(dtype)):
         raise ValueError(f"logits_dtype must be {dtype} or {wide_dtype(dtype)}, got {logits_dtype}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    if chunk_rows is not None:
+        if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
+            raise TypeError(f"chunk_rows must be an int, got {chunk_rows!r}")
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if accum_dtype not in (None, dtype, wide_dtype(dtype)):
         raise ValueError(f"accum_dtype must be {dtype} or {wide_dtype(dtype)}, got {accum_dtype}")
     if accum_dtype == torch.float16:

@@ -4,10 +4,12 @@ What torch.library does in Python around a custom op with autograd is a cost of 
 pay. Both ways run the same function, and the same backward.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.autograd import forward_ad
 
 
 class _Context:
@@ -62,6 +64,11 @@ class Call:
 
     def __call__(self, *inputs) -> Sequence[Tensor]:
         flat = self.flat(inputs)
+        if has_tangent(flat):
+            raise NotImplementedError(
+                "the losses have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad, and what is "
+                "made of them), only a gradient: backend='reference' has both"
+            )
         if _is_watched(flat):
             return self.op(*inputs)
         if not torch.is_grad_enabled():
@@ -85,3 +92,21 @@ def _is_watched(inputs: Sequence) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in inputs)
     )
+
+
+def has_tangent(values: Iterable) -> bool:
+    """Whether forward-mode differentiation follows one of the tensors, in any of the transforms that are going on."""
+    return forward_ad._current_level >= 0 and any(_has_tangent(x) for x in values if isinstance(x, Tensor))
+
+
+def _has_tangent(x: Tensor) -> bool:
+    transform = torch._C._functorch.peek_interpreter_stack()  # the innermost, which alone can be asked
+    if transform is None or transform.key() == torch._C._functorch.TransformType.Jvp:
+        if forward_ad.unpack_dual(x, level=0).tangent is not None:
+            return True
+        if transform is None:
+            return False
+    if torch._C._functorch.maybe_get_level(x) == transform.level():
+        x = torch._C._functorch.get_unwrapped(x)
+    with temporarily_pop_interpreter_stack():
+        return _has_tangent(x)

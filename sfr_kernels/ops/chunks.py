@@ -28,17 +28,21 @@ class LogitOptions:
     z_loss: float = 0.0
 
     def __post_init__(self):
-        for name, value in vars(self).items():
+        for name, value in self.named().items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise TypeError(f"{name} must be a number, got {value!r}")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be positive and finite, got {self.softcap}")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
         if not 0 <= self.z_loss < math.inf:
             raise ValueError(f"z_loss must be finite and not negative, got {self.z_loss}")
         if not -math.inf < self.logit_scale < math.inf:
             raise ValueError(f"logit_scale must be finite, got {self.logit_scale}")
+
+    def named(self) -> dict[str, float | None]:
+        """The options by name; not `vars`, which torch 2.11 cannot trace."""
+        return {name: getattr(self, name) for name in ("softcap", "logit_scale", "label_smoothing", "z_loss")}
 
 
 @dataclass(frozen=True)

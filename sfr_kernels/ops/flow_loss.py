@@ -17,6 +17,7 @@ from ..rows import SupervisedRows
 from .arguments import check_config, check_flow, check_hidden
 from .calls import Call
 from .cka import cka_loss
+from .constants import check_number, normalizer_of
 from .dispatch import leaves, resolve_backend
 from .gradients import (
     fake_parameter_grads,
@@ -27,9 +28,9 @@ from .gradients import (
     new_vectors,
     parameter_grads,
 )
-from .numerics import as_written, autocast_dtype, normalizer_of, split_normalizer, wide_dtype
+from .numerics import as_written, autocast_dtype, split_normalizer, wide_dtype
 from .times import draw_times, seed_tensor, sequence_ids
-from .velocity_head import HeadWeights, head_backward, head_forward, velocity_head
+from .velocity_head import HeadWeights, head_backward, head_forward, named_parameters, velocity_head
 
 
 def flow_arguments(
@@ -240,7 +241,8 @@ def flow_matching_loss(
 
     Differentiable in hidden and the head's parameters, which may be float32 beside 16-bit hidden states.
     seed: an int, or a one-element int64 tensor on the device. normalizer: None is the supervised rows of this call;
-    `config.flow_normalizer="weights"` overrides it. No rows give 0, still connected to the graph.
+    `config.flow_normalizer="weights"` overrides it. No rows give 0, still connected to the graph. targets, times,
+    normalizer and rows.weight are constants: none may require a gradient.
     Raises TypeError or ValueError naming the argument; "mtp" needs the decoder and is served by `sfr_loss`.
     """
     check_hidden(hidden)
@@ -269,7 +271,7 @@ def flow_matching_loss(
     if config.loss == "cosine":
         return _cosine(backend, head, flat.index_select(0, index), targets, rows, config) / norm
     flow = flow_arguments(rows, targets, times, seed, config, head)
-    params, grad = list(head.parameters()), torch.is_grad_enabled()
+    params, grad = [*named_parameters(head).values()], torch.is_grad_enabled()
     need_params = grad and any(p.requires_grad for p in params)
     return _call(flat, params, index, rows.token_row, norm, *flow, grad and flat.requires_grad, need_params, backend)[0]
 
@@ -289,12 +291,14 @@ def reference_head(head: nn.Module | None, dtype: torch.dtype) -> tuple[dict[str
     if head is None:
         return {}, {"time_scale": 1.0}
     shape = head.shape
-    params = {name: p.to(dtype) for name, p in head.named_parameters()}
+    params = {name: p.to(dtype) for name, p in named_parameters(head).items()}
     return params, {"time_scale": shape.time_scale, "hidden_scale": shape.hidden_scale}
 
 
 def flow_normalizer(normalizer, rows: SupervisedRows, config: SFRConfig, dtype: torch.dtype) -> Tensor:
     """What L_flow is divided by, as a zero-dim tensor."""
     if config.flow_normalizer == "weights":
+        if normalizer is not None:
+            check_number("normalizer", normalizer, least=0)
         return rows.weight[: rows.num_flow].sum(dtype=dtype).clamp(min=1.0)
     return normalizer_of(normalizer, rows.num_ce, rows.device, dtype)

@@ -1,7 +1,6 @@
-"""What every composite needs of arithmetic: casts under autocast, products with float32 sums, normalizers."""
+"""What every composite needs of arithmetic: casts under autocast, products with float32 sums."""
 
 import contextlib
-import math
 
 import torch
 from torch import Tensor
@@ -59,19 +58,3 @@ def split_normalizer(normalizer: Tensor, dtype: torch.dtype) -> tuple[Tensor | N
     """What gradients in `dtype` are divided by from the start, and in backward: all of it at the start, but in float16,
     where a gradient of 1 / normalizer of a probability would be lost below 6e-8. None is 1."""
     return (None, normalizer) if dtype == torch.float16 else (normalizer, None)
-
-
-def normalizer_of(normalizer: float | Tensor | None, count: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The normalizer as a zero-dim tensor of `dtype`; 0 becomes 1, since it divides a sum over no rows."""
-    if normalizer is None:
-        normalizer = count
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(f"normalizer must have one element, got shape {tuple(normalizer.shape)}")
-        normalizer = normalizer.detach().reshape(()).to(device, dtype)
-        return torch.where(normalizer == 0, 1.0, normalizer)
-    if isinstance(normalizer, bool) or not isinstance(normalizer, int | float):
-        raise TypeError(f"normalizer must be a number or a tensor, got {type(normalizer).__name__}")
-    if not 0 <= normalizer < math.inf:
-        raise ValueError(f"normalizer must be a finite number, at least 0, got {normalizer}")
-    return torch.full((), normalizer or 1, device=device, dtype=dtype)

@@ -4,7 +4,6 @@ The rows are ordered [flow only | both | CE only], so the head sees the first ro
 last ones, without another copy. Both write into one dh: first the lm_head's product, then the head's is added to it.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,13 +16,14 @@ from ..rows import SupervisedRows
 from .arguments import check_config, check_decoder, check_flow, check_hidden, check_memory
 from .calls import Call
 from .chunks import LogitOptions, Plan, dweight_dtype_for, run_chunks
+from .constants import check_number, normalizer_of, scalar
 from .cross_entropy import check_labels, cross_entropy, warn_of_no_rows
 from .dispatch import leaves, resolve_backend
 from .flow_loss import flow_arguments, flow_matching_loss, flow_normalizer, reference_head, run_flow
 from .gradients import fake_parameter_grads, finish_gradients, head_dtype_of, parameter_grads
-from .numerics import as_written, autocast_dtype, normalizer_of, split_normalizer, wide_dtype
+from .numerics import as_written, autocast_dtype, split_normalizer, wide_dtype
 from .times import seed_tensor
-from .velocity_head import velocity_head
+from .velocity_head import named_parameters, velocity_head
 
 
 class SFROutput(NamedTuple):
@@ -179,19 +179,22 @@ def sfr_loss(
 
     Equal to `linear_cross_entropy` + λ · `flow_matching_loss` in value and in every gradient (DESIGN sections 1 to 3).
     softcap, logit_scale, label_smoothing, z_loss, chunk_rows, accum_dtype and debug are those of
-    `linear_cross_entropy`.
+    `linear_cross_entropy`. targets, times, flow_weight, normalizer and rows.weight are constants: none may require a
+    gradient.
     Raises TypeError or ValueError naming the argument. No rows give 0, still connected to the graph.
     """
     check_hidden(hidden)
     check_config(config)
     check_decoder(hidden, weight, bias)
     check_flow(hidden, head, rows, targets, times, seed, config)
-    lam = _flow_weight(config.flow_weight if flow_weight is None else flow_weight)
+    flow_weight = config.flow_weight if flow_weight is None else flow_weight
+    check_number("flow_weight", flow_weight)
     dtype = autocast_dtype(hidden)
     backend = resolve_backend(backend, hidden.device, dtype)
     options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
     check_memory(hidden, None, chunk_rows, accum_dtype)
     norm = normalizer_of(normalizer, rows.num_ce, hidden.device, wide_dtype(dtype))
+    lam = scalar(flow_weight, hidden.device, norm.dtype)
     if backend == "reference":
         check_labels(rows.labels[rows.ce_start :], weight.shape[0], debug=True)
         params, scales = reference_head(head, hidden.dtype)
@@ -208,15 +211,14 @@ def sfr_loss(
             bias=bias,
             flow_weight=lam,
             normalizer=norm,
-            **vars(options),
+            **options.named(),
         )
         return SFROutput(*(x.to(norm.dtype) for x in (loss, ce.detach(), flow.detach())))
-    lam = lam.to(norm) if isinstance(lam, Tensor) else lam
     flat = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     labels = rows.labels[rows.ce_start :]
     if config.loss in ("flow", "mse"):
-        params = list(head.parameters())
+        params = [*named_parameters(head).values()]
         grad = torch.is_grad_enabled()
         loss, ce, flow, *_ = _call(
             flat,
@@ -228,7 +230,7 @@ def sfr_loss(
             rows.token_row,
             norm,
             flow_normalizer(norm, rows, config, norm.dtype),
-            lam if isinstance(lam, Tensor) else torch.full_like(norm, lam),
+            lam,
             options.softcap,
             options.logit_scale,
             options.label_smoothing,
@@ -256,19 +258,6 @@ def sfr_loss(
             hidden, head, rows, targets, times, seed=seed, config=config, normalizer=norm, backend=backend
         )
     return SFROutput(ce + lam * flow, ce.detach(), flow.detach())
-
-
-def _flow_weight(value: float | Tensor) -> float | Tensor:
-    """λ as a finite number or a zero-dim tensor without a gradient."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"flow_weight must have one element, got shape {tuple(value.shape)}")
-        return value.detach().reshape(())
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"flow_weight must be a number or a tensor, got {value!r}")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"flow_weight must be finite, got {value}")
-    return value
 
 
 def _mtp(h, weight, bias, head, rows, targets, config, norm, options, memory) -> Tensor:

@@ -17,7 +17,8 @@ def draw_times(
     """The table of times and every row's index into it, from the seed and the rows' identities alone."""
     if num_times == 0:
         device = noise_id.device
-        return torch.zeros(1, device=device), torch.zeros(noise_id.shape[0], dtype=torch.int32, device=device)
+        index = torch.zeros(noise_id.shape[0], dtype=torch.int32, device=device)
+        return torch.zeros(1, dtype=torch.float32, device=device), index
     if time_index is None:
         return leaves.stratified_times(noise_id, seed, num_times)
     return leaves.sequence_times(sequence_id, seed), time_index

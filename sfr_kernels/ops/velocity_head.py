@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import reference
 from .calls import Call
+from .constants import check_tensor
 from .dispatch import leaves, resolve_backend
 from .gradients import fake_parameter_grads, matrix_views, new_matrices, parameter_grads, product_dtype
 from .numerics import as_written, autocast_dtype, product_into, wide_dtype, wide_product
@@ -295,6 +296,14 @@ def _backward(ctx, grads):
 _call = Call(velocity_head_op, _velocity_head, _setup_context, _backward, list_at=4, returns_list=True)
 
 
+def named_parameters(head: torch.nn.Module) -> dict[str, Tensor]:
+    """Those of a VelocityHead, in order; TypeError for codes of a quantized one."""
+    named = dict(head.named_parameters())
+    for name, p in named.items():
+        check_tensor(f"head.{name}", p)
+    return named
+
+
 def velocity_head(
     backend: str,
     head: torch.nn.Module,  # a VelocityHead
@@ -304,7 +313,7 @@ def velocity_head(
     time_index: Tensor,  # (n,) int32
 ) -> Tensor:
     """v (n, d), differentiable in h and the parameters; not in x_t."""
-    dtype, params = autocast_dtype(h), list(head.parameters())
+    dtype, params = autocast_dtype(h), [*named_parameters(head).values()]
     h = h.to(dtype)
     need_grad = torch.is_grad_enabled() and (h.requires_grad or any(p.requires_grad for p in params))
     shape = head.shape
@@ -326,7 +335,7 @@ def evaluate_head(head: torch.nn.Module, h: Tensor, x_t: Tensor, times: Tensor, 
     dtype = autocast_dtype(h)
     backend = resolve_backend(None, h.device, dtype)
     if backend == "reference":
-        params = {name: p.to(dtype) for name, p in head.named_parameters()}
+        params = {name: p.to(dtype) for name, p in named_parameters(head).items()}
         h, x_t, t = h.to(dtype), x_t.to(dtype), times.to(dtype)[time_index]
         return reference.velocity(params, x_t, t, h, head.shape.time_scale, head.shape.hidden_scale)
     return velocity_head(backend, head, h, x_t, times, time_index)

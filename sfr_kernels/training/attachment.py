@@ -124,9 +124,10 @@ class CrossEntropyAttachment(LinearCrossEntropy):
 
     def __init__(self, loss: LinearCrossEntropy):
         super().__init__(**loss.options)
-        plain = LinearCrossEntropy().options
-        for name in ("reduction", "return_stats", "shift", "softcap", "logit_scale", "process_group", "vocab_start"):
-            if self.options[name] != plain[name]:
+        plain, names = LinearCrossEntropy(), ("reduction", "return_stats", "shift", "softcap", "logit_scale")
+        for name in (*names, "process_group", "vocab_start", "class_weight"):
+            given, wanted = (x.options.get(name, x.class_weight) for x in (loss, plain))
+            if given != wanted:
                 raise ValueError(f"{name} must be left alone: attach gives the model's own, and wants a mean of labels")
         self.logit_options: dict | None = None
 
