@@ -245,12 +245,16 @@ def test_an_offloaded_lm_head_is_gathered_by_its_own_hook():
     torch.testing.assert_close(model(**PLAIN).loss, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_copy_has_its_own_head():
+def test_hooks_that_an_engine_adds_after_attach_are_part_of_the_loss():
     model = tiny_llama().eval()
-    attach(model, CONFIG, targets=STORE)
-    twin = copy.deepcopy(model)
-    torch.nn.init.normal_(twin.sfr.head.output_proj.weight)
-    assert twin(**BATCH).flow_loss != model(**BATCH).flow_loss
+    attach(model, objective="ce")
+    wanted = model(**PLAIN).loss
+    handle = model.lm_head.register_forward_hook(lambda module, args, out: 2 * out)
+    torch.testing.assert_close(model(**PLAIN).loss, 2 * wanted, rtol=1e-6, atol=0)
+    assert model(input_ids=PLAIN["input_ids"]).logits.shape[-1] == VOCAB
+    detach(model)
+    handle.remove()
+    assert not model.lm_head._forward_hooks
 
 
 def test_saving_writes_the_plain_model_and_the_head_beside_it(tmp_path):

@@ -241,6 +241,6 @@ def test_online_targets_make_texts_in_other_processes():
     assert texts == [t for i in (0, 4) for t in SFRCollator(CONFIG, online(), pad)(SAMPLES[i : i + 4])["rows"].targets]
     import pickle
 
-    elsewhere = pickle.loads(pickle.dumps(online()))
+    elsewhere = pickle.loads(pickle.dumps(SFRCollator(CONFIG, online(), pad))).targets
     with pytest.raises(RuntimeError, match="stays in the process"):
         elsewhere.start(["a"], "cpu")

@@ -180,7 +180,7 @@ def test_evaluation_returns_both_losses_and_keeps_training_sums_clean(tmp_path):
     with torch.no_grad():
         out = trainer.model.eval()(**SFRCollator(CONFIG, STORE, pad)(SAMPLES[:8]))
     assert first == second == pytest.approx((out.ce_loss + out.flow_loss).item(), rel=1e-5)
-    assert attachment_of(trainer.model).totals is None
+    assert attachment_of(trainer.model).totals() is None
 
 
 def test_the_callback_asks_for_an_attached_model(tmp_path):

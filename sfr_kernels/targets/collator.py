@@ -1,5 +1,6 @@
 """`SFRCollator`: wraps the collator people have, and adds what the SFR loss needs."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,6 +46,13 @@ class SFRCollator:
         else:
             targets.check(config)
         self.config, self.targets, self.collator, self.seed = config, targets, collator, seed
+
+    def __getstate__(self) -> dict:
+        # A dataloader's worker makes texts, and has no use for the encoder.
+        targets = copy.copy(self.targets)
+        if isinstance(targets, OnlineTargets):
+            targets.encoder = None
+        return self.__dict__ | {"targets": targets}
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         features = [dict(feature) for feature in features]

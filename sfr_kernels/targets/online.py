@@ -5,6 +5,7 @@ has them embedded on its own device, by a thread and on a stream beside the deco
 needs them.
 """
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -55,10 +56,14 @@ class OnlineTargets:
         self._table: Tensor | None = None  # (capacity, d) float16
         self._stream = self._thread = None
 
-    def __getstate__(self):
-        # A dataloader's worker makes texts; it has no use for the encoder and what that remembers.
-        left = {"encoder": None, "_slots": OrderedDict(), "_table": None, "_stream": None, "_thread": None}
-        return self.__dict__ | left
+    def __getstate__(self) -> dict:
+        """A pickle holds the encoder, and nothing of what it remembers."""
+        return self.__dict__ | {"_slots": OrderedDict(), "_table": None, "_stream": None, "_thread": None}
+
+    def __deepcopy__(self, memo: dict) -> "OnlineTargets":
+        """One that shares the encoder, which is frozen, and remembers for itself."""
+        memo[id(self)] = twin = copy.copy(self)
+        return twin
 
     def check(self, config: SFRConfig) -> None:
         """Segments are made by whatever rules the config has; of the encoder it may say pooling and length."""

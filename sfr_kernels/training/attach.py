@@ -7,12 +7,8 @@ gathered it, and the head's inside that of `SFRLoss`. What the model does to its
 measured once, by sending known numbers through, and handed to the loss.
 """
 
-import contextlib
-import inspect
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +19,30 @@ from ..ops import SFROutput
 from ..targets import OnlineTargets, TargetStore
 from .attachment import Attachment, BatchInputs, CrossEntropyAttachment, SFRModelOutput, attachment_of
 from .checkpoint import pairing, save_head
+from .methods import cover, is_covered, owner, plain, uncover
 
 _KWARGS_FLAG = "accepts_loss_kwargs"  # read by Trainer: forward takes num_items_in_batch
-_EXTRA_INPUTS = ("rows", "targets", "times", "seed", "sample_id")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     """One loss, on its way through the model's forward to the lm_head; or a probe of the logits' transform."""
 
     sfr: Attachment | CrossEntropyAttachment
+    linear: nn.Linear
+    outer: nn.Module  # the linear layer, or what wraps it
     inputs: dict | None = None
     probe: Tensor | None = None
     out: SFROutput | None = None
-    returned: Tensor | None = None
+    returned: Tensor | None = None  # by outer, after every hook
+
+    @classmethod
+    def of(cls, base: nn.Module, **given) -> "_Call":
+        return cls(base.sfr, _patched_linear(base), base.get_output_embeddings(), **given)
+
+
+# The calls in progress. They are kept off the modules: a compiler takes the sizes of what hangs on a module for fixed.
+_calls: list[_Call] = []
 
 
 def base_of(model: nn.Module) -> nn.Module:
@@ -65,8 +71,9 @@ def attach(
 
     Without labels the model is what it was. `rows` default to those of `labels`; `seed` to one per optimizer step under
     `SFRCallback`, else per forward; `num_items_in_batch`, which Trainer passes, is the normalizer.
-    `save_pretrained` writes the plain model, and the head beside it. TypeError or ValueError, with the model unchanged,
-    if something does not fit.
+    `save_pretrained` writes the plain model, and the head beside it. A copy (deepcopy, pickle, torch.save) is attached
+    too. Compiled, the model is one graph for all steps, where a batch brings rows and targets. TypeError or ValueError,
+    with the model unchanged, if something does not fit.
     """
     base = base_of(model)
     if attachment_of(base) is not None:
@@ -87,13 +94,11 @@ def attach(
     base.accepts_loss_kwargs = True
 
     # An engine that offloads weights has put its own forward over the module's; ours goes under it.
-    slot = "_old_forward" if hasattr(linear, "_hf_hook") else "forward"
-    linear._sfr_plain = slot, getattr(linear, slot)
-    setattr(linear, slot, MethodType(_linear_forward, linear))
-    base._sfr_plain_forward = base.forward
-    base.forward = MethodType(_forward_like(base.forward), base)
-    model._sfr_plain_save = model.save_pretrained
-    model.save_pretrained = MethodType(_save_pretrained, model)
+    cover(linear, "forward", _linear_forward, "_old_forward" if hasattr(linear, "_hf_hook") else None)
+    base.get_output_embeddings().register_forward_hook(_catch)
+    cover(base, "forward", _forward)
+    base._sfr_logits = _Logits(base)
+    cover(model, "save_pretrained", _save_pretrained)
     return model
 
 
@@ -103,26 +108,21 @@ def detach(model: nn.Module) -> VelocityHead | None:
     sfr = getattr(base, "sfr", None)
     if not isinstance(sfr, Attachment | CrossEntropyAttachment):
         raise ValueError("model has no SFR objective to detach")
-    linear = _patched_linear(base)
-    slot, plain = linear.__dict__.pop("_sfr_plain")
-    _restore(linear, slot, plain)
-    _restore(base, "forward", base.__dict__.pop("_sfr_plain_forward"))
-    if "_sfr_plain_save" in model.__dict__:
-        _restore(model, "save_pretrained", model.__dict__.pop("_sfr_plain_save"))
+    covered = [module for module in {base, model} if is_covered(module)]
+    if any(owner(module) is not module for module in covered):
+        raise ValueError("model is a shallow copy, which shares its modules with the attached one: detach that one")
+    uncover(_patched_linear(base))
+    hooks = base.get_output_embeddings()._forward_hooks
+    for key in [key for key, hook in hooks.items() if hook is _catch]:
+        del hooks[key]
+    for module in covered:
+        uncover(module)
     base._keys_to_ignore_on_save = sfr.restore["_keys_to_ignore_on_save"]
     del base.accepts_loss_kwargs
     if (flag := sfr.restore[_KWARGS_FLAG]) is not None:
         base.accepts_loss_kwargs = flag
-    del base.sfr
+    del base.sfr, base._sfr_logits
     return sfr.head
-
-
-def _restore(module: nn.Module, name: str, value) -> None:
-    """Puts an overridden method back; one that was the class's own is simply uncovered."""
-    if getattr(value, "__func__", None) is getattr(type(module), name, None):
-        module.__dict__.pop(name, None)
-    else:
-        setattr(module, name, value)
 
 
 def output_linear(base: nn.Module) -> nn.Linear:
@@ -178,100 +178,115 @@ def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -
     """Errors for a head that does not fit the model or the targets; moves it to the model."""
     if targets is not None and sfr.config.loss != "mtp":
         targets.check(sfr.config)
-    if sfr.head is None:
-        return
-    shape = sfr.head.shape
-    if shape.hidden_size != linear.in_features:
+    shape = None if sfr.head is None else sfr.head.shape
+    if shape and shape.hidden_size != linear.in_features:
         raise ValueError(f"head is for hidden size {shape.hidden_size}, the model's is {linear.in_features}")
-    if targets is not None and sfr.config.loss != "mtp" and shape.target_size != targets.target_size:
+    if shape and targets is not None and sfr.config.loss != "mtp" and shape.target_size != targets.target_size:
         raise ValueError(f"head is for target size {shape.target_size}, targets have {targets.target_size}")
     if linear.weight.device.type != "meta":
-        sfr.head.to(linear.weight.device)
+        sfr.to(linear.weight.device)
 
 
 def _patched_linear(base: nn.Module) -> nn.Linear:
     for module in base.get_output_embeddings().modules():
-        if "_sfr_plain" in module.__dict__:
+        if is_covered(module):
             return module
     raise RuntimeError("the model's lm_head was replaced after attach: resize or wrap it first, then attach")
 
 
 def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     """The lm_head: logits as ever, or the loss, shaped like one logit, while a call waits for it."""
-    call: _Call | None = self.__dict__.get("_sfr_call")
-    if call is None:
-        return self._sfr_plain[1](hidden)
+    for call in _calls:
+        if call.linear is self:
+            break
+    else:
+        return plain(self, "forward")(hidden)
     if call.probe is not None:
         return call.probe
     call.out = call.sfr(hidden, self.weight, bias=self.bias, **call.inputs)
     return call.out.loss.reshape(1, 1, 1)
 
 
-@contextlib.contextmanager
-def _waiting(base: nn.Module, call: _Call) -> Iterator[None]:
-    """Routes the next lm_head call to `call`, and catches what it returns after every other hook."""
-    linear = _patched_linear(base)
-    linear._sfr_call = call
-    hook = base.get_output_embeddings().register_forward_hook(lambda m, i, out: setattr(call, "returned", out))
+def _catch(module: nn.Module, args: tuple, output: Tensor) -> None:
+    """The last hook of the output embeddings: keeps what a call gets from them."""
+    for call in _calls:
+        if call.outer is module:
+            call.returned = output
+
+
+def _run(base: nn.Module, call: _Call, args: tuple, options: dict):
+    """The model's own forward, in which the lm_head answers to `call`."""
+    if list(call.outer._forward_hooks.values())[-1:] != [_catch]:
+        _hook_last(call.outer)
+    _calls.append(call)
     try:
-        yield
+        return plain(base, "forward")(*args, **{"use_cache": False, **options, "return_dict": True})
     finally:
-        hook.remove()
-        del linear._sfr_call
+        _calls.remove(call)
 
 
-def _forward_like(plain):
-    """The attached forward, with the signature of the model's own and the inputs of the loss added."""
-
-    def forward(self, *args, labels=None, rows=None, targets=None, times=None, seed=None, sample_id=None,
-                num_items_in_batch=None, **kwargs):  # fmt: skip
-        if labels is None and rows is None:
-            return self._sfr_plain_forward(*args, **kwargs)
-        sfr, given = self.sfr, (labels, rows, targets, times, seed, sample_id, num_items_in_batch)
-        inputs = sfr.inputs(BatchInputs(*given, kwargs))
-        if sfr.logit_options is None:
-            device = (labels if rows is None else rows).device
-            sfr.logit_options = _measure_logits(self, sfr, device)
-        inputs |= sfr.logit_options
-        call = _Call(sfr, inputs)
-        with _waiting(self, call):
-            outputs = self._sfr_plain_forward(*args, **{"use_cache": False, **kwargs, "return_dict": True})
-        loss, aux = call.returned.reshape(()), getattr(outputs, "aux_loss", None)
-        if aux is not None:  # the router loss of a mixture of experts, which such models add themselves
-            loss = loss + self.router_aux_loss_coef * aux.to(loss.device)
-        if sfr.training:
-            sfr.record(call.out)
-        return SFRModelOutput(loss=loss, ce_loss=call.out.ce, flow_loss=call.out.flow, aux_loss=aux)
-
-    signature = inspect.signature(plain)
-    names = [p for p in signature.parameters.values() if p.name not in _EXTRA_INPUTS]
-    extra = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in _EXTRA_INPUTS]
-    tail = [p for p in names if p.kind is inspect.Parameter.VAR_KEYWORD]
-    self_ = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = signature.replace(parameters=[self_, *(p for p in names if p not in tail), *extra, *tail])
-    return forward
+@torch.compiler.disable
+def _hook_last(module: nn.Module) -> None:
+    """An engine that came after attach has hooks too, and its gradients need what they return."""
+    for key in [key for key, hook in module._forward_hooks.items() if hook is _catch]:
+        del module._forward_hooks[key]
+    module.register_forward_hook(_catch)
 
 
-@torch.no_grad()
-def _measure_logits(base: nn.Module, sfr: Attachment | CrossEntropyAttachment, device: torch.device) -> dict:
-    """softcap and scale of the model's logits, found by passing known numbers off as logits of one token."""
-    values = torch.tensor([2.0**-9, 1.0, -3.0, 1e6], device=device)
-    call = _Call(sfr, probe=values.reshape(1, 1, -1))
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _waiting(base, call):
+@torch.compiler.disable
+def _find_inputs(sfr: Attachment, batch: BatchInputs) -> dict:
+    """Rows from labels and targets from a store or an encoder: work of Python, and of the CPU."""
+    return sfr.inputs(batch)
+
+
+def _forward(self, *args, labels=None, rows=None, targets=None, times=None, seed=None, sample_id=None, **kwargs):
+    """The attached forward."""
+    normalizer = kwargs.pop("num_items_in_batch", None)
+    if labels is None and rows is None:
+        return plain(self, "forward")(*args, **kwargs)
+    sfr, batch = self.sfr, BatchInputs(labels, rows, targets, times, seed, sample_id, normalizer, kwargs)
+    looked_up = isinstance(sfr, Attachment) and (rows is None or isinstance(sfr.store, OnlineTargets))
+    inputs = _find_inputs(sfr, batch) if looked_up else sfr.inputs(batch)
+    self._sfr_logits.measure((labels if rows is None else rows).device)
+    call = _Call.of(self, inputs=inputs | self._sfr_logits.options)
+    outputs = _run(self, call, args, kwargs)
+    loss, aux = call.returned.reshape(()), getattr(outputs, "aux_loss", None)
+    if aux is not None:  # the router loss of a mixture of experts, which such models add themselves
+        loss = loss + self.router_aux_loss_coef * aux.to(loss.device)
+    if sfr.training:
+        sfr.record(call.out)
+    return SFRModelOutput(loss=loss, ce_loss=call.out.ce, flow_loss=call.out.flow, aux_loss=aux)
+
+
+class _Logits:
+    """softcap and scale of the model's logits, measured at the first loss: before that, weights may be elsewhere."""
+
+    def __init__(self, base: nn.Module):
+        self.base, self.options = base, None
+
+    @torch.compiler.assume_constant_result  # so that a compiler measures where it traces
+    @torch.no_grad()
+    def measure(self, device: torch.device) -> None:
+        """Passes known numbers off as logits of one token. ValueError if something else becomes of them."""
+        if self.options is not None:
+            return
+        probe = torch.tensor([[[2.0**-9, 1.0, -3.0, 1e6]]], dtype=torch.float32, device=device)
         token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        found = base._sfr_plain_forward(input_ids=token, use_cache=False, return_dict=True).logits.flatten().tolist()
-    scale = found[0] * 2**9
-    softcap = None if math.isclose(found[3], scale * 1e6, rel_tol=1e-4) else found[3]
-    wanted = [scale * x if softcap is None else softcap * math.tanh(scale * x / softcap) for x in (1.0, -3.0)]
-    if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(wanted, found[1:3], strict=True)):
-        raise ValueError(f"{type(base).__name__} transforms its logits in a way the loss does not know: {found}")
-    return {"softcap": softcap, "logit_scale": scale}
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            outputs = _run(self.base, _Call.of(self.base, probe=probe), (), {"input_ids": token})
+        found = outputs.logits.flatten().tolist()
+        scale = found[0] * 2**9
+        softcap = None if math.isclose(found[3], scale * 1e6, rel_tol=1e-4) else found[3]
+        wanted = [scale * x if softcap is None else softcap * math.tanh(scale * x / softcap) for x in (1.0, -3.0)]
+        if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(wanted, found[1:3], strict=True)):
+            name = type(self.base).__name__
+            raise ValueError(f"{name} transforms its logits in a way the loss does not know: {found}")
+        self.options = {"softcap": softcap, "logit_scale": scale}
 
 
 def _save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
     """The model's own save_pretrained, which leaves the head out, and the head beside it."""
-    result = self._sfr_plain_save(save_directory, *args, **kwargs)
+    result = plain(self, "save_pretrained")(save_directory, *args, **kwargs)
     sfr = attachment_of(self)  # None if the model inside a PEFT model was detached
     if isinstance(sfr, Attachment) and kwargs.get("is_main_process", True):
         save_head(save_directory, sfr, pairing(self))

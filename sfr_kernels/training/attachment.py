@@ -4,8 +4,10 @@ Both kinds answer the same questions: which inputs of a forward the loss takes, 
 lm_head's weight.
 """
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
@@ -61,17 +63,60 @@ class Attachment(SFRLoss):
     def __init__(self, loss: SFRLoss, store: TargetStore | OnlineTargets | None):
         super().__init__(loss.config, loss.head, **loss.options)
         self.store = store
-        self.flow_weight = loss.config.flow_weight
-        self.step: int | None = None  # set by SFRCallback; without it, every training forward is a step
-        self.forwards = 0
-        self.logit_options: dict | None = None  # measured at the first loss
-        self.totals: list[Tensor] | None = None  # sums of ce and flow since the last log
+        # What changes from step to step lies in tensors, since a compiled forward takes a number for a constant. No
+        # buffers: they would be cast with the model, broadcast at each step, and lost on the meta device.
+        self._lambda = torch.zeros((), dtype=torch.float64)
+        self._seed, self._forwards = torch.zeros(2, 1, dtype=torch.int64)
+        self._sums = torch.zeros(2, dtype=torch.float32)  # of ce and flow since the last log
+        self._recorded = False
+        self.flow_weight, self.step = loss.config.flow_weight, None
 
-    def seed(self) -> int:
+    @property
+    def flow_weight(self) -> float:
+        """λ."""
+        return self._flow_weight
+
+    @flow_weight.setter
+    def flow_weight(self, value: float) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"flow_weight must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"flow_weight must be finite, got {value}")
+        self._flow_weight = value
+        self._lambda.fill_(value)
+
+    @property
+    def step(self) -> int | None:
+        """The step of the noise, which SFRCallback sets. None: every training forward is one, after the last set."""
+        return self._step
+
+    @step.setter
+    def step(self, value: int | None) -> None:
+        self._step = value
+        self._counts = value is None
+        if value is not None:
+            self._seed.fill_(step_seed(self.config.seed, value))
+            self._forwards.fill_(value + 1)
+
+    def _apply(self, fn, recurse: bool = True) -> "Attachment":
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, dtype=torch.int64, device=self._seed.device)).device
+        if device.type != "meta":
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            self._lambda = self._lambda.to(device, wide)
+            self._seed, self._forwards, self._sums = (x.to(device) for x in (self._seed, self._forwards, self._sums))
+        return self
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for name in ("_lambda", "_seed", "_forwards", "_sums"):  # of its own: a spawned process shares memory
+            setattr(self, name, getattr(self, name).clone())
+
+    def seed(self) -> int | Tensor:
         """The seed of this forward's noise: of the step in training, always the same in evaluation."""
         if not self.training:
             return step_seed(self.config.seed, -1)
-        return step_seed(self.config.seed, self.forwards if self.step is None else self.step)
+        return step_seed(self.config.seed, self._forwards) if self._counts else self._seed
 
     def inputs(self, batch: BatchInputs) -> dict:
         """The loss's arguments: rows and targets from the call where given, else from labels and the store."""
@@ -103,18 +148,30 @@ class Attachment(SFRLoss):
             times=batch.times,
             seed=seed,
             normalizer=batch.num_items_in_batch,
-            flow_weight=self.flow_weight,
+            flow_weight=self._lambda,
         )
 
     def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:
-        targets = targets.wait() if isinstance(targets, PendingTargets) else targets
+        targets = _wait(targets) if isinstance(targets, PendingTargets) else targets
         return super().forward(hidden, weight, rows, targets, *args, **options)
 
     def record(self, out: SFROutput) -> None:
         """Adds to the running sums, on the device."""
-        values = [out.ce, out.flow]
-        self.totals = values if self.totals is None else [a + b for a, b in zip(self.totals, values, strict=True)]
-        self.forwards += 1
+        values = torch.stack([out.ce, out.flow])
+        self._sums = self._sums.to(values.device) + values
+        self._recorded = True
+        if self._counts:
+            self._forwards += 1
+
+    def totals(self) -> Tensor | None:
+        """The sums (2,) of ce and flow since this was asked last; None if there was no training forward."""
+        if not self._recorded:
+            return None
+        sums, self._sums, self._recorded = self._sums, torch.zeros_like(self._sums), False
+        return sums
+
+
+_wait = torch.compiler.disable(PendingTargets.wait)
 
 
 class CrossEntropyAttachment(LinearCrossEntropy):
@@ -129,7 +186,6 @@ class CrossEntropyAttachment(LinearCrossEntropy):
             given, wanted = (x.options.get(name, x.class_weight) for x in (loss, plain))
             if given != wanted:
                 raise ValueError(f"{name} must be left alone: attach gives the model's own, and wants a mean of labels")
-        self.logit_options: dict | None = None
 
     def inputs(self, batch: BatchInputs) -> dict:
         """The loss's arguments: of labels, or of rows, which spare a GPU the wait for their number. `shift_labels` and

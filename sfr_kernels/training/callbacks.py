@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher
 from transformers import TrainerCallback
@@ -52,7 +51,8 @@ class SFRCallback(TrainerCallback):
         if state.global_step > 0:
             folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             restore_head(folder, sfr, pairing(model))
-        sfr.totals, self.last_step = None, state.global_step
+        sfr.totals()  # of an earlier run
+        self.last_step = state.global_step
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         sfr = attachment_of(model)
@@ -62,9 +62,9 @@ class SFRCallback(TrainerCallback):
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         sfr = attachment_of(model)
         steps = state.global_step - self.last_step
-        if logs is None or sfr.totals is None or steps == 0 or "loss" not in logs:
+        if logs is None or steps == 0 or "loss" not in logs or (totals := sfr.totals()) is None:
             return
-        totals = torch.stack(sfr.totals).float()
+        totals = totals.float()
         if dist.is_available() and dist.is_initialized():
             # Under one global normalizer every rank holds a part of the mean, else a mean of its own.
             dist.all_reduce(totals)
@@ -75,7 +75,7 @@ class SFRCallback(TrainerCallback):
         logs.update(values)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
-        sfr.totals, self.last_step = None, state.global_step
+        self.last_step = state.global_step
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         sfr = attachment_of(model)

@@ -1,0 +1,116 @@
+"""A compiled attached model: one graph, whatever the step, λ and the sizes of a batch."""
+
+import pytest
+import torch
+from corpora import HashEncoder, Words
+from test_trainer import losses, make_trainer
+from tiny import CONFIG, TARGET, pad, tiny_llama, tiny_samples, tiny_store
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from sfr_kernels import SFRConfig, attach
+from sfr_kernels.ops.times import step_seed
+from sfr_kernels.targets import OnlineTargets, SFRCollator
+
+SAMPLES = tiny_samples(24)
+STORE = tiny_store(SAMPLES)
+# Every size of the second batch differs from the first's: what varies is known to the compiler after two. All have more
+# rows than H: below it another dtype of dW may be chosen, which costs a graph.
+BATCHES = [SFRCollator(CONFIG, STORE, pad)(SAMPLES[i : i + k]) for i, k in ((3, 5), (8, 4), (14, 6), (4, 7), (12, 8))]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def twins(config=CONFIG, targets=STORE):
+    """Two equal models; the second is for a compiler."""
+    models = [attach(tiny_llama(num_hidden_layers=1), config, targets) for _ in range(2)]
+    torch.nn.init.normal_(models[0].sfr.head.output_proj.weight)
+    models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+@pytest.mark.parametrize("scheduled", [False, True], ids=["compile(model), free", "model.compile(), scheduled"])
+def test_steps_and_weights_of_the_flow_are_variables_of_one_graph(scheduled):
+    eager, model = twins()
+    counter = CompileCounterWithBackend("eager")
+    compiled = model if scheduled else torch.compile(model, backend=counter, fullgraph=True)
+    if scheduled:
+        model.compile(backend=counter, fullgraph=True)
+    flows, graphs = [], []
+    for step in range(12):
+        training = step < 7 or step == 11
+        for one in (eager, model):
+            one.train(training)
+            if scheduled:
+                one.sfr.step, one.sfr.flow_weight = step, 1 / (step + 1)
+        batch = BATCHES[0] if step in (6, 10) else BATCHES[step % len(BATCHES)]
+        a, b = eager(**batch), compiled(**batch)
+        for x, y in zip(a.values(), b.values(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-6, atol=0)
+        if training:
+            a.loss.backward()
+            b.loss.backward()
+        flows.append(b.flow_loss.item())
+        graphs.append(counter.frame_count)
+    assert graphs[1:7] == [2] * 6, graphs  # one of fixed sizes, then one of any
+    assert len(set(graphs[8:])) == 1 and graphs[-1] <= 4, graphs  # and those of evaluation
+    assert flows[0] != flows[5] != flows[6] and (flows[5] != flows[0]), "the noise must move"
+    for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+    assert torch.equal(eager.sfr.totals(), model.sfr.totals())
+
+
+def test_a_trainer_that_compiles_logs_what_one_that_does_not_logs(tmp_path):
+    config = SFRConfig(**{**CONFIG.to_dict(), "flow_weight": 2.0, "flow_schedule": "cosine", "flow_warmup": 0.5})
+    runs = []
+    for name, arguments in (("eager", {}), ("compiled", dict(torch_compile=True, torch_compile_backend="eager"))):
+        trainer = make_trainer(tmp_path / name, config=config, max_steps=9, per_device_train_batch_size=4, **arguments)
+        trainer.train()
+        runs.append([*losses(trainer), [h["flow_weight"] for h in trainer.state.log_history if "flow_weight" in h]])
+    for a, b in zip(*runs, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3, counters["stats"]
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("kind", ["store", "online", "ce"])
+def test_targets_that_are_looked_up_or_embedded_break_the_graph_and_add_none(kind):
+    """The lookup stays with Python; what is compiled around it does not grow."""
+    targets = STORE if kind == "store" else OnlineTargets(HashEncoder(TARGET), Words())
+    if kind == "ce":
+        eager, model = (attach(tiny_llama(num_hidden_layers=1), objective="ce") for _ in range(2))
+    else:
+        eager, model = twins(targets=targets)
+    counter = CompileCounterWithBackend("eager")
+    compiled, graphs = torch.compile(model, backend=counter), []
+    for step in range(9):
+        samples = SAMPLES[2 * step : 2 * step + 2 + step % 3]
+        batch = pad(samples)
+        if kind == "store":
+            batch["sample_id"] = torch.tensor([s["sample_id"] for s in samples])
+        if kind == "online":
+            batch = SFRCollator(CONFIG, targets, pad)(samples)
+        torch.testing.assert_close(eager(**batch).loss, compiled(**batch).loss, rtol=1e-6, atol=0)
+        graphs.append(counter.frame_count)
+    assert len(set(graphs[4:])) == 1, graphs
+
+
+def test_the_seed_of_a_step_has_the_same_bits_as_a_tensor():
+    # of the first steps, from the finaliser computed with unsigned numbers
+    def wanted(seed, step):
+        mask = 2**64 - 1
+        x = (seed * 0x9E3779B97F4A7C15 + (step + 2) * 0xD1B54A32D192ED03) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        return (x ^ (x >> 31)) >> 1
+
+    steps = [-1, 0, 1, 2, 3, 1000, 2**31, 2**40]
+    for seed in (0, 1, 2**63 - 1, -(2**63), 12345):
+        assert [step_seed(seed, s) for s in steps] == [wanted(seed, s) for s in steps]
+        assert step_seed(seed, torch.tensor(steps)).tolist() == [wanted(seed, s) for s in steps]

@@ -1,0 +1,205 @@
+"""Copies of an attached model: each is one of its own, and works as the original does."""
+
+import copy
+import inspect
+import io
+import pickle
+
+import pytest
+import torch
+import torch.multiprocessing
+from corpora import HashEncoder, Words
+from peft import LoraConfig, get_peft_model
+from tiny import CONFIG, SIZES, TARGET, pad, tiny_llama, tiny_samples, tiny_store
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from sfr_kernels import attach, detach
+from sfr_kernels.targets import OnlineTargets, SFRCollator, TargetStore, build_targets
+from sfr_kernels.training.attachment import attachment_of
+
+SAMPLES = tiny_samples()
+
+
+def saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"torch.save": saved, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "deepcopy": copy.deepcopy}
+
+
+def make_targets(kind: str, folder):
+    if kind == "memory":
+        return tiny_store(SAMPLES)
+    if kind == "online":
+        return OnlineTargets(HashEncoder(TARGET), Words())
+    build_targets(SAMPLES, CONFIG, Words(), HashEncoder(TARGET), folder=folder / "store", progress=False)
+    return TargetStore.open(folder / "store", CONFIG)
+
+
+def make(kind: str, folder, lora: bool = False):
+    """An attached model in training, with its batch."""
+    model = tiny_llama()
+    if lora:
+        model = get_peft_model(
+            model, LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+        )
+    if kind == "ce":
+        return attach(model, objective="ce"), pad([{k: s[k] for k in ("input_ids", "labels")} for s in SAMPLES])
+    targets = make_targets(kind, folder)
+    attach(model, CONFIG, targets)
+    torch.nn.init.normal_(attachment_of(model).head.output_proj.weight)
+    if kind == "memory":
+        return model, {**pad(SAMPLES), "sample_id": torch.arange(len(SAMPLES))}  # looked up by the model
+    return model, SFRCollator(CONFIG, targets, pad)(SAMPLES)
+
+
+def step(model, batch):
+    """The loss and the gradients of a training step, which it takes."""
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return loss.item(), grads
+
+
+def assert_same(a, b):
+    assert a[0] == b[0] and a[1].keys() == b[1].keys() and a[1]
+    for name, grad in a[1].items():
+        assert torch.equal(grad, b[1][name]), name
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["disk", "memory", "online", "ce"])
+def test_a_copy_is_the_model_and_one_of_its_own(kind, lora, way, tmp_path):
+    model, batch = make(kind, tmp_path, lora)
+    step(model, batch)  # the state of a run is copied too
+    twin = COPIES[way](model)
+    assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    trained = [step(twin, batch) for _ in range(2)]
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name]), f"training the copy trained {name} of the original"
+    assert_same(step(model, batch), trained[0])
+    assert inspect.signature(twin.forward) == inspect.signature(model.forward)
+    assert inspect.signature(twin.save_pretrained) == inspect.signature(model.save_pretrained)
+
+    detach(twin)
+    base = twin.get_base_model() if lora else twin
+    plain = pad(SAMPLES)
+    assert twin(**plain).logits.shape[-1] == base.config.vocab_size
+    assert not [k for m in twin.modules() for k in m.__dict__ if "sfr" in k] and attachment_of(twin) is None
+    assert not [k for m in (base, base.lm_head) for k in ("forward", "save_pretrained") if k in m.__dict__]
+    assert not base.lm_head._forward_hooks
+    assert_same(step(model, batch), trained[1])
+
+
+def test_a_shallow_copy_shares_all_and_leaves_detaching_to_the_original():
+    model, batch = make("online", None)
+    twin = copy.copy(model)
+    with pytest.raises(ValueError, match="shallow copy"):
+        detach(twin)
+    assert torch.equal(twin(**batch, seed=3).loss, model(**batch, seed=3).loss)
+
+
+def _child(model, batch, queue):
+    loss = model(**batch).loss
+    loss.backward()
+    queue.put((loss.item(), float(sum(p.grad.norm() for p in model.parameters() if p.grad is not None))))
+
+
+@pytest.mark.parametrize("kind", ["disk", "online"])
+def test_a_model_goes_to_a_process_that_is_spawned(kind, tmp_path):
+    model, batch = make(kind, tmp_path)
+    spawn = torch.multiprocessing.get_context("spawn")
+    queue = spawn.SimpleQueue()
+    child = spawn.Process(target=_child, args=(model, batch, queue))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    loss, grads = step(model, batch)
+    found = queue.get()
+    assert found[0] == pytest.approx(loss, rel=1e-6)
+    assert found[1] == pytest.approx(float(sum(g.norm() for g in grads.values())), rel=1e-5)
+
+
+def test_a_copy_of_online_targets_shares_the_encoder_and_remembers_for_itself():
+    targets = make_targets("online", None)
+    twin = copy.deepcopy(targets)
+    assert twin.encoder is targets.encoder
+    twin.start(["a"], "cpu").wait()
+    assert twin.encoded == 1 and targets.encoded == 0 and not targets._slots
+
+
+def test_a_model_under_the_hooks_of_an_engine_is_copied_or_refused_at_once():
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+
+    for hooked_first in (True, False):
+        model = tiny_llama()
+        if not hooked_first:
+            attach(model, objective="ce")
+        weights = {k: v.clone() for k, v in model.lm_head.state_dict().items()}
+        add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights))
+        if hooked_first:
+            attach(model, objective="ce")
+        batch = pad(SAMPLES)
+        twin = copy.deepcopy(model)
+        with torch.no_grad():
+            wanted = model(**batch).loss
+            twin.lm_head._hf_hook.weights_map["weight"].mul_(2)
+            assert twin(**batch).loss != wanted == model(**batch).loss
+            with pytest.raises((AttributeError, pickle.PicklingError)):  # accelerate's own function
+                pickle.dumps(model)
+            detach(model)
+            torch.testing.assert_close(model(**batch).loss, wanted)
+        remove_hook_from_module(model.lm_head)
+        assert_same(step(model, batch), step(tiny_llama(), batch))
+
+
+def test_a_model_whose_forward_was_wrapped_after_attach_is_not_pickled_without_ours():
+    """As accelerate wraps it for mixed precision, in a method that pickle takes for the class's own forward."""
+    from accelerate import Accelerator
+
+    model, batch = make("online", None)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    shown = inspect.signature(model.forward)
+    prepared = accelerator.prepare_model(model)
+    assert inspect.signature(prepared.forward) == shown
+    wanted = prepared(**batch, seed=3).loss
+    assert torch.equal(copy.deepcopy(prepared)(**batch, seed=3).loss, wanted)
+    for after in (prepared, accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)):
+        torch.testing.assert_close(after(**batch, seed=3).loss, wanted, rtol=1e-2, atol=0)
+        with pytest.raises(TypeError, match="forward of LlamaForCausalLM was replaced after attach"):
+            pickle.dumps(after)
+    sfr = model.sfr
+    head = detach(model)
+    assert head is sfr.head and COPIES["pickle"](attach(model, sfr, sfr.store))(**batch).loss > 0
+
+
+@pytest.mark.parametrize("kind", ["memory", "online"])
+def test_a_model_trains_as_a_whole_in_bfloat16(kind):
+    """As Lightning's bf16-true has it: weights, every tensor of a batch, and those that are made on the way."""
+    config = Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=5.0)  # measured on the way
+    targets, runs = make_targets(kind, None), []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = attach(Gemma2ForCausalLM(config), CONFIG, targets).train()
+        torch.nn.init.normal_(model.sfr.head.output_proj.weight)
+        model.sfr.flow_weight = 0.3  # no number of bfloat16
+        model.to(dtype)
+        batch = SFRCollator(CONFIG, targets, pad)(SAMPLES)
+        batch = {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()}
+        torch.set_default_dtype(dtype)
+        try:
+            out = model(**batch, seed=3)
+            out.loss.backward()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(out.loss, out.ce_loss + 0.3 * out.flow_loss, rtol=1e-6, atol=0)
+        assert all(p.grad.dtype == dtype and p.grad.abs().sum() > 0 for p in model.parameters())
+        runs.append([value.float() for value in out.values()])
+    torch.testing.assert_close(*runs, rtol=1e-2, atol=0)
