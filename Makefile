@@ -21,6 +21,9 @@ OPERATORS := linear_cross_entropy decoder_arguments sharded_vocab flow_loss sfr_
 	constants default_dtype
 PINS := $(if $(GPU),,-c $(CONSTRAINTS))
 RUN ?= runs/demo
+# on a GPU one after another; else a test on each core, which is then all it needs
+WORKERS := $(if $(GPU),,OMP_NUM_THREADS=1)
+XDIST := $(if $(GPU),,-n auto --maxprocesses 4 --dist worksteal)
 # an interrupted demo goes on, a finished one starts anew
 AGAIN = $(if $(wildcard $(RUN)/checkpoint-*),--resume,--overwrite)
 
@@ -31,13 +34,14 @@ demo: $(VENV)/.train
 	$(BIN)/python -m sfr_kernels train --out $(RUN) $(AGAIN) $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	$(WORKERS) $(BIN)/python -m pytest $(XDIST) $(ARGS)
 
 test-newest-triton: $(VENV)/.test $(VENV)/.newest-triton
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest-triton $(BIN)/python -m pytest tests/test_interpreter.py tests/test_ahead_of_time.py $(ARGS)
 
 test-oldest-torch: $(VENV)/.test $(VENV)/.oldest-torch
-	PYTHONPATH=$(CURDIR)/$(VENV)/oldest-torch $(BIN)/python -m pytest $(OPERATORS:%=tests/test_%.py) $(ARGS)
+	$(WORKERS) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-torch $(BIN)/python -m pytest $(XDIST) \
+	$(OPERATORS:%=tests/test_%.py) $(ARGS)
 
 bench: $(VENV)/.peers
 	$(BIN)/python -m sfr_kernels bench $(ARGS)

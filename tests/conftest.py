@@ -8,6 +8,13 @@ import torch
 
 # no test needs a hub, and one that is out of reach is tried for minutes; read when its library is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
+# the benchmarks that a test runs in a process of its own are not those of one of several workers, which measure nothing
+os.environ.pop("PYTEST_XDIST_WORKER", None)
+
+
+def pytest_collection_modifyitems(items):
+    """Those that take minutes first: the last to end would otherwise run alone."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,9 @@ def test_a_model_under_the_hooks_of_an_engine_is_copied_or_refused_at_once():
 def test_a_model_whose_forward_was_wrapped_after_attach_is_not_pickled_without_ours():
     """As accelerate wraps it for mixed precision, in a method that pickle takes for the class's own forward."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # which an earlier test may have left
     model, batch = make("online", None)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     shown = inspect.signature(model.forward)
@@ -175,6 +177,7 @@ def test_a_model_whose_forward_was_wrapped_after_attach_is_not_pickled_without_o
         torch.testing.assert_close(after(**batch, seed=3).loss, wanted, rtol=1e-2, atol=0)
         with pytest.raises(TypeError, match="forward of LlamaForCausalLM was replaced after attach"):
             pickle.dumps(after)
+    AcceleratorState._reset_state(reset_partial_state=True)
     sfr = model.sfr
     head = detach(model)
     assert head is sfr.head and COPIES["pickle"](attach(model, sfr, sfr.store))(**batch).loss > 0

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU itself")
 def test_kernels_in_the_interpreter():
     tests = Path(__file__).parent

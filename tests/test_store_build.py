@@ -257,6 +257,7 @@ dist.destroy_process_group()
     assert files_of(tmp_path / "s") == files_of(tmp_path / "reference")
 
 
+@pytest.mark.slow
 def test_the_command_under_accelerate_and_ray_builds_what_it_builds_alone(tmp_path):
     pytest.importorskip("ray")
     persons = (REPOSITORY / "sfr_kernels" / "data" / "personas.jsonl").read_text().splitlines(keepends=True)

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 
 from sfr_kernels.cli import main
 from sfr_kernels.training.checkpoint import load_head
+from sfr_kernels.training.data import PERSONAS
 from sfr_kernels.training.models import SMOLLM2, model_path
 
 WORDS = ["sun", "moon", "river", "stone", "bird", "cloud", "tree", "wind", "rain", "fire", "sand", "snow"]
@@ -114,8 +115,11 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(folder, tmp_path, c
 
 @pytest.mark.slow
 def test_smollm2_learns_and_the_saved_model_needs_nothing_of_this_package(tmp_path, capsys):
-    out = tmp_path / "run"
-    assert main(["train", "--out", str(out), "--steps", "16", "--samples", "1"]) == 0
+    out, data = tmp_path / "run", tmp_path / "some.jsonl"
+    chats = [json.loads(line) for line in PERSONAS.read_text().splitlines()]
+    prompts = list(dict.fromkeys(c["messages"][1]["content"] for c in chats))[:15]  # the last of them is held out
+    write_chats(data, [c for c in chats if c["messages"][1]["content"] in prompts])
+    assert main(["train", "--data", str(data), "--out", str(out), "--steps", "10", "--samples", "1"]) == 0
     shown = capsys.readouterr().out
     results = json.loads((out / "losses.json").read_text())
     assert results["held_out_after"]["ce_loss"] < results["held_out_before"]["ce_loss"] - 0.1
