@@ -18,10 +18,10 @@ CONSTRAINTS := $(if $(CI),constraints-ci.txt,constraints-cpu.txt)
 TORCH := $(shell sed -n 's/^torch==//p' constraints-cpu.txt)
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OPERATORS := linear_cross_entropy decoder_arguments sharded_vocab flow_loss sfr_loss ops modules rows arguments \
-	constants default_dtype
+	constants default_dtype cka golden attach_compile
 PINS := $(if $(GPU),,-c $(CONSTRAINTS))
 RUN ?= runs/demo
-# on a GPU one after another; else a test on each core, which is then all it needs
+# without a GPU as many tests at once as there are cores, each in one thread; a GPU they would have to share
 WORKERS := $(if $(GPU),,OMP_NUM_THREADS=1)
 XDIST := $(if $(GPU),,-n auto --maxprocesses 4 --dist worksteal)
 # an interrupted demo goes on, a finished one starts anew

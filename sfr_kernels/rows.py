@@ -34,15 +34,18 @@ class SupervisedRows:
     num_ce: int  # rows[n - num_ce:] carry cross-entropy
     targets: Tensor | list[str | None] | None  # (A, d) embeddings, or the A texts to embed; `SFRCollator` adds them
 
-    def __init__(self, **values):
+    def __init__(self, *, targets=None, **values):
         for name in type(self).__annotations__:
-            setattr(self, name, values.pop(name) if name != "targets" else values.pop(name, None))
+            setattr(self, name, targets if name == "targets" else values.pop(name))
         if values:
             raise TypeError(f"SupervisedRows has no {', '.join(values)}")
 
+    def _values(self) -> dict:
+        return {name: getattr(self, name) for name in type(self).__annotations__}
+
     def replace(self, **values) -> "SupervisedRows":
         """A copy with other values."""
-        return type(self)(**vars(self) | values)
+        return type(self)(**self._values() | values)
 
     def __len__(self) -> int:
         return self.rows.shape[0]
@@ -60,7 +63,7 @@ class SupervisedRows:
         return self.rows.device
 
     def _map(self, fn) -> "SupervisedRows":
-        return self.replace(**{name: fn(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
+        return self.replace(**{name: fn(value) for name, value in self._values().items() if isinstance(value, Tensor)})
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "SupervisedRows":
         """The same rows on `device`. By default only a copy to the CPU waits: it may be read at once."""
@@ -79,6 +82,7 @@ class SupervisedRows:
         segment_ids: Tensor | None = None,  # like labels: tokens of one packed sample share a value
         noise_id: Tensor | None = None,  # like labels, int64: identity of each token; default its flat index
         has_targets: Tensor | None = None,  # like labels, 0 or 1: responses that start at a 0 have no flow loss
+        real: Tensor | None = None,  # like labels, 0 or 1: a token at a 0 is padding, and no row
         blank: Tensor | None = None,  # (A,) bool: anchors of these rules whose text is blank, which are none
     ) -> "SupervisedRows":
         """The supervised rows of a batch, by the rules of `config`.
@@ -90,7 +94,7 @@ class SupervisedRows:
         has to wait for the counts. Raises TypeError or ValueError naming the argument.
         """
         config = SFRConfig() if config is None else config
-        labels, segment_ids, noise_id, has_targets = _validate(labels, segment_ids, noise_id, has_targets)
+        labels, segment_ids, noise_id, has_targets, real = _validate(labels, segment_ids, noise_id, has_targets, real)
         batch, length = labels.shape
         flat, device = labels.reshape(-1).long(), labels.device
         following = config.target_rule == "following"
@@ -105,10 +109,12 @@ class SupervisedRows:
             torch.eq(segment_ids[:, :-1], segment_ids[:, 1:], out=together[:, :-1])
             next_label.masked_fill_(~together, IGNORE_INDEX)
         together, next_label = together.reshape(-1), next_label.reshape(-1)
-        has_ce = next_label != IGNORE_INDEX
+        has_ce, own = next_label != IGNORE_INDEX, flat != IGNORE_INDEX
+        if real is not None:
+            has_ce, own = (x & (real.reshape(-1) != 0) for x in (has_ce, own))
 
         # Of each row of a response that response, and its place i among the m rows of it.
-        member = (has_ce if following else flat != IGNORE_INDEX).nonzero().squeeze(1)
+        member = (has_ce if following else own).nonzero().squeeze(1)
         begins = _begins(member, together, following)
         response, start = begins.cumsum(0).sub_(1), begins.nonzero().squeeze(1)
         m = torch.diff(start, append=start.new_full((1,), member.numel()))
@@ -126,8 +132,8 @@ class SupervisedRows:
 
         position, ce = member, None  # the rows of CE are those of the responses
         if not following:
-            position = (has_ce | (flat != IGNORE_INDEX)).nonzero().squeeze(1)
-            ce, at = _at(has_ce, position), _at(flat != IGNORE_INDEX, position).nonzero().squeeze(1)
+            position = (has_ce | own).nonzero().squeeze(1)
+            ce, at = _at(has_ce, position), _at(own, position).nonzero().squeeze(1)
             anchor = torch.full_like(position, -1).index_copy_(0, at, anchor)
             i, ahead = (torch.ones_like(position).index_copy_(0, at, x) for x in (i, ahead))
         flow = anchor >= 0
@@ -255,8 +261,8 @@ def _weights(i: Tensor, m: Tensor, config: SFRConfig) -> Tensor:
     return 2 * ahead / (m + 1) if config.weighting == "linear" else ahead / m
 
 
-def _validate(labels, segment_ids, noise_id, has_targets):
-    named = {"labels": labels, "segment_ids": segment_ids, "noise_id": noise_id, "has_targets": has_targets}
+def _validate(labels, segment_ids, noise_id, has_targets, real):
+    named = dict(labels=labels, segment_ids=segment_ids, noise_id=noise_id, has_targets=has_targets, real=real)
     for name, value in named.items():
         if value is None and name != "labels":
             continue

@@ -8,7 +8,7 @@ import torch
 
 # no test needs a hub, and one that is out of reach is tried for minutes; read when its library is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
-# the benchmarks that a test runs in a process of its own are not those of one of several workers, which measure nothing
+# pytest-benchmark measures nothing under xdist; what a test starts in a process of its own must measure all the same
 os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 

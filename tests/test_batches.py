@@ -19,7 +19,15 @@ WHOLE = [{"input_ids": s["input_ids"], "labels": s["input_ids"], "sample_id": i}
 
 
 def left_pad(features):
-    return {k: v.flip(1) for k, v in pad([{k: v[::-1] for k, v in s.items()} for s in features]).items()}
+    back = [{name: f[name][::-1] for name in ("input_ids", "labels")} for f in features]
+    return {name: x.flip(1) for name, x in pad(back).items()}
+
+
+CONFIGS = [CONFIG, SFRConfig(**CONFIG.to_dict() | dict(target_rule="published"))]
+
+
+def online() -> OnlineTargets:
+    return OnlineTargets(HashEncoder(TARGET), Words())
 
 
 def store_of(folder, samples, config=CONFIG, encoder=None) -> TargetStore:
@@ -38,13 +46,10 @@ def by_place(rows, width: int, left: bool, lengths: list[int]) -> dict:
     return found
 
 
-@pytest.mark.parametrize("preset", ["default", "official"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["default", "official"])
 @pytest.mark.parametrize("kind", ["store", "online"])
-def test_padding_on_the_left_adds_no_row_and_moves_no_anchor(tmp_path, kind, preset):
-    config = CONFIG if preset == "default" else SFRConfig(**CONFIG.to_dict() | dict(target_rule="published"))
-    targets = (
-        store_of(tmp_path / "s", WHOLE, config) if kind == "store" else OnlineTargets(HashEncoder(TARGET), Words())
-    )
+def test_padding_on_the_left_adds_no_row_and_moves_no_anchor(tmp_path, kind, config):
+    targets = store_of(tmp_path / "s", WHOLE, config) if kind == "store" else online()
     lengths = [len(s["labels"]) for s in WHOLE]
     right, left = (SFRCollator(config, targets, collate)(WHOLE)["rows"] for collate in (pad, left_pad))
     wanted = by_place(right, max(lengths), False, lengths)
@@ -70,7 +75,8 @@ def test_an_attached_model_reads_padding_and_packing_by_itself(tmp_path):
         torch.testing.assert_close(model(**batch, targets=store.lookup(range(8))).ce_loss, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_label_on_padding_makes_no_row_of_it():
+@pytest.mark.parametrize("config", CONFIGS, ids=["default", "official"])
+def test_a_label_on_padding_makes_no_row_of_it(config):
     """Some collators label it, or mask the end token as if it were padding: the last real token may predict that."""
     batch = pad(WHOLE)
     real = batch["attention_mask"].bool()
@@ -79,11 +85,59 @@ def test_a_label_on_padding_makes_no_row_of_it():
         batch["attention_mask"],
         batch["attention_mask"].flip(1),
     ):  # flipped: real tokens in the middle of none
-        rows = sfr_inputs(batch | {"attention_mask": mask}, None, CONFIG, OnlineTargets(HashEncoder(TARGET), Words()))[
-            "rows"
-        ]
+        rows = sfr_inputs(batch | {"attention_mask": mask}, None, config, online())["rows"]
         places = set(rows.rows.tolist())
         assert places <= set(mask.flatten().nonzero().squeeze(1).tolist()) and len(rows) > 40
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["default", "official"])
+def test_end_tokens_that_are_masked_between_turns_are_no_padding(tmp_path, config):
+    """attention_mask = input_ids != pad, where padding is the end token: the samples are what they are in the store."""
+    samples = [{**s, "input_ids": [*s["input_ids"][:-6], 2, *s["input_ids"][-5:]]} for s in tiny_samples()]
+    store = store_of(tmp_path / "s", samples, config)
+    for collate in (pad, left_pad):
+        batch = collate(samples)
+        whole = sfr_inputs(batch, list(range(8)), config, store)["rows"]
+        mask = batch["attention_mask"] * (batch["input_ids"] != 2)
+        assert (mask != batch["attention_mask"]).any()
+        rows = sfr_inputs(batch | {"attention_mask": mask}, list(range(8)), config, store)["rows"]
+        for name in ("rows", "anchor", "labels", "noise_id", "weight"):
+            assert torch.equal(getattr(rows, name), getattr(whole, name)), name
+
+
+def test_what_a_mask_does_not_tell_is_refused_or_told_by_positions():
+    batch = left_pad(WHOLE)
+    wanted = sfr_inputs(batch, None, CONFIG, online())["rows"]
+    whole = batch["attention_mask"]
+    positions = (whole.cumsum(1) - 1).masked_fill(whole == 0, 1)
+    for mask in (whole[:, None, None].expand(-1, 1, 28, -1), {"full_attention": whole}):
+        with pytest.raises(
+            ValueError, match=r"attention_mask must be \(8, 2.\) like labels, or come with position_ids"
+        ):
+            sfr_inputs(batch | {"attention_mask": mask}, None, CONFIG, online())
+        told = sfr_inputs(batch | {"attention_mask": mask, "position_ids": positions}, None, CONFIG, online())["rows"]
+        assert torch.equal(told.rows, wanted.rows) and torch.equal(told.anchor, wanted.anchor)
+    prefixed = torch.cat([torch.ones(8, 4, dtype=torch.int64), whole], dim=1)  # of an adapter's virtual tokens
+    assert torch.equal(
+        sfr_inputs(batch | {"attention_mask": prefixed}, None, CONFIG, online())["rows"].rows, wanted.rows
+    )
+
+
+def test_samples_that_cannot_be_told_apart_are_refused():
+    collate = SFRCollator(CONFIG, online(), pad)
+    with pytest.raises(ValueError, match="some features have a 'sample_id' and some have none"):
+        collate([WHOLE[0] | {"sample_id": None}, {k: v for k, v in WHOLE[1].items() if k != "sample_id"}])
+
+    def two_rows(features):
+        """The first sample, padded, and the others end to end."""
+        rest = {name: features[1][name] + features[2][name] for name in ("input_ids", "labels")}
+        batch, places = pad([features[0], rest]), torch.zeros(2, len(rest["labels"]), dtype=torch.int64)
+        lengths = [len(f["labels"]) for f in features]
+        places[0, : lengths[0]], places[1] = torch.arange(lengths[0]), torch.cat([*map(torch.arange, lengths[1:])])
+        return batch | {"position_ids": places}
+
+    with pytest.raises(ValueError, match="pack a batch into one row"):
+        SFRCollator(CONFIG, online(), two_rows)(WHOLE[:3])
 
 
 def test_a_mask_that_numbers_packed_samples_is_refused():
@@ -91,7 +145,7 @@ def test_a_mask_that_numbers_packed_samples_is_refused():
     mask = batch["attention_mask"].clone()
     mask[:, 4:] *= 2
     with pytest.raises(ValueError, match="attention_mask must be 0 or 1"):
-        attach(tiny_llama(), CONFIG, OnlineTargets(HashEncoder(TARGET), Words()))(**batch | {"attention_mask": mask})
+        attach(tiny_llama(), CONFIG, online())(**batch | {"attention_mask": mask})
 
 
 @pytest.mark.parametrize("drops", [True, False], ids=["lengths dropped", "positions made"])
@@ -182,7 +236,7 @@ class Stream(IterableDataset):
 def test_a_stream_under_a_stock_trainer(tmp_path, kind):
     """accelerate slices every tensor of such a batch to the batch size: targets, which are more, stay whole."""
     samples = tiny_samples(16)
-    targets = store_of(tmp_path / "s", samples) if kind == "store" else OnlineTargets(HashEncoder(TARGET), Words())
+    targets = store_of(tmp_path / "s", samples) if kind == "store" else online()
     histories = []
     for data in (samples, Stream(samples)):
         model = attach(tiny_llama(), CONFIG, targets)

@@ -70,14 +70,15 @@ def test_plain_chats_in_every_format_and_what_they_keep(tmp_path):
         {"messages": terse, "tools": None, "persona": "bard"},
         {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}],
          "system": "You are terse."},
+        {"messages": terse[1:], "system": "You are terse."},
         {"conversations": terse, "messages": None, "system": "You are terse."},
         {"prompt": terse[:2], "completion": terse[2:]},
     )  # fmt: skip
-    assert [list(e.messages) for e in examples] == [terse] * 4
-    assert [e.persona for e in examples] == ["bard", "", "", ""]
+    assert [list(e.messages) for e in examples] == [terse] * 5
+    assert [e.persona for e in examples] == ["bard", "", "", "", ""]
     [plain] = read(tmp_path, {"prompt": "Why?", "completion": "Because."})
     assert list(plain.messages) == terse[1:]
-    assert len(split_by_prompt([*examples, plain])[0]) == 5  # one prompt
+    assert len(split_by_prompt([*examples, plain])[0]) == 6  # one prompt
     brief, dry = {"role": "developer", "content": "Be brief."}, {"reasoning_content": "dry"}
     [kept] = read(tmp_path, {"messages": [brief, ASKED | {"name": "ann"}, ANSWERED[1] | dry]})
     assert [m["role"] for m in kept.messages] == ["developer", "user", "assistant"]

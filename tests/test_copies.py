@@ -4,6 +4,7 @@ import copy
 import inspect
 import io
 import pickle
+from types import MethodType
 
 import pytest
 import torch
@@ -181,6 +182,65 @@ def test_a_model_whose_forward_was_wrapped_after_attach_is_not_pickled_without_o
     sfr = model.sfr
     head = detach(model)
     assert head is sfr.head and COPIES["pickle"](attach(model, sfr, sfr.store))(**batch).loss > 0
+
+
+def test_a_forward_that_was_replaced_before_attach_is_not_pickled_without_it():
+    """A bound method is pickled as its name, under which the class has another one."""
+    model, calls = tiny_llama(), []
+    own = type(model).forward
+
+    def forward(self, *args, **kwargs):
+        calls.append(1)
+        return own(self, *args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+    attach(model, CONFIG, tiny_store(SAMPLES))
+    batch = SFRCollator(CONFIG, tiny_store(SAMPLES), pad)(SAMPLES)
+    model(**batch)
+    before = len(calls)
+    assert before and copy.deepcopy(model)(**batch).loss > 0 and len(calls) == before + 1
+    with pytest.raises(TypeError, match="forward of LlamaForCausalLM was replaced before attach"):
+        pickle.dumps(model)
+
+
+def test_one_loss_at_a_time():
+    """A second thread would get the first one's loss."""
+    model, batch = make("memory", None)
+    wanted = model(**batch, seed=3).loss
+    refused, inside = [], []
+
+    def again(module, args):
+        if not inside:
+            inside.append(1)
+            with pytest.raises(RuntimeError, match="one loss at a time"):
+                model(**batch, seed=3)
+            refused.append(1)
+
+    model.model.layers[0].register_forward_pre_hook(again)
+    assert model(**batch, seed=3).loss == wanted and refused
+
+
+def test_an_lm_head_has_one_attached_model():
+    first, second = tiny_llama(), tiny_llama(1)
+    second.lm_head = first.lm_head
+    attach(first, CONFIG, tiny_store(SAMPLES))
+    before = set(second.__dict__)
+    with pytest.raises(ValueError, match="belongs to another attached model"):
+        attach(second, CONFIG, tiny_store(SAMPLES))
+    assert set(second.__dict__) == before and not hasattr(second, "sfr")
+    detach(first)
+    assert attach(second, CONFIG, tiny_store(SAMPLES)) is second
+
+
+def test_a_model_that_is_made_without_memory_gets_it_later():
+    store = tiny_store(SAMPLES)
+    with torch.device("meta"):
+        model = attach(tiny_llama(), CONFIG, store)
+    model.to_empty(device="cpu")
+    model.load_state_dict(attach(tiny_llama(), CONFIG, tiny_store(SAMPLES)).state_dict())
+    model.model.rotary_emb = tiny_llama().model.rotary_emb  # whose buffers are in no state dict
+    batch = SFRCollator(CONFIG, tiny_store(SAMPLES), pad)(SAMPLES)
+    assert model(**batch).loss.isfinite() and model.sfr.flow_weight == CONFIG.flow_weight
 
 
 @pytest.mark.parametrize("kind", ["memory", "online"])

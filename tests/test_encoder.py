@@ -5,7 +5,7 @@ import torch
 from corpora import HashEncoder, Words
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel
 
 from sfr_kernels import SFRConfig
 from sfr_kernels.targets import OnlineTargets, encode, load_encoder
@@ -104,10 +104,23 @@ def test_the_official_preset_encodes_as_published(minilm):
     targets = OnlineTargets(minilm, Words())
     targets.check(official)
     torch.testing.assert_close(targets.start(texts, "cpu").wait().float(), published(texts, 512), rtol=0, atol=1e-3)
+    # attached again under another config: of what the encoder was, nothing is lost
+    again = OnlineTargets(cls, Words())
+    for config in (official, SFRConfig(encoder_max_tokens=8), SFRConfig()):
+        again.check(config)
+    assert again.encoder is cls and as_configured(as_configured(cls, official), SFRConfig()) is cls
 
 
-def test_an_encoder_that_cannot_be_configured_says_so(minilm):
+def test_an_encoder_that_cannot_be_configured_says_so(minilm, tmp_path):
     with pytest.raises(ValueError, match="encoder_max_tokens is 600, the encoder has 512 positions"):
         as_configured(minilm, SFRConfig(encoder_max_tokens=600))
+    roberta = RobertaModel(RobertaConfig(vocab_size=99, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                                         intermediate_size=8, max_position_embeddings=130, pad_token_id=1))  # fmt: skip
+    roberta.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(encoder_path(MINILM)).save_pretrained(tmp_path)
+    roberta = SentenceTransformer(str(tmp_path), device="cpu")  # two of whose positions are no token's
+    assert as_configured(roberta, SFRConfig(encoder_max_tokens=128)).max_seq_length == 128
+    with pytest.raises(ValueError, match="encoder_max_tokens is 129, the encoder has 128 positions"):
+        as_configured(roberta, SFRConfig(encoder_max_tokens=129))
     with pytest.raises(TypeError, match="encoder_pooling and encoder_max_tokens need a SentenceTransformer"):
         as_configured(HashEncoder(), SFRConfig.official())

@@ -1,5 +1,5 @@
-"""The head and the losses of `SFRConfig.official()`, and the copies of the published code that the benchmarks race, are
-the published ones: tests/golden decides.
+"""The rows, targets, head and losses of `SFRConfig.official()`, and the copies of the published code that the
+benchmarks race, are the published ones: tests/golden decides.
 
 The kernels are judged by the same files in tests/triton_leaves/test_golden_kernels.py.
 """
@@ -27,6 +27,7 @@ from golden_cases import (
 from benchmarks.peers.published_loss import PublishedFlowLoss
 from benchmarks.peers.published_targets import LoopedSuffixTargets, SuffixTargets
 from sfr_kernels import SFRConfig, VelocityHead, flow_matching_loss, reference
+from sfr_kernels.targets.segments import rows_and_texts, segments_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -71,6 +72,26 @@ def test_the_published_losses(name, backend, monkeypatch):
     arguments = problem.hidden, problem.head, problem.rows, problem.targets, problem.times
     loss = flow_matching_loss(*arguments, seed=0, config=problem.config, backend=backend)
     assert_golden(evaluate_loss(problem, loss), problem.wanted, problem.tolerance)
+
+
+@pytest.mark.parametrize("case", TARGETS, ids=lambda case: case["name"])
+def test_every_position_has_the_published_target(case):
+    config = SFRConfig.official(**{name: case[name] for name in ("segment_tokens", "stride", "min_tokens")})
+    labels = labels_of(case)
+    tokenizer = Numbers(case["blank_tokens"])
+    rows, texts = rows_and_texts(labels, config, tokenizer)
+    assert segments_of([{"labels": row} for row in labels.tolist()], config, tokenizer).texts == texts
+
+    found = {}
+    for row in range(rows.num_flow):
+        text = texts[rows.anchor[row]]
+        words = None if text is None else [int(word) for word in text.split()]
+        target = None if words is None else [words[0], words[-1], len(words)]
+        found[divmod(int(rows.rows[row]), case["length"])] = target, float(rows.weight[row])
+    published = {(b, p): (target, weight) for b, p, target, weight in case["rows"]}
+    assert found.keys() == published.keys()
+    for place, (target, weight) in published.items():
+        assert found[place] == (target, pytest.approx(weight, rel=1e-6)), place
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ def cka_loss(
 ) -> Tensor:
     """1 − CKA as a float32 scalar (float64 for float64 h), differentiable in h; 0 without rows.
 
-    Fewer than four responses: 0 as published, else ValueError. On a GPU, where counting those whose text was blank
-    would be a wait, the loss is NaN then.
+    Fewer than four responses: 0 as published, else ValueError. Those whose text was blank are not counted on a GPU,
+    which would be a wait, nor under a compiler: where they are why, the loss is NaN.
     """
     wide = torch.promote_types(h.dtype, torch.float32)
     count = targets.shape[0]

@@ -57,6 +57,8 @@ class SFRCollator:
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         features = [dict(feature) for feature in features]
         named = all("sample_id" in feature for feature in features)
+        if not named and any("sample_id" in feature for feature in features):
+            raise ValueError("some features have a 'sample_id' and some have none: give one that has no targets None")
         if not named and not isinstance(self.targets, OnlineTargets):
             raise ValueError(
                 "features have no 'sample_id', the index of the sample in the target store. With a Trainer, attach "
@@ -88,8 +90,8 @@ def sfr_inputs(
     """`rows` of a batch, with their targets. ValueError if its labels are not those the targets were made of."""
     labels = batch["labels"]
     count = next((len(x) for x in (sample_ids, lengths) if x is not None), labels.shape[0])
-    sample, position, first, apart = _token_identity(batch, count, lengths, starts)
-    identity = {"segment_ids": apart.reshape(-1).cumsum(0).view(labels.shape)}
+    sample, position, first, real = _token_identity(batch, count, lengths, starts)
+    identity = {"segment_ids": first.reshape(-1).cumsum(0).view(labels.shape), "real": real}
     if sample_ids is not None:
         ids = torch.tensor(sample_ids, dtype=torch.int64, device=labels.device)
         ids = ids.index_select(0, sample.reshape(-1)).view(sample.shape)
@@ -97,7 +99,7 @@ def sfr_inputs(
         if NO_TARGETS in sample_ids:
             identity["has_targets"] = (ids >= 0).int().expand(labels.shape)
     if isinstance(targets, OnlineTargets) and config.loss != "mtp":
-        on_cpu = {name: x.cpu() for name, x in identity.items()}
+        on_cpu = {name: None if x is None else x.cpu() for name, x in identity.items()}
         rows, texts = rows_and_texts(labels.cpu(), config, targets.tokenizer, **on_cpu)
         return {"rows": rows.to(labels.device).replace(targets=texts)}
     if config.loss == "mtp" or targets is None:
@@ -124,26 +126,22 @@ def sfr_inputs(
 
 def _token_identity(
     batch: dict[str, Any], count: int, lengths: list[int] | None, starts: list[list[int]] | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Of each token: its sample (B, L) or (B, 1), its position there, whether it begins a sample or one packed into it,
-    and whether it lies apart from the token before it: as these do, and as what follows on padding does."""
-    labels, positions, mask = batch["labels"], batch.get("position_ids"), batch.get("attention_mask")
+    and, where there is a mask, 0 for padding."""
+    labels, positions = batch["labels"], batch.get("position_ids")
     device = labels.device
     if positions is not None and positions.dim() == 3:
         positions = positions[0]  # of a vision model's axes the text's
-    real = torch.ones_like(labels, dtype=torch.bool)
-    if mask is not None and mask.dim() == 2:
-        if mask.shape != labels.shape:
-            raise ValueError(f"attention_mask must be {tuple(labels.shape)} like labels, got {tuple(mask.shape)}")
-        if (mask > 1).any():
-            raise ValueError("attention_mask must be 0 or 1: where samples are packed, give position_ids that restart")
-        real = mask != 0
+    real, padding = _real(batch.get("attention_mask"), labels, positions)
     if labels.shape[0] == count:
         sample = torch.arange(count, device=device)[:, None]
-        position = (real.cumsum(1) - 1).clamp_(min=0)
+        position = torch.arange(labels.shape[1], device=device).expand(labels.shape)
+        if padding is not None:
+            position = (position - padding).clamp_(min=0)
         first = position == 0
         if positions is not None:
-            first |= (positions == 0) & real
+            first |= (positions == 0) if real is None else (positions == 0) & (real != 0)
     elif positions is None:
         raise ValueError(f"{count} samples in {labels.shape[0]} packed rows need position_ids that restart")
     else:
@@ -154,8 +152,14 @@ def _token_identity(
                 raise ValueError(f"position_ids restart {int(sample[-1]) + 1} times for {count} samples")
             sample, position, first = sample.view(labels.shape), positions.long(), restarts.view(labels.shape)
         else:
-            if (total := sum(lengths)) > labels.numel():
+            total = sum(lengths)
+            if total > labels.numel():
                 raise ValueError(f"the samples have {total} tokens, the packed batch {labels.numel()}: some were cut")
+            if total < labels.numel() and labels.shape[0] > 1:
+                raise ValueError(
+                    f"the samples have {total} tokens, {labels.shape[0]} packed rows {labels.numel()}: whose sample is "
+                    "whose cannot be told where each row is padded; pack a batch into one row"
+                )
             size = torch.tensor(lengths, dtype=torch.int64, device=device)
             size[-1] += labels.numel() - total  # padding at the end
             index = torch.arange(count, device=device)
@@ -167,6 +171,24 @@ def _token_identity(
         where = [(i << 32) + at for i, places in enumerate(starts) for at in places]
         where = torch.tensor(where, dtype=torch.int64, device=device)
         first |= torch.isin((sample << 32) + position, where)
-    apart = first.clone()
-    apart.view(-1)[1:] |= ~real.reshape(-1)[:-1]
-    return sample, position, first, apart
+    return sample, position, first, real
+
+
+def _real(mask, labels: Tensor, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(B, L) 0 for padding, else 1, and (B, 1) how many tokens of padding are on the left; None without a mask.
+
+    What is masked between tokens is none: some mask every end token, which is also what they pad with.
+    """
+    if mask is None or (positions is not None and getattr(mask, "shape", None) != labels.shape):
+        return None, None
+    length = labels.shape[1]
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < length:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask must be {tuple(labels.shape)} like labels, or come with position_ids, got {got}"
+        )
+    if (mask > 1).any():
+        raise ValueError("attention_mask must be 0 or 1: where samples are packed, give position_ids that restart")
+    mask = (mask[:, -length:] != 0).int()  # less what an adapter's prefix has added
+    before, after = mask.cumsum(1), mask.flip(1).cumsum(1).flip(1)
+    return ((before > 0) & (after > 0)).int(), (before == 0).sum(1, keepdim=True)

@@ -42,15 +42,19 @@ def load_encoder(name_or_path: str, device: str | torch.device | None = None, tr
 
 
 def as_configured(encoder, config: SFRConfig):
-    """The encoder with the pooling and the length of `config`: itself, where these are its own, else another one that
-    shares its weights.
+    """The encoder with the pooling and the length of `config`: the one that was given first, where these are its own,
+    else another one that shares its weights.
 
     Pooling "mean" is that of the published code: the mean of the last hidden states under the attention mask, whatever
     pooling, layers and prompts the encoder has of its own. ValueError for more tokens than the encoder has positions.
     """
-    mean, tokens = config.encoder_pooling == "mean", config.encoder_max_tokens
-    if getattr(encoder, "sfr_configured", (False, encoder.max_seq_length)) == (mean, tokens or encoder.max_seq_length):
-        return encoder
+    own = encoder.__dict__.get("sfr_own", encoder)
+    longest = getattr(own, "max_seq_length", None)
+    wanted = mean, tokens = config.encoder_pooling == "mean", config.encoder_max_tokens or longest
+    for found, has in ((own, (False, longest)), (encoder, encoder.__dict__.get("sfr_configured"))):
+        if has == wanted:
+            return found
+    encoder = own
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 
@@ -61,11 +65,16 @@ def as_configured(encoder, config: SFRConfig):
         )
     first, *rest = encoder.children()
     positions = getattr(first.model.config, "max_position_embeddings", None)
-    if tokens is not None and positions is not None and tokens > positions:
-        raise ValueError(f"encoder_max_tokens is {tokens}, the encoder has {positions} positions")
+    if positions is not None:
+        table = getattr(getattr(first.model, "embeddings", None), "position_embeddings", None)
+        positions -= 1 + (
+            -1 if (pad := getattr(table, "padding_idx", None)) is None else pad
+        )  # RoBERTa counts from there
+        if tokens is not None and tokens > positions:
+            raise ValueError(f"encoder_max_tokens is {tokens}, the encoder has {positions} positions")
     first = copy.copy(first)
     first.processor = copy.deepcopy(first.processor)  # which holds the length
-    first.max_seq_length = tokens or encoder.max_seq_length
+    first.max_seq_length = tokens
     if mean:
         rest, prompts = [Pooling(first.get_embedding_dimension(), "mean"), Normalize()], {}
     else:
@@ -73,7 +82,7 @@ def as_configured(encoder, config: SFRConfig):
     options = dict(device=str(encoder.device), truncate_dim=encoder.truncate_dim, **prompts)
     found = SentenceTransformer(modules=[first, *rest], **options).train(encoder.training)
     found.sfr_name = getattr(encoder, "sfr_name", None)
-    found.sfr_configured = mean, first.max_seq_length
+    found.__dict__ |= {"sfr_configured": wanted, "sfr_own": own}  # no submodule of it
     return found
 
 

@@ -79,6 +79,8 @@ def attach(
     if attachment_of(base) is not None:
         raise ValueError("model already has an SFR objective: detach it first")
     linear = output_linear(base)
+    if is_covered(linear):
+        raise ValueError("model's lm_head belongs to another attached model, too: detach that one first")
     if objective not in ("sfr", "ce"):
         raise ValueError(f"objective must be sfr or ce, got {objective!r}")
     if objective == "ce":
@@ -218,6 +220,8 @@ def _run(base: nn.Module, call: _Call, args: tuple, options: dict):
     """The model's own forward, in which the lm_head answers to `call`."""
     if list(call.outer._forward_hooks.values())[-1:] != [_catch]:
         _hook_last(call.outer)
+    if any(other.linear is call.linear for other in _calls):
+        raise RuntimeError("an attached model computes one loss at a time: it is in use, perhaps by another thread")
     _calls.append(call)
     try:
         return plain(base, "forward")(*args, **{"use_cache": False, **options, "return_dict": True})

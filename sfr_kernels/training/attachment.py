@@ -65,9 +65,9 @@ class Attachment(SFRLoss):
         self.store = store
         # What changes from step to step lies in tensors, since a compiled forward takes a number for a constant. No
         # buffers: they would be cast with the model, broadcast at each step, and lost on the meta device.
-        self._lambda = torch.zeros((), dtype=torch.float64)
-        self._seed, self._forwards = torch.zeros(2, 1, dtype=torch.int64)
-        self._sums = torch.zeros(2, dtype=torch.float32)  # of ce and flow since the last log
+        self._lambda = torch.zeros((), dtype=torch.float64, device="cpu")
+        self._seed, self._forwards = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
+        self._sums = torch.zeros(2, dtype=torch.float32, device="cpu")  # of ce and flow since the last log
         self._recorded = False
         self.flow_weight, self.step = loss.config.flow_weight, None
 
@@ -87,7 +87,8 @@ class Attachment(SFRLoss):
 
     @property
     def step(self) -> int | None:
-        """The step of the noise, which SFRCallback sets. None: every training forward is one, after the last set."""
+        """The step of the noise, which SFRCallback sets. None: every training forward is one, after the last set; set
+        it where a forward of the whole model is recomputed in backward, which would be another one."""
         return self._step
 
     @step.setter

@@ -45,8 +45,8 @@ def read_line(line: bytes, where: str) -> Any:
 def parse_chat(value: Any, where: str) -> Example:
     """The conversation in a line's value. ValueError naming the line for anything that is not one.
 
-    {"messages": [{"role", "content"}, …]}, {"conversations": [{"from", "value"}, …], "system": optional}, or
-    {"prompt", "completion"}, each a string or messages; with "tools" and "persona" if there are any.
+    {"messages": [{"role", "content"}, …]}, {"conversations": [{"from", "value"}, …]}, or {"prompt", "completion"}, each
+    a string or messages; with "system", "tools" and "persona" if there are any.
     """
     value = value if isinstance(value, dict) else {}
     found = value.get("messages") or value.get("conversations")
@@ -61,7 +61,7 @@ def parse_chat(value: Any, where: str) -> Example:
             '{"from", "value"}, or "prompt" and "completion"'
         )
     messages = [_message(_turn(turn, i, where), i, where) for i, turn in enumerate(found)]
-    if value.get("conversations") and value.get("system"):
+    if value.get("system"):
         messages = _with_system(messages, value["system"], where)
     roles = [m["role"] for m in messages]
     if roles[-1] != "assistant" or "user" not in roles[: roles.index("assistant")]:

@@ -62,11 +62,17 @@ class _Covered:
         return next((p for p in places if isinstance(self.module.__dict__.get(p), Method)), None)
 
     def __getstate__(self) -> dict:
-        for name in self.plain:
+        kind = type(self.module)
+        for name, (_, own) in self.plain.items():
             if self.place(name) is None:
                 raise TypeError(
-                    f"{name} of {type(self.module).__name__} was replaced after attach, by something that a pickle "
+                    f"{name} of {kind.__name__} was replaced after attach, by something that a pickle "
                     "would not hold: detach the model and attach it again before it is saved whole or sent on"
+                )
+            if isinstance(own, MethodType) and own.__func__ is not getattr(kind, name, None):
+                raise TypeError(
+                    f"{name} of {kind.__name__} was replaced before attach, by a bound method, of which a pickle holds "
+                    "no more than the name: take it away before the model is saved whole or sent on"
                 )
         return self.__dict__
 
