@@ -241,6 +241,7 @@ def test_stores_under_one_count(tmp_path):
     [
         ({"train": SAMPLES, "test": SAMPLES[:2]}, "one data set, got dict of train, test"),
         (iter(SAMPLES), "a stream has no sample_id"),
+        ("chats.jsonl", "got str: a stream has no sample_id. Give a list or a map-style data set, or a file to"),
         (
             [{"input_ids": [1, 2], "completion_mask": [0, 1]}],
             "sample 0 has no 'labels', only input_ids, completion_mask",

@@ -28,7 +28,7 @@ class SampleList:
         if isinstance(samples, Mapping):
             raise TypeError(f"samples must be one data set, got {type(samples).__name__} of {', '.join(samples)}: "
                             "build the targets of each, each in a folder of its own")  # fmt: skip
-        if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
+        if isinstance(samples, str) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
             raise TypeError(
                 f"samples must have a length and an index, got {type(samples).__name__}: a stream has no sample_id. "
                 "Give a list or a map-style data set, or a file to `python -m sfr_kernels targets`; or train with "

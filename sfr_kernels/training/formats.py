@@ -65,7 +65,10 @@ def parse_chat(value: Any, where: str) -> Example:
         messages = _with_system(messages, value["system"], where)
     roles = [m["role"] for m in messages]
     if roles[-1] != "assistant" or "user" not in roles[: roles.index("assistant")]:
-        raise ValueError(f"{where}: needs a user message before the first assistant message, and the last at the end")
+        raise ValueError(
+            f"{where}: needs a user message before the first assistant message, and an assistant message at the end: "
+            "leave out what follows that"
+        )
     return Example(tuple(messages), str(value.get("persona") or ""), where, _tools(value.get("tools"), where))
 
 
@@ -76,7 +79,9 @@ def _encodable(value: Any, text: str, where: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             code = f"\\u{ord(error.object[error.start]):x}"
-            raise ValueError(f"{where}: {code} is half of a surrogate pair: such a string cannot be encoded") from error
+            raise ValueError(
+                f"{where}: {code} is half of a surrogate pair, which cannot be encoded: repair it"
+            ) from error
     return value
 
 
@@ -122,7 +127,9 @@ def _message(message: dict, i: int, where: str) -> dict[str, Any]:
     if content is None and (calls or role == "tool"):
         content = ""
     if not isinstance(content, str) or not (content.strip() or calls or role == "tool"):
-        raise ValueError(f'{where}: message {i} ({role}) has no "content"')
+        raise ValueError(
+            f'{where}: message {i} ({role}) has no "content", or a blank one: fill it in, or leave the line out'
+        )
     return kept | {"role": role, "content": content}
 
 
