@@ -1,5 +1,6 @@
 """What every test module may ask for by name."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -28,7 +29,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory) -> Path:
-    """csrc/ compiled for the CPU."""
+    """csrc/ compiled for the CPU, once for all of xdist's workers, whose folders lie side by side."""
     import emulation
 
-    return emulation.compile_emulation(tmp_path_factory.mktemp("emulation"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if base.name.startswith("popen-") else base) / "emulation"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = folder / "libemulated.so"
+        return library if library.is_file() else emulation.compile_emulation(folder)

