@@ -49,10 +49,11 @@ class SFRCollator:
 
     def __getstate__(self) -> dict:
         # A dataloader's worker makes texts, and has no use for the encoder.
-        targets = copy.copy(self.targets)
-        if isinstance(targets, OnlineTargets):
-            targets.encoder = None
-        return self.__dict__ | {"targets": targets}
+        state = dict(self.__dict__)
+        if isinstance(self.targets, OnlineTargets):
+            state["targets"] = copy.copy(self.targets)
+            state["targets"].encoder = None
+        return state
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         features = [dict(feature) for feature in features]
@@ -62,8 +63,8 @@ class SFRCollator:
         if not named and not isinstance(self.targets, OnlineTargets):
             raise ValueError(
                 "features have no 'sample_id', the index of the sample in the target store. With a Trainer, attach "
-                "the model first or set remove_unused_columns=False, so that the column reaches the collator; give "
-                "the ids after whatever packs the samples, which drops them"
+                "the model first or set remove_unused_columns=False, so that the column reaches the collator; where "
+                "samples are packed, add it to the packs"
             )
         ids = [feature.pop("sample_id", None) for feature in features]
         ids = [NO_TARGETS if i is None else int(i) for i in ids] if named else None

@@ -67,9 +67,8 @@ def as_configured(encoder, config: SFRConfig):
     positions = getattr(first.model.config, "max_position_embeddings", None)
     if positions is not None:
         table = getattr(getattr(first.model, "embeddings", None), "position_embeddings", None)
-        positions -= 1 + (
-            -1 if (pad := getattr(table, "padding_idx", None)) is None else pad
-        )  # RoBERTa counts from there
+        if (padding := getattr(table, "padding_idx", None)) is not None:  # as in RoBERTa, which counts from there
+            positions -= padding + 1
         if tokens is not None and tokens > positions:
             raise ValueError(f"encoder_max_tokens is {tokens}, the encoder has {positions} positions")
     first = copy.copy(first)

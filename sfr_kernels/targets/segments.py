@@ -106,7 +106,7 @@ def rows_and_texts(
     labels: Tensor,  # (B, L) on the CPU
     config: SFRConfig,
     tokenizer,  # of the language model
-    **identity: Tensor | None,  # segment_ids, noise_id and has_targets of `SupervisedRows.from_labels`
+    **identity: Tensor | None,  # segment_ids, noise_id, has_targets and real of `SupervisedRows.from_labels`
 ) -> tuple[SupervisedRows, list[str | None]]:
     """The rows of labels whose anchors all have a text, and the A texts; None where an anchor fell away."""
     rows = SupervisedRows.from_labels(labels, config, **identity)
