@@ -162,6 +162,34 @@ def test_a_new_head_under_an_optimizer_with_a_past_stops_the_first_step():
     assert fresh.sfr.step == 2
 
 
+def test_a_step_that_only_makes_the_optimizers_state_is_no_past():
+    """As torch.distributed.checkpoint makes it: a rate and gradients of zero."""
+    model = attached()
+    optimizer = sgd(model, lr=0.0, kind=torch.optim.AdamW)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert model.sfr.head.output_proj.weight in optimizer.state
+    optimizer.param_groups[0]["lr"] = 0.1
+    step(model, optimizer)
+    assert model.sfr.step == 1
+
+
+def test_a_compiled_step_is_counted_or_refused():
+    model = attached()
+    optimizer = sgd(model, kind=torch.optim.AdamW)
+    for fullgraph in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=fullgraph)
+        model(**BATCH).loss.backward()
+        if fullgraph:
+            with pytest.raises(torch._dynamo.exc.Unsupported, match="without fullgraph=True"):
+                compiled()
+        else:
+            compiled()
+            assert model.sfr.step == 1
+
+
 @pytest.mark.parametrize("options", [dict(flow_schedule="cosine"), dict(flow_warmup=0.1)])
 def test_a_schedule_that_nobody_moves_stops_the_first_step(options):
     model = attached(SFRConfig(**{**CONFIG.to_dict(), **options}))

@@ -5,12 +5,13 @@ holds, so that whatever loop or trainer made the step, it is an error if the los
 learn. They also count the steps, from which the noise is drawn.
 """
 
+import functools
 import gc
 import warnings
 import weakref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -46,6 +47,8 @@ _IN_EVALUATION = (
     "model.train() before training"
 )
 
+_NOT_COMPILED = "steps of an attached model's optimizer are counted in Python: compile them without fullgraph=True"
+
 _watches: "weakref.WeakSet[Watch]" = weakref.WeakSet()
 _found: "weakref.WeakKeyDictionary[Optimizer, tuple[int, list]]" = weakref.WeakKeyDictionary()
 
@@ -66,6 +69,7 @@ class Watch:
         self.stepped = 0  # of them, those that are counted in the attachment's step
         self.holder = None  # a weak reference to an optimizer that has the head
         self.steps: weakref.WeakKeyDictionary[Optimizer, list[int]] = weakref.WeakKeyDictionary()  # [number, calls]
+        _register()
         _watches.add(self)
         _found.clear()
 
@@ -159,10 +163,11 @@ def _ids(optimizer: Optimizer) -> set[int]:
 
 def _goes_on(optimizer: Optimizer, sfr: nn.Module) -> bool:
     """Whether the optimizer has a past and the head, which starts at zero, has none."""
-    head = sfr.head
-    if head is None or not sfr.flow_weight or not any(optimizer.state.get(p) for p in head.parameters()):
+    if sfr.head is None or not sfr.flow_weight:
         return False
-    return not bool(head.output_proj.weight.detach().any())
+    states = [optimizer.state[p] for p in sfr.head.parameters() if p in optimizer.state]
+    past = any(x.dim() and x.any() for state in states for x in state.values() if isinstance(x, Tensor))
+    return past and not sfr.head.output_proj.weight.any()
 
 
 def _moves(optimizer: Optimizer) -> bool:
@@ -184,14 +189,14 @@ def _watching(optimizer: Optimizer) -> list[Watch]:
     return [watch for ref in found[1] if (watch := ref()) is not None]
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=_NOT_COMPILED)
 def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if _watches:
         for watch in _watching(optimizer):
             watch.before(optimizer, _closure(args, kwargs))
 
 
-@torch.compiler.disable
+@torch.compiler.disable(reason=_NOT_COMPILED)
 def _after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
     if not _watches:
         return
@@ -208,5 +213,7 @@ def _closure(args: tuple, kwargs: dict) -> bool:
     return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
 
 
-register_optimizer_step_pre_hook(_before)
-register_optimizer_step_post_hook(_after)
+@functools.cache
+def _register() -> None:
+    register_optimizer_step_pre_hook(_before)
+    register_optimizer_step_post_hook(_after)
