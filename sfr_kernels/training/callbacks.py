@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from ..config import SFRConfig
 from .attachment import WHOLE_BATCHES, Attachment, attachment_of, keep_from_predictions
@@ -77,6 +77,14 @@ class SFRCallback(TrainerCallback):
             raise ValueError("trainer.model has no SFR objective: attach it before Trainer is made")
         if trainer.compute_loss_func is not None:
             raise ValueError("compute_loss_func takes the model's logits, of which an attached model makes none")
+        if (
+            trainer.preprocess_logits_for_metrics is not None
+            and type(trainer).prediction_step is Trainer.prediction_step
+        ):
+            raise ValueError(
+                "preprocess_logits_for_metrics has no logits to work on: compute_metrics is given the predicted tokens, "
+                "(B, L) with −100 where no label is predicted"
+            )
         if trainer.label_smoother is not None:
             sfr.options["label_smoothing"] = trainer.label_smoother.epsilon
             trainer.label_smoother = None
