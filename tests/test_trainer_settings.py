@@ -27,10 +27,11 @@ def plain_collate(features):
     return pad([{k: v for k, v in f.items() if k != "sample_id"} for f in features])
 
 
+OF_TRAINER = ("compute_metrics", "compute_loss_func", "callbacks", "eval_dataset", "preprocess_logits_for_metrics")
+
+
 def trainer_of(model, folder, *, add=True, kind=Trainer, arguments=TrainingArguments, collate=COLLATE, **options):
-    own = {
-        k: options.pop(k) for k in ("compute_metrics", "compute_loss_func", "callbacks", "eval_dataset") if k in options
-    }
+    own = {k: options.pop(k) for k in OF_TRAINER if k in options}
     fixed = dict(max_steps=3, per_device_train_batch_size=8, logging_steps=1, save_strategy="no", report_to=[], seed=1,
                  disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False)  # fmt: skip
     trainer = kind(model=model, args=arguments(str(folder), **(fixed | options)), train_dataset=SAMPLES,
@@ -89,6 +90,11 @@ def test_a_loss_function_of_logits_is_refused(tmp_path):
     model = attach(tiny_llama(), objective="ce")
     with pytest.raises(RuntimeError, match="does not compute the loss that was attached"):
         trainer_of(model, tmp_path, add=False, collate=plain_collate, compute_loss_func=logits_loss).train()
+
+
+def test_what_makes_predictions_of_logits_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"compute_metrics is given the predicted tokens"):
+        trainer_of(attached(), tmp_path, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1))
 
 
 def liger(model, config):

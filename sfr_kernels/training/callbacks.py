@@ -82,8 +82,8 @@ class SFRCallback(TrainerCallback):
             and type(trainer).prediction_step is Trainer.prediction_step
         ):
             raise ValueError(
-                "preprocess_logits_for_metrics has no logits to work on: compute_metrics is given the predicted tokens, "
-                "(B, L) with −100 where no label is predicted"
+                "preprocess_logits_for_metrics has no logits to work on: compute_metrics is given the predicted "
+                "tokens, (B, L) with −100 where no label is predicted"
             )
         if trainer.label_smoother is not None:
             sfr.options["label_smoothing"] = trainer.label_smoother.epsilon
