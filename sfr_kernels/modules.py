@@ -209,6 +209,7 @@ class SFRLoss(nn.Module):
         normalizer: float | Tensor | None = None,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        return_stats: bool = False,
     ) -> SFROutput:
         return sfr_loss(
             hidden,
@@ -224,5 +225,6 @@ class SFRLoss(nn.Module):
             normalizer=normalizer,
             softcap=softcap,
             logit_scale=logit_scale,
+            return_stats=return_stats,
             **self.options,
         )

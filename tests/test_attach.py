@@ -6,12 +6,14 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from operations import Operations
 from peft import LoraConfig, get_peft_model
 from test_own_loss import tiny_causal_lm
 from tiny import CONFIG, HIDDEN, TARGET, VOCAB, pad, tiny_llama, tiny_samples, tiny_store
 
 from sfr_kernels import LinearCrossEntropy, SFRConfig, SFRLoss, VelocityHead, attach, detach, sfr_loss
+from sfr_kernels.ops.times import step_seed
 from sfr_kernels.targets import SFRCollator
 from sfr_kernels.training.checkpoint import load_head
 
@@ -43,13 +45,15 @@ def test_cross_entropy_and_gradients_are_the_models_own(name):
 def test_cross_entropy_alone_takes_labels_or_rows_and_leaves_nothing_behind():
     model = tiny_causal_lm("gemma2")
     keys, attributes = list(model.state_dict()), set(model.__dict__)
-    loss = model(**PLAIN, num_items_in_batch=torch.tensor(50)).loss
+    loss, logits = model(**PLAIN, num_items_in_batch=torch.tensor(50)).to_tuple()[:2]
+    wanted_predictions = logits.argmax(-1).masked_fill(F.pad(PLAIN["labels"][:, 1:], (0, 1), value=-100) == -100, -100)
     for batch in (PLAIN, BATCH):  # labels, and rows made by a collator
         attach(model, objective="ce")
         batch = {k: v for k, v in batch.items() if k != "targets"}
         out = model(**batch, num_items_in_batch=torch.tensor(50))
         torch.testing.assert_close(out.loss, loss, rtol=1e-5, atol=1e-6)
-        assert set(out) == {"loss"}  # anything else would be a prediction to Trainer
+        assert set(out) == {"loss", "predictions"}
+        assert torch.equal(out.predictions, wanted_predictions)
         assert model.generate(batch["input_ids"][:1], max_new_tokens=2, do_sample=False).shape[1] > 0
         assert detach(model) is None
         assert list(model.state_dict()) == keys and set(model.__dict__) == attributes
@@ -170,13 +174,25 @@ def test_stock_collators_work_through_sample_id():
     assert torch.equal(model(**PLAIN, sample_id=ids).loss, model(**BATCH).loss)
 
 
-def test_noise_moves_with_the_step_in_training_and_not_in_evaluation():
+def test_noise_is_that_of_the_optimizers_step_and_always_the_same_in_evaluation():
     model = tiny_llama()
     attach(model, CONFIG, targets=STORE)
     torch.nn.init.normal_(model.sfr.head.output_proj.weight)
-    assert model(**BATCH).flow_loss != model(**BATCH).flow_loss
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.0) for part in (model.model, model.sfr)]
+    flows = []
+    for _ in range(3):
+        micro_batches = [model(**BATCH) for _ in range(2)]
+        assert micro_batches[0].flow_loss == micro_batches[1].flow_loss
+        micro_batches[0].loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        flows.append(micro_batches[0].flow_loss)
+    assert len({f.item() for f in flows}) == 3 and model.sfr.step == 3
+    model.sfr.step = 1
+    assert model(**BATCH).flow_loss == flows[1]
+    assert model(**BATCH, seed=step_seed(CONFIG.seed, 2)).flow_loss == flows[2]
     model.eval()
-    assert model(**BATCH).flow_loss == model(**BATCH).flow_loss
+    assert model(**BATCH).flow_loss == model(**BATCH, seed=step_seed(CONFIG.seed, -1)).flow_loss
 
 
 def lora(model, **options):

@@ -23,6 +23,13 @@ def run_sfr(x: SimpleNamespace, case: Case, rows: SupervisedRows, targets, seed)
     return sfr_loss(x.hidden, x.weight, x.head, rows, targets, seed=seed, config=case.config, bias=x.bias).loss
 
 
+def run_sfr_with_statistics(x, case, rows, targets, seed):
+    options = dict(seed=seed, config=case.config, bias=x.bias, chunk_rows=5, return_stats=True)
+    loss, *_, stats = sfr_loss(x.hidden, x.weight, x.head, rows, targets, **options)
+    sums = stats.lse.sum() + (stats.entropy * stats.correct).sum() + stats.predicted.sum()
+    return loss + sums / len(stats.lse)
+
+
 def run_flow(x, case, rows, targets, seed):
     return flow_matching_loss(x.hidden, x.head, rows, targets, seed=seed, config=case.config)
 
@@ -51,6 +58,7 @@ COMPILED = {
     "cosine": (run_flow, "cosine", "default"),
     "cka": (run_flow, "cka", "default"),
     "sfr": (run_sfr, "flow", "default"),
+    "sfr, statistics": (run_sfr_with_statistics, "flow", "official"),
     "sfr, mtp": (run_sfr, "mtp", "default"),
     "cross-entropy": (run_cross_entropy, "flow", "default"),
     "cross-entropy of rows": (run_cross_entropy_of_rows, "flow", "default"),
@@ -119,7 +127,7 @@ def operators():
             hidden = x.hidden.detach().flatten(0, 1).requires_grad_(need)
             decoder = [t.detach().requires_grad_(need) for t in (x.weight, x.bias)]
             model, labels = (hidden, *decoder, params, rows.rows), rows.labels[rows.ce_start :]
-            scales, logits = (norm, norm, norm / 7), (None, 1.0, 0.0, 0.0, 0, None, False)
+            scales, logits = (norm, norm, norm / 7), (None, 1.0, 0.0, 0.0, 0, None, need, False)
             yield (
                 f"flow_loss, {loss}, {preset}, {need}",
                 flow_loss_op,

@@ -153,6 +153,28 @@ def test_labels_outside_the_vocabulary_are_refused(debug):
         output(case, case.inputs(), debug=debug)
 
 
+@pytest.mark.parametrize("loss", ["flow", "mtp"])
+def test_statistics_are_of_the_rows_with_cross_entropy_and_change_nothing(loss):
+    case = make_case(small_config("official", loss=loss) if loss == "flow" else small_config(loss=loss))
+    options = dict(softcap=2.0, chunk_rows=7, return_stats=True)
+    index = case.rows.rows[case.rows.ce_start :]  # under the published rule the first rows have flow only
+    logits = case.hidden.flatten(0, 1)[index] @ case.weight.T + case.bias
+    log_p = (2 * torch.tanh(logits / 2)).log_softmax(1)
+    with torch.no_grad():
+        forward_only = output(case, case.inputs(), **options)
+    x = case.inputs()
+    out, plain = output(case, x, **options), output(case, x, **options | dict(return_stats=False))
+    for stats in (forward_only.stats, out.stats):
+        torch.testing.assert_close(stats.lse, (2 * torch.tanh(logits / 2)).logsumexp(1), rtol=1e-12, atol=0)
+        torch.testing.assert_close(stats.entropy, -(log_p.exp() * log_p).sum(1), rtol=1e-12, atol=0)
+        assert torch.equal(stats.predicted, logits.argmax(1))
+        assert torch.equal(stats.correct, logits.argmax(1) == case.labels.flatten()[index + 1])
+        assert stats.correct.any() and not any(s.requires_grad for s in stats)
+    assert plain.stats is None and torch.equal(out.ce, plain.ce) and torch.equal(out.flow, plain.flow)
+    found, wanted = (evaluate(lambda _, o=o: o.loss, x) for o in (out, plain))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def multi_token_prediction(case: Case, x: SimpleNamespace) -> torch.Tensor:
     """Plain multi-token prediction: cross-entropy of head(0, 0, h) with the label mtp_offset ahead in the response."""
     labels = torch.full_like(case.labels, -100)
@@ -348,6 +370,7 @@ def errors():
         (ValueError, "normalizer", dict(normalizer=-1)),
         (ValueError, "softcap", dict(softcap=-1.0)),
         (ValueError, "backend", dict(backend="fast")),
+        (ValueError, "return_stats", dict(backend="reference", return_stats=True)),
     ]
 
 

@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 from sfr_kernels import SFRConfig, attach
 from sfr_kernels.targets import OnlineTargets, SFRCollator
-from sfr_kernels.training.attachment import attachment_of
-from sfr_kernels.training.callbacks import SFRCallback, flow_weight_at
+from sfr_kernels.training.callbacks import SFRCallback, schedule_at
 
 SAMPLES = tiny_samples(24)
 STORE = tiny_store(SAMPLES)
 
 
-def make_trainer(folder, *, lora=False, config=CONFIG, store=STORE, callback=None, callbacks=(), **arguments):
+def make_trainer(
+    folder, *, lora=False, config=CONFIG, store=STORE, callback=None, callbacks=(), eval_dataset=None, **arguments
+):
     model = tiny_llama()
     if lora:
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -28,7 +29,8 @@ def make_trainer(folder, *, lora=False, config=CONFIG, store=STORE, callback=Non
                     report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False)  # fmt: skip
     return Trainer(
         model=model, args=TrainingArguments(str(folder), **{**defaults, **arguments}), train_dataset=SAMPLES,
-        data_collator=SFRCollator(config, store, pad), callbacks=[callback or SFRCallback(), *callbacks],
+        eval_dataset=eval_dataset, data_collator=SFRCollator(config, store, pad),
+        callbacks=[callback or SFRCallback(), *callbacks],
     )  # fmt: skip
 
 
@@ -110,8 +112,8 @@ def test_a_checkpoint_without_its_head_is_refused(tmp_path):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
-def test_resuming_from_another_folder_needs_its_head(tmp_path):
-    """The head of this folder's own checkpoint, of another run, is not taken for the resumed one's."""
+def test_a_folder_that_is_resumed_from_is_named_once(tmp_path):
+    """Where the callback is not told, the head of this folder's own checkpoint is not taken for the resumed one's."""
     whole = make_trainer(tmp_path / "whole")
     whole.train()
     for name, seed in (("there", 42), ("here", 7)):
@@ -120,8 +122,12 @@ def test_resuming_from_another_folder_needs_its_head(tmp_path):
     with pytest.raises(ValueError, match="belongs to another model"):
         make_trainer(tmp_path / "here").train(resume_from_checkpoint=str(there))
     resumed = make_trainer(tmp_path / "here", callback=SFRCallback(resume_from=there))
-    resumed.train(resume_from_checkpoint=str(there))
-    assert losses(resumed)[-3:] == losses(whole)[-3:]
+    told = make_trainer(tmp_path / "here")
+    told.pop_callback(SFRCallback)
+    SFRCallback().add_to(told)
+    for trainer in (resumed, told):
+        trainer.train(resume_from_checkpoint=str(there))
+        assert losses(trainer)[-3:] == losses(whole)[-3:]
 
 
 def test_checkpoints_hold_the_plain_model(tmp_path):
@@ -170,17 +176,30 @@ def test_schedules_start_and_end_where_they_should():
     almost = 0.5 * (1 + math.cos(0.99 * math.pi))
     for name, half, last in (("constant", 1.0, 1.0), ("linear", 0.5, 0.01), ("cosine", 0.5, almost)):
         config = SFRConfig(flow_schedule=name)
-        assert [flow_weight_at(config, s, 100) for s in (0, 50, 99)] == pytest.approx([1.0, half, last])
+        assert [schedule_at(config, s, 100) for s in (0, 50, 99)] == pytest.approx([1.0, half, last])
 
 
-def test_evaluation_returns_both_losses_and_keeps_training_sums_clean(tmp_path):
-    trainer = make_trainer(tmp_path)
-    trainer.eval_dataset = SAMPLES[:8]
-    first, second = (trainer.evaluate()["eval_loss"] for _ in range(2))
+def test_evaluation_has_the_weight_of_the_configuration_whatever_the_schedule(tmp_path):
+    """So the best checkpoint is the best model's, and not that of the smallest λ."""
+    config = SFRConfig(**{**CONFIG.to_dict(), "flow_weight": 2.0, "flow_schedule": "cosine"})
+    trainer = make_trainer(
+        tmp_path, config=config, learning_rate=0.0, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=5,
+        eval_dataset=SAMPLES[:8],
+    )  # fmt: skip
+    trainer.train()
     with torch.no_grad():
-        out = trainer.model.eval()(**SFRCollator(CONFIG, STORE, pad)(SAMPLES[:8]))
-    assert first == second == pytest.approx((out.ce_loss + out.flow_loss).item(), rel=1e-5)
-    assert attachment_of(trainer.model).totals() is None
+        parts = [trainer.model.eval()(**SFRCollator(CONFIG, STORE, pad)(SAMPLES[i:j])) for i, j in ((0, 5), (5, 8))]
+    ce, flow = ((5 * a + 3 * b).item() / 8 for a, b in zip(*[(p.ce_loss, p.flow_loss) for p in parts], strict=True))
+    logged = [h for h in trainer.state.log_history if "eval_loss" in h]
+    assert len(logged) == 3
+    for history in (*logged, trainer.evaluate()):
+        assert history["eval_ce_loss"] == pytest.approx(ce, rel=1e-5)
+        assert history["eval_flow_loss"] == pytest.approx(flow, rel=1e-5)
+        assert history["eval_loss"] == pytest.approx(ce + 2 * flow, rel=1e-5)
+    predicted = trainer.predict(SAMPLES[:3], metric_key_prefix="held").metrics
+    assert predicted["held_loss"] == pytest.approx(
+        predicted["held_ce_loss"] + 2 * predicted["held_flow_loss"], rel=1e-5
+    )
 
 
 def test_the_callback_asks_for_an_attached_model(tmp_path):

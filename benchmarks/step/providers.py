@@ -110,11 +110,12 @@ class OursStored(Step):
 
     def __init__(self, stage: Stage):
         from sfr_kernels import SFRLoss, attach
+        from sfr_kernels.training.guard import unwatch
 
         self.config = stage.shape.config
         model, head = stage.copy(), stage.head(self.config)
         self.source = self._source(stage)
-        attach(model, SFRLoss(self.config, head), self.source)
+        unwatch(attach(model, SFRLoss(self.config, head), self.source))
         super().__init__(stage, model, head)
 
     def _source(self, stage: Stage):
@@ -207,8 +208,11 @@ class PublishedGiven(Published):
 
 def _sft_ours(stage: Stage) -> Step:
     from sfr_kernels import attach
+    from sfr_kernels.training.guard import unwatch
 
-    return Step(stage, attach(stage.copy(), objective="ce"))
+    model = attach(stage.copy(), objective="ce")
+    unwatch(model)
+    return Step(stage, model)
 
 
 def _published(kind: type[SuffixTargets]) -> Callable[[Stage], Published]:

@@ -166,9 +166,14 @@ def run_chunks(
     if need_h and plan.shard is not None:
         dh = plan.shard.sum(dh).to(h.dtype)
     if plan.need_stats:
-        empty = RowStats(*(loss.new_empty(0, dtype=t) for t in (wide, torch.int64, wide, torch.bool)))
-        stats = RowStats(*(torch.cat(column) for column in zip(*(stats or [empty]), strict=True)))
+        stats = RowStats(*(torch.cat(column) for column in zip(*(stats or [empty_stats(h)]), strict=True)))
     return LinearCrossEntropyResult(loss, stats if plan.need_stats else None, dh, dw, db)
+
+
+def empty_stats(h: Tensor, n: int = 0) -> RowStats:
+    """Room for the statistics of n rows of logits that are products of h."""
+    wide = wide_dtype(h.dtype)
+    return RowStats(*(h.new_empty(n, dtype=t) for t in (wide, torch.int64, wide, torch.bool)))
 
 
 def _softmax_xent(plan: Plan, x: Tensor, chunk: slice, need_grad: bool) -> tuple[Tensor, RowStats | None]:

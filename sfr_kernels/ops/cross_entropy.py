@@ -12,9 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..leaves import RowStats
 from .calls import Call
-from .chunks import LinearCrossEntropyResult, LogitOptions, Plan, dweight_dtype_for, run_chunks
+from .chunks import LinearCrossEntropyResult, LogitOptions, Plan, dweight_dtype_for, empty_stats, run_chunks
 from .dispatch import leaves
 from .gradients import finish_gradients, scale_in_place
 from .numerics import as_written, split_normalizer, wide_dtype
@@ -76,7 +75,7 @@ def _linear_cross_entropy(
             loss = out.loss.sum() if late is None else out.loss.sum() / late
         empty = labels.new_empty(0, dtype=torch.int32)
         found = token_row if rows is None and token_row is not None else empty
-        return [loss, *(out.stats or _no_stats(h)), found, *_given(out, h)]
+        return [loss, *(out.stats or empty_stats(h)), found, *_given(out, h)]
 
 
 def _gather(hidden, labels, row_weight, rows, token_row, ignore_index):
@@ -95,11 +94,6 @@ def supervised_rows(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     mask = labels != ignore_index
     rows = mask.nonzero().squeeze(1)
     return rows, torch.where(mask, mask.cumsum(0, dtype=torch.int32) - 1, -1).int()
-
-
-def _no_stats(h: Tensor) -> RowStats:
-    wide = wide_dtype(h.dtype)
-    return RowStats(*(h.new_empty(0, dtype=t) for t in (wide, torch.int64, wide, torch.bool)))
 
 
 def _given(out: LinearCrossEntropyResult, h: Tensor) -> list[Tensor]:
@@ -130,10 +124,9 @@ def _(hidden, weight, bias, labels, row_weight, rows, token_row, normalizer, ign
     need = [flag and not per_row for flag in need]
     if ignore_index is not None and (need_stats or need[0]):
         n = torch.library.get_ctx().new_dynamic_size()
-    stats = n if need_stats else 0
     return [
         hidden.new_empty(tokens if per_row else (), dtype=wide),
-        *(hidden.new_empty(stats, dtype=t) for t in (wide, torch.int64, wide, torch.bool)),
+        *empty_stats(hidden, n if need_stats else 0),
         hidden.new_empty(0 if ignore_index is None else tokens, dtype=torch.int32),
         hidden.new_empty(n, hidden.shape[1]) if need[0] else hidden.new_empty(0, 0),
         weight.new_empty(weight.shape, dtype=dw_dtype) if need[1] else hidden.new_empty(0),

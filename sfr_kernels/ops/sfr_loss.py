@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..config import SFRConfig
+from ..leaves import RowStats
 from ..rows import SupervisedRows
 from .arguments import check_config, check_decoder, check_flow, check_hidden, check_memory
 from .calls import Call
-from .chunks import LogitOptions, Plan, dweight_dtype_for, run_chunks
+from .chunks import LogitOptions, Plan, dweight_dtype_for, empty_stats, run_chunks
 from .constants import check_number, normalizer_of, scalar
 from .cross_entropy import check_labels, cross_entropy, warn_of_no_rows
 from .dispatch import leaves, resolve_backend
@@ -27,11 +28,12 @@ from .velocity_head import named_parameters, velocity_head
 
 
 class SFROutput(NamedTuple):
-    """loss = ce + λ · flow carries the gradient; ce and flow are detached, for logging. All are scalars."""
+    """loss = ce + λ · flow carries the gradient; ce and flow are detached, for logging. All three are scalars."""
 
     loss: Tensor
     ce: Tensor
     flow: Tensor
+    stats: RowStats | None = None  # of the rows with CE
 
 
 def _sfr_loss(
@@ -51,6 +53,7 @@ def _sfr_loss(
     z_loss: float,
     chunk_rows: int,  # 0: the default
     accum_dtype: torch.dtype | None,
+    need_stats: bool,
     debug: bool,
     targets: Tensor,
     times: Tensor | None,
@@ -68,7 +71,8 @@ def _sfr_loss(
     need: Sequence[bool],  # gradients of hidden, weight, bias, any of params
     backend: str,
 ) -> list[Tensor]:
-    """[loss, L_CE, L_flow, dh (n, H), dW, db, the head's gradients in two buffers], empty where not needed.
+    """[loss, L_CE, L_flow, lse, predicted, entropy, correct, dh (n, H), dW, db, the head's gradients in two buffers],
+    empty where not needed.
 
     The gradients are those of the loss, in float16 of normalizer times the loss.
     """
@@ -91,7 +95,7 @@ def _sfr_loss(
         ce_weight = None if early is None else (1 / early).expand(n)
         options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
         dw_dtype = dweight_dtype_for(n, h.shape[1], h.dtype, h.dtype, chunk_rows, accum_dtype)
-        plan = Plan(labels, options, kernels, h.dtype, dw_dtype, ce_weight, chunk_rows)
+        plan = Plan(labels, options, kernels, h.dtype, dw_dtype, ce_weight, chunk_rows, need_stats)
         ce = run_chunks(h[first:], weight, bias, plan, (need_h, need_w, need_b), dh[first:] if need_h else None)
         ce_loss = ce.loss.sum() if late is None else ce.loss.sum() / late
         scale = flow_weight / flow_normalizer if late is None else flow_weight * late / flow_normalizer
@@ -108,7 +112,8 @@ def _sfr_loss(
         flow_loss = (row_loss * row_weight).sum() / flow_normalizer
         decoder = [h.new_empty(0) if g is None else g for g in (ce.dweight, ce.dbias)]
         dh = h.new_empty(0, 0) if dh is None else dh
-        return [ce_loss + flow_weight * flow_loss, ce_loss, flow_loss, dh, *decoder, matrices, vectors]
+        losses = ce_loss + flow_weight * flow_loss, ce_loss, flow_loss
+        return [*losses, *(ce.stats or empty_stats(h)), dh, *decoder, matrices, vectors]
 
 
 sfr_loss_op = torch.library.custom_op("sfr_kernels::sfr_loss", _sfr_loss, mutates_args=())
@@ -117,11 +122,12 @@ sfr_loss_op = torch.library.custom_op("sfr_kernels::sfr_loss", _sfr_loss, mutate
 @sfr_loss_op.register_fake
 def _(hidden, weight, bias, params, rows, labels, *options):
     need_h, need_w, need_b, need_params = options[-2]
-    chunk_rows, accum_dtype = options[8:10]
+    chunk_rows, accum_dtype, need_stats = options[8:11]
     wide, width, dtype = wide_dtype(hidden.dtype), hidden.shape[1], hidden.dtype
     dw_dtype = dweight_dtype_for(labels.shape[0], width, dtype, dtype, chunk_rows, accum_dtype)
     return [
         *(hidden.new_empty((), dtype=wide) for _ in range(3)),
+        *empty_stats(hidden, labels.shape[0] if need_stats else 0),
         hidden.new_empty(rows.shape[0], width) if need_h else hidden.new_empty(0, 0),
         weight.new_empty(weight.shape, dtype=dw_dtype) if need_w else hidden.new_empty(0),
         hidden.new_empty(weight.shape[0], dtype=wide) if need_b else hidden.new_empty(0),
@@ -131,7 +137,7 @@ def _(hidden, weight, bias, params, rows, labels, *options):
 
 def _setup_context(ctx, inputs, output):
     hidden, _, _, params, _, _, token_row, normalizer, *_, ctx.backend = inputs
-    ctx.save_for_backward(split_normalizer(normalizer, hidden.dtype)[1], token_row, *output[3:])
+    ctx.save_for_backward(split_normalizer(normalizer, hidden.dtype)[1], token_row, *output[7:])
     ctx.dtype, ctx.head_dtype = hidden.dtype, head_dtype_of(params, hidden.dtype)
     ctx.params = [(p.shape, p.dtype) for p in params]
     ctx.mark_non_differentiable(*output[1:])
@@ -140,14 +146,14 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grads):
     if grads[0] is None:
-        return None, None, None, [None] * len(ctx.params), *(None,) * 28
+        return None, None, None, [None] * len(ctx.params), *(None,) * 29
     late, token_row, dh, dw, db, *head = ctx.saved_tensors
     need, need_params = ctx.needs_input_grad[:3], ctx.needs_input_grad[3]
     *found, matrices, vectors = finish_gradients(
         grads[0], late, dh, token_row, [dw, db], head, ctx.dtype, ctx.head_dtype, ctx.backend
     )
     found = [g if flag else None for g, flag in zip(found, need, strict=True)]
-    return *found, parameter_grads(matrices, vectors, ctx.params, need_params), *(None,) * 28
+    return *found, parameter_grads(matrices, vectors, ctx.params, need_params), *(None,) * 29
 
 
 _call = Call(sfr_loss_op, _sfr_loss, _setup_context, _backward, list_at=3, returns_list=True)
@@ -172,6 +178,7 @@ def sfr_loss(
     z_loss: float = 0.0,
     chunk_rows: int | None = None,
     accum_dtype: torch.dtype | None = None,
+    return_stats: bool = False,
     debug: bool = False,
     backend: str | None = None,
 ) -> SFROutput:
@@ -179,8 +186,8 @@ def sfr_loss(
 
     Equal to `linear_cross_entropy` + λ · `flow_matching_loss` in value and in every gradient (DESIGN sections 1 to 3).
     softcap, logit_scale, label_smoothing, z_loss, chunk_rows, accum_dtype and debug are those of
-    `linear_cross_entropy`. targets, times, flow_weight, normalizer and rows.weight are constants: none may require a
-    gradient.
+    `linear_cross_entropy`; return_stats fills the output's `stats`, in the order of rows.rows[rows.ce_start:].
+    targets, times, flow_weight, normalizer and rows.weight are constants: none may require a gradient.
     Raises TypeError or ValueError naming the argument. No rows give 0, still connected to the graph.
     """
     check_hidden(hidden)
@@ -196,6 +203,8 @@ def sfr_loss(
     norm = normalizer_of(normalizer, rows.num_ce, hidden.device, wide_dtype(dtype))
     lam = scalar(flow_weight, hidden.device, norm.dtype)
     if backend == "reference":
+        if return_stats:
+            raise ValueError("return_stats is not served by backend='reference'")
         check_labels(rows.labels[rows.ce_start :], weight.shape[0], debug=True)
         params, scales = reference_head(head, hidden.dtype)
         loss, ce, flow = reference.sfr_loss(
@@ -220,7 +229,7 @@ def sfr_loss(
     if config.loss in ("flow", "mse"):
         params = [*named_parameters(head).values()]
         grad = torch.is_grad_enabled()
-        loss, ce, flow, *_ = _call(
+        loss, ce, flow, *others = _call(
             flat,
             weight,
             bias,
@@ -237,6 +246,7 @@ def sfr_loss(
             options.z_loss,
             chunk_rows or 0,
             accum_dtype,
+            return_stats,
             debug,
             *flow_arguments(rows, targets, times, seed, config, head),
             [
@@ -247,17 +257,19 @@ def sfr_loss(
             ],
             backend,
         )
-        return SFROutput(loss, ce, flow)
+        return SFROutput(loss, ce, flow, RowStats(*others[:4]) if return_stats else None)
     memory = dict(chunk_rows=chunk_rows, accum_dtype=accum_dtype, debug=debug, backend=backend)
     where = dict(rows=rows.rows[rows.ce_start :], token_row=rows.token_row - rows.ce_start)
-    ce, *_ = cross_entropy(flat, weight, bias, labels, None, norm, options, **where, **memory)
+    ce, *stats = cross_entropy(
+        flat, weight, bias, labels, None, norm, options, need_stats=return_stats, **where, **memory
+    )
     if config.loss == "mtp":
         flow = _mtp(flat, weight, bias, head, rows, targets, config, norm, options, memory)
     else:
         flow = flow_matching_loss(
             hidden, head, rows, targets, times, seed=seed, config=config, normalizer=norm, backend=backend
         )
-    return SFROutput(ce + lam * flow, ce.detach(), flow.detach())
+    return SFROutput(ce + lam * flow, ce.detach(), flow.detach(), RowStats(*stats) if return_stats else None)
 
 
 def _mtp(h, weight, bias, head, rows, targets, config, norm, options, memory) -> Tensor:

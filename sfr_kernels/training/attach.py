@@ -7,17 +7,30 @@ gathered it, and the head's inside that of `SFRLoss`. What the model does to its
 measured once, by sending known numbers through, and handed to the loss.
 """
 
+import inspect
+import sys
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config import SFRConfig
 from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from ..ops import SFROutput
 from ..targets import OnlineTargets, TargetStore
-from .attachment import Attachment, BatchInputs, CrossEntropyAttachment, SFRModelOutput, attachment_of
+from .attachment import (
+    Attachment,
+    BatchInputs,
+    CrossEntropyAttachment,
+    SFRModelOutput,
+    attachment_of,
+    keep_from_predictions,
+    placed,
+)
 from .checkpoint import pairing, save_head
+from .guard import NEVER_CALLED, Watch, check_head
 from .lm_head import output_linear
 from .methods import cover, is_covered, owner, plain, uncover
 from .own_loss import OwnLoss, router_loss
@@ -70,8 +83,10 @@ def attach(
     objective       "sfr", or "ce": cross-entropy alone, fused, for people who want only that.
     target_size     d, where there is no store.
 
-    Without labels the model is what it was. `rows` default to those of `labels`; `seed` to one per optimizer step under
-    `SFRCallback`, else per forward; `num_items_in_batch`, which Trainer passes, is the normalizer.
+    Without labels and rows the model is what it was. `rows` default to those of `labels`; `seed` to that of the step,
+    `model.sfr.step`, which is counted by the steps of the optimizer and is part of the state_dict;
+    `num_items_in_batch`, which Trainer passes, is the normalizer. An optimizer's first step is an error where the loss
+    was not computed or the head cannot learn. In evaluation λ is the configuration's, whatever its schedule.
     `save_pretrained` writes the plain model, and the head beside it. A copy (deepcopy, pickle, torch.save) is attached
     too. Compiled, the model is one graph for all steps, where a batch brings rows and targets. TypeError or ValueError,
     with the model unchanged, if something does not fit; at the first loss, if the model's own loss is another.
@@ -89,6 +104,8 @@ def attach(
     _fit(sfr, linear, targets)
 
     base.sfr = sfr.train(base.training)
+    base._sfr_watch = Watch(base)
+    keep_from_predictions(type(base.config))
     ignored = base._keys_to_ignore_on_save
     base.sfr.restore = {"_keys_to_ignore_on_save": ignored, _KWARGS_FLAG: base.__dict__.get(_KWARGS_FLAG)}
     base._keys_to_ignore_on_save = {*(ignored or ()), *(f"sfr.{name}" for name in base.sfr.state_dict())}
@@ -98,6 +115,9 @@ def attach(
     cover(linear, "forward", _linear_forward, "_old_forward" if hasattr(linear, "_hf_hook") else None)
     base.get_output_embeddings().register_forward_hook(_catch)
     cover(base, "forward", _forward)
+    if hasattr(base, "generate"):
+        cover(base, "generate", _generate)
+    base.register_state_dict_post_hook(_without_head)
     base._sfr_logits = OwnLoss(base, linear.out_features, _answer)
     cover(model, "save_pretrained", _save_pretrained)
     return model
@@ -112,17 +132,19 @@ def detach(model: nn.Module) -> VelocityHead | None:
     covered = [module for module in {base, model} if is_covered(module)]
     if any(owner(module) is not module for module in covered):
         raise ValueError("model is a shallow copy, which shares its modules with the attached one: detach that one")
-    uncover(_patched_linear(base))
-    hooks = base.get_output_embeddings()._forward_hooks
-    for key in [key for key, hook in hooks.items() if hook is _catch]:
-        del hooks[key]
+    for module in base.get_output_embeddings().modules():  # another one, if the embeddings were resized
+        if is_covered(module):
+            uncover(module)
+    for hooks in (base.get_output_embeddings()._forward_hooks, base._state_dict_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_catch, _without_head)]:
+            del hooks[key]
     for module in covered:
         uncover(module)
     base._keys_to_ignore_on_save = sfr.restore["_keys_to_ignore_on_save"]
     del base.accepts_loss_kwargs
     if (flag := sfr.restore[_KWARGS_FLAG]) is not None:
         base.accepts_loss_kwargs = flag
-    del base.sfr, base._sfr_logits
+    del base.sfr, base._sfr_logits, base._sfr_watch
     return sfr.head
 
 
@@ -167,6 +189,11 @@ def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -
         raise ValueError(f"head is for hidden size {shape.hidden_size}, the model's is {linear.in_features}")
     if shape and targets is not None and sfr.config.loss != "mtp" and shape.target_size != targets.target_size:
         raise ValueError(f"head is for target size {shape.target_size}, targets have {targets.target_size}")
+    if shape and isinstance(linear.weight, DTensor):
+        raise ValueError(
+            "model is sharded already (its lm_head's weight is a DTensor), and a head that is not would have the "
+            "gradients of its own process alone: attach first, then fully_shard"
+        )
     if linear.weight.device.type != "meta":
         sfr.to(linear.weight.device)
 
@@ -228,21 +255,57 @@ def _find_inputs(sfr: Attachment, batch: BatchInputs) -> dict:
 
 def _forward(self, *args, labels=None, rows=None, targets=None, times=None, seed=None, sample_id=None, **kwargs):
     """The attached forward."""
+    if len(args) > 1:  # labels may be among them
+        kwargs |= zip(inspect.signature(plain(self, "forward")).parameters, args, strict=False)
+        args, labels = (), kwargs.pop("labels", labels)
     normalizer = kwargs.pop("num_items_in_batch", None)
+    if kwargs.get("fused_lm_head"):
+        raise RuntimeError(NEVER_CALLED)
     if labels is None and rows is None:
         return plain(self, "forward")(*args, **kwargs)
     sfr, batch = self.sfr, BatchInputs(labels, rows, targets, times, seed, sample_id, normalizer, kwargs)
+    if torch.is_grad_enabled():
+        check_head(sfr)
+        self._sfr_watch.called, self._sfr_watch.in_evaluation = True, not sfr.training
     looked_up = isinstance(sfr, Attachment) and (rows is None or isinstance(sfr.store, OnlineTargets))
     inputs = _find_inputs(sfr, batch) if looked_up else sfr.inputs(batch)
     self._sfr_logits.measure((labels if rows is None else rows).device)
     call = _Call.of(self, inputs=inputs | self._sfr_logits.options)
-    outputs = _run(self, call, args, kwargs)
+    own = {name: value for name, value in kwargs.items() if name not in ("shift_labels", "ignore_index")}
+    outputs = _run(self, call, args, own)
     loss, aux = call.returned.reshape(()), getattr(outputs, "aux_loss", None)
     if aux is not None:  # the router loss of a mixture of experts, which such models add themselves
         loss = loss + router_loss(self, aux.to(loss.device))
-    if sfr.training:
-        sfr.record(call.out)
-    return SFRModelOutput(loss=loss, ce_loss=call.out.ce, flow_loss=call.out.flow, aux_loss=aux)
+    stats = call.out.stats
+    found = SFRModelOutput(
+        loss=loss,
+        predictions=None if sfr.training or stats is None else placed(stats.predicted, inputs),
+        ce_loss=call.out.ce,
+        flow_loss=call.out.flow,
+        stats=stats if sfr.return_stats else None,
+        **{name: outputs.get(name) for name in _OUTPUTS},
+    )
+    wanted = kwargs.get("return_dict")
+    return found if (self.config.return_dict if wanted is None else wanted) else found.to_tuple()
+
+
+_OUTPUTS = ("aux_loss", "router_logits", "past_key_values", "hidden_states", "attentions")
+
+
+def _generate(self, *args, rows=None, targets=None, times=None, seed=None, sample_id=None, **kwargs):
+    """The model's own generate, also of a whole batch as the collator makes it."""
+    return plain(self, "generate")(*args, **kwargs)
+
+
+def _without_head(module: nn.Module, state: dict, prefix: str, _) -> None:
+    """Accelerator.save_model writes a model's state as it is, and is to write that of the plain model: the names to
+    leave out, of which save_pretrained asks, are not asked for. Its save_state, and all else, get the head too."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not Accelerator.save_model.__code__:
+        frame = frame.f_back
+    if frame is not None:
+        for name in [name for name in state if name.startswith(f"{prefix}sfr.")]:
+            del state[name]
 
 
 def _answer(base: nn.Module, probe: Tensor, inputs: dict):

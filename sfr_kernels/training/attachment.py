@@ -9,12 +9,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.utils import ModelOutput
 
+from ..leaves import RowStats
 from ..modules import LinearCrossEntropy, SFRLoss
 from ..ops import SFROutput, linear_cross_entropy
+from ..ops.dispatch import resolve_backend
 from ..ops.times import step_seed
-from ..rows import SupervisedRows
+from ..rows import IGNORE_INDEX, SupervisedRows
 from ..targets.collator import sfr_inputs
 from ..targets.online import OnlineTargets, PendingTargets
 from ..targets.store import TargetStore
@@ -22,14 +25,42 @@ from ..targets.store import TargetStore
 WHOLE_BATCHES = 'with a streaming data set on several processes set accelerator_config={"dispatch_batches": False}'
 
 
+_NO_LOGITS = (
+    "given labels or rows, an attached model makes no logits, only their loss and, in evaluation, `predictions`. "
+    "A Trainer's label smoothing goes into the loss with SFRCallback().add_to(trainer); with a loss function of logits "
+    "detach the model"
+)
+
+
 @dataclass
 class SFRModelOutput(ModelOutput):
-    """What an attached model returns for labels: the loss to train on, and its detached parts."""
+    """What an attached model returns for labels: the loss to train on, its detached parts, and what the model's own
+    forward returns beside loss and logits where that is asked for."""
 
     loss: Tensor | None = None
+    predictions: Tensor | None = None  # (B, L) int64, in evaluation: the likeliest next token, −100 at other positions
     ce_loss: Tensor | None = None
     flow_loss: Tensor | None = None
+    stats: RowStats | None = None  # of the rows with cross-entropy, where `return_stats` of the attachment is set
     aux_loss: Tensor | None = None
+    router_logits: tuple | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+
+    def __getitem__(self, key):
+        if key == "logits":
+            raise KeyError(_NO_LOGITS)
+        return super().__getitem__(key)
+
+    def __getattr__(self, name: str):
+        raise AttributeError(_NO_LOGITS if name == "logits" else f"{type(self).__name__} has no attribute {name!r}")
+
+
+def keep_from_predictions(config: type) -> None:
+    """Tells Trainer, by the model's configuration class, which outputs are none of what `compute_metrics` is given."""
+    named = config.keys_to_ignore_at_inference
+    config.keys_to_ignore_at_inference = [*named, *({"ce_loss", "flow_loss", "stats"} - {*named})]
 
 
 @dataclass
@@ -45,11 +76,35 @@ class BatchInputs:
     num_items_in_batch: float | Tensor | None
     others: dict  # what else it was given: attention_mask, position_ids, …
 
+    @property
+    def ignore_index(self) -> int:
+        return self.others.get("ignore_index", IGNORE_INDEX)
+
+    def next_labels(self) -> Tensor:
+        """The labels of the next tokens, as the model's own loss has them: `shift_labels` where there are any."""
+        shifted = self.others.get("shift_labels")
+        return functional.pad(self.labels[..., 1:], (0, 1), value=self.ignore_index) if shifted is None else shifted
+
+    def own_labels(self) -> Tensor:
+        """The labels of the tokens themselves, −100 where there is none."""
+        if (shifted := self.others.get("shift_labels")) is None and self.ignore_index == IGNORE_INDEX:
+            return self.labels
+        shifted = self.next_labels()
+        shifted = shifted.masked_fill(shifted == self.ignore_index, IGNORE_INDEX)
+        if (shifted[..., -1] != IGNORE_INDEX).any():
+            raise ValueError(
+                "shift_labels has a label at the last position, of a token that is not in the batch: sequences that "
+                "are cut over processes are not served"
+            )
+        return functional.pad(shifted[..., :-1], (1, 0), value=IGNORE_INDEX)
+
     def check(self) -> None:
         if self.rows is None:
             return
         if not isinstance(self.rows, SupervisedRows):
             raise TypeError(f"rows must be SupervisedRows, got {type(self.rows).__name__}")
+        for name in {"shift_labels", "ignore_index"} & self.others.keys():
+            raise ValueError(f"{name} has no meaning where a batch has rows, which were made of its labels")
         if self.labels is not None and tuple(self.labels.shape) != self.rows.shape:
             raise ValueError(
                 f"rows were made for {self.rows.shape} tokens, labels are {tuple(self.labels.shape)}: a batch must "
@@ -58,66 +113,88 @@ class BatchInputs:
 
 
 class Attachment(SFRLoss):
-    """The SFR objective."""
+    """The SFR objective.
+
+    Its state of a run is the head and the step, the number of optimizer steps that were taken with it: they are in its
+    `state_dict`, and the noise of a step follows from (config.seed, step) alone. `guard` counts the steps.
+    """
+
+    return_stats = False  # outputs have the `stats` of their rows
 
     def __init__(self, loss: SFRLoss, store: TargetStore | OnlineTargets | None):
         super().__init__(loss.config, loss.head, **loss.options)
         self.store = store
         # What changes from step to step lies in tensors, since a compiled forward takes a number for a constant. No
         # buffers: they would be cast with the model, broadcast at each step, and lost on the meta device.
-        self._lambda = torch.zeros((), dtype=torch.float64, device="cpu")
-        self._seed, self._forwards = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
-        self._sums = torch.zeros(2, dtype=torch.float32, device="cpu")  # of ce and flow since the last log
-        self._recorded = False
-        self.flow_weight, self.step = loss.config.flow_weight, None
+        self._step, self._seed = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
+        self._lambdas = torch.zeros(2, dtype=torch.float64, device="cpu")  # in training, in evaluation
+        self.last = torch.zeros(3, dtype=torch.float32, device="cpu")  # ce, flow and sequences of the last forward
+        self._flow_weight, self._schedule, self.scheduled = loss.config.flow_weight, 1.0, False
+        self._set_lambdas()
+        self.step = 0
 
     @property
     def flow_weight(self) -> float:
-        """λ."""
+        """λ, the configuration's until it is set."""
         return self._flow_weight
 
     @flow_weight.setter
     def flow_weight(self, value: float) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"flow_weight must be a number, got {value!r}")
-        if not math.isfinite(value):
-            raise ValueError(f"flow_weight must be finite, got {value}")
-        self._flow_weight = value
-        self._lambda.fill_(value)
+        self._flow_weight = _finite("flow_weight", value)
+        self._set_lambdas()
 
     @property
-    def step(self) -> int | None:
-        """The step of the noise, which SFRCallback sets. None: every training forward is one, after the last set; set
-        it where a forward of the whole model is recomputed in backward, which would be another one."""
-        return self._step
+    def schedule(self) -> float:
+        """The factor of λ in training, which SFRCallback moves along the configuration's schedule."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, value: float) -> None:
+        self._schedule, self.scheduled = _finite("schedule", value), True
+        self._set_lambdas()
+
+    def _set_lambdas(self) -> None:
+        self._lambdas[0] = self._flow_weight * self._schedule
+        self._lambdas[1] = self._flow_weight
+
+    @property
+    def step(self) -> int:
+        """The optimizer's step, of which the noise is. Set it where a run goes on without this module's state."""
+        return int(self._step)
 
     @step.setter
-    def step(self, value: int | None) -> None:
-        self._step = value
-        self._counts = value is None
-        if value is not None:
-            self._seed.fill_(step_seed(self.config.seed, value))
-            self._forwards.fill_(value + 1)
+    def step(self, value: int) -> None:
+        self._step.fill_(value)
+        self._seed.copy_(step_seed(self.config.seed, self._step))
+
+    def advance(self) -> None:
+        """One step more, on the device: a captured graph that has the optimizer's step in it does the same."""
+        self._step += 1
+        self._seed.copy_(step_seed(self.config.seed, self._step))
+
+    def get_extra_state(self) -> Tensor:
+        return self._step.cpu().clone()  # of its own: safetensors refuse tensors that share memory
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.step = int(state)
 
     def _apply(self, fn, recurse: bool = True) -> "Attachment":
         super()._apply(fn, recurse)
         device = fn(torch.empty(0, dtype=torch.int64, device=self._seed.device)).device
         if device.type != "meta":
             wide = torch.float32 if device.type == "mps" else torch.float64
-            self._lambda = self._lambda.to(device, wide)
-            self._seed, self._forwards, self._sums = (x.to(device) for x in (self._seed, self._forwards, self._sums))
+            self._lambdas = self._lambdas.to(device, wide)
+            self._step, self._seed, self.last = (x.to(device) for x in (self._step, self._seed, self.last))
         return self
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        for name in ("_lambda", "_seed", "_forwards", "_sums"):  # of its own: a spawned process shares memory
+        for name in ("_lambdas", "_step", "_seed", "last"):  # of its own: a spawned process shares memory
             setattr(self, name, getattr(self, name).clone())
 
     def seed(self) -> int | Tensor:
         """The seed of this forward's noise: of the step in training, always the same in evaluation."""
-        if not self.training:
-            return step_seed(self.config.seed, -1)
-        return step_seed(self.config.seed, self._forwards) if self._counts else self._seed
+        return self._seed if self.training else step_seed(self.config.seed, -1)
 
     def inputs(self, batch: BatchInputs) -> dict:
         """The loss's arguments: rows and targets from the call where given, else from labels and the store."""
@@ -129,7 +206,7 @@ class Attachment(SFRLoss):
             if ids is not None:
                 ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
             store = self.store if targets is None and (online or ids is not None) else None
-            rows = sfr_inputs({"labels": batch.labels, **batch.others}, ids, self.config, store)["rows"]
+            rows = sfr_inputs({**batch.others, "labels": batch.own_labels()}, ids, self.config, store)["rows"]
         if targets is None:
             targets = rows.labels if self.config.loss == "mtp" else rows.targets
         if targets is None:
@@ -149,36 +226,40 @@ class Attachment(SFRLoss):
             times=batch.times,
             seed=seed,
             normalizer=batch.num_items_in_batch,
-            flow_weight=self._lambda,
+            flow_weight=self._lambdas[0 if self.training else 1],
         )
 
     def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:
         targets = _wait(targets) if isinstance(targets, PendingTargets) else targets
-        return super().forward(hidden, weight, rows, targets, *args, **options)
-
-    def record(self, out: SFROutput) -> None:
-        """Adds to the running sums, on the device."""
-        values = torch.stack([out.ce, out.flow])
-        self._sums = self._sums.to(values.device) + values
-        self._recorded = True
-        if self._counts:
-            self._forwards += 1
-
-    def totals(self) -> Tensor | None:
-        """The sums (2,) of ce and flow since this was asked last; None if there was no training forward."""
-        if not self._recorded:
-            return None
-        sums, self._sums, self._recorded = self._sums, torch.zeros_like(self._sums), False
-        return sums
+        stats = _wants_stats(self, hidden)
+        out = super().forward(hidden, weight, rows, targets, *args, **options, return_stats=stats)
+        sequences = torch.full((), rows.shape[0], dtype=out.ce.dtype, device=out.ce.device)
+        self.last = torch.stack([out.ce, out.flow, sequences])
+        return out
 
 
 _wait = torch.compiler.disable(PendingTargets.wait)
+
+
+def _wants_stats(sfr: nn.Module, hidden: Tensor) -> bool:
+    """Whether a forward makes the statistics of its rows, which the reference has not."""
+    wanted = sfr.return_stats or not sfr.training
+    return wanted and resolve_backend(sfr.options["backend"], hidden.device, hidden.dtype) != "reference"
+
+
+def _finite(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return value
 
 
 class CrossEntropyAttachment(LinearCrossEntropy):
     """Cross-entropy alone: no head, no targets."""
 
     config = head = store = None
+    return_stats = False
 
     def __init__(self, loss: LinearCrossEntropy):
         super().__init__(**loss.options)
@@ -189,26 +270,28 @@ class CrossEntropyAttachment(LinearCrossEntropy):
                 raise ValueError(f"{name} must be left alone: attach gives the model's own, and wants a mean of labels")
 
     def inputs(self, batch: BatchInputs) -> dict:
-        """The loss's arguments: of labels, or of rows, which spare a GPU the wait for their number. `shift_labels` and
-        `ignore_index` are those of the model's own loss."""
+        """The loss's arguments: of labels, or of rows, which spare a GPU the wait for their number."""
         batch.check()
         for name in ("targets", "times", "seed"):
             if getattr(batch, name) is not None:
                 raise ValueError(f"{name} has no meaning for a model attached with objective='ce'")
-        found = dict(labels=batch.rows, shift=False, normalizer=batch.num_items_in_batch)
-        if batch.rows is None:
-            shifted = batch.others.get("shift_labels")
-            found |= dict(labels=batch.labels if shifted is None else shifted, shift=shifted is None)
-            if "ignore_index" in batch.others:
-                found["ignore_index"] = batch.others["ignore_index"]
-        return found
+        labels = batch.next_labels() if batch.rows is None else batch.rows
+        return dict(labels=labels, normalizer=batch.num_items_in_batch, ignore_index=batch.ignore_index)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor | SupervisedRows, **options) -> SFROutput:
-        loss = linear_cross_entropy(hidden, weight, labels.to(hidden.device), **self.options | options)
-        return SFROutput(loss, None, None)  # nothing beside the loss, which evaluation would take for predictions
+        stats = _wants_stats(self, hidden)
+        options = self.options | options | dict(return_stats=stats)
+        found = linear_cross_entropy(hidden, weight, labels.to(hidden.device), **options)
+        return SFROutput(found[0], None, None, found[1]) if stats else SFROutput(found, None, None)
 
-    def record(self, out: SFROutput) -> None:
-        """There is nothing to log beside the loss."""
+
+def placed(predicted: Tensor, inputs: dict) -> Tensor:
+    """(B, L): what was predicted for the rows of a loss with these arguments, −100 elsewhere."""
+    rows = inputs.get("rows", inputs.get("labels"))
+    if isinstance(rows, SupervisedRows):
+        flat = predicted.new_full((math.prod(rows.shape),), IGNORE_INDEX)
+        return flat.index_copy(0, rows.rows[rows.ce_start :].to(flat.device), predicted).view(rows.shape)
+    return torch.full_like(rows, IGNORE_INDEX).masked_scatter(rows != inputs["ignore_index"], predicted.to(rows))
 
 
 def attachment_of(model: nn.Module) -> Attachment | CrossEntropyAttachment | None:

@@ -3,82 +3,172 @@
 import math
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher
-from transformers import TrainerCallback
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
 
 from ..config import SFRConfig
-from .attachment import WHOLE_BATCHES, Attachment, attachment_of
+from .attachment import WHOLE_BATCHES, Attachment, attachment_of, keep_from_predictions
 from .checkpoint import pairing, restore_head
+from .guard import NEVER_CALLED, check_head, watch_of
 
 
-def flow_weight_at(config: SFRConfig, step: int, total: int) -> float:
-    """λ at a step of a run of `total` steps: a linear warm-up, then constant, linear or cosine decay to zero."""
+def schedule_at(config: SFRConfig, step: int, total: int) -> float:
+    """The factor of λ at a step of a run of `total` steps: a linear warm-up, then constant, linear or cosine decay to
+    zero."""
     warmup = config.flow_warmup * total
     if step < warmup:
-        return config.flow_weight * (step + 1) / (warmup + 1)
+        return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(total - warmup, 1)
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return config.flow_weight * max(factor[config.flow_schedule], 0.0)
+    return max(factor[config.flow_schedule], 0.0)
+
+
+class _Mean:
+    """The means of ce and flow over forwards, on the device until they are asked for."""
+
+    def __init__(self):
+        self.sums, self.weight = 0.0, 0.0
+
+    def add(self, last: Tensor, by_sequence: bool) -> None:
+        weight = last[2] if by_sequence else 1.0
+        self.sums, self.weight = self.sums + last[:2] * weight, self.weight + weight
+
+    def take(self, args, weight: float | None = None) -> list[float] | None:
+        """The means over all processes since the last time; None without a forward. `weight` in place of the sum."""
+        if not isinstance(self.sums, Tensor):
+            return None
+        total = self.weight if weight is None else weight
+        found = torch.cat([self.sums, torch.as_tensor(total, dtype=self.sums.dtype, device=self.sums.device).view(1)])
+        found = found.to(torch.float32)
+        if dist.is_available() and dist.is_initialized():
+            # Under one global normalizer every rank holds a part of the mean, else a mean of its own.
+            dist.all_reduce(found)
+            if args.average_tokens_across_devices:
+                found[2] /= dist.get_world_size()
+        self.__init__()
+        ce, flow, total = found.tolist()
+        return [ce / total, flow / total]
 
 
 class SFRCallback(TrainerCallback):
-    """Draws the noise of each step from (config.seed, global step), moves λ along its schedule, restores the head when
-    a run resumes, and logs `ce_loss`, `flow_loss` and `flow_weight` averaged since the last log.
+    """Moves λ along its schedule, restores the head when a run resumes, logs `ce_loss`, `flow_loss` and `flow_weight`
+    averaged since the last log, and `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
 
-    Callbacks are asked in order: those of the constructor's list after Trainer's own reporters. `add_to(trainer)` puts
-    this one first, so that reporters see its values too.
+    `add_to(trainer)` is how to add it: first among the callbacks, so that reporters see its values too, with the
+    Trainer's label smoothing in the attached loss, and told of the folder a run is resumed from. In the constructor's
+    list of callbacks it comes after Trainer's own reporters, and takes `output_dir/checkpoint-<step>` for that folder.
     """
 
     def __init__(self, resume_from: str | Path | None = None):
-        """resume_from: the checkpoint that is resumed, if it is not `output_dir/checkpoint-<step>`."""
+        """resume_from: the checkpoint that is resumed, where it cannot be found (see above)."""
         self.resume_from = resume_from
         self.last_step = 0
+        self._added, self._loaded = False, None
+        self._training, self._evaluation = _Mean(), _Mean()
+        self._progress = None  # of the loss when the training began; None after its first step
 
     def add_to(self, trainer) -> "SFRCallback":
+        """Adds the callback to a Trainer of an attached model. ValueError if the Trainer has a loss of its own."""
+        sfr = attachment_of(trainer.model)
+        if sfr is None:
+            raise ValueError("trainer.model has no SFR objective: attach it before Trainer is made")
+        if trainer.compute_loss_func is not None:
+            raise ValueError("compute_loss_func takes the model's logits, of which an attached model makes none")
+        if (
+            trainer.preprocess_logits_for_metrics is not None
+            and type(trainer).prediction_step is Trainer.prediction_step
+        ):
+            raise ValueError(
+                "preprocess_logits_for_metrics has no logits to work on: compute_metrics is given the predicted "
+                "tokens, (B, L) with −100 where no label is predicted"
+            )
+        if trainer.label_smoother is not None:
+            sfr.options["label_smoothing"] = trainer.label_smoother.epsilon
+            trainer.label_smoother = None
+        load = trainer._load_from_checkpoint
+
+        def load_from(folder, *args, **kwargs):
+            self._loaded = folder
+            return load(folder, *args, **kwargs)
+
+        trainer._load_from_checkpoint = load_from
+        keep_from_predictions(type(trainer.model.config))
         trainer.callback_handler.callbacks.insert(0, self)
+        self._added = True
         return self
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         sfr = attachment_of(model)
-        if not isinstance(sfr, Attachment):
+        if sfr is None:
             raise ValueError("SFRCallback needs a model with an SFR objective: attach it before Trainer is made")
+        if args.label_smoothing_factor and not self._added:
+            raise ValueError(
+                "label_smoothing_factor does not reach the attached loss: use SFRCallback().add_to(trainer)"
+            )
         if args.world_size > 1 and isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
             raise ValueError(
                 "one process would read the data set for all, and cut batches that a collator has made whole: "
                 f"{WHOLE_BATCHES}"
             )
-        if state.global_step > 0:
-            folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        check_head(sfr)
+        if state.global_step > 0 and isinstance(sfr, Attachment):
+            folder = self.resume_from or self._loaded or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             restore_head(folder, sfr, pairing(model))
-        sfr.totals()  # of an earlier run
-        self.last_step = state.global_step
+        self._training, self.last_step = _Mean(), state.global_step
+        self._progress = watch_of(model).progress
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
-        sfr = attachment_of(model)
-        sfr.step = state.global_step
-        sfr.flow_weight = flow_weight_at(sfr.config, state.global_step, state.max_steps)
+        if isinstance(sfr := attachment_of(model), Attachment):
+            sfr.step = state.global_step
+            sfr.schedule = schedule_at(sfr.config, state.global_step, state.max_steps)
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        if isinstance(sfr := attachment_of(model), Attachment):
+            self._training.add(sfr.last, by_sequence=False)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self._progress is not None:
+            if watch_of(model).progress == self._progress:  # an engine's optimizer is unknown to the guard
+                raise RuntimeError(NEVER_CALLED)
+            self._progress = None
+        self.on_substep_end(args, state, control, model)
+
+    def on_prediction_step(self, args, state, control, model=None, **kwargs):
+        if isinstance(sfr := attachment_of(model), Attachment):
+            self._evaluation.add(sfr.last, by_sequence=True)  # as Trainer weighs its batches
+
+    def on_predict(self, args, state, control, metrics, **kwargs):
+        self._add_evaluation(args, metrics)
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
-        sfr = attachment_of(model)
-        steps = state.global_step - self.last_step
-        if logs is None or steps == 0 or "loss" not in logs or (totals := sfr.totals()) is None:
+        if not isinstance(sfr := attachment_of(model), Attachment) or logs is None:
             return
-        totals = totals.float()
-        if dist.is_available() and dist.is_initialized():
-            # Under one global normalizer every rank holds a part of the mean, else a mean of its own.
-            dist.all_reduce(totals)
-            if not args.average_tokens_across_devices:
-                totals /= dist.get_world_size()
-        ce, flow = (totals / steps).tolist()
-        values = {"ce_loss": ce, "flow_loss": flow, "flow_weight": sfr.flow_weight}
-        logs.update(values)
+        steps = state.global_step - self.last_step
+        if "loss" in logs and steps > 0 and (means := self._training.take(args, steps)) is not None:
+            values = dict(zip(("ce_loss", "flow_loss"), means, strict=True), flow_weight=sfr.flow_weight * sfr.schedule)
+            logs.update(values)
+            self.last_step = state.global_step
+        else:
+            values = self._add_evaluation(args, logs)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(values)
-        self.last_step = state.global_step
+
+    def _add_evaluation(self, args, metrics: dict) -> dict[str, float]:
+        """Adds the losses of an evaluation to its metrics, whose prefix its own `…_loss` and `…_runtime` tell."""
+        prefixes = [k.removesuffix("_loss") for k in metrics if k.endswith("_loss")]
+        prefixes = [p for p in prefixes if p != "train" and f"{p}_runtime" in metrics]
+        if not prefixes or (means := self._evaluation.take(args)) is None:
+            return {}
+        values = {f"{prefixes[0]}_{name}": value for name, value in zip(("ce_loss", "flow_loss"), means, strict=True)}
+        metrics.update(values)
+        return values
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        sfr = attachment_of(model)
-        sfr.step = None
+        if not isinstance(sfr := attachment_of(model), Attachment):
+            return
+        sfr.schedule = 1.0
         if args.load_best_model_at_end and state.best_model_checkpoint:
             restore_head(state.best_model_checkpoint, sfr, pairing(model))

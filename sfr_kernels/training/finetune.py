@@ -134,8 +134,9 @@ def finetune(options: TrainOptions) -> Path:
         train_dataset=train,
         data_collator=collate,
         processing_class=tokenizer,
-        callbacks=[*([SFRCallback()] if sfr else []), ProgressBar()],
+        callbacks=[ProgressBar()],
     )
+    SFRCallback().add_to(trainer)
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=checkpoint)
     steps = trainer.state.max_steps

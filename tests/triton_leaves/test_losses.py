@@ -60,6 +60,16 @@ def test_sfr_loss(preset, options, dtype):
     judge(replace(case, options=options), ours_sfr, reference_sfr, dtype)
 
 
+def test_statistics_of_the_joint_loss():
+    case = make_case(small_config("official"), hidden_size=20, target_size=14, vocab=37)
+    logits = case.hidden.flatten(0, 1)[case.rows.rows[case.rows.ce_start :]] @ case.weight.T + case.bias
+    moved, x = on_device(case, torch.float32)
+    options = dict(seed=case.seed, config=case.config, bias=x.bias, backend=BACKEND, return_stats=True)
+    stats = sfr_loss(x.hidden, x.weight, x.head, moved.rows, moved.targets, **options).stats
+    torch.testing.assert_close(stats.lse.cpu().double(), logits.logsumexp(1), rtol=1e-5, atol=0)
+    assert torch.equal(stats.predicted.cpu(), logits.argmax(1))
+
+
 @pytest.mark.parametrize("loss", ["cosine", "cka", "mtp"])
 def test_relatives_of_the_flow_loss(loss):
     case = make_case(small_config(loss=loss), hidden_size=20, target_size=14, vocab=37)

@@ -1,0 +1,302 @@
+"""Settings of a Trainer that would leave the attached loss aside: they work, or stop with words that help."""
+
+from types import MethodType
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+import transformers.trainer
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from tiny import CONFIG, VOCAB, pad, tiny_llama, tiny_samples, tiny_store
+from transformers import LlamaForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.utils import logging
+
+from sfr_kernels import SFRConfig, attach, detach
+from sfr_kernels.targets import SFRCollator
+from sfr_kernels.training.callbacks import SFRCallback
+
+SAMPLES = tiny_samples(16)
+STORE = tiny_store(SAMPLES)
+COLLATE = SFRCollator(CONFIG, STORE, pad)
+BATCH = COLLATE(SAMPLES[:4])
+
+
+def plain_collate(features):
+    return pad([{k: v for k, v in f.items() if k != "sample_id"} for f in features])
+
+
+OF_TRAINER = ("compute_metrics", "compute_loss_func", "callbacks", "eval_dataset", "preprocess_logits_for_metrics")
+
+
+def trainer_of(model, folder, *, add=True, kind=Trainer, arguments=TrainingArguments, collate=COLLATE, **options):
+    own = {k: options.pop(k) for k in OF_TRAINER if k in options}
+    fixed = dict(max_steps=3, per_device_train_batch_size=8, logging_steps=1, save_strategy="no", report_to=[], seed=1,
+                 disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, remove_unused_columns=False)  # fmt: skip
+    trainer = kind(model=model, args=arguments(str(folder), **(fixed | options)), train_dataset=SAMPLES,
+                   data_collator=collate, **own)  # fmt: skip
+    trainer.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    if add:
+        SFRCallback().add_to(trainer)
+    return trainer
+
+
+def attached(config=CONFIG):
+    return attach(tiny_llama(), config, STORE)
+
+
+def weights(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".sfr." not in n and not n.startswith("sfr.")}
+
+
+@pytest.mark.parametrize("objective", ["sfr", "ce"])
+def test_label_smoothing_goes_into_the_fused_loss(tmp_path, objective):
+    """The weights of the plain model under Trainer's own smoothing, with micro-batches of different sizes."""
+    options = dict(label_smoothing_factor=0.3, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    plain = trainer_of(tiny_llama(), tmp_path, add=False, collate=plain_collate, **options)
+    plain.train()
+    if objective == "sfr":
+        model, collate = attached(SFRConfig(**{**CONFIG.to_dict(), "flow_weight": 0.0})), COLLATE
+    else:
+        model, collate = attach(tiny_llama(), objective="ce"), plain_collate
+    ours = trainer_of(model, tmp_path, collate=collate, **options)
+    ours.train()
+    for name, weight in weights(plain.model).items():
+        torch.testing.assert_close(ours.model.get_parameter(name), weight, rtol=1e-4, atol=1e-6)
+    histories = [[h["loss"] for h in t.state.log_history if "loss" in h] for t in (plain, ours)]
+    assert histories[0] == pytest.approx(histories[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("callbacks", [None, [SFRCallback()]], ids=["no callback", "constructor's"])
+def test_label_smoothing_that_would_see_no_logits_stops_before_the_first_step(tmp_path, callbacks):
+    trainer = trainer_of(attached(), tmp_path, add=False, label_smoothing_factor=0.1, callbacks=callbacks)
+    before = weights(trainer.model)
+    with pytest.raises((ValueError, KeyError), match=r"SFRCallback\(\).add_to\(trainer\)"):
+        trainer.train()
+    assert all(torch.equal(p, before[n]) for n, p in weights(trainer.model).items())
+
+
+def logits_loss(outputs, labels, num_items_in_batch=None):
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+
+
+def test_a_loss_function_of_logits_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        trainer_of(attached(), tmp_path, compute_loss_func=logits_loss)
+    with pytest.raises(AttributeError, match="makes no logits"):
+        trainer_of(attached(), tmp_path, add=False, compute_loss_func=logits_loss).train()
+    model = attach(tiny_llama(), objective="ce")
+    with pytest.raises(RuntimeError, match="does not compute the loss that was attached"):
+        trainer_of(model, tmp_path, add=False, collate=plain_collate, compute_loss_func=logits_loss).train()
+
+
+def test_what_makes_predictions_of_logits_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"compute_metrics is given the predicted tokens"):
+        trainer_of(attached(), tmp_path, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1))
+
+
+def liger(model, config):
+    """Does what Liger's fused cross-entropy does to an instance: another forward in place of the model's."""
+    if config.get("fused_linear_cross_entropy", True):
+        model.forward = MethodType(LlamaForCausalLM.forward, model)
+
+
+def ignoring(*names):
+    def collate(features):
+        return {k: v for k, v in COLLATE(features).items() if k not in names}
+
+    return collate
+
+
+def test_a_forward_that_liger_replaces_stops_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.trainer, "apply_liger_kernel", lambda m, c: liger(m, c or {}))
+    for fused in (True, False):
+        model, config = attached(), dict(fused_linear_cross_entropy=fused)
+        options = dict(
+            use_liger_kernel=True, liger_kernel_config=config, collate=ignoring("rows") if fused else COLLATE
+        )
+        trainer = trainer_of(model, tmp_path, **options)
+        if fused:
+            with pytest.raises(RuntimeError, match=r'liger_kernel_config={"fused_linear_cross_entropy": False}'):
+                trainer.train()
+        else:
+            trainer.train()
+            assert model.sfr.head.output_proj.weight.any()
+
+
+class Preferring(Trainer):
+    """Its loss is of log-probabilities that it makes of the logits itself, as DPO's is."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {k: v for k, v in inputs.items() if k not in ("labels", "rows")}
+        return -model(**inputs).logits.log_softmax(-1)[..., 3].mean()
+
+
+@pytest.mark.parametrize("add", [True, False], ids=["with the callback", "without"])
+def test_a_trainer_with_a_loss_of_its_own_stops_at_the_first_step(tmp_path, add):
+    trainer = trainer_of(attached(), tmp_path, add=add, kind=Preferring)
+    before = weights(trainer.model)
+    with pytest.raises(RuntimeError, match="does not compute the loss that was attached"):
+        trainer.train()
+    assert all(torch.equal(p, before[n]) for n, p in weights(trainer.model).items())
+
+
+def test_an_optimizer_that_torch_does_not_know_is_watched_by_the_callback(tmp_path, monkeypatch):
+    """DeepSpeed steps flat copies of the parameters, by which no model is found."""
+    monkeypatch.setattr("sfr_kernels.training.guard._watching", lambda optimizer: [])
+    with pytest.raises(RuntimeError, match="does not compute the loss that was attached"):
+        trainer_of(attached(), tmp_path, kind=Preferring).train()
+    trainer_of(attached(), tmp_path).train()
+
+
+@pytest.mark.parametrize("lora", ["LoRA", "add_adapter"])
+def test_adapters_after_attach_stop_before_the_first_forward(tmp_path, lora):
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = attached()
+    if lora == "LoRA":
+        model = get_peft_model(model, config)
+    else:
+        model.add_adapter(config)
+    with pytest.raises(RuntimeError, match="Wrap the model first, then attach"):
+        trainer_of(model, tmp_path).train()
+
+
+def test_without_the_callback_training_is_the_same(tmp_path):
+    """Noise is that of the optimizer's step, under accumulation too; what is missing is what the callback logs."""
+    with_it, without = (
+        trainer_of(attached(), tmp_path, add=add, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+        for add in (True, False)
+    )
+    for trainer in (with_it, without):
+        trainer.train()
+    for name, weight in with_it.model.named_parameters():
+        assert torch.equal(weight, without.model.get_parameter(name)), name
+    assert without.model.sfr.step == 3
+
+
+def test_a_resumed_run_without_the_callback_stops_at_the_first_step(tmp_path):
+    options = dict(save_strategy="steps", save_steps=2)
+    trainer_of(attached(), tmp_path, add=False, **options).train()
+    again = trainer_of(attached(), tmp_path, add=False, **options)
+    again.optimizer = None  # Trainer's own, which has a past
+    first = trainer_of(attached(), tmp_path / "adam", add=False, **options)
+    first.optimizer = None
+    first.train()
+    with pytest.raises(RuntimeError, match="velocity head is new: SFRCallback restores"):
+        again.train(resume_from_checkpoint=str(tmp_path / "adam" / "checkpoint-2"))
+
+
+def test_compute_metrics_is_given_predictions(tmp_path):
+    """Those of the plain model's logits, of which there are none; other positions are −100."""
+    seen = {}
+
+    def accuracy(found):
+        seen["predictions"] = found.predictions
+        mask = found.label_ids[:, 1:] != -100
+        return {"accuracy": (found.predictions[:, :-1] == found.label_ids[:, 1:])[mask].mean()}
+
+    for model, collate in ((attached(), COLLATE), (attach(tiny_llama(), objective="ce"), plain_collate)):
+        trainer = trainer_of(model, tmp_path, collate=collate, compute_metrics=accuracy, per_device_eval_batch_size=3)
+        found = trainer.evaluate(SAMPLES[:8])["eval_accuracy"]
+        detach(model)
+        with torch.no_grad():
+            plain = [model.eval()(**pad(SAMPLES[i : i + 1])).logits[0].argmax(-1).numpy() for i in range(8)]
+        labels = [np.array(s["labels"]) for s in SAMPLES[:8]]
+        right = [(p[:-1] == y[1:])[y[1:] != -100] for p, y in zip(plain, labels, strict=True)]
+        assert found == pytest.approx(np.concatenate(right).mean())
+        for i, y in enumerate(labels):
+            at = np.flatnonzero(y[1:] != -100)
+            assert (seen["predictions"][i][at] == plain[i][at]).all()
+            assert (np.delete(seen["predictions"][i], at) == -100).all()
+
+
+def test_the_best_model_is_chosen_by_a_part_of_the_loss(tmp_path):
+    options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, eval_dataset=SAMPLES[8:])
+    best = dict(load_best_model_at_end=True, metric_for_best_model="eval_ce_loss")
+    trainer = trainer_of(attached(), tmp_path, **options, **best)
+    trainer.train()
+    logged = {h["step"]: h["eval_ce_loss"] for h in trainer.state.log_history if "eval_ce_loss" in h}
+    assert trainer.state.best_global_step == min(logged, key=logged.get) and len(logged) == 3
+
+
+def test_predict_with_generate_is_that_of_the_plain_model(tmp_path):
+    found = []
+    for model, collate in ((tiny_llama(), plain_collate), (attached(), COLLATE)):
+        trainer = trainer_of(
+            model, tmp_path, add=collate is COLLATE, kind=Seq2SeqTrainer, arguments=Seq2SeqTrainingArguments,
+            collate=collate, predict_with_generate=True, generation_max_length=40,
+        )  # fmt: skip
+        found.append(trainer.predict(SAMPLES[:1]).predictions)
+    assert np.array_equal(*found) and found[0].shape[1] > len(SAMPLES[0]["input_ids"])
+
+
+def test_labels_by_position_and_further_outputs_are_as_with_the_plain_model():
+    model = tiny_llama().eval()
+    plain = {k: v for k, v in BATCH.items() if k != "rows"}
+    wanted = model(**plain, output_hidden_states=True, output_attentions=True)
+    attach(model, CONFIG, STORE)
+    model.sfr.flow_weight = 0.0
+    found = model(**BATCH, output_hidden_states=True, output_attentions=True)
+    for name in ("hidden_states", "attentions"):
+        for a, b in zip(found[name], wanted[name], strict=True):
+            assert torch.equal(a, b)
+    ids, mask, labels = BATCH["input_ids"], BATCH["attention_mask"], BATCH["labels"]
+    positional = model(ids, mask, None, None, None, labels, rows=BATCH["rows"])
+    assert torch.equal(positional.loss, found.loss) and "logits" not in positional
+    assert torch.equal(model(**BATCH, return_dict=False)[0], found.loss)
+    for shifted in (
+        dict(labels=labels, shift_labels=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)),
+        dict(labels=labels.masked_fill(labels == -100, 0), ignore_index=0),
+    ):
+        out = model(ids, mask, sample_id=torch.arange(4), **shifted)
+        assert torch.equal(out.loss, found.loss) and torch.equal(out.flow_loss, found.flow_loss)
+    with pytest.raises(ValueError, match="shift_labels has no meaning where a batch has rows"):
+        model(**BATCH, shift_labels=labels)
+    with pytest.raises(ValueError, match="shift_labels has a label at the last position"):
+        model(ids, mask, labels=labels, sample_id=torch.arange(4), shift_labels=labels.clamp(min=0))
+    generated = model.generate(**BATCH, max_new_tokens=3, do_sample=False)
+    detach(model)
+    assert torch.equal(generated, model.generate(**plain, max_new_tokens=3, do_sample=False))
+
+
+def test_detach_works_after_a_resize():
+    model = attached()
+    model.resize_token_embeddings(VOCAB + 5)
+    with pytest.raises(RuntimeError, match="replaced after attach"):
+        model(**BATCH)
+    detach(model)
+    assert model(**{k: v for k, v in BATCH.items() if k != "rows"}).logits.shape[-1] == VOCAB + 5
+    assert not [k for m in model.modules() for k in m.__dict__ if "sfr" in k]
+    attach(model, CONFIG, STORE)(**BATCH).loss.backward()
+
+
+def test_accelerate_saves_the_plain_model_and_resumes_the_whole_one(tmp_path):
+    accelerator, model = accelerate.Accelerator(cpu=True), attached()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.backward(model(**BATCH).loss)
+    optimizer.step()
+    accelerator.save_model(model, tmp_path / "plain")
+    accelerator.save_state(tmp_path / "state")
+    loaded = transformers.AutoModelForCausalLM.from_config(model.config)
+    accelerate.load_checkpoint_in_model(loaded, tmp_path / "plain")
+    for name, weight in weights(model).items():
+        assert torch.equal(loaded.get_parameter(name), weight)
+    with safe_open(tmp_path / "plain" / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert not [name for name in names if "sfr" in name] and len(names) > 5
+    head = model.sfr.head.output_proj.weight.clone()
+    torch.nn.init.zeros_(model.sfr.head.output_proj.weight)
+    model.sfr.step = 17
+    accelerator.load_state(tmp_path / "state")
+    assert torch.equal(model.sfr.head.output_proj.weight, head) and head.any() and model.sfr.step == 1
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(level)
