@@ -8,7 +8,6 @@ measured once, by sending known numbers through, and handed to the loss.
 """
 
 import inspect
-import math
 import sys
 from dataclasses import dataclass
 
@@ -32,7 +31,9 @@ from .attachment import (
 )
 from .checkpoint import pairing, save_head
 from .guard import NEVER_CALLED, Watch, check_head
+from .lm_head import output_linear
 from .methods import cover, is_covered, owner, plain, uncover
+from .own_loss import OwnLoss, router_loss
 
 _KWARGS_FLAG = "accepts_loss_kwargs"  # read by Trainer: forward takes num_items_in_batch
 
@@ -88,14 +89,12 @@ def attach(
     was not computed or the head cannot learn. In evaluation λ is the configuration's, whatever its schedule.
     `save_pretrained` writes the plain model, and the head beside it. A copy (deepcopy, pickle, torch.save) is attached
     too. Compiled, the model is one graph for all steps, where a batch brings rows and targets. TypeError or ValueError,
-    with the model unchanged, if something does not fit.
+    with the model unchanged, if something does not fit; at the first loss, if the model's own loss is another.
     """
     base = base_of(model)
     if attachment_of(base) is not None:
         raise ValueError("model already has an SFR objective: detach it first")
     linear = output_linear(base)
-    if is_covered(linear):
-        raise ValueError("model's lm_head belongs to another attached model, too: detach that one first")
     if objective not in ("sfr", "ce"):
         raise ValueError(f"objective must be sfr or ce, got {objective!r}")
     if objective == "ce":
@@ -119,7 +118,7 @@ def attach(
     if hasattr(base, "generate"):
         cover(base, "generate", _generate)
     base.register_state_dict_post_hook(_without_head)
-    base._sfr_logits = _Logits(base)
+    base._sfr_logits = OwnLoss(base, linear.out_features, _answer)
     cover(model, "save_pretrained", _save_pretrained)
     return model
 
@@ -147,23 +146,6 @@ def detach(model: nn.Module) -> VelocityHead | None:
         base.accepts_loss_kwargs = flag
     del base.sfr, base._sfr_logits, base._sfr_watch
     return sfr.head
-
-
-def output_linear(base: nn.Module) -> nn.Linear:
-    """The linear layer behind the model's logits. TypeError if they come from anything else."""
-    if not hasattr(base, "get_output_embeddings"):
-        raise TypeError(f"model must be a transformers causal LM, got {type(base).__name__}")
-    out = base.get_output_embeddings()
-    if hasattr(out, "modules_to_save") and hasattr(out, "active_adapters"):
-        out = out.modules_to_save[out.active_adapters[0]]  # PEFT's trainable copy of the layer
-    if hasattr(out, "base_layer"):
-        raise TypeError(
-            "model's lm_head carries an adapter, whose share of the logits a fused loss would drop: leave it out of "
-            "target_modules, or train it whole with modules_to_save"
-        )
-    if not isinstance(out, nn.Linear):
-        raise TypeError(f"model's output embeddings must be an nn.Linear, got {type(out).__name__}")
-    return out
 
 
 def _objective(
@@ -240,7 +222,8 @@ def _catch(module: nn.Module, args: tuple, output: Tensor) -> None:
     """The last hook of the output embeddings: keeps what a call gets from them."""
     for call in _calls:
         if call.outer is module:
-            call.returned = output
+            # a copy of a probe: some models write over their logits
+            call.returned = output if call.probe is None else output.clone()
 
 
 def _run(base: nn.Module, call: _Call, args: tuple, options: dict):
@@ -292,7 +275,7 @@ def _forward(self, *args, labels=None, rows=None, targets=None, times=None, seed
     outputs = _run(self, call, args, own)
     loss, aux = call.returned.reshape(()), getattr(outputs, "aux_loss", None)
     if aux is not None:  # the router loss of a mixture of experts, which such models add themselves
-        loss = loss + self.router_aux_loss_coef * aux.to(loss.device)
+        loss = loss + router_loss(self, aux.to(loss.device))
     stats = call.out.stats
     found = SFRModelOutput(
         loss=loss,
@@ -325,30 +308,10 @@ def _without_head(module: nn.Module, state: dict, prefix: str, _) -> None:
             del state[name]
 
 
-class _Logits:
-    """softcap and scale of the model's logits, measured at the first loss: before that, weights may be elsewhere."""
-
-    def __init__(self, base: nn.Module):
-        self.base, self.options = base, None
-
-    @torch.compiler.assume_constant_result  # so that a compiler measures where it traces
-    @torch.no_grad()
-    def measure(self, device: torch.device) -> None:
-        """Passes known numbers off as logits of one token. ValueError if something else becomes of them."""
-        if self.options is not None:
-            return
-        probe = torch.tensor([[[2.0**-9, 1.0, -3.0, 1e6]]], dtype=torch.float32, device=device)
-        token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            outputs = _run(self.base, _Call.of(self.base, probe=probe), (), {"input_ids": token})
-        found = outputs.logits.flatten().tolist()
-        scale = found[0] * 2**9
-        softcap = None if math.isclose(found[3], scale * 1e6, rel_tol=1e-4) else found[3]
-        wanted = [scale * x if softcap is None else softcap * math.tanh(scale * x / softcap) for x in (1.0, -3.0)]
-        if not all(math.isclose(a, b, rel_tol=1e-4) for a, b in zip(wanted, found[1:3], strict=True)):
-            name = type(self.base).__name__
-            raise ValueError(f"{name} transforms its logits in a way the loss does not know: {found}")
-        self.options = {"softcap": softcap, "logit_scale": scale}
+def _answer(base: nn.Module, probe: Tensor, inputs: dict):
+    """The outputs of the model's own forward, whose lm_head answers with `probe`; and that after its hooks."""
+    call = _Call.of(base, probe=probe)
+    return _run(base, call, (), inputs), call.returned
 
 
 def _save_pretrained(self: nn.Module, save_directory, *args, **kwargs):

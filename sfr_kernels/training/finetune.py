@@ -20,7 +20,7 @@ from ..evaluation.generate import generate
 from ..evaluation.held_out import frozen_flow_loss, held_out_losses
 from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
 from ..targets.manifest import FILE as MANIFEST
-from .attach import attach, detach, output_linear
+from .attach import attach, detach
 from .attachment import attachment_of
 from .callbacks import SFRCallback
 from .checkpoint import save_head
@@ -28,6 +28,7 @@ from .corpus import ChatFile
 from .data import read_chats, split_by_prompt, tokenize
 from .formats import Example
 from .labelling import Tokenized, last_prompt
+from .lm_head import output_linear
 from .models import MINILM, encoder_path, load_model
 from .report import ProgressBar, loss_curves, samples_table
 
