@@ -1,0 +1,313 @@
+"""SFRTrainer: what TRL prepares, trained on the SFR objective as one process trains the whole batch by hand."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from corpora import HashEncoder
+from datasets import Dataset
+from operations import Operations
+from peft import PromptTuningConfig, get_peft_model
+from tiny import CONFIG, SIZES, TARGET, VOCAB, pad, tiny_llama, tiny_samples, tiny_store
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import SFTTrainer
+from trl_cases import ENCODER, expected_loss, lora, make_trainer, texts, tokenizer, train_by_hand
+
+from sfr_kernels import LinearCrossEntropy, SFRConfig, SFRLoss, VelocityHead, attach, detach
+from sfr_kernels.ops.times import step_seed
+from sfr_kernels.targets import OnlineTargets, SFRCollator
+from sfr_kernels.training.attachment import attachment_of
+from sfr_kernels.training.trl import SFRTrainer
+
+# Data, arguments, who wraps the model with PEFT, what else is given.
+BFD = dict(packing=True, max_length=32)
+MODES = {
+    "plain": ("plain", {}, None, {}),
+    "own collator": ("plain", {}, "config", dict(data_collator=pad)),
+    "assistant only": ("chat", dict(assistant_only_loss=True, max_length=128), "config", {}),
+    "completion only": ("completion", dict(label_smoothing_factor=0.1), "model", {}),
+    "packing bfd": ("plain", BFD, None, {}),
+    "packing bfd_split": ("completion", dict(packing=True, max_length=20, packing_strategy="bfd_split"), "config", {}),
+    "packing wrapped": ("plain", dict(packing=True, max_length=16, packing_strategy="wrapped"), None, {}),
+    "padding-free": ("chat", dict(padding_free=True, max_length=None, assistant_only_loss=True), "model", {}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor:FutureWarning")
+@pytest.mark.filterwarnings("ignore:no label is supervised:RuntimeWarning")  # of a pack of prompts alone
+def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, mode):
+    """In float32, whatever is accumulated: within 2e-4 of how far each parameter moved."""
+    kind, arguments, wrapped, given = MODES[mode]
+    data = texts(kind, 40 if arguments.get("packing") else 12)
+    expected = None
+    for accumulated in (1, 4):
+        model = tiny_llama(initializer_range=0.2)
+        if wrapped == "model":
+            torch.manual_seed(1)
+            model = get_peft_model(model, lora())
+        elif wrapped == "config":
+            given = given | dict(peft_config=lora())
+        parts = dict(gradient_accumulation_steps=accumulated, per_device_train_batch_size=4 // accumulated)
+        trainer = make_trainer(tmp_path, model=model, train=data, arguments=arguments | parts, **given)
+        if expected is None:
+            expected = copy.deepcopy(trainer.model)
+            before = [p.clone() for p in expected.parameters() if p.requires_grad]
+            head = detach(expected)
+            smoothing = arguments.get("label_smoothing_factor", 0.0)
+            train_by_hand(expected, head, trainer.train_dataset.to_list(), label_smoothing=smoothing)
+            ends = [p for p in [*expected.parameters(), *head.parameters()] if p.requires_grad]
+        trainer.train()
+        found = [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad and ".sfr." not in f".{n}"]
+        found += list(attachment_of(trainer.model).head.named_parameters())
+        assert len(found) == len(ends) == len(before)
+        for (name, a), b, start in zip(found, ends, before, strict=True):
+            moved, wrong = (b - start).abs().max().item(), (a - b).abs().max().item()
+            assert moved > 2e-4 * b.abs().max(), f"{name} hardly moved, which shows nothing"
+            assert wrong < 2e-4 * moved, name
+
+
+def test_the_metrics_are_those_of_sfttrainer(tmp_path):
+    """At the first step, and in evaluation before it: of the same weights."""
+    names = ("entropy", "mean_token_accuracy", "num_tokens")
+    for kind, arguments in (("completion", {}), ("plain", BFD)):
+        arguments = arguments | dict(max_steps=1, eval_strategy="steps", eval_on_start=True)
+        runs = []
+        for kind_of in (SFRTrainer, SFTTrainer):
+            given = dict(model=tiny_llama(initializer_range=0.2), eval_dataset=texts(kind, 5, seed=1))
+            trainer = make_trainer(tmp_path / kind, kind, kind_of=kind_of, arguments=arguments, **given)
+            trainer.train()
+            evaluated, trained = trainer.state.log_history[:2]
+            runs.append([trained[n] for n in names] + [evaluated[f"eval_{n}"] for n in names])
+        assert runs[0] == pytest.approx(runs[1], rel=1e-5) and runs[0][2] > 0
+
+
+def test_evaluation_sets_have_targets_of_their_own(tmp_path):
+    sets = {"a/b": texts("plain", 3, seed=1), "c": texts("plain", 6, seed=2)}
+    trainer = make_trainer(tmp_path, eval_dataset=sets, arguments=dict(per_device_eval_batch_size=8))
+    assert sorted(p.name for p in (tmp_path / "targets").iterdir()) == ["eval-a%2Fb", "eval-c", "train"]
+    trainer.predict(trainer.eval_dataset["c"])  # whose metrics are no other set's
+    found, model = trainer.evaluate(), copy.deepcopy(trainer.model)
+    assert trainer.state.log_history[0]["eval_entropy"] == trainer.evaluate("a/b")["eval_entropy"]
+    head, start = detach(model), 12
+    for name, count in (("a/b", 3), ("c", 6)):  # counted on from the training data
+        samples = list(enumerate(trainer.eval_dataset[name].to_list(), start))
+        with torch.no_grad():
+            wanted = expected_loss(model, head, samples, step_seed(CONFIG.seed, -1)).loss.item()
+        assert found[f"eval_{name}_loss"] == pytest.approx(wanted, rel=1e-5)
+        start += count
+    with pytest.raises(ValueError, match=r"has no targets: give it to the constructor in eval_dataset.*OnlineTargets"):
+        trainer.evaluate(texts("plain", 2))
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
+
+
+def test_targets_are_built_once_and_opened_without_an_encoder(tmp_path):
+    encoder = HashEncoder(TARGET)
+    make_trainer(tmp_path, encoder=encoder)
+    encoded = len(encoder.texts)
+    make_trainer(tmp_path, encoder=encoder)
+    assert encoded == len(encoder.texts) > 0
+    make_trainer(tmp_path, encoder=None).train()
+    with pytest.raises(ValueError, match=r"(?s)made differently: data.*Give another folder in targets="):
+        make_trainer(tmp_path, encoder=None, arguments=BFD)
+
+
+def test_a_stream_trains_on_online_targets_as_the_store_does(tmp_path):
+    weights = []
+    for stream in (True, False):
+        data, given = texts("plain"), {}
+        if stream:
+            data, given = data.to_iterable_dataset(), dict(sfr=CONFIG, targets=OnlineTargets(ENCODER, tokenizer()))
+        trainer = make_trainer(tmp_path, train=data, **given)
+        trainer.train()
+        weights.append([p.detach() for p in trainer.model.parameters()])
+        if stream:
+            assert trainer.evaluate(texts("plain", 3))["eval_loss"] > 0
+    for a, b in zip(*weights, strict=True):
+        assert torch.equal(a, b)
+
+
+EXPERTS = AutoConfig.for_model("mixtral", **SIZES, num_local_experts=4)
+DENSE = tiny_llama().config
+
+
+@pytest.mark.parametrize(
+    "config, arguments",
+    [(EXPERTS, dict(router_aux_loss_coef=0.5)), (DENSE, dict(label_smoothing_factor=0.2))],
+    ids=["router loss", "label smoothing"],
+)
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor:FutureWarning")
+def test_cross_entropy_alone_trains_as_sfttrainer_does(tmp_path, config, arguments):
+    """A router loss has the coefficient of TRL's arguments, and each accumulated batch its share."""
+    arguments = arguments | dict(gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    runs = []
+    for kind_of, given in ((SFTTrainer, {}), (SFRTrainer, dict(objective="ce"))):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        trainer = make_trainer(tmp_path, "completion", model=model, kind_of=kind_of, arguments=arguments, **given)
+        trainer.train()
+        runs.append(([p.detach() for p in model.parameters()], trainer.state.log_history[0]))
+    (wanted, plain), (found, logged) = runs
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert set(logged) == set(plain) and ("aux_loss" in plain) == (config is EXPERTS)
+    for name in set(plain) - {"learning_rate", "epoch", "step", "grad_norm"}:
+        assert logged[name] == pytest.approx(plain[name], rel=1e-5), name
+
+
+def test_an_attached_model_keeps_its_objective_and_goes_under_peft(tmp_path):
+    head = VelocityHead.from_config(CONFIG, SIZES["hidden_size"], TARGET)
+    model = attach(tiny_llama(), SFRLoss(CONFIG, head, z_loss=0.1), OnlineTargets(ENCODER, tokenizer()))
+    for name, value in (("sfr", CONFIG), ("targets", tmp_path), ("encoder", ENCODER)):
+        with pytest.raises(ValueError, match=f"{name} must not be given: the model is attached"):
+            make_trainer(tmp_path, model=model, **dict(targets=None) | {name: value})
+    with pytest.raises(ValueError, match="attached with the SFR objective"):
+        make_trainer(tmp_path, model=model, objective="ce")
+    with pytest.raises(ValueError, match="max_length"):  # from TRL's constructor, when it had been detached
+        make_trainer(tmp_path, model=model, targets=None, arguments=dict(padding_free=True))
+    assert attachment_of(model).head is head
+    trainer = make_trainer(tmp_path, model=model, targets=None, peft_config=lora())
+    sfr = attachment_of(trainer.model)
+    assert sfr.head is head and sfr.options["z_loss"] == 0.1 and isinstance(sfr.store, OnlineTargets)
+    trainer.train()
+    assert trainer.state.log_history[0]["flow_loss"] > 0 and head.output_proj.weight.abs().max() > 0
+    detach(trainer.model)
+    assert "forward" not in trainer.model.get_base_model().__dict__  # nor is TRL's there
+    alone = attach(tiny_llama(), LinearCrossEntropy(z_loss=0.1), objective="ce")
+    trainer = make_trainer(tmp_path, model=alone, targets=None)
+    assert attachment_of(trainer.model).options["z_loss"] == 0.1
+    # the collator that goes with an attached model is taken apart
+    model = attach(tiny_llama(), CONFIG, target_size=TARGET)
+    collator = SFRCollator(CONFIG, OnlineTargets(ENCODER, tokenizer()), pad)
+    trainer = make_trainer(tmp_path, model=model, targets=tmp_path / "own", encoder=ENCODER, data_collator=collator)
+    assert trainer.data_collator.collator is pad and len(trainer.data_collator.targets) == 12
+
+
+def test_a_store_of_ones_own_goes_by_the_samples_ids(tmp_path):
+    samples = tiny_samples(8)
+    store, data = tiny_store(samples), Dataset.from_list(samples[::-1])
+    given = dict(train=data, sfr=CONFIG, targets=store, arguments=dict(max_steps=1))
+    trainer = make_trainer(tmp_path, **given)
+    assert trainer.train_dataset["sample_id"][0] == 7
+    trainer.train()
+    make_trainer(tmp_path, **given | dict(train=Dataset.from_list(samples).remove_columns("sample_id"))).train()
+    with pytest.raises(ValueError, match="hold 8 samples, the prepared data 1, without a 'sample_id'"):
+        make_trainer(tmp_path, **given | dict(arguments=dict(packing=True, max_length=1024)))
+
+
+def images():
+    return Dataset.from_list([{"text": "a cat", "image": "x.png"}])
+
+
+REFUSED = [
+    (dict(arguments=dict(loss_type="dft")), "loss_type='dft'"),
+    (dict(compute_loss_func=lambda *args, **kwargs: 0), "compute_loss_func would replace the SFR loss"),
+    (dict(train=images), "train_dataset has images"),
+    (dict(train=lambda: texts("plain").to_iterable_dataset()), r"OnlineTargets for an IterableDataset .train"),
+    (dict(eval_dataset=lambda: texts("plain").to_iterable_dataset()), r"OnlineTargets for an IterableDataset .eval"),
+    (dict(encoder=None), "encoder must be given: there are no targets in .*train yet"),
+    (dict(objective="ce", encoder=ENCODER), "encoder has no meaning with objective='ce'"),
+    (dict(sfr=SFRConfig(loss="mtp"), targets="t"), "targets has no meaning with loss='mtp'"),
+    (dict(sfr=LinearCrossEntropy(), targets="t"), "sfr must be SFRConfig or VelocityHead or SFRLoss with objective"),
+    (dict(objective="ce", sfr=CONFIG), "sfr must be LinearCrossEntropy or None with objective='ce', got SFRConfig"),
+    (dict(objective="dpo"), "objective must be sfr or ce"),
+    (dict(sfr=CONFIG, targets=OnlineTargets(ENCODER, None), encoder=ENCODER), "encoder must not be given with Online"),
+    (dict(sfr=CONFIG, targets=3), "targets must be a folder, OnlineTargets or a TargetStore, got int"),
+]
+
+
+@pytest.mark.parametrize("given, message", REFUSED, ids=[message for _, message in REFUSED])
+def test_what_cannot_be_trained_is_refused_in_words_that_help(tmp_path, given, message):
+    given = {name: x() if name in ("train", "eval_dataset") else x for name, x in given.items()}
+    with pytest.raises((ValueError, TypeError), match=message):
+        make_trainer(tmp_path, **given)
+
+
+def test_prompt_learning_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="peft_config must not be one of prompt learning"):
+        make_trainer(tmp_path, peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
+def test_multi_token_prediction_has_no_targets_and_no_encoder(tmp_path):
+    config = SFRConfig(loss="mtp", width=8)
+    trainer = make_trainer(tmp_path, sfr=config, encoder=None, targets=None)
+    trainer.train()
+    assert trainer.state.log_history[0]["flow_loss"] > 0 and trainer.evaluate(texts("plain", 2))["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("arguments", [{}, BFD], ids=["padded", "packed"])
+def test_no_matrix_of_logits_is_made(tmp_path, arguments):
+    head = VelocityHead.from_config(CONFIG, SIZES["hidden_size"], TARGET)
+    data = texts("plain", 40 if arguments else 12)
+    trainer = make_trainer(tmp_path, train=data, sfr=SFRLoss(CONFIG, head, chunk_rows=16), arguments=arguments)
+    with Operations() as seen:
+        trainer.train()
+    rows = [torch.Size(s).numel() // VOCAB for s in seen.shapes if len(s) > 1 and s[-1] == VOCAB]
+    assert 0 < max(rows) <= 16  # of 80 and more
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_saved_generated_and_resumed(tmp_path, adapter):
+    given = dict(peft_config=lora()) if adapter else {}
+    whole = make_trainer(tmp_path, arguments=dict(save_strategy="steps", save_steps=1), **given)
+    whole.train()
+    prompt = torch.tensor([[7, 8, 9]])
+    spoken = whole.model.eval().generate(input_ids=prompt, max_new_tokens=4, do_sample=False)
+    whole.save_model(tmp_path / "saved")
+    names = {p.name for p in (tmp_path / "saved").iterdir()}
+    assert {"sfr_head.safetensors", "sfr_config.json"} < names
+    assert ("adapter_model.safetensors" if adapter else "model.safetensors") in names
+    if not adapter:
+        plain, info = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert torch.equal(plain.generate(input_ids=prompt, max_new_tokens=4, do_sample=False), spoken)
+    resumed = make_trainer(tmp_path / "elsewhere", **given)  # whose head lies in the folder that is resumed
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_compute_metrics_sees_the_logits(tmp_path):
+    seen = []
+    trainer = make_trainer(
+        tmp_path, eval_dataset=texts("plain", 2, seed=1), compute_metrics=lambda p: seen.append(p) or {"count": 1.0}
+    )
+    assert trainer.evaluate()["eval_count"] == 1.0
+    batch = trainer.data_collator.collator(trainer.eval_dataset.to_list())
+    with torch.no_grad():
+        wanted = trainer.model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    torch.testing.assert_close(torch.as_tensor(seen[0].predictions), wanted)
+    assert torch.equal(torch.as_tensor(seen[0].label_ids), batch["labels"])
+
+
+def test_trl_is_needed_by_its_own_module_alone():
+    script = (
+        "import sys, sfr_kernels.training.attach, sfr_kernels.training.callbacks\n"
+        "assert 'trl' not in sys.modules\n"
+        "sys.modules['trl'] = None\n"
+        "try:\n    import sfr_kernels.training.trl\nexcept ImportError as error:\n    print(error)"
+    )
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert "pip install 'sfr_kernels[trl]'" in told
+
+
+def test_targets_are_made_of_the_labels_that_the_collator_gives(tmp_path):
+    """Which takes the first label of each document away, a row's own under the rule "published", where it does not pad;
+    and labels what has no labels throughout."""
+    samples = [{"input_ids": s["input_ids"]} for s in tiny_samples(12)]
+    bare = dict(dataset_kwargs=dict(skip_prepare_dataset=True))
+    published = SFRConfig(**CONFIG.to_dict() | dict(target_rule="published"))
+    for config, arguments in (
+        (CONFIG, bare),
+        (published, bare),
+        (published, bare | dict(padding_free=True, max_length=None)),
+        (published, dict(packing=True, max_length=64)),
+    ):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        trainer = make_trainer(
+            folder, train=Dataset.from_list(samples), sfr=config, arguments=arguments | dict(max_steps=1)
+        )  # fmt: skip
+        trainer.train()  # the collator compares the labels
+        assert trainer.state.log_history[0]["flow_loss"] > 0

@@ -1,0 +1,145 @@
+"""Data, trainers and the oracle for the tests of SFRTrainer."""
+
+import itertools
+import random
+
+import torch
+from corpora import HashEncoder
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import CONFIG, TARGET, tiny_llama
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from trl import SFTConfig
+
+from sfr_kernels import sfr_loss
+from sfr_kernels.ops.times import step_seed
+from sfr_kernels.targets import rows_and_texts
+from sfr_kernels.training.attach import base_of
+from sfr_kernels.training.trl import SFRTrainer
+
+WORDS = [
+    "the",
+    "a",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "under",
+    "mat",
+    "tree",
+    "and",
+    "then",
+    "it",
+    "saw",
+    "by",
+    "day",
+    ".",
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m.role + '> ' }}"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content + ' <eos> ' }}{% endgeneration %}"
+    "{% else %}{{ m.content + ' <eos> ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+ENCODER = HashEncoder(TARGET)
+LORA = dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word a token."""
+    names = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<assistant>", *WORDS]
+    made = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=TEMPLATE, **special)
+
+
+def texts(kind: str, count: int = 12, seed: int = 0) -> Dataset:
+    """Texts of 5 to 25 words: "plain", "completion" of a prompt, or "chat" of two turns each."""
+    generator = random.Random(seed)
+
+    def said() -> str:
+        return " ".join(generator.choice(WORDS) for _ in range(generator.randint(5, 25)))
+
+    def turn(role: str) -> dict:
+        return {"role": role, "content": said()}
+
+    makers = {
+        "plain": lambda: {"text": said()},
+        "completion": lambda: {"prompt": said(), "completion": " " + said()},
+        "chat": lambda: {"messages": [turn(role) for role in ("user", "assistant") * 2]},
+    }
+    return Dataset.from_list([makers[kind]() for _ in range(count)])
+
+
+def settings(folder, **arguments) -> SFTConfig:
+    """Three steps of four samples, in order, by plain SGD."""
+    defaults = dict(
+        per_device_train_batch_size=4, max_steps=3, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+        dataloader_pin_memory=False, save_strategy="no", bf16=False, max_length=64, max_grad_norm=0.0,
+        optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", train_sampling_strategy="sequential",
+    )  # fmt: skip
+    return SFTConfig(str(folder), **defaults | arguments)
+
+
+def make_trainer(folder, kind: str = "plain", *, model=None, train=None, arguments=None, kind_of=SFRTrainer, **given):
+    """An SFRTrainer of the tiny model on these texts."""
+    if kind_of is SFRTrainer and not {"targets", "objective"} & set(given):
+        given = dict(sfr=CONFIG, encoder=ENCODER, targets=folder / "targets") | given
+    return kind_of(
+        tiny_llama() if model is None else model,
+        settings(folder, **arguments or {}),
+        train_dataset=texts(kind) if train is None else train,
+        processing_class=tokenizer(),
+        **given,
+    )
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(**LORA, init_lora_weights="gaussian")
+
+
+def documents(sample: dict) -> list[slice]:
+    """Where in a sample those lie that are packed into it."""
+    ends = [0]
+    for length in sample.get("seq_lengths", [len(sample["input_ids"])]):
+        ends.append(ends[-1] + length)
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+def expected_loss(model, head, samples: list[tuple[int, dict]], seed: int, config=CONFIG, **options):
+    """The loss of (id, sample)s by the reference, of each document's hidden states alone: no padding, no packing, no
+    mask, no batches, and nothing of the attached forward or the collator."""
+    base, made = base_of(model), tokenizer()
+    hidden, labels, segment, identity = [], [], [], []
+    for index, sample in samples:
+        for part in documents(sample):
+            ids = torch.tensor(sample["input_ids"][part])
+            hidden.append(base.model(input_ids=ids[None], use_cache=False).last_hidden_state[0])
+            labels.append(torch.tensor(sample["labels"][part]))
+            segment.append(torch.full_like(ids, len(segment)))
+            identity.append((index << 32) + torch.arange(part.start, part.stop))
+    labels = torch.cat(labels)[None]
+    named = dict(segment_ids=torch.cat(segment)[None], noise_id=torch.cat(identity)[None])
+    rows, found = rows_and_texts(labels, config, made, **named)
+    targets = torch.zeros(len(found), TARGET)
+    there = [i for i, text in enumerate(found) if text is not None]
+    options_of_encoder = dict(batch_size=8, normalize_embeddings=True, show_progress_bar=False, convert_to_tensor=True)
+    targets[there] = HashEncoder(TARGET).encode_document([found[i] for i in there], **options_of_encoder)
+    return sfr_loss(
+        torch.cat(hidden)[None], base.lm_head.weight, head, rows, targets.half(), seed=seed, config=config,
+        backend="reference", **options,
+    )  # fmt: skip
+
+
+def train_by_hand(model, head, samples: list[dict], steps: int = 3, batch: int = 4, lr: float = 0.5, **options) -> None:
+    """Plain SGD, each step on its whole batch at once."""
+    parameters = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
+    model.eval()  # nothing here drops out
+    for step in range(steps):
+        chosen = [(i, samples[i]) for i in range(step * batch, (step + 1) * batch)]
+        loss = expected_loss(model, head, chosen, step_seed(CONFIG.seed, step), **options).loss
+        for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.data.sub_(lr * gradient)
