@@ -8,12 +8,11 @@ import pytest
 import torch
 from corpora import HashEncoder
 from datasets import Dataset
-from operations import Operations
 from peft import PromptTuningConfig, get_peft_model
-from tiny import CONFIG, SIZES, TARGET, VOCAB, pad, tiny_llama, tiny_samples, tiny_store
-from transformers import AutoConfig, AutoModelForCausalLM
-from trl import SFTTrainer
-from trl_cases import ENCODER, expected_loss, lora, make_trainer, texts, tokenizer, train_by_hand
+from tiny import CONFIG, SIZES, TARGET, pad, tiny_llama, tiny_samples, tiny_store
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+from trl import DPOConfig, DPOTrainer, SFTTrainer
+from trl_cases import ENCODER, ByHand, chunked_loss, expected_loss, lora, make_trainer, settings, texts, tokenizer
 
 from sfr_kernels import LinearCrossEntropy, SFRConfig, SFRLoss, VelocityHead, attach, detach
 from sfr_kernels.ops.times import step_seed
@@ -42,7 +41,8 @@ def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, mod
     """In float32, whatever is accumulated: within 2e-4 of how far each parameter moved."""
     kind, arguments, wrapped, given = MODES[mode]
     data = texts(kind, 40 if arguments.get("packing") else 12)
-    expected = None
+    smoothing = arguments.get("label_smoothing_factor", 0.0)
+    by_hand = ByHand(label_smoothing=smoothing)
     for accumulated in (1, 4):
         model = tiny_llama(initializer_range=0.2)
         if wrapped == "model":
@@ -51,22 +51,9 @@ def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, mod
         elif wrapped == "config":
             given = given | dict(peft_config=lora())
         parts = dict(gradient_accumulation_steps=accumulated, per_device_train_batch_size=4 // accumulated)
-        trainer = make_trainer(tmp_path, model=model, train=data, arguments=arguments | parts, **given)
-        if expected is None:
-            expected = copy.deepcopy(trainer.model)
-            before = [p.clone() for p in expected.parameters() if p.requires_grad]
-            head = detach(expected)
-            smoothing = arguments.get("label_smoothing_factor", 0.0)
-            train_by_hand(expected, head, trainer.train_dataset.to_list(), label_smoothing=smoothing)
-            ends = [p for p in [*expected.parameters(), *head.parameters()] if p.requires_grad]
-        trainer.train()
-        found = [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad and ".sfr." not in f".{n}"]
-        found += list(attachment_of(trainer.model).head.named_parameters())
-        assert len(found) == len(ends) == len(before)
-        for (name, a), b, start in zip(found, ends, before, strict=True):
-            moved, wrong = (b - start).abs().max().item(), (a - b).abs().max().item()
-            assert moved > 2e-4 * b.abs().max(), f"{name} hardly moved, which shows nothing"
-            assert wrong < 2e-4 * moved, name
+        objective = dict(sfr=chunked_loss(), encoder=ENCODER, targets=tmp_path / "targets")
+        trainer = make_trainer(tmp_path, model=model, train=data, arguments=arguments | parts, **objective, **given)
+        by_hand.check(trainer, trainer.train_dataset.to_list())
 
 
 def test_the_metrics_are_those_of_sfttrainer(tmp_path):
@@ -225,6 +212,42 @@ def test_what_cannot_be_trained_is_refused_in_words_that_help(tmp_path, given, m
         make_trainer(tmp_path, **given)
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_trainers_of_trl_that_multiply_by_the_lm_head_themselves_stop_at_the_first_step(tmp_path, when):
+    preferences = Dataset.from_list([{"prompt": "t h", "chosen": " e c", "rejected": " a t"}] * 4)
+    for kind_of, train in ((SFTTrainer, texts("plain")), (DPOTrainer, preferences)):
+        model = tiny_llama()
+        if when == "before":
+            attach(model, CONFIG, target_size=TARGET)
+        arguments = settings(tmp_path)
+        if kind_of is DPOTrainer:
+            arguments = DPOConfig(str(tmp_path), max_steps=2, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True)
+        given = dict(ref_model=tiny_llama()) if kind_of is DPOTrainer else {}
+        trainer = kind_of(model, args=arguments, train_dataset=train, processing_class=tokenizer(), **given)
+        if when == "after":
+            attach(trainer.model, CONFIG, target_size=TARGET)
+        before = [p.clone() for p in model.parameters()]
+        with pytest.raises(RuntimeError, match=r"does not compute the loss that was attached.*trl.SFRTrainer"):
+            trainer.train()
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_adapters_after_attach_are_refused(tmp_path):
+    model = get_peft_model(attach(tiny_llama(), CONFIG, OnlineTargets(ENCODER, tokenizer())), lora())
+    with pytest.raises(RuntimeError, match="Wrap the model first, then attach"):
+        make_trainer(tmp_path, model=model, targets=None).train()
+
+
+def test_a_pipeline_generates_as_with_the_plain_model():
+    model, answers = tiny_llama().eval(), []
+    for _ in range(2):
+        run = pipeline("text-generation", model=model, tokenizer=tokenizer())
+        answers.append(run("t h e c a t", max_new_tokens=5, do_sample=False)[0]["generated_text"])
+        if len(answers) == 1:
+            attach(model, CONFIG, target_size=TARGET)
+    assert answers[0] == answers[1] != "t h e c a t"
+
+
 def test_prompt_learning_is_refused(tmp_path):
     with pytest.raises(ValueError, match="peft_config must not be one of prompt learning"):
         make_trainer(tmp_path, peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
@@ -235,17 +258,6 @@ def test_multi_token_prediction_has_no_targets_and_no_encoder(tmp_path):
     trainer = make_trainer(tmp_path, sfr=config, encoder=None, targets=None)
     trainer.train()
     assert trainer.state.log_history[0]["flow_loss"] > 0 and trainer.evaluate(texts("plain", 2))["eval_loss"] > 0
-
-
-@pytest.mark.parametrize("arguments", [{}, BFD], ids=["padded", "packed"])
-def test_no_matrix_of_logits_is_made(tmp_path, arguments):
-    head = VelocityHead.from_config(CONFIG, SIZES["hidden_size"], TARGET)
-    data = texts("plain", 40 if arguments else 12)
-    trainer = make_trainer(tmp_path, train=data, sfr=SFRLoss(CONFIG, head, chunk_rows=16), arguments=arguments)
-    with Operations() as seen:
-        trainer.train()
-    rows = [torch.Size(s).numel() // VOCAB for s in seen.shapes if len(s) > 1 and s[-1] == VOCAB]
-    assert 0 < max(rows) <= 16  # of 80 and more
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])

@@ -1,48 +1,35 @@
 """Data, trainers and the oracle for the tests of SFRTrainer."""
 
+import copy
 import itertools
+import math
 import random
 
 import torch
 from corpora import HashEncoder
 from datasets import Dataset
+from operations import Operations
 from peft import LoraConfig
-from tiny import CONFIG, TARGET, tiny_llama
+from tiny import CONFIG, HIDDEN, TARGET, VOCAB, tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig
 
-from sfr_kernels import sfr_loss
+from sfr_kernels import SFRLoss, VelocityHead, detach, sfr_loss
 from sfr_kernels.ops.times import step_seed
 from sfr_kernels.targets import rows_and_texts
 from sfr_kernels.training.attach import base_of
+from sfr_kernels.training.attachment import attachment_of
 from sfr_kernels.training.trl import SFRTrainer
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "under",
-    "mat",
-    "tree",
-    "and",
-    "then",
-    "it",
-    "saw",
-    "by",
-    "day",
-    ".",
-]
+WORDS = [*"thecatdogsrunmywxv."]
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m.role + '> ' }}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content + ' <eos> ' }}{% endgeneration %}"
     "{% else %}{{ m.content + ' <eos> ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
+CHUNK_ROWS = 8  # of some 30 supervised rows of a micro-batch and more
 ENCODER = HashEncoder(TARGET)
 LORA = dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -143,3 +130,34 @@ def train_by_hand(model, head, samples: list[dict], steps: int = 3, batch: int =
         loss = expected_loss(model, head, chosen, step_seed(CONFIG.seed, step), **options).loss
         for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
             parameter.data.sub_(lr * gradient)
+
+
+def chunked_loss() -> SFRLoss:
+    return SFRLoss(CONFIG, VelocityHead.from_config(CONFIG, HIDDEN, TARGET), chunk_rows=CHUNK_ROWS)
+
+
+class ByHand:
+    """Trainings whose ends are those of one by hand, which is done once, at the first."""
+
+    def __init__(self, **options):
+        self.options, self.ends = options, None
+
+    def check(self, trainer, samples: list[dict]) -> None:
+        """Trains; every parameter must end within 2e-4 of how far it moved by hand, in float32, and no more rows of
+        logits be made at once than `chunked_loss` has in a chunk."""
+        if self.ends is None:
+            model = copy.deepcopy(trainer.model)
+            self.before = [p.clone() for p in model.parameters() if p.requires_grad]
+            head = detach(model)
+            train_by_hand(model, head, samples, **self.options)
+            self.ends = [p for p in [*model.parameters(), *head.parameters()] if p.requires_grad]
+        with Operations() as seen:
+            trainer.train()
+        assert 0 < max(math.prod(s) // VOCAB for s in seen.shapes if len(s) > 1 and s[-1] == VOCAB) <= CHUNK_ROWS
+        found = [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad and ".sfr." not in f".{n}"]
+        found += list(attachment_of(trainer.model).head.named_parameters())
+        assert len(found) == len(self.ends) == len(self.before)
+        for (name, a), b, start in zip(found, self.ends, self.before, strict=True):
+            moved, wrong = (b - start).abs().max().item(), (a - b).abs().max().item()
+            assert moved > 2e-4 * b.abs().max(), f"{name} hardly moved, which shows nothing"
+            assert wrong < 2e-4 * moved, name
