@@ -42,6 +42,7 @@ def test_cross_entropy_and_gradients_are_the_models_own(name):
         torch.testing.assert_close(model.get_parameter(parameter).grad, grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.setting("own loop", "cross-entropy alone")
 def test_cross_entropy_alone_takes_labels_or_rows_and_leaves_nothing_behind():
     model = tiny_causal_lm("gemma2")
     keys, attributes = list(model.state_dict()), set(model.__dict__)
@@ -59,6 +60,7 @@ def test_cross_entropy_alone_takes_labels_or_rows_and_leaves_nothing_behind():
         assert list(model.state_dict()) == keys and set(model.__dict__) == attributes
 
 
+@pytest.mark.setting("own loop", "shift_labels")
 def test_cross_entropy_alone_takes_what_the_models_own_loss_takes():
     plain, model = tiny_llama().eval(), tiny_llama().eval()
     attach(model, objective="ce")
@@ -101,6 +103,7 @@ def test_cross_entropy_alone_takes_the_options_of_its_module(tmp_path):
             attach(model, **arguments)
 
 
+@pytest.mark.setting("own loop", "router loss of a mixture of experts")
 def test_a_mixture_of_experts_keeps_its_router_loss():
     model = tiny_causal_lm("mixtral")
     wanted = model(**PLAIN).loss
@@ -165,6 +168,7 @@ def test_detach_leaves_nothing_behind():
         detach(model)
 
 
+@pytest.mark.setting("own loop", "sample_id without SFRCollator")
 def test_stock_collators_work_through_sample_id():
     """A batch with sample_id and no rows looks its targets up, and draws the same noise as the collator's."""
     model = tiny_llama().eval()
@@ -199,6 +203,7 @@ def lora(model, **options):
     return get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **options))
 
 
+@pytest.mark.setting("own loop", "LoRA before attach")
 def test_lora_trains_adapters_and_head_only():
     model = lora(tiny_llama(), target_modules="all-linear")
     attach(model, CONFIG, targets=STORE)
@@ -209,6 +214,7 @@ def test_lora_trains_adapters_and_head_only():
     assert any("lora_B" in n for n in trained) and any(".sfr.head." in n for n in trained)
 
 
+@pytest.mark.setting("own loop", 'LoRA with modules_to_save=["lm_head"]')
 def test_a_trained_copy_of_the_lm_head_is_used():
     model = lora(tiny_llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
     with torch.no_grad():
@@ -218,6 +224,7 @@ def test_a_trained_copy_of_the_lm_head_is_used():
     torch.testing.assert_close(model(**BATCH).ce_loss, wanted.detach(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.setting("accelerate", "offloaded lm_head, evaluation")
 def test_an_offloaded_lm_head_is_gathered_by_its_own_hook():
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
@@ -262,6 +269,7 @@ def test_hooks_that_an_engine_adds_after_attach_are_part_of_the_loss():
     assert not model.lm_head._forward_hooks
 
 
+@pytest.mark.setting("own loop", "save_pretrained")
 def test_saving_writes_the_plain_model_and_the_head_beside_it(tmp_path):
     model = tiny_llama().eval()
     wanted = model(input_ids=BATCH["input_ids"]).logits
@@ -283,6 +291,7 @@ def test_saving_writes_the_plain_model_and_the_head_beside_it(tmp_path):
     torch.testing.assert_close(torch.load(tmp_path / "out", weights_only=True), wanted)
 
 
+@pytest.mark.setting("own loop", "LoRA on the lm_head", outcome="refused")
 def test_errors_name_the_argument_and_change_nothing():
     model = tiny_llama()
     keys, attributes = list(model.state_dict()), set(model.__dict__)
@@ -321,6 +330,7 @@ def test_labels_outside_the_vocabulary_are_refused():
         model(input_ids=PLAIN["input_ids"], labels=labels)
 
 
+@pytest.mark.setting("own loop", "SFRConfig(loss=…) other than flow")
 @pytest.mark.parametrize("loss", ["mse", "cosine", "cka", "mtp"])
 def test_every_objective_trains(loss):
     config = SFRConfig(loss=loss, width=24, stride=4, min_tokens=3, segment_tokens=0 if loss == "cka" else 6)

@@ -35,6 +35,7 @@ def twins(config=CONFIG, targets=STORE):
     return models
 
 
+@pytest.mark.setting("own loop", "torch.compile")
 @pytest.mark.parametrize("scheduled", [False, True], ids=["compile(model), free", "model.compile(), scheduled"])
 def test_steps_and_weights_of_the_flow_are_variables_of_one_graph(scheduled):
     eager, model = twins()
@@ -69,6 +70,7 @@ def test_steps_and_weights_of_the_flow_are_variables_of_one_graph(scheduled):
     assert torch.equal(eager.sfr.last, model.sfr.last) and eager.sfr.step == model.sfr.step == (12 if scheduled else 8)
 
 
+@pytest.mark.setting("Trainer", "torch.compile")
 def test_a_trainer_that_compiles_logs_what_one_that_does_not_logs(tmp_path):
     config = SFRConfig(**{**CONFIG.to_dict(), "flow_weight": 2.0, "flow_schedule": "cosine", "flow_warmup": 0.5})
     runs = []

@@ -58,6 +58,9 @@ def test_padding_on_the_left_adds_no_row_and_moves_no_anchor(tmp_path, kind, con
     assert {place for place, (label, _) in wanted.items() if label >= 0} == predicted
 
 
+@pytest.mark.setting("own loop", "padding on the left")
+@pytest.mark.setting("own loop", "padding on the right")
+@pytest.mark.setting("own loop", "packing")
 def test_an_attached_model_reads_padding_and_packing_by_itself(tmp_path):
     """Labels, a mask and targets of one's own, without a collator: the loss of the samples one by one."""
     store = store_of(tmp_path / "s", WHOLE)
@@ -140,6 +143,7 @@ def test_samples_that_cannot_be_told_apart_are_refused():
         SFRCollator(CONFIG, online(), two_rows)(WHOLE[:3])
 
 
+@pytest.mark.setting("own loop", "attention_mask that numbers packed samples", outcome="refused")
 def test_a_mask_that_numbers_packed_samples_is_refused():
     batch = pad(WHOLE)
     mask = batch["attention_mask"].clone()
@@ -232,6 +236,8 @@ class Stream(IterableDataset):
         return iter(self.samples)
 
 
+@pytest.mark.setting("Trainer", "streaming data set")
+@pytest.mark.setting("Trainer", "streaming on several processes with dispatch_batches", outcome="refused")
 @pytest.mark.parametrize("kind", ["store", "online"])
 def test_a_stream_under_a_stock_trainer(tmp_path, kind):
     """accelerate slices every tensor of such a batch to the batch size: targets, which are more, stay whole."""

@@ -104,6 +104,7 @@ def test_labels_that_are_not_those_of_the_targets_are_refused(built):
             collate(change)
 
 
+@pytest.mark.setting("own loop", "samples without targets")
 def test_samples_without_targets_train_on_cross_entropy_alone(built):
     mixed = [{**s, "sample_id": None if i in (1, 5) else i} for i, s in enumerate(SAMPLES)]
     batch, whole = SFRCollator(CONFIG, built, pad)(mixed), SFRCollator(CONFIG, built, pad)(SAMPLES)
@@ -192,6 +193,7 @@ def online(**options) -> OnlineTargets:
     return OnlineTargets(HashEncoder(TARGET), Words(), **options)
 
 
+@pytest.mark.setting("own loop", "OnlineTargets")
 @pytest.mark.parametrize("collator", [pad, FLATTEN], ids=["padded", "packed"])
 def test_online_targets_are_those_of_a_store(built, collator):
     targets = online()

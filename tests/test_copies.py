@@ -73,6 +73,7 @@ def assert_same(a, b):
         assert torch.equal(grad, b[1][name]), name
 
 
+@pytest.mark.setting("own loop", "copy.deepcopy, pickle and torch.save")
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["disk", "memory", "online", "ce"])
@@ -113,6 +114,7 @@ def _child(model, batch, queue):
     queue.put((loss.item(), float(sum(p.grad.norm() for p in model.parameters() if p.grad is not None))))
 
 
+@pytest.mark.setting("own loop", "spawned processes")
 @pytest.mark.parametrize("kind", ["disk", "online"])
 def test_a_model_goes_to_a_process_that_is_spawned(kind, tmp_path):
     model, batch = make(kind, tmp_path)
@@ -243,6 +245,7 @@ def test_a_model_that_is_made_without_memory_gets_it_later():
     assert model(**batch).loss.isfinite() and model.sfr.flow_weight == CONFIG.flow_weight
 
 
+@pytest.mark.setting("own loop", "weights in bfloat16")
 @pytest.mark.parametrize("kind", ["memory", "online"])
 def test_a_model_trains_as_a_whole_in_bfloat16(kind):
     """As Lightning's bf16-true has it: weights, every tensor of a batch, and those that are made on the way."""

@@ -19,6 +19,7 @@ SAMPLES = tiny_samples()
 STORE = tiny_store(SAMPLES)
 BATCH = SFRCollator(CONFIG, STORE, pad)(SAMPLES)
 LORA = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+ADAPTERS = pytest.mark.setting("own loop", "adapters after attach", outcome="refused")
 ALL_LINEAR = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
@@ -41,6 +42,7 @@ def step(model, optimizer, loss=lambda model: model(**BATCH).loss, batch=None):
     optimizer.step()
 
 
+@pytest.mark.setting("own loop", "a loss of the trainer's own (as DPO's)", outcome="refused")
 @pytest.mark.parametrize("objective", ["sfr", "ce"])
 @pytest.mark.parametrize("way", ["itself", "deepcopy", "pickle", "closure"])
 def test_a_loss_that_is_never_computed_stops_the_first_step(way, objective):
@@ -89,6 +91,7 @@ def test_steps_that_change_nothing_and_other_models_steps_are_none():
     assert model.sfr.step == 1
 
 
+@pytest.mark.setting("own loop", "optimizer made before attach", outcome="refused")
 def test_an_optimizer_without_the_head_stops_at_once_if_it_has_all_the_rest():
     plain = tiny_llama()
     optimizer = sgd(plain)
@@ -97,6 +100,7 @@ def test_an_optimizer_without_the_head_stops_at_once_if_it_has_all_the_rest():
         step(model, optimizer)
 
 
+@pytest.mark.setting("own loop", "several optimizers")
 def test_parts_may_have_optimizers_of_their_own_and_the_head_must_have_one():
     model = attached()
     head = model.sfr.head.output_proj.weight
@@ -124,7 +128,13 @@ def test_a_model_that_shares_its_parameters_may_be_left_alone():
     step(plain, sgd(plain), own_loss)
 
 
-@pytest.mark.parametrize("way", ["get_peft_model", "all-linear", "add_adapter", "requires_grad"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        *(pytest.param(way, marks=ADAPTERS) for way in ("get_peft_model", "all-linear", "add_adapter")),
+        pytest.param("requires_grad", marks=pytest.mark.setting("own loop", "frozen head", outcome="refused")),
+    ],
+)
 def test_a_head_that_was_frozen_or_adapted_stops_the_first_forward(way):
     model = attached()
     if way == "requires_grad":
@@ -148,6 +158,7 @@ def test_gradients_that_do_not_reach_the_head_stop_the_first_step():
         optimizer.step()
 
 
+@pytest.mark.setting("own loop", "resuming without the head", outcome="refused")
 def test_a_new_head_under_an_optimizer_with_a_past_stops_the_first_step():
     model = attached()
     optimizer = sgd(model, kind=torch.optim.AdamW)
@@ -175,6 +186,8 @@ def test_a_step_that_only_makes_the_optimizers_state_is_no_past():
     assert model.sfr.step == 1
 
 
+@pytest.mark.setting("own loop", "torch.compile of the optimizer's step")
+@pytest.mark.setting("own loop", "torch.compile of the optimizer's step, fullgraph=True", outcome="refused")
 def test_a_compiled_step_is_counted_or_refused():
     model = attached()
     optimizer = sgd(model, kind=torch.optim.AdamW)
@@ -190,6 +203,7 @@ def test_a_compiled_step_is_counted_or_refused():
             assert model.sfr.step == 1
 
 
+@pytest.mark.setting("own loop", "a schedule of λ that nobody moves", outcome="refused")
 @pytest.mark.parametrize("options", [dict(flow_schedule="cosine"), dict(flow_warmup=0.1)])
 def test_a_schedule_that_nobody_moves_stops_the_first_step(options):
     model = attached(SFRConfig(**{**CONFIG.to_dict(), **options}))
@@ -206,6 +220,7 @@ def test_a_model_in_eval_is_trained_with_a_warning():
         step(model, optimizer)
 
 
+@pytest.mark.setting("own loop", "steps of an optimizer of flat copies (as DeepSpeed's)")
 def test_a_step_of_flat_copies_counts_for_the_model_that_no_other_optimizer_holds():
     """As an engine makes them, which shards the optimizer's state."""
     model, other = attached(), attached()
@@ -218,6 +233,7 @@ def test_a_step_of_flat_copies_counts_for_the_model_that_no_other_optimizer_hold
         assert (model.sfr.step, other.sfr.step) == (turn, 1)
 
 
+@pytest.mark.setting("own loop", "fully_shard before attach", outcome="refused")
 def test_a_model_that_is_sharded_already_is_refused():
     plain = tiny_llama()
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -233,6 +249,7 @@ def test_a_model_that_is_sharded_already_is_refused():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.setting("own loop", "state_dict with head and step")
 def test_the_step_is_in_the_state_dict_and_moves_with_it():
     model, twin = attached(), attached()
     optimizer = sgd(model)
@@ -240,4 +257,5 @@ def test_the_step_is_in_the_state_dict_and_moves_with_it():
         step(model, optimizer)
     twin.load_state_dict(model.state_dict())
     assert twin.sfr.step == 2 and torch.equal(twin(**BATCH).loss, model(**BATCH).loss)
+    assert {name.split(".")[0] for name in model.sfr.state_dict()} == {"head", "_extra_state"}
     assert attach(tiny_llama(), CONFIG, target_size=TARGET).sfr.step == 0

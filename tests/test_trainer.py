@@ -24,6 +24,7 @@ from sfr_kernels.training.callbacks import SFRCallback, schedule_at
 
 SAMPLES = tiny_samples(24)
 STORE = tiny_store(SAMPLES)
+LORA = pytest.param(True, marks=pytest.mark.setting("Trainer", "LoRA before attach"))
 
 
 def make_trainer(
@@ -46,8 +47,16 @@ def losses(trainer):
     return [(h["step"], h["ce_loss"], h["flow_loss"]) for h in trainer.state.log_history if "ce_loss" in h]
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padding", "packing"])
-@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+@pytest.mark.setting("Trainer", "gradient accumulation")
+@pytest.mark.parametrize(
+    "packed",
+    [
+        pytest.param(False, marks=pytest.mark.setting("Trainer", "padding on the right")),
+        pytest.param(True, marks=pytest.mark.setting("Trainer", "packing")),
+    ],
+    ids=["padding", "packing"],
+)
+@pytest.mark.parametrize("adapters", [False, LORA], ids=["full", "lora"])
 def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, adapters, packed):
     """Whatever is accumulated, and with no matrix of logits."""
     samples = [{**s, "input_ids": [6 + i % 17 for i in s["input_ids"]]} for s in tiny_samples(12)]
@@ -70,7 +79,8 @@ def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, ada
         by_hand.check(trainer, samples)
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.setting("Trainer", "cross-entropy alone")
+@pytest.mark.parametrize("lora", [False, LORA], ids=["full", "lora"])
 def test_cross_entropy_alone_trains_as_the_plain_model_does(tmp_path, lora):
     """Under accumulation, where the normalizer is the whole step's; the checkpoint is a plain model."""
     runs = []
@@ -111,7 +121,8 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 3
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.setting("Trainer", "resuming")
+@pytest.mark.parametrize("lora", [False, LORA], ids=["full", "lora"])
 def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path, lora):
     whole = make_trainer(tmp_path / "whole", lora=lora)
     whole.train()
@@ -124,6 +135,7 @@ def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path, lora):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.setting("Trainer", "resuming without the head", outcome="refused")
 def test_a_checkpoint_without_its_head_is_refused(tmp_path):
     make_trainer(tmp_path, save_strategy="steps", save_steps=3, callbacks=[Stop()]).train()
     (tmp_path / "checkpoint-3" / "sfr_head.safetensors").unlink()
@@ -163,6 +175,7 @@ class Collect(TrainerCallback):
         self.seen.append(dict(logs))
 
 
+@pytest.mark.setting("Trainer", "ce_loss and flow_loss in the logs")
 def test_logged_losses_are_averages_of_the_window_and_reach_reporters(tmp_path):
     """A reporter that Trainer asks before the callbacks of its list, as it asks its own."""
     every, window, reporter = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", logging_steps=3), Collect()
@@ -181,6 +194,7 @@ def test_logged_losses_are_averages_of_the_window_and_reach_reporters(tmp_path):
     json.dumps(window.state.log_history)  # plain numbers
 
 
+@pytest.mark.setting("Trainer", "a schedule of λ")
 def test_the_flow_weight_follows_its_schedule(tmp_path):
     config = SFRConfig(**{**CONFIG.to_dict(), "flow_weight": 2.0, "flow_schedule": "cosine", "flow_warmup": 0.5})
     trainer = make_trainer(tmp_path, config=config)
@@ -198,6 +212,7 @@ def test_schedules_start_and_end_where_they_should():
         assert [schedule_at(config, s, 100) for s in (0, 50, 99)] == pytest.approx([1.0, half, last])
 
 
+@pytest.mark.setting("Trainer", "evaluation")
 def test_evaluation_has_the_weight_of_the_configuration_whatever_the_schedule(tmp_path):
     """So the best checkpoint is the best model's, and not that of the smallest λ."""
     config = SFRConfig(**{**CONFIG.to_dict(), "flow_weight": 2.0, "flow_schedule": "cosine"})
@@ -228,6 +243,7 @@ def test_the_callback_asks_for_an_attached_model(tmp_path):
         trainer.train()
 
 
+@pytest.mark.setting("Trainer", "OnlineTargets")
 def test_a_trainer_with_targets_made_online(tmp_path):
     """Texts pass through the loader and accelerate; the second epoch embeds nothing."""
     online = OnlineTargets(HashEncoder(TARGET), Words())

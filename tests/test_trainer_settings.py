@@ -16,6 +16,7 @@ from transformers.utils import logging
 from sfr_kernels import SFRConfig, attach, detach
 from sfr_kernels.targets import SFRCollator
 from sfr_kernels.training.callbacks import SFRCallback
+from sfr_kernels.training.checkpoint import load_head
 
 SAMPLES = tiny_samples(16)
 STORE = tiny_store(SAMPLES)
@@ -50,6 +51,7 @@ def weights(model):
     return {n: p.detach().clone() for n, p in model.named_parameters() if ".sfr." not in n and not n.startswith("sfr.")}
 
 
+@pytest.mark.setting("Trainer", "label smoothing, with SFRCallback().add_to")
 @pytest.mark.parametrize("objective", ["sfr", "ce"])
 def test_label_smoothing_goes_into_the_fused_loss(tmp_path, objective):
     """The weights of the plain model under Trainer's own smoothing, with micro-batches of different sizes."""
@@ -68,6 +70,7 @@ def test_label_smoothing_goes_into_the_fused_loss(tmp_path, objective):
     assert histories[0] == pytest.approx(histories[1], rel=1e-4)
 
 
+@pytest.mark.setting("Trainer", "label smoothing without add_to", outcome="refused")
 @pytest.mark.parametrize("callbacks", [None, [SFRCallback()]], ids=["no callback", "constructor's"])
 def test_label_smoothing_that_would_see_no_logits_stops_before_the_first_step(tmp_path, callbacks):
     trainer = trainer_of(attached(), tmp_path, add=False, label_smoothing_factor=0.1, callbacks=callbacks)
@@ -82,6 +85,7 @@ def logits_loss(outputs, labels, num_items_in_batch=None):
     return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
 
 
+@pytest.mark.setting("Trainer", "compute_loss_func", outcome="refused")
 def test_a_loss_function_of_logits_is_refused(tmp_path):
     with pytest.raises(ValueError, match="compute_loss_func"):
         trainer_of(attached(), tmp_path, compute_loss_func=logits_loss)
@@ -92,6 +96,7 @@ def test_a_loss_function_of_logits_is_refused(tmp_path):
         trainer_of(model, tmp_path, add=False, collate=plain_collate, compute_loss_func=logits_loss).train()
 
 
+@pytest.mark.setting("Trainer", "preprocess_logits_for_metrics", outcome="refused")
 def test_what_makes_predictions_of_logits_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"compute_metrics is given the predicted tokens"):
         trainer_of(attached(), tmp_path, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1))
@@ -110,6 +115,7 @@ def ignoring(*names):
     return collate
 
 
+@pytest.mark.setting("Trainer", "use_liger_kernel, with its fused cross-entropy", outcome="refused")
 def test_a_forward_that_liger_replaces_stops_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.trainer, "apply_liger_kernel", lambda m, c: liger(m, c or {}))
     for fused in (True, False):
@@ -134,6 +140,7 @@ class Preferring(Trainer):
         return -model(**inputs).logits.log_softmax(-1)[..., 3].mean()
 
 
+@pytest.mark.setting("Trainer", "a loss of the trainer's own (as DPO's)", outcome="refused")
 @pytest.mark.parametrize("add", [True, False], ids=["with the callback", "without"])
 def test_a_trainer_with_a_loss_of_its_own_stops_at_the_first_step(tmp_path, add):
     trainer = trainer_of(attached(), tmp_path, add=add, kind=Preferring)
@@ -143,6 +150,7 @@ def test_a_trainer_with_a_loss_of_its_own_stops_at_the_first_step(tmp_path, add)
     assert all(torch.equal(p, before[n]) for n, p in weights(trainer.model).items())
 
 
+@pytest.mark.setting("Trainer", "steps of an optimizer of flat copies (as DeepSpeed's)")
 def test_an_optimizer_that_torch_does_not_know_is_watched_by_the_callback(tmp_path, monkeypatch):
     """DeepSpeed steps flat copies of the parameters, by which no model is found."""
     monkeypatch.setattr("sfr_kernels.training.guard._watching", lambda optimizer: [])
@@ -151,6 +159,7 @@ def test_an_optimizer_that_torch_does_not_know_is_watched_by_the_callback(tmp_pa
     trainer_of(attached(), tmp_path).train()
 
 
+@pytest.mark.setting("Trainer", "adapters after attach", outcome="refused")
 @pytest.mark.parametrize("lora", ["LoRA", "add_adapter"])
 def test_adapters_after_attach_stop_before_the_first_forward(tmp_path, lora):
     config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -163,6 +172,7 @@ def test_adapters_after_attach_stop_before_the_first_forward(tmp_path, lora):
         trainer_of(model, tmp_path).train()
 
 
+@pytest.mark.setting("Trainer", "without SFRCallback")
 def test_without_the_callback_training_is_the_same(tmp_path):
     """Noise is that of the optimizer's step, under accumulation too; what is missing is what the callback logs."""
     with_it, without = (
@@ -176,6 +186,17 @@ def test_without_the_callback_training_is_the_same(tmp_path):
     assert without.model.sfr.step == 3
 
 
+@pytest.mark.setting("Trainer", "gradient checkpointing")
+def test_gradient_checkpointing_changes_no_weight(tmp_path):
+    plain, saving = (trainer_of(attached(), tmp_path, gradient_checkpointing=flag) for flag in (False, True))
+    for trainer in (plain, saving):
+        trainer.train()
+    assert saving.model.is_gradient_checkpointing and not plain.model.is_gradient_checkpointing
+    for name, weight in plain.model.named_parameters():
+        torch.testing.assert_close(saving.model.get_parameter(name), weight, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.setting("Trainer", "resuming without SFRCallback", outcome="refused")
 def test_a_resumed_run_without_the_callback_stops_at_the_first_step(tmp_path):
     options = dict(save_strategy="steps", save_steps=2)
     trainer_of(attached(), tmp_path, add=False, **options).train()
@@ -188,6 +209,7 @@ def test_a_resumed_run_without_the_callback_stops_at_the_first_step(tmp_path):
         again.train(resume_from_checkpoint=str(tmp_path / "adam" / "checkpoint-2"))
 
 
+@pytest.mark.setting("Trainer", "compute_metrics")
 def test_compute_metrics_is_given_predictions(tmp_path):
     """Those of the plain model's logits, of which there are none; other positions are −100."""
     seen = {}
@@ -212,15 +234,22 @@ def test_compute_metrics_is_given_predictions(tmp_path):
             assert (np.delete(seen["predictions"][i], at) == -100).all()
 
 
+@pytest.mark.setting("Trainer", "best model by a part of the loss")
 def test_the_best_model_is_chosen_by_a_part_of_the_loss(tmp_path):
     options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, eval_dataset=SAMPLES[8:])
-    best = dict(load_best_model_at_end=True, metric_for_best_model="eval_ce_loss")
-    trainer = trainer_of(attached(), tmp_path, **options, **best)
-    trainer.train()
-    logged = {h["step"]: h["eval_ce_loss"] for h in trainer.state.log_history if "eval_ce_loss" in h}
-    assert trainer.state.best_global_step == min(logged, key=logged.get) and len(logged) == 3
+    for greater in (False, True):  # or the worst, which is not the last
+        best = dict(load_best_model_at_end=True, metric_for_best_model="eval_ce_loss", greater_is_better=greater)
+        trainer = trainer_of(attached(), tmp_path, **options, **best)
+        trainer.train()
+        logged = {h["step"]: h["eval_ce_loss"] for h in trainer.state.log_history if "eval_ce_loss" in h}
+        wanted = (max if greater else min)(logged, key=logged.get)
+        assert trainer.state.best_global_step == wanted and len(logged) == 3
+        saved = load_head(tmp_path / f"checkpoint-{wanted}").head.output_proj.weight
+        assert torch.equal(trainer.model.sfr.head.output_proj.weight, saved)
+    assert wanted < 3
 
 
+@pytest.mark.setting("Trainer", "predict_with_generate")
 def test_predict_with_generate_is_that_of_the_plain_model(tmp_path):
     found = []
     for model, collate in ((tiny_llama(), plain_collate), (attached(), COLLATE)):
@@ -232,6 +261,9 @@ def test_predict_with_generate_is_that_of_the_plain_model(tmp_path):
     assert np.array_equal(*found) and found[0].shape[1] > len(SAMPLES[0]["input_ids"])
 
 
+@pytest.mark.setting("own loop", "generate with the whole batch")
+@pytest.mark.setting("own loop", "hidden states and attentions")
+@pytest.mark.setting("own loop", "shift_labels")
 def test_labels_by_position_and_further_outputs_are_as_with_the_plain_model():
     model = tiny_llama().eval()
     plain = {k: v for k, v in BATCH.items() if k != "rows"}
@@ -261,6 +293,7 @@ def test_labels_by_position_and_further_outputs_are_as_with_the_plain_model():
     assert torch.equal(generated, model.generate(**plain, max_new_tokens=3, do_sample=False))
 
 
+@pytest.mark.setting("own loop", "resize_token_embeddings after attach", outcome="refused")
 def test_detach_works_after_a_resize():
     model = attached()
     model.resize_token_embeddings(VOCAB + 5)
@@ -272,6 +305,7 @@ def test_detach_works_after_a_resize():
     attach(model, CONFIG, STORE)(**BATCH).loss.backward()
 
 
+@pytest.mark.setting("accelerate", "Accelerator.save_model")
 def test_accelerate_saves_the_plain_model_and_resumes_the_whole_one(tmp_path):
     accelerator, model = accelerate.Accelerator(cpu=True), attached()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

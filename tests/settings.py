@@ -1,0 +1,113 @@
+"""Writes what tests show into sfr_kernels/training/README.md; with --check, only says whether it is written there.
+
+    python -m tests.settings
+
+A test says which setting of which trainer it shows by a marker, which a case of a parametrized test may have, too:
+
+    @pytest.mark.setting("Trainer", "label smoothing")                      # it works, and the test compares values
+    @pytest.mark.setting("Trainer", "compute_loss_func", outcome="refused")  # an error says what to do
+
+What no test shows is untested. The architectures are those of the tables in test_own_loss.py.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+README = TESTS.parent / "sfr_kernels/training/README.md"
+TRAINERS = ("Trainer", "SFRTrainer", "accelerate", "Lightning", "own loop")
+OUTCOMES = ("tested", "refused")
+
+Settings = dict[str, dict[str, str]]  # {name: {trainer: outcome}}
+
+
+class Collector:
+    """A plugin of pytest that reads the markers of the tests it collects."""
+
+    def __init__(self):
+        self.settings: Settings = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            for mark in item.iter_markers("setting"):
+                try:
+                    self.add(*mark.args, **mark.kwargs)
+                except (TypeError, ValueError) as error:
+                    raise pytest.UsageError(f"{item.nodeid}: {error}") from error
+
+    def add(self, trainer: str, name: str, outcome: str = "tested") -> None:
+        if trainer not in TRAINERS:
+            raise ValueError(f"the trainer of a setting must be one of {', '.join(TRAINERS)}, got {trainer!r}")
+        if outcome not in OUTCOMES:
+            raise ValueError(f"the outcome of a setting must be one of {', '.join(OUTCOMES)}, got {outcome!r}")
+        if self.settings.setdefault(name, {}).setdefault(trainer, outcome) != outcome:
+            raise ValueError(f"{name!r} is said to be both tested and refused with {trainer}: name two settings")
+
+
+def collected(files: list[Path]) -> Settings:
+    """The settings that the tests of these files show. RuntimeError if one of them cannot be collected."""
+    collector, said = Collector(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        options = ["--collect-only", "-qq", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+        code = pytest.main([*options, *map(str, files)], plugins=[collector])
+    if code != pytest.ExitCode.OK:
+        raise RuntimeError(f"the tests could not be collected:\n{said.getvalue()}")
+    return collector.settings
+
+
+def settings_table(settings: Settings) -> str:
+    lines = [f"| setting | {' | '.join(TRAINERS)} |", "| --- " * (len(TRAINERS) + 1) + "|"]
+    for name in sorted(settings, key=str.lower):
+        lines.append(f"| {name} | {' | '.join(settings[name].get(t, 'untested') for t in TRAINERS)} |")
+    return "\n".join(lines)
+
+
+def architectures(accepted, refused) -> str:
+    return f"Loss and gradients compared: {', '.join(accepted)}.\n\nRefused: {', '.join(refused)}."
+
+
+def sections() -> dict[str, str]:
+    """Mark → what stands between it and its end."""
+    marked = [file for file in sorted(TESTS.glob("test_*.py")) if "mark.setting" in file.read_text()]
+    found = {"settings": settings_table(collected(marked))}
+    if (TESTS / "test_own_loss.py").is_file():
+        if str(TESTS) not in sys.path:
+            sys.path.insert(0, str(TESTS))
+        tables = importlib.import_module("test_own_loss")
+        found["architectures"] = architectures(tables.ACCEPTED, tables.REFUSED)
+    return found
+
+
+def with_sections(text: str, found: dict[str, str]) -> str:
+    """A document with its sections replaced. ValueError naming a mark that is not there once."""
+    for mark, section in found.items():
+        begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+        whole = f"{begin}\n{section}\n{end}"
+        text, count = re.subn(f"{begin}.*?{end}", lambda _, whole=whole: whole, text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{README} needs {begin} and {end} after it, once each: the section goes between them")
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.settings", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something would change")
+    check = parser.parse_args(arguments).check
+    before = README.read_text()
+    after = with_sections(before, sections())
+    if not check:
+        README.write_text(after)
+    elif before != after:
+        print(f"{README} is not what the tests show: python -m tests.settings", file=sys.stderr)
+    return int(check and before != after)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

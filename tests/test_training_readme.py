@@ -1,0 +1,37 @@
+"""sfr_kernels/training/README.md lists what the tests show and what the guard says, and is up to date."""
+
+import re
+
+import pytest
+import settings
+
+from sfr_kernels.training import guard
+
+
+def test_every_error_of_the_guard_is_explained():
+    texts = [value for name, value in vars(guard).items() if name.isupper() and isinstance(value, str)]
+    starts = [re.split("[:;(]", text)[0].strip() for text in texts]
+    assert len(starts) == 8 and not [s for s in starts if f"| {s}" not in settings.README.read_text()]
+
+
+def test_the_table_of_settings_is_what_the_tests_show():
+    assert settings.main(["--check"]) == 0
+
+
+def test_a_table_has_each_setting_once_and_the_rest_untested():
+    found = settings.Collector()
+    found.add("Trainer", "packing")
+    found.add("own loop", "a frozen head", outcome="refused")
+    found.add("Trainer", "packing")
+    assert settings.settings_table(found.settings).splitlines()[2:] == [
+        "| a frozen head | untested | untested | untested | untested | refused |",
+        "| packing | tested | untested | untested | untested | untested |",
+    ]
+    for wrong in (("Trainer", "packing", "refused"), ("trainer", "packing"), ("Trainer", "packing", "broken")):
+        with pytest.raises(ValueError):
+            found.add(*wrong)
+    text = settings.architectures({"llama": {}, "gpt2": {}}, {"BartForCausalLM": ()})
+    assert text == "Loss and gradients compared: llama, gpt2.\n\nRefused: BartForCausalLM."
+    assert settings.with_sections("a <!-- x -->old<!-- /x --> b", {"x": "new"}) == "a <!-- x -->\nnew\n<!-- /x --> b"
+    with pytest.raises(ValueError, match="<!-- x -->"):
+        settings.with_sections("<!-- x -->", {"x": "new"})
