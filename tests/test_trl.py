@@ -20,6 +20,8 @@ from sfr_kernels.targets import OnlineTargets, SFRCollator
 from sfr_kernels.training.attachment import attachment_of
 from sfr_kernels.training.trl import SFRTrainer
 
+setting = pytest.mark.setting
+
 # Data, arguments, who wraps the model with PEFT, what else is given.
 BFD = dict(packing=True, max_length=32)
 MODES = {
@@ -34,7 +36,22 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+# Rows of the training README's table, beside that of the mode's own name.
+SHOWN = {
+    "plain": ["padding on the right"],
+    "own collator": ["peft_config"],
+    "assistant only": ["peft_config"],
+    "completion only": ["label smoothing, with SFRCallback().add_to", "LoRA before attach"],
+    "packing bfd": ["packing"],
+}
+CASES = [
+    pytest.param(mode, marks=[setting("SFRTrainer", name) for name in (mode, *SHOWN.get(mode, []))[mode == "plain" :]])
+    for mode in MODES
+]
+
+
+@setting("SFRTrainer", "gradient accumulation")
+@pytest.mark.parametrize("mode", CASES)
 @pytest.mark.filterwarnings("ignore:.*label_smoothing_factor:FutureWarning")
 @pytest.mark.filterwarnings("ignore:no label is supervised:RuntimeWarning")  # of a pack of prompts alone
 def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, mode):
@@ -56,6 +73,7 @@ def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, mod
         by_hand.check(trainer, trainer.train_dataset.to_list())
 
 
+@setting("SFRTrainer", "token accuracy and entropy in the logs")
 def test_the_metrics_are_those_of_sfttrainer(tmp_path):
     """At the first step, and in evaluation before it: of the same weights."""
     names = ("entropy", "mean_token_accuracy", "num_tokens")
@@ -71,6 +89,7 @@ def test_the_metrics_are_those_of_sfttrainer(tmp_path):
         assert runs[0] == pytest.approx(runs[1], rel=1e-5) and runs[0][2] > 0
 
 
+@setting("SFRTrainer", "evaluation")
 def test_evaluation_sets_have_targets_of_their_own(tmp_path):
     sets = {"a/b": texts("plain", 3, seed=1), "c": texts("plain", 6, seed=2)}
     trainer = make_trainer(tmp_path, eval_dataset=sets, arguments=dict(per_device_eval_batch_size=8))
@@ -101,6 +120,8 @@ def test_targets_are_built_once_and_opened_without_an_encoder(tmp_path):
         make_trainer(tmp_path, encoder=None, arguments=BFD)
 
 
+@setting("SFRTrainer", "streaming data set")
+@setting("SFRTrainer", "OnlineTargets")
 def test_a_stream_trains_on_online_targets_as_the_store_does(tmp_path):
     weights = []
     for stream in (True, False):
@@ -120,6 +141,8 @@ EXPERTS = AutoConfig.for_model("mixtral", **SIZES, num_local_experts=4)
 DENSE = tiny_llama().config
 
 
+@setting("SFRTrainer", "cross-entropy alone")
+@setting("SFRTrainer", "router loss of a mixture of experts")
 @pytest.mark.parametrize(
     "config, arguments",
     [(EXPERTS, dict(router_aux_loss_coef=0.5)), (DENSE, dict(label_smoothing_factor=0.2))],
@@ -205,6 +228,10 @@ REFUSED = [
 ]
 
 
+@setting("SFRTrainer", "compute_loss_func", outcome="refused")
+@setting("SFRTrainer", 'loss_type="dft"', outcome="refused")
+@setting("SFRTrainer", "images", outcome="refused")
+@setting("SFRTrainer", "streaming data set without OnlineTargets", outcome="refused")
 @pytest.mark.parametrize("given, message", REFUSED, ids=[message for _, message in REFUSED])
 def test_what_cannot_be_trained_is_refused_in_words_that_help(tmp_path, given, message):
     given = {name: x() if name in ("train", "eval_dataset") else x for name, x in given.items()}
@@ -212,6 +239,7 @@ def test_what_cannot_be_trained_is_refused_in_words_that_help(tmp_path, given, m
         make_trainer(tmp_path, **given)
 
 
+@setting("Trainer", "TRL's SFTTrainer and DPOTrainer", outcome="refused")
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_trainers_of_trl_that_multiply_by_the_lm_head_themselves_stop_at_the_first_step(tmp_path, when):
     preferences = Dataset.from_list([{"prompt": "t h", "chosen": " e c", "rejected": " a t"}] * 4)
@@ -232,12 +260,14 @@ def test_trainers_of_trl_that_multiply_by_the_lm_head_themselves_stop_at_the_fir
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
 
 
+@setting("SFRTrainer", "adapters after attach", outcome="refused")
 def test_adapters_after_attach_are_refused(tmp_path):
     model = get_peft_model(attach(tiny_llama(), CONFIG, OnlineTargets(ENCODER, tokenizer())), lora())
     with pytest.raises(RuntimeError, match="Wrap the model first, then attach"):
         make_trainer(tmp_path, model=model, targets=None).train()
 
 
+@setting("own loop", "pipelines")
 def test_a_pipeline_generates_as_with_the_plain_model():
     model, answers = tiny_llama().eval(), []
     for _ in range(2):
@@ -248,11 +278,13 @@ def test_a_pipeline_generates_as_with_the_plain_model():
     assert answers[0] == answers[1] != "t h e c a t"
 
 
+@setting("SFRTrainer", "prompt tuning", outcome="refused")
 def test_prompt_learning_is_refused(tmp_path):
     with pytest.raises(ValueError, match="peft_config must not be one of prompt learning"):
         make_trainer(tmp_path, peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 
+@setting("SFRTrainer", "SFRConfig(loss=…) other than flow")
 def test_multi_token_prediction_has_no_targets_and_no_encoder(tmp_path):
     config = SFRConfig(loss="mtp", width=8)
     trainer = make_trainer(tmp_path, sfr=config, encoder=None, targets=None)
@@ -260,6 +292,8 @@ def test_multi_token_prediction_has_no_targets_and_no_encoder(tmp_path):
     assert trainer.state.log_history[0]["flow_loss"] > 0 and trainer.evaluate(texts("plain", 2))["eval_loss"] > 0
 
 
+@setting("SFRTrainer", "resuming")
+@setting("SFRTrainer", "save_pretrained")
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
 def test_saved_generated_and_resumed(tmp_path, adapter):
     given = dict(peft_config=lora()) if adapter else {}
@@ -281,6 +315,7 @@ def test_saved_generated_and_resumed(tmp_path, adapter):
         assert torch.equal(a, b), name
 
 
+@setting("SFRTrainer", "compute_metrics")
 def test_compute_metrics_sees_the_logits(tmp_path):
     seen = []
     trainer = make_trainer(
