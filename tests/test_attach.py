@@ -73,7 +73,13 @@ def test_cross_entropy_alone_takes_what_the_models_own_loss_takes():
     for name, value in dict(targets=BATCH["rows"].targets, seed=3, times=torch.rand(4)).items():
         with pytest.raises(ValueError, match=name):
             model(**PLAIN, **{name: value})
-    twin = copy.deepcopy(model)
+    detach(model)
+    attach(model, LinearCrossEntropy(ignore_index=0), objective="ce")
+    out = model(**{**PLAIN, "labels": zero})
+    torch.testing.assert_close(out.loss, plain(**PLAIN).loss, rtol=1e-5, atol=1e-6)
+    assert torch.equal(out.predictions, attach(tiny_llama().eval(), objective="ce")(**PLAIN).predictions)
+    detach(model)
+    twin = copy.deepcopy(attach(model, objective="ce"))
     assert torch.equal(twin(**PLAIN).loss, model(**PLAIN).loss)
 
 

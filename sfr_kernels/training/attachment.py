@@ -76,21 +76,18 @@ class BatchInputs:
     num_items_in_batch: float | Tensor | None
     others: dict  # what else it was given: attention_mask, position_ids, …
 
-    @property
-    def ignore_index(self) -> int:
-        return self.others.get("ignore_index", IGNORE_INDEX)
-
-    def next_labels(self) -> Tensor:
+    def next_labels(self, ignore_index: int) -> Tensor:
         """The labels of the next tokens, as the model's own loss has them: `shift_labels` where there are any."""
         shifted = self.others.get("shift_labels")
-        return functional.pad(self.labels[..., 1:], (0, 1), value=self.ignore_index) if shifted is None else shifted
+        return functional.pad(self.labels[..., 1:], (0, 1), value=ignore_index) if shifted is None else shifted
 
     def own_labels(self) -> Tensor:
         """The labels of the tokens themselves, −100 where there is none."""
-        if (shifted := self.others.get("shift_labels")) is None and self.ignore_index == IGNORE_INDEX:
+        ignored = self.others.get("ignore_index", IGNORE_INDEX)
+        if self.others.get("shift_labels") is None and ignored == IGNORE_INDEX:
             return self.labels
-        shifted = self.next_labels()
-        shifted = shifted.masked_fill(shifted == self.ignore_index, IGNORE_INDEX)
+        shifted = self.next_labels(ignored)
+        shifted = shifted.masked_fill(shifted == ignored, IGNORE_INDEX)
         if (shifted[..., -1] != IGNORE_INDEX).any():
             raise ValueError(
                 "shift_labels has a label at the last position, of a token that is not in the batch: sequences that "
@@ -275,8 +272,9 @@ class CrossEntropyAttachment(LinearCrossEntropy):
         for name in ("targets", "times", "seed"):
             if getattr(batch, name) is not None:
                 raise ValueError(f"{name} has no meaning for a model attached with objective='ce'")
-        labels = batch.next_labels() if batch.rows is None else batch.rows
-        return dict(labels=labels, normalizer=batch.num_items_in_batch, ignore_index=batch.ignore_index)
+        ignored = batch.others.get("ignore_index", self.options["ignore_index"])
+        labels = batch.next_labels(ignored) if batch.rows is None else batch.rows
+        return dict(labels=labels, normalizer=batch.num_items_in_batch, ignore_index=ignored)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor | SupervisedRows, **options) -> SFROutput:
         stats = _wants_stats(self, hidden)
