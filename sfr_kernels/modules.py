@@ -209,8 +209,10 @@ class SFRLoss(nn.Module):
         normalizer: float | Tensor | None = None,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        label_smoothing: float | None = None,  # in place of the option
         return_stats: bool = False,
     ) -> SFROutput:
+        options = self.options if label_smoothing is None else self.options | dict(label_smoothing=label_smoothing)
         return sfr_loss(
             hidden,
             weight,
@@ -226,5 +228,5 @@ class SFRLoss(nn.Module):
             softcap=softcap,
             logit_scale=logit_scale,
             return_stats=return_stats,
-            **self.options,
+            **options,
         )

@@ -12,6 +12,8 @@ from torch import Tensor
 from .config import SFRConfig
 
 IGNORE_INDEX = -100
+RULES = ("loss", "target_rule", "segment", "segment_tokens", "stride", "min_tokens", "mtp_offset", "weighting",
+         "time_sampling")  # fmt: skip
 
 
 class SupervisedRows:
@@ -33,12 +35,22 @@ class SupervisedRows:
     num_flow: int  # rows[:num_flow] carry the flow loss
     num_ce: int  # rows[n - num_ce:] carry cross-entropy
     targets: Tensor | list[str | None] | None  # (A, d) embeddings, or the A texts to embed; `SFRCollator` adds them
+    config: SFRConfig | None  # by whose rules they were made
 
-    def __init__(self, *, targets=None, **values):
+    def __init__(self, *, targets=None, config=None, **values):
+        values |= dict(targets=targets, config=config)
         for name in type(self).__annotations__:
-            setattr(self, name, targets if name == "targets" else values.pop(name))
+            setattr(self, name, values.pop(name))
         if values:
             raise TypeError(f"SupervisedRows has no {', '.join(values)}")
+
+    def check_rules(self, config: SFRConfig) -> None:
+        """ValueError naming every rule of rows in which a loss's configuration differs from the one they follow."""
+        if self.config is None or self.config == config:
+            return
+        pairs = [(name, getattr(self.config, name), getattr(config, name)) for name in RULES]
+        if other := [f"{name}={a!r}, not {b!r}" for name, a, b in pairs if a != b]:
+            raise ValueError(f"rows were made by another config than the loss's: {'; '.join(other)}")
 
     def _values(self) -> dict:
         return {name: getattr(self, name) for name in type(self).__annotations__}
@@ -159,6 +171,7 @@ class SupervisedRows:
             shape=(batch, length),
             num_flow=int(flow.sum()),
             num_ce=kept.numel() if ce is None else int(ce.sum()),
+            config=config,
         )
 
 

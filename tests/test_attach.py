@@ -309,6 +309,8 @@ def test_errors_name_the_argument_and_change_nothing():
         attach(model, CONFIG)
     with pytest.raises(TypeError, match="head_or_config"):
         attach(model, {"loss": "flow"})
+    with pytest.raises(TypeError, match=r"targets must be a TargetStore or OnlineTargets, got str.*TargetStore.open"):
+        attach(model, CONFIG, "targets")
     with pytest.raises(TypeError, match="causal LM"):
         attach(torch.nn.Linear(2, 2), CONFIG)
     assert list(model.state_dict()) == keys and set(model.__dict__) == attributes

@@ -256,7 +256,7 @@ def test_a_stream_under_a_stock_trainer(tmp_path, kind):
         trainer.train()
         histories.append([(h["ce_loss"], h["flow_loss"]) for h in trainer.state.log_history if "ce_loss" in h])
     assert histories[0] == histories[1] and len(histories[0]) == 3
-    loader, several = trainer.get_train_dataloader(), SimpleNamespace(world_size=2, label_smoothing_factor=0.0)
+    loader, several = trainer.get_train_dataloader(), SimpleNamespace(world_size=2, n_gpu=0, label_smoothing_factor=0.0)
     state, control = SimpleNamespace(global_step=0), None
     with pytest.raises(ValueError, match="dispatch_batches"):
         SFRCallback().on_train_begin(several, state, control, model=model, train_dataloader=loader)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from peft import LoraConfig, get_peft_model
 from tiny import CONFIG, TARGET, pad, tiny_llama, tiny_samples, tiny_store
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from sfr_kernels import SFRConfig, attach, detach
 from sfr_kernels.targets import SFRCollator
+from sfr_kernels.training import guard
 from sfr_kernels.training.attachment import attachment_of
 from sfr_kernels.training.guard import unwatch
 
@@ -75,7 +79,7 @@ def test_another_loss_after_a_run_of_ours_is_noticed():
         step(model, optimizer, own_loss)
     model = attached()
     step(model, sgd(model))
-    with pytest.raises(RuntimeError, match="head has no gradient"):
+    with pytest.raises(RuntimeError, match="no gradient has reached the velocity head"):
         step(model, sgd(model), own_loss)
 
 
@@ -128,6 +132,16 @@ def test_a_model_that_shares_its_parameters_may_be_left_alone():
     step(plain, sgd(plain), own_loss)
 
 
+def test_a_loss_that_alternates_with_another_is_counted_and_no_error_where_that_is_said():
+    model = attached()
+    optimizer = sgd(model)
+    unwatch(model)
+    for turn in range(3):
+        step(model, optimizer)
+        step(model, optimizer, own_loss)
+        assert model.sfr.step == turn + 1
+
+
 @pytest.mark.parametrize(
     "way",
     [
@@ -154,23 +168,114 @@ def test_gradients_that_do_not_reach_the_head_stop_the_first_step():
     optimizer = sgd(model)
     model(**BATCH)
     own_loss(model).backward()
-    with pytest.raises(RuntimeError, match="head has no gradient"):
+    with pytest.raises(RuntimeError, match="no gradient has reached the velocity head"):
         optimizer.step()
 
 
+@pytest.mark.parametrize("way", ["zero gradients of another loss", "rate of zero", "rate of zero after a warm-up"])
+def test_a_head_that_does_not_move_stops_the_first_step_that_moves_something(way):
+    model = attached()
+    rate = 0.0 if way.endswith("warm-up") else 0.1
+    rest = [p for n, p in model.named_parameters() if not n.startswith("sfr.")]
+    head = dict(params=list(model.sfr.parameters()), lr=0.1 if way.startswith("zero") else 0.0)
+    optimizer = torch.optim.SGD([dict(params=rest, lr=rate), head])
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+
+    def backward():
+        out = model(**BATCH)
+        (own_loss(model) if way.startswith("zero") else out.loss).backward()
+
+    backward()
+    if way.endswith("warm-up"):
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1
+        backward()
+    with pytest.raises(RuntimeError, match=r"no gradient has reached the velocity head|rate of the velocity head is 0"):
+        optimizer.step()
+
+
+def test_a_model_that_the_loss_does_not_reach_stops_the_first_step():
+    """As reentrant checkpointing detaches it, where nothing before the first layer needs a gradient."""
+    model = attach(get_peft_model(tiny_llama(), LORA), CONFIG, STORE)
+    model.get_base_model().model.norm.register_forward_hook(lambda module, args, out: out.detach())
+    with pytest.raises(RuntimeError, match=r"no gradient has reached the model.*enable_input_require_grads"):
+        step(model, sgd(model))
+
+
+def test_other_models_steps_do_not_count():
+    """Neither before the first step of the model's own optimizer, nor are all kinds of optimizers looked into."""
+
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self):
+            pass
+
+    model, other, wrapper = attached(), torch.nn.Linear(3, 3), Wrapper()
+    optimizer, another = sgd(model), sgd(other)
+    for _ in range(3):
+        model(**BATCH).loss.backward()
+        other(torch.ones(3)).sum().backward()
+        another.step()
+    assert model.sfr.step == 0 and wrapper is not None
+    optimizer.step()
+    assert model.sfr.step == 1
+
+
+@pytest.mark.setting("own loop", "DistributedDataParallel before attach", outcome="refused")
+def test_ddp_around_the_model_before_attach_stops_the_first_forward():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        plain = tiny_llama()
+        around = DistributedDataParallel(plain)
+        attach(plain, CONFIG, STORE)
+        with pytest.raises(RuntimeError, match=r"does not exchange.*attach first, then wrap"):
+            around(**BATCH)
+        around = DistributedDataParallel(attached())
+        step(around, sgd(around))
+        assert around.module.sfr.step == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_frozen_model_is_evaluated_with_gradients():
+    """As for a saliency map."""
+    model = attached().eval().requires_grad_(False)
+    embedded = model.model.embed_tokens(BATCH["input_ids"]).requires_grad_()
+    model(inputs_embeds=embedded, **{k: v for k, v in BATCH.items() if k != "input_ids"}).loss.backward()
+    assert embedded.grad.any()
+
+
+def test_optimizers_are_left_alone_once_no_model_is_attached():
+    for watch in list(guard._watches):
+        guard.forget(watch)  # of other tests
+    model = attached()
+    assert _global_optimizer_pre_hooks and _global_optimizer_post_hooks
+    detach(model)
+    assert not _global_optimizer_pre_hooks and not _global_optimizer_post_hooks
+
+
 @pytest.mark.setting("own loop", "resuming without the head", outcome="refused")
-def test_a_new_head_under_an_optimizer_with_a_past_stops_the_first_step():
+def test_a_new_head_under_the_optimizer_of_a_resumed_run_stops_the_first_step():
     model = attached()
     optimizer = sgd(model, kind=torch.optim.AdamW)
     step(model, optimizer)
     fresh = attached()
     resumed = sgd(fresh, kind=torch.optim.AdamW)
     resumed.load_state_dict(optimizer.state_dict())
-    with pytest.raises(RuntimeError, match=r"the velocity head is new.*SFRCallback"):
+    with pytest.raises(RuntimeError, match=r"the velocity head is new.*SFRCallback.*set model\.sfr\.step"):
         step(fresh, resumed)
     fresh.load_state_dict(model.state_dict())
     step(fresh, resumed)
     assert fresh.sfr.step == 2
+    # a head that has not moved yet, since the rates began at zero, is no new one
+    model = attached()
+    optimizer = sgd(model, lr=0.0, kind=torch.optim.AdamW)
+    step(model, optimizer)
+    fresh = attached()
+    fresh.load_state_dict(model.state_dict())
+    resumed = sgd(fresh, kind=torch.optim.AdamW)
+    resumed.load_state_dict(optimizer.state_dict())
+    step(fresh, resumed)
 
 
 def test_a_step_that_only_makes_the_optimizers_state_is_no_past():
@@ -187,20 +292,15 @@ def test_a_step_that_only_makes_the_optimizers_state_is_no_past():
 
 
 @pytest.mark.setting("own loop", "torch.compile of the optimizer's step")
-@pytest.mark.setting("own loop", "torch.compile of the optimizer's step, fullgraph=True", outcome="refused")
-def test_a_compiled_step_is_counted_or_refused():
+def test_a_compiled_step_is_counted():
     model = attached()
     optimizer = sgd(model, kind=torch.optim.AdamW)
-    for fullgraph in (False, True):
-        torch._dynamo.reset()
-        compiled = torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=fullgraph)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda: optimizer.step(), backend="eager")
+    for turn in (1, 2):
         model(**BATCH).loss.backward()
-        if fullgraph:
-            with pytest.raises(torch._dynamo.exc.Unsupported, match="without fullgraph=True"):
-                compiled()
-        else:
-            compiled()
-            assert model.sfr.step == 1
+        compiled()
+        assert model.sfr.step == turn
 
 
 @pytest.mark.setting("own loop", "a schedule of λ that nobody moves", outcome="refused")
@@ -218,6 +318,12 @@ def test_a_model_in_eval_is_trained_with_a_warning():
     optimizer = sgd(model)
     with pytest.warns(RuntimeWarning, match=r"eval\(\).*model.train\(\)"):
         step(model, optimizer)
+    model = attached()
+    model(**BATCH).loss.backward()
+    model.eval()(**BATCH)  # with gradients, before the step
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sgd(model).step()
 
 
 @pytest.mark.setting("own loop", "steps of an optimizer of flat copies (as DeepSpeed's)")

@@ -305,7 +305,7 @@ REFUSED_AT_THE_FIRST_LOSS = {
     "a loss function of the user": (with_loss(smoothed), "not next-token cross-entropy: [0-9.]+, not [0-9.]+"),
     "a loss without num_items_in_batch": (with_loss(always_mean), "divides its loss by another number"),
     "a transform that the loss lacks": (lambda: of_class(forward=cubed), "in a way the loss does not know"),
-    "a forward without the lm_head": (lambda: of_class(forward=fused_elsewhere), "leaves its lm_head aside"),
+    "a forward without the lm_head": (lambda: of_class(forward=fused_elsewhere), "does not call its lm_head"),
     "a forward without a loss": (lambda: of_class(forward=no_loss), "returns no loss"),
 }
 REFUSED = REFUSED_AT_ONCE | REFUSED_AT_THE_FIRST_LOSS
@@ -344,14 +344,14 @@ def test_logits_that_are_rounded_to_16_bits_are_the_models_own():
     wanted = model(**batch()).loss
     model.lm_head.register_forward_hook(lambda module, args, out: out.bfloat16())  # as an engine does
     torch.testing.assert_close(attach(model, objective="ce")(**batch()).loss.float(), wanted, rtol=1e-2, atol=0)
-    assert model._sfr_logits.options["softcap"] == 5.0
+    assert model._sfr_own_loss.options["softcap"] == 5.0
 
 
 def test_the_probe_leaves_the_generators_of_random_numbers_alone():
     model = attach(tiny_causal_lm("gpt2").train(), objective="ce")  # which has dropout
     state = torch.get_rng_state()
-    model._sfr_logits.measure(torch.device("cpu"))
-    assert torch.equal(torch.get_rng_state(), state) and model._sfr_logits.options is not None
+    model._sfr_own_loss.measure(torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), state) and model._sfr_own_loss.options is not None
 
 
 def test_the_token_of_the_probe_has_no_meaning_of_its_own():

@@ -1,19 +1,26 @@
 """Settings of a Trainer that would leave the attached loss aside: they work, or stop with words that help."""
 
+import copy
 from types import MethodType
 
-import accelerate
 import numpy as np
 import pytest
 import torch
 import transformers.trainer
 from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
-from tiny import CONFIG, VOCAB, pad, tiny_llama, tiny_samples, tiny_store
-from transformers import LlamaForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from tiny import CONFIG, HIDDEN, SIZES, TARGET, pad, tiny_llama, tiny_samples, tiny_store
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.utils import logging
 
-from sfr_kernels import SFRConfig, attach, detach
+from sfr_kernels import SFRConfig, SFRLoss, VelocityHead, attach, detach
 from sfr_kernels.targets import SFRCollator
 from sfr_kernels.training.callbacks import SFRCallback
 from sfr_kernels.training.checkpoint import load_head
@@ -78,6 +85,53 @@ def test_label_smoothing_that_would_see_no_logits_stops_before_the_first_step(tm
     with pytest.raises((ValueError, KeyError), match=r"SFRCallback\(\).add_to\(trainer\)"):
         trainer.train()
     assert all(torch.equal(p, before[n]) for n, p in weights(trainer.model).items())
+
+
+def smoothed_loss(model, smoothing: float) -> float:
+    detach(model)
+    with torch.no_grad():
+        logits = model.eval()(**pad(SAMPLES[:4])).logits[:, :-1].flatten(0, 1)
+    labels = pad(SAMPLES[:4])["labels"][:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing).item()
+
+
+def test_label_smoothing_is_that_of_the_trainer_and_ends_with_it(tmp_path):
+    options, model = dict(eval_dataset=SAMPLES[:4]), attached()
+    for smoothing in (0.3, 0.0):
+        trainer = trainer_of(copy.deepcopy(model), tmp_path, label_smoothing_factor=smoothing, **options)
+        assert trainer.evaluate()["eval_ce_loss"] == pytest.approx(smoothed_loss(trainer.model, smoothing), rel=1e-5)
+        trainer = trainer_of(model, tmp_path, label_smoothing_factor=smoothing, **options)  # after another of it
+    assert trainer.evaluate()["eval_ce_loss"] == pytest.approx(smoothed_loss(model, 0.0), rel=1e-5)
+    # each training of such a Trainer has a model of its own
+    arguments = trainer_of(attached(), tmp_path, label_smoothing_factor=0.3).args
+    trainer = Trainer(
+        model_init=lambda: attach(tiny_llama(), CONFIG, STORE), args=arguments, train_dataset=SAMPLES,
+        data_collator=COLLATE,
+    )  # fmt: skip
+    SFRCallback().add_to(trainer)
+    trainer.train()
+    found = trainer.evaluate(SAMPLES[:4])["eval_ce_loss"]
+    assert found == pytest.approx(smoothed_loss(trainer.model, 0.3), rel=1e-5)
+    head = VelocityHead.from_config(CONFIG, HIDDEN, TARGET)
+    model = attach(tiny_llama(), SFRLoss(CONFIG, head, label_smoothing=0.1), STORE)
+    with pytest.raises(ValueError, match="label_smoothing_factor is given to Trainer, and label_smoothing"):
+        trainer_of(model, tmp_path, label_smoothing_factor=0.3)
+
+
+def test_a_schedule_that_the_callback_moved_ends_with_its_run(tmp_path):
+    model = attached(SFRConfig(**{**CONFIG.to_dict(), "flow_schedule": "cosine"}))
+    trainer_of(model, tmp_path).train()
+    assert model.sfr.schedule == 1.0
+    with pytest.raises(RuntimeError, match="only SFRCallback knows"):
+        trainer_of(model, tmp_path, add=False).train()
+
+
+def test_data_parallel_threads_are_refused(tmp_path):
+    trainer = trainer_of(attached(), tmp_path)
+    trainer.args._n_gpu = 2
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SFRCallback))
+    with pytest.raises(ValueError, match=r"nn.DataParallel.*torchrun"):
+        callback.on_train_begin(trainer.args, trainer.state, None, model=trainer.model)
 
 
 def logits_loss(outputs, labels, num_items_in_batch=None):
@@ -205,7 +259,7 @@ def test_a_resumed_run_without_the_callback_stops_at_the_first_step(tmp_path):
     first = trainer_of(attached(), tmp_path / "adam", add=False, **options)
     first.optimizer = None
     first.train()
-    with pytest.raises(RuntimeError, match="velocity head is new: SFRCallback restores"):
+    with pytest.raises(RuntimeError, match=r"velocity head is new .its step is 0.: a Trainer needs SFRCallback"):
         again.train(resume_from_checkpoint=str(tmp_path / "adam" / "checkpoint-2"))
 
 
@@ -261,71 +315,13 @@ def test_predict_with_generate_is_that_of_the_plain_model(tmp_path):
     assert np.array_equal(*found) and found[0].shape[1] > len(SAMPLES[0]["input_ids"])
 
 
-@pytest.mark.setting("own loop", "generate with the whole batch")
-@pytest.mark.setting("own loop", "hidden states and attentions")
-@pytest.mark.setting("own loop", "shift_labels")
-def test_labels_by_position_and_further_outputs_are_as_with_the_plain_model():
-    model = tiny_llama().eval()
-    plain = {k: v for k, v in BATCH.items() if k != "rows"}
-    wanted = model(**plain, output_hidden_states=True, output_attentions=True)
-    attach(model, CONFIG, STORE)
-    model.sfr.flow_weight = 0.0
-    found = model(**BATCH, output_hidden_states=True, output_attentions=True)
-    for name in ("hidden_states", "attentions"):
-        for a, b in zip(found[name], wanted[name], strict=True):
-            assert torch.equal(a, b)
-    ids, mask, labels = BATCH["input_ids"], BATCH["attention_mask"], BATCH["labels"]
-    positional = model(ids, mask, None, None, None, labels, rows=BATCH["rows"])
-    assert torch.equal(positional.loss, found.loss) and "logits" not in positional
-    assert torch.equal(model(**BATCH, return_dict=False)[0], found.loss)
-    for shifted in (
-        dict(labels=labels, shift_labels=torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)),
-        dict(labels=labels.masked_fill(labels == -100, 0), ignore_index=0),
-    ):
-        out = model(ids, mask, sample_id=torch.arange(4), **shifted)
-        assert torch.equal(out.loss, found.loss) and torch.equal(out.flow_loss, found.flow_loss)
-    with pytest.raises(ValueError, match="shift_labels has no meaning where a batch has rows"):
-        model(**BATCH, shift_labels=labels)
-    with pytest.raises(ValueError, match="shift_labels has a label at the last position"):
-        model(ids, mask, labels=labels, sample_id=torch.arange(4), shift_labels=labels.clamp(min=0))
-    generated = model.generate(**BATCH, max_new_tokens=3, do_sample=False)
-    detach(model)
-    assert torch.equal(generated, model.generate(**plain, max_new_tokens=3, do_sample=False))
-
-
-@pytest.mark.setting("own loop", "resize_token_embeddings after attach", outcome="refused")
-def test_detach_works_after_a_resize():
-    model = attached()
-    model.resize_token_embeddings(VOCAB + 5)
-    with pytest.raises(RuntimeError, match="replaced after attach"):
-        model(**BATCH)
-    detach(model)
-    assert model(**{k: v for k, v in BATCH.items() if k != "rows"}).logits.shape[-1] == VOCAB + 5
-    assert not [k for m in model.modules() for k in m.__dict__ if "sfr" in k]
-    attach(model, CONFIG, STORE)(**BATCH).loss.backward()
-
-
-@pytest.mark.setting("accelerate", "Accelerator.save_model")
-def test_accelerate_saves_the_plain_model_and_resumes_the_whole_one(tmp_path):
-    accelerator, model = accelerate.Accelerator(cpu=True), attached()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    accelerator.backward(model(**BATCH).loss)
-    optimizer.step()
-    accelerator.save_model(model, tmp_path / "plain")
-    accelerator.save_state(tmp_path / "state")
-    loaded = transformers.AutoModelForCausalLM.from_config(model.config)
-    accelerate.load_checkpoint_in_model(loaded, tmp_path / "plain")
-    for name, weight in weights(model).items():
-        assert torch.equal(loaded.get_parameter(name), weight)
-    with safe_open(tmp_path / "plain" / "model.safetensors", "pt") as file:
-        names = list(file.keys())
-    assert not [name for name in names if "sfr" in name] and len(names) > 5
-    head = model.sfr.head.output_proj.weight.clone()
-    torch.nn.init.zeros_(model.sfr.head.output_proj.weight)
-    model.sfr.step = 17
-    accelerator.load_state(tmp_path / "state")
-    assert torch.equal(model.sfr.head.output_proj.weight, head) and head.any() and model.sfr.step == 1
+def test_a_mixture_of_experts_gives_predictions_alone(tmp_path):
+    torch.manual_seed(0)
+    experts = AutoConfig.for_model("mixtral", **SIZES, num_local_experts=4, output_router_logits=True)
+    model, seen = attach(AutoModelForCausalLM.from_config(experts), CONFIG, STORE), []
+    trainer = trainer_of(model, tmp_path, compute_metrics=lambda found: seen.append(found.predictions) or {})
+    trainer.evaluate(SAMPLES[:8])
+    assert seen[0].shape == pad(SAMPLES[:8])["labels"].shape and (seen[0] != -100).any()
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ gathered it, and the head's inside that of `SFRLoss`. What the model does to its
 measured once, by sending known numbers through, and handed to the loss.
 """
 
+import contextlib
 import inspect
 import sys
 from dataclasses import dataclass
@@ -30,12 +31,10 @@ from .attachment import (
     placed,
 )
 from .checkpoint import pairing, save_head
-from .guard import NEVER_CALLED, Watch, check_head
-from .lm_head import output_linear
+from .guard import NEVER_CALLED, Watch, check_head, forget, watch_of
+from .lm_head import OTHER_LM_HEAD, covered_linear, output_linear
 from .methods import cover, is_covered, owner, plain, uncover
 from .own_loss import OwnLoss, router_loss
-
-_KWARGS_FLAG = "accepts_loss_kwargs"  # read by Trainer: forward takes num_items_in_batch
 
 
 @dataclass(eq=False)
@@ -48,11 +47,12 @@ class _Call:
     inputs: dict | None = None
     probe: Tensor | None = None
     out: SFROutput | None = None
+    answered: bool = False
     returned: Tensor | None = None  # by outer, after every hook
 
     @classmethod
     def of(cls, base: nn.Module, **given) -> "_Call":
-        return cls(base.sfr, _patched_linear(base), base.get_output_embeddings(), **given)
+        return cls(base.sfr, covered_linear(base), base.get_output_embeddings(), **given)
 
 
 # The calls in progress. They are kept off the modules: a compiler takes the sizes of what hangs on a module for fixed.
@@ -95,6 +95,11 @@ def attach(
     if attachment_of(base) is not None:
         raise ValueError("model already has an SFR objective: detach it first")
     linear = output_linear(base)
+    if not isinstance(targets, TargetStore | OnlineTargets | None):
+        raise TypeError(
+            f"targets must be a TargetStore or OnlineTargets, got {type(targets).__name__}: TargetStore.open(folder) "
+            "opens what build_targets has made"
+        )
     if objective not in ("sfr", "ce"):
         raise ValueError(f"objective must be sfr or ce, got {objective!r}")
     if objective == "ce":
@@ -107,7 +112,8 @@ def attach(
     base._sfr_watch = Watch(base)
     keep_from_predictions(type(base.config))
     ignored = base._keys_to_ignore_on_save
-    base.sfr.restore = {"_keys_to_ignore_on_save": ignored, _KWARGS_FLAG: base.__dict__.get(_KWARGS_FLAG)}
+    flag = base.__dict__.get("accepts_loss_kwargs")  # read by Trainer: forward takes num_items_in_batch
+    base.sfr.restore = {"_keys_to_ignore_on_save": ignored, "accepts_loss_kwargs": flag}
     base._keys_to_ignore_on_save = {*(ignored or ()), *(f"sfr.{name}" for name in base.sfr.state_dict())}
     base.accepts_loss_kwargs = True
 
@@ -118,7 +124,7 @@ def attach(
     if hasattr(base, "generate"):
         cover(base, "generate", _generate)
     base.register_state_dict_post_hook(_without_head)
-    base._sfr_logits = OwnLoss(base, linear.out_features, _answer)
+    base._sfr_own_loss = OwnLoss(base, _answer)
     cover(model, "save_pretrained", _save_pretrained)
     return model
 
@@ -142,9 +148,10 @@ def detach(model: nn.Module) -> VelocityHead | None:
         uncover(module)
     base._keys_to_ignore_on_save = sfr.restore["_keys_to_ignore_on_save"]
     del base.accepts_loss_kwargs
-    if (flag := sfr.restore[_KWARGS_FLAG]) is not None:
+    if (flag := sfr.restore["accepts_loss_kwargs"]) is not None:
         base.accepts_loss_kwargs = flag
-    del base.sfr, base._sfr_logits, base._sfr_watch
+    forget(base._sfr_watch)
+    del base.sfr, base._sfr_own_loss, base._sfr_watch
     return sfr.head
 
 
@@ -198,13 +205,6 @@ def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -
         sfr.to(linear.weight.device)
 
 
-def _patched_linear(base: nn.Module) -> nn.Linear:
-    for module in base.get_output_embeddings().modules():
-        if is_covered(module):
-            return module
-    raise RuntimeError("the model's lm_head was replaced after attach: resize or wrap it first, then attach")
-
-
 def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     """The lm_head: logits as ever, or the loss, shaped like one logit, while a call waits for it."""
     for call in _calls:
@@ -212,6 +212,7 @@ def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
             break
     else:
         return plain(self, "forward")(hidden)
+    call.answered = True
     if call.probe is not None:
         return call.probe
     call.out = call.sfr(hidden, self.weight, bias=self.bias, **call.inputs)
@@ -253,7 +254,18 @@ def _find_inputs(sfr: Attachment, batch: BatchInputs) -> dict:
     return sfr.inputs(batch)
 
 
-def _forward(self, *args, labels=None, rows=None, targets=None, times=None, seed=None, sample_id=None, **kwargs):
+def _forward(
+    self,
+    *args,
+    labels=None,
+    rows=None,
+    targets=None,
+    times=None,
+    seed=None,
+    sample_id=None,
+    label_smoothing=None,  # SFRCallback gives a Trainer's
+    **kwargs,
+):
     """The attached forward."""
     if len(args) > 1:  # labels may be among them
         kwargs |= zip(inspect.signature(plain(self, "forward")).parameters, args, strict=False)
@@ -263,16 +275,20 @@ def _forward(self, *args, labels=None, rows=None, targets=None, times=None, seed
         raise RuntimeError(NEVER_CALLED)
     if labels is None and rows is None:
         return plain(self, "forward")(*args, **kwargs)
-    sfr, batch = self.sfr, BatchInputs(labels, rows, targets, times, seed, sample_id, normalizer, kwargs)
+    given = (labels, rows, targets, times, seed, sample_id, normalizer, label_smoothing)
+    sfr, batch = self.sfr, BatchInputs(*given, kwargs)
     if torch.is_grad_enabled():
-        check_head(sfr)
-        self._sfr_watch.called, self._sfr_watch.in_evaluation = True, not sfr.training
+        if sfr.training:
+            check_head(sfr)
+        self._sfr_watch.forward(sfr.training)
     looked_up = isinstance(sfr, Attachment) and (rows is None or isinstance(sfr.store, OnlineTargets))
     inputs = _find_inputs(sfr, batch) if looked_up else sfr.inputs(batch)
-    self._sfr_logits.measure((labels if rows is None else rows).device)
-    call = _Call.of(self, inputs=inputs | self._sfr_logits.options)
+    self._sfr_own_loss.measure((labels if rows is None else rows).device)
+    call = _Call.of(self, inputs=inputs | self._sfr_own_loss.options)
     own = {name: value for name, value in kwargs.items() if name not in ("shift_labels", "ignore_index")}
     outputs = _run(self, call, args, own)
+    if not call.answered:
+        raise RuntimeError(OTHER_LM_HEAD)
     loss, aux = call.returned.reshape(()), getattr(outputs, "aux_loss", None)
     if aux is not None:  # the router loss of a mixture of experts, which such models add themselves
         loss = loss + router_loss(self, aux.to(loss.device))
@@ -299,25 +315,30 @@ def _generate(self, *args, rows=None, targets=None, times=None, seed=None, sampl
 
 def _without_head(module: nn.Module, state: dict, prefix: str, _) -> None:
     """Accelerator.save_model writes a model's state as it is, and is to write that of the plain model: the names to
-    leave out, of which save_pretrained asks, are not asked for. Its save_state, and all else, get the head too."""
-    frame = sys._getframe()
+    leave out, of which save_pretrained asks, are not asked for. So with PEFT's, which looks for names of its own (every
+    bias, say). Accelerator.save_state, and all else, get the head too."""
+    frame = None if module._sfr_watch.saving else sys._getframe()
     while frame is not None and frame.f_code is not Accelerator.save_model.__code__:
         frame = frame.f_back
-    if frame is not None:
+    if frame is not None or module._sfr_watch.saving:
         for name in [name for name in state if name.startswith(f"{prefix}sfr.")]:
             del state[name]
 
 
 def _answer(base: nn.Module, probe: Tensor, inputs: dict):
-    """The outputs of the model's own forward, whose lm_head answers with `probe`; and that after its hooks."""
+    """The outputs of the model's own forward, whose lm_head answers with `probe`; and that after its hooks. None if
+    another lm_head has answered."""
     call = _Call.of(base, probe=probe)
-    return _run(base, call, (), inputs), call.returned
+    outputs = _run(base, call, (), inputs)
+    return outputs, call.returned, call.answered
 
 
 def _save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
     """The model's own save_pretrained, which leaves the head out, and the head beside it."""
-    result = plain(self, "save_pretrained")(save_directory, *args, **kwargs)
     sfr = attachment_of(self)  # None if the model inside a PEFT model was detached
+    saving = contextlib.nullcontext() if sfr is None else watch_of(self).save()
+    with saving:
+        result = plain(self, "save_pretrained")(save_directory, *args, **kwargs)
     if isinstance(sfr, Attachment) and kwargs.get("is_main_process", True):
         save_head(save_directory, sfr, pairing(self))
     return result

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.utils import ModelOutput
 
+from ..config import SFRConfig
 from ..leaves import RowStats
 from ..modules import LinearCrossEntropy, SFRLoss
 from ..ops import SFROutput, linear_cross_entropy
@@ -58,9 +59,11 @@ class SFRModelOutput(ModelOutput):
 
 
 def keep_from_predictions(config: type) -> None:
-    """Tells Trainer, by the model's configuration class, which outputs are none of what `compute_metrics` is given."""
+    """Tells Trainer, by the model's configuration class, which outputs are none of what `compute_metrics` is given. Not
+    by the configuration itself, which would write it into config.json."""
     named = config.keys_to_ignore_at_inference
-    config.keys_to_ignore_at_inference = [*named, *({"ce_loss", "flow_loss", "stats"} - {*named})]
+    ours = ("ce_loss", "flow_loss", "stats", "aux_loss", "router_logits")
+    config.keys_to_ignore_at_inference = [*named, *(name for name in ours if name not in named)]
 
 
 @dataclass
@@ -74,6 +77,7 @@ class BatchInputs:
     seed: int | Tensor | None
     sample_id: Tensor | list | None
     num_items_in_batch: float | Tensor | None
+    label_smoothing: float | None
     others: dict  # what else it was given: attention_mask, position_ids, …
 
     def next_labels(self, ignore_index: int) -> Tensor:
@@ -95,7 +99,7 @@ class BatchInputs:
             )
         return functional.pad(shifted[..., :-1], (1, 0), value=IGNORE_INDEX)
 
-    def check(self) -> None:
+    def check(self, config: SFRConfig | None) -> None:
         if self.rows is None:
             return
         if not isinstance(self.rows, SupervisedRows):
@@ -105,8 +109,11 @@ class BatchInputs:
         if self.labels is not None and tuple(self.labels.shape) != self.rows.shape:
             raise ValueError(
                 f"rows were made for {self.rows.shape} tokens, labels are {tuple(self.labels.shape)}: a batch must "
-                f"reach the model as the collator made it ({WHOLE_BATCHES})"
+                f"reach the model as the collator made it ({WHOLE_BATCHES}). Where prompt tuning puts tokens before "
+                "the batch, give labels and sample_id without rows"
             )
+        if config is not None and not torch.compiler.is_compiling():
+            self.rows.check_rules(config)
 
 
 class Attachment(SFRLoss):
@@ -142,12 +149,13 @@ class Attachment(SFRLoss):
 
     @property
     def schedule(self) -> float:
-        """The factor of λ in training, which SFRCallback moves along the configuration's schedule."""
+        """The factor of λ in training, which SFRCallback moves along the configuration's schedule; None ends that."""
         return self._schedule
 
     @schedule.setter
-    def schedule(self, value: float) -> None:
-        self._schedule, self.scheduled = _finite("schedule", value), True
+    def schedule(self, value: float | None) -> None:
+        self.scheduled = value is not None
+        self._schedule = _finite("schedule", value) if self.scheduled else 1.0
         self._set_lambdas()
 
     def _set_lambdas(self) -> None:
@@ -195,7 +203,7 @@ class Attachment(SFRLoss):
 
     def inputs(self, batch: BatchInputs) -> dict:
         """The loss's arguments: rows and targets from the call where given, else from labels and the store."""
-        batch.check()
+        batch.check(self.config)
         online = isinstance(self.store, OnlineTargets) and self.config.loss != "mtp"
         rows, targets = batch.rows, batch.targets
         if rows is None:
@@ -224,6 +232,7 @@ class Attachment(SFRLoss):
             seed=seed,
             normalizer=batch.num_items_in_batch,
             flow_weight=self._lambdas[0 if self.training else 1],
+            label_smoothing=batch.label_smoothing,
         )
 
     def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:
@@ -268,13 +277,14 @@ class CrossEntropyAttachment(LinearCrossEntropy):
 
     def inputs(self, batch: BatchInputs) -> dict:
         """The loss's arguments: of labels, or of rows, which spare a GPU the wait for their number."""
-        batch.check()
+        batch.check(None)
         for name in ("targets", "times", "seed"):
             if getattr(batch, name) is not None:
                 raise ValueError(f"{name} has no meaning for a model attached with objective='ce'")
         ignored = batch.others.get("ignore_index", self.options["ignore_index"])
         labels = batch.next_labels(ignored) if batch.rows is None else batch.rows
-        return dict(labels=labels, normalizer=batch.num_items_in_batch, ignore_index=ignored)
+        found = dict(labels=labels, normalizer=batch.num_items_in_batch, ignore_index=ignored)
+        return found if batch.label_smoothing is None else found | dict(label_smoothing=batch.label_smoothing)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor | SupervisedRows, **options) -> SFROutput:
         stats = _wants_stats(self, hidden)

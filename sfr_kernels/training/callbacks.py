@@ -60,6 +60,7 @@ class SFRCallback(TrainerCallback):
     `add_to(trainer)` is how to add it: first among the callbacks, so that reporters see its values too, with the
     Trainer's label smoothing in the attached loss, and told of the folder a run is resumed from. In the constructor's
     list of callbacks it comes after Trainer's own reporters, and takes `output_dir/checkpoint-<step>` for that folder.
+    Where several processes evaluate samples that they cannot share evenly, those that accelerate repeats count twice.
     """
 
     def __init__(self, resume_from: str | Path | None = None):
@@ -77,17 +78,19 @@ class SFRCallback(TrainerCallback):
             raise ValueError("trainer.model has no SFR objective: attach it before Trainer is made")
         if trainer.compute_loss_func is not None:
             raise ValueError("compute_loss_func takes the model's logits, of which an attached model makes none")
-        if (
-            trainer.preprocess_logits_for_metrics is not None
-            and type(trainer).prediction_step is Trainer.prediction_step
-        ):
+        stock = type(trainer).prediction_step is Trainer.prediction_step
+        if stock and trainer.preprocess_logits_for_metrics is not None:
             raise ValueError(
                 "preprocess_logits_for_metrics has no logits to work on: compute_metrics is given the predicted "
                 "tokens, (B, L) with −100 where no label is predicted"
             )
-        if trainer.label_smoother is not None:
-            sfr.options["label_smoothing"] = trainer.label_smoother.epsilon
-            trainer.label_smoother = None
+        if (smoother := trainer.label_smoother) is not None:
+            if sfr.options["label_smoothing"]:
+                raise ValueError("label_smoothing_factor is given to Trainer, and label_smoothing to the attached loss")
+            compute_loss, trainer.label_smoother = trainer.compute_loss, None
+            trainer.compute_loss = lambda model, inputs, *args, **kwargs: compute_loss(
+                model, {**inputs, "label_smoothing": smoother.epsilon}, *args, **kwargs
+            )
         load = trainer._load_from_checkpoint
 
         def load_from(folder, *args, **kwargs):
@@ -96,6 +99,7 @@ class SFRCallback(TrainerCallback):
 
         trainer._load_from_checkpoint = load_from
         keep_from_predictions(type(trainer.model.config))
+        trainer.remove_callback(type(self))
         trainer.callback_handler.callbacks.insert(0, self)
         self._added = True
         return self
@@ -113,7 +117,14 @@ class SFRCallback(TrainerCallback):
                 "one process would read the data set for all, and cut batches that a collator has made whole: "
                 f"{WHOLE_BATCHES}"
             )
+        if args.n_gpu > 1:
+            raise ValueError(
+                "nn.DataParallel, which Trainer uses where it sees several GPUs, is not served: start a process for "
+                "each with torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one"
+            )
         check_head(sfr)
+        if isinstance(sfr, Attachment):
+            sfr.step = state.global_step
         if state.global_step > 0 and isinstance(sfr, Attachment):
             folder = self.resume_from or self._loaded or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             restore_head(folder, sfr, pairing(model))
@@ -169,6 +180,6 @@ class SFRCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if not isinstance(sfr := attachment_of(model), Attachment):
             return
-        sfr.schedule = 1.0
+        sfr.schedule = None
         if args.load_best_model_at_end and state.best_model_checkpoint:
             restore_head(state.best_model_checkpoint, sfr, pairing(model))

@@ -5,13 +5,15 @@ holds, so that whatever loop or trainer made the step, it is an error if the los
 learn. They also count the steps, from which the noise is drawn.
 """
 
-import functools
+import contextlib
 import gc
 import warnings
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -30,27 +32,36 @@ _NOT_HELD = (
     "the optimizer holds the model's parameters and not those of the velocity head: make it after attach, of "
     "model.parameters()"
 )
+_STILL = "the learning rate of the velocity head is 0, and others are not: give its parameter group one"
 _NO_GRADIENT = (
-    "the velocity head has no gradient at the optimizer's step: the loss that was differentiated is not the attached "
-    "model's, or the gradients were cleared in between"
+    "no gradient has reached the velocity head at the optimizer's step: the loss that was differentiated is not the "
+    "attached model's, or the gradients were cleared in between"
+)
+_DETACHED = (
+    "no gradient has reached the model, only the head: its hidden states are detached. With reentrant gradient "
+    "checkpointing of a model whose embeddings are frozen call model.enable_input_require_grads()"
 )
 _NEW_HEAD = (
-    "the optimizer goes on with a run, and the velocity head is new: SFRCallback restores that of a Trainer's run; in "
-    "a loop of your own load the attached model's state_dict, or give attach what checkpoint.load_head reads"
+    "the optimizer is that of a run that is resumed, and the velocity head is new (its step is 0): a Trainer needs "
+    "SFRCallback, which restores it; in a loop of your own load the attached model's state_dict, or give attach what "
+    "checkpoint.load_head reads and set model.sfr.step"
 )
 _NO_SCHEDULE = (
     "config.flow_schedule and config.flow_warmup change λ in the course of a run, which only SFRCallback knows: add it "
     "to the Trainer, or set model.sfr.schedule, the factor of λ, at each step"
 )
 _IN_EVALUATION = (
-    "the optimizer steps on a model in eval(): its noise is the same at every step, and it has no dropout. Call "
-    "model.train() before training"
+    "the optimizer steps on a model in eval(): it has no dropout, and the noise of the flow loss is the same at every "
+    "step. Call model.train() before training"
 )
-
-_NOT_COMPILED = "steps of an attached model's optimizer are counted in Python: compile them without fullgraph=True"
+_NOT_EXCHANGED = (
+    "DistributedDataParallel has wrapped the model before attach, and does not exchange the gradients of the velocity "
+    "head: attach first, then wrap"
+)
 
 _watches: "weakref.WeakSet[Watch]" = weakref.WeakSet()
 _found: "weakref.WeakKeyDictionary[Optimizer, tuple[int, list]]" = weakref.WeakKeyDictionary()
+_handles: list = []
 
 
 class Watch:
@@ -64,22 +75,40 @@ class Watch:
 
     def __setstate__(self, state: dict) -> None:
         self.base = state["base"]
-        self.called = self.in_evaluation = self.warned = False  # the loss, since the last step; in eval()
+        self.called = self.trained = False  # the loss since the last step, and that in train()
+        self.saving = self.silent = self.warned = False
         self.calls = 0  # steps before which the loss was computed
         self.stepped = 0  # of them, those that are counted in the attachment's step
-        self.holder = None  # a weak reference to an optimizer that has the head
-        self.steps: weakref.WeakKeyDictionary[Optimizer, list[int]] = weakref.WeakKeyDictionary()  # [number, calls]
-        _register()
+        self.steps: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()  # (number, calls, judged)
+        self.engines: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # of flat copies of the parameters
+        self.holders: dict[str, weakref.ref] = {}  # optimizers of the head and of the model, once looked for
         _watches.add(self)
         _found.clear()
+        if not _handles:
+            _handles.append(register_optimizer_step_pre_hook(_before))
+            _handles.append(register_optimizer_step_post_hook(_after))
 
     @property
     def progress(self) -> int:
         """Grows when the loss is computed for a further step."""
         return self.calls + self.called
 
+    @contextlib.contextmanager
+    def save(self):
+        """While the plain model is written."""
+        self.saving = True
+        try:
+            yield
+        finally:
+            self.saving = False
+
+    def forward(self, training: bool) -> None:
+        self.called = True
+        if training:
+            self.trained = True
+
     def before(self, optimizer: Optimizer, closure: bool) -> None:
-        if optimizer not in self.steps and _goes_on(optimizer, self.base.sfr):
+        if optimizer not in self.steps and not self.silent and _is_resumed(optimizer, self.base.sfr):
             raise RuntimeError(_NEW_HEAD)
         if not closure:  # which computes the loss
             self._check(optimizer)
@@ -87,52 +116,72 @@ class Watch:
     def after(self, optimizer: Optimizer, closure: bool) -> None:
         if closure:
             self._check(optimizer)
-        if self.in_evaluation and not self.warned:
-            self.warned = True
-            warnings.warn(_IN_EVALUATION, RuntimeWarning, stacklevel=4)
+        self.count()
+
+    def after_unknown(self, optimizer: Optimizer) -> None:
+        """After a step of an optimizer that has none of the model's parameters: it may be an engine's, which has flat
+        copies of them, if no other has them."""
+        if optimizer not in self.engines:
+            if self._has_optimizer("model", self.base.parameters()):
+                return
+            self.engines.add(optimizer)
+        self.calls, self.called = self.progress, False
         self.count()
 
     def count(self) -> None:
         """Counts a step, once however many optimizers make it."""
-        self.calls, self.called = self.progress, False
         if self.calls > self.stepped:
             self.stepped = self.calls
             if self.base.sfr.config is not None:
                 self.base.sfr.advance()
 
     def _check(self, optimizer: Optimizer) -> None:
-        """Errors for an optimizer's first steps: at the second, another loss may have taken the place of ours."""
-        self.calls, self.called = self.progress, False
-        number, before = self.steps.get(optimizer, (0, 0))
-        if number < 2 and self.calls == before:
-            if _moves(optimizer):
+        """Errors for an optimizer's first steps. The second is looked at, too: the loss before the first may have been
+        another optimizer's."""
+        if self.called and not (self.trained or self.warned):
+            self.warned = True
+            warnings.warn(_IN_EVALUATION, RuntimeWarning, stacklevel=5)
+        self.calls, self.called, self.trained = self.progress, False, False
+        number, before, judged = self.steps.get(optimizer, (0, 0, self.silent))
+        if number < 2 and self.calls == before and not self.silent:
+            if _changes_anything(optimizer):
                 raise RuntimeError(NEVER_CALLED)
             return
-        if number == 0:
-            self._check_head(optimizer)
-        self.steps[optimizer] = number + 1, self.calls
+        self.steps[optimizer] = number + 1, self.calls, judged or self._judge(optimizer)
 
-    def _check_head(self, optimizer: Optimizer) -> None:
-        sfr, held = self.base.sfr, _ids(optimizer)
-        if sfr.config is None:
-            return
-        if not sfr.scheduled and (sfr.config.flow_warmup or sfr.config.flow_schedule != "constant"):
+    def _judge(self, optimizer: Optimizer) -> bool:
+        """Errors for a head or a model that this step does not train. False if all rates are zero, as a warm-up begins:
+        the next step is judged again."""
+        sfr, held = self.base.sfr, _ids(optimizer.param_groups)
+        moved = sfr.config is not None and (sfr.config.flow_warmup or sfr.config.flow_schedule != "constant")
+        if moved and not sfr.scheduled:
             raise RuntimeError(_NO_SCHEDULE)
         check_head(sfr)
-        ours = [] if sfr.head is None else [p for p in sfr.head.parameters() if id(p) in held]
-        if ours and all(p.grad is None for p in ours):
-            raise RuntimeError(_NO_GRADIENT)
-        if sfr.head is not None and not ours and not self._held_by_another():
+        moving = _ids(group for group in optimizer.param_groups if float(group.get("lr", 1.0)))
+        head = [] if sfr.head is None else list(sfr.head.parameters())
+        ours = [p for p in head if id(p) in held]
+        if head and not ours and not self._has_optimizer("head", head):
             raise RuntimeError(_NOT_HELD)
+        if ours and moving and not any(id(p) in moving for p in ours):
+            raise RuntimeError(_STILL)
+        if ours and not _is_reached(ours, sfr):
+            raise RuntimeError(_NO_GRADIENT)
+        others = {id(p) for p in (*head, *self.base.get_output_embeddings().parameters())}
+        trunk = [p for p in self.base.parameters() if p.requires_grad and id(p) in held and id(p) not in others]
+        if trunk and all(p.grad is None for p in trunk):
+            raise RuntimeError(_DETACHED)
+        return bool(moving)
 
-    def _held_by_another(self) -> bool:
-        """Whether there is an optimizer of the head: parts of a model may have theirs."""
-        if self.holder is None or self.holder() is None:
-            head = {id(p) for p in self.base.sfr.head.parameters()}
+    def _has_optimizer(self, part: str, parameters: Iterable[Tensor]) -> bool:
+        """Whether there is an optimizer of these parameters, which torch has no list of."""
+        holder = self.holders.get(part, lambda: None)()
+        if holder is None:
+            wanted = {id(p) for p in parameters}
             optimizers = (x for x in gc.get_objects() if issubclass(type(x), Optimizer))
-            found = next((x for x in optimizers if head & _ids(x)), None)
-            self.holder = found and weakref.ref(found)
-        return self.holder is not None
+            holder = next((x for x in optimizers if wanted & _ids(getattr(x, "param_groups", ()))), None)
+            if holder is not None:
+                self.holders[part] = weakref.ref(holder)
+        return holder is not None
 
 
 def watch_of(model: nn.Module) -> Watch:
@@ -141,10 +190,18 @@ def watch_of(model: nn.Module) -> Watch:
 
 
 def unwatch(model: nn.Module) -> None:
-    """Leaves the steps of an attached model alone, for one that shares its parameters with a model that another loss
-    trains: no error stops them, and `model.sfr.step` is set by whoever makes them."""
-    _watches.discard(watch_of(model))
+    """No errors from here for an attached model: for training that alternates with a loss of another kind, or a model
+    that shares its parameters with one that another loss trains. Steps are counted as before."""
+    watch_of(model).silent = True
+
+
+def forget(watch: Watch) -> None:
+    """Ends the watch of a model that is detached."""
+    _watches.discard(watch)
     _found.clear()
+    if not _watches:
+        while _handles:
+            _handles.pop().remove()
 
 
 def check_head(sfr: nn.Module) -> None:
@@ -157,21 +214,38 @@ def check_head(sfr: nn.Module) -> None:
         raise RuntimeError(FROZEN.format(names=", ".join(wrong[:2]) + more))
 
 
-def _ids(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def check_exchanged(sfr: nn.Module) -> None:
+    """RuntimeError, in a forward under DDP, if that does not know of the head."""
+    around = DistributedDataParallel._get_active_ddp_module()
+    if around is None or sfr.head is None:
+        return
+    known = {id(p) for p in around._module_parameters}
+    if not all(id(p) in known for p in sfr.head.parameters()):
+        raise RuntimeError(_NOT_EXCHANGED)
 
 
-def _goes_on(optimizer: Optimizer, sfr: nn.Module) -> bool:
-    """Whether the optimizer has a past and the head, which starts at zero, has none."""
-    if sfr.head is None or not sfr.flow_weight:
+def _ids(groups: Iterable[dict]) -> set[int]:
+    return {id(p) for group in groups for p in group["params"]}
+
+
+def _is_resumed(optimizer: Optimizer, sfr: nn.Module) -> bool:
+    """Whether the optimizer has steps of the head in its state, and the attachment none."""
+    if sfr.head is None or sfr.step:
         return False
     states = [optimizer.state[p] for p in sfr.head.parameters() if p in optimizer.state]
-    past = any(x.dim() and x.any() for state in states for x in state.values() if isinstance(x, Tensor))
-    return past and not sfr.head.output_proj.weight.any()
+    return any(x.dim() and x.any() for state in states for x in state.values() if isinstance(x, Tensor))
 
 
-def _moves(optimizer: Optimizer) -> bool:
-    """Whether a step changes anything: some are made at a rate of zero, to have the optimizer's state."""
+def _is_reached(head: list[Tensor], sfr: nn.Module) -> bool:
+    """Whether there is a gradient, and not of zeros alone where the last flow loss was more than zero."""
+    gradients = [p.grad for p in head if p.grad is not None]
+    if not gradients or not sfr.flow_weight * sfr.schedule or not sfr.last[1]:
+        return bool(gradients)
+    return any(bool(g.any()) for g in gradients)
+
+
+def _changes_anything(optimizer: Optimizer) -> bool:
+    """Some steps are made at a rate of zero or without gradients, to have the optimizer's state."""
     return any(
         float(group.get("lr", 1.0)) != 0 and any(p.grad is not None for p in group["params"])
         for group in optimizer.param_groups
@@ -183,37 +257,27 @@ def _watching(optimizer: Optimizer) -> list[Watch]:
     size = sum(len(group["params"]) for group in optimizer.param_groups)
     found = _found.get(optimizer)
     if found is None or found[0] != size:
-        held = _ids(optimizer)
+        held = _ids(optimizer.param_groups)
         holds = [weakref.ref(w) for w in _watches if any(id(p) in held for p in w.base.parameters())]
         found = _found[optimizer] = size, holds
     return [watch for ref in found[1] if (watch := ref()) is not None]
 
 
-@torch.compiler.disable(reason=_NOT_COMPILED)
+@torch.compiler.disable
 def _before(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    if _watches:
-        for watch in _watching(optimizer):
-            watch.before(optimizer, _closure(args, kwargs))
+    for watch in _watching(optimizer):
+        watch.before(optimizer, _closure(args, kwargs))
 
 
-@torch.compiler.disable(reason=_NOT_COMPILED)
+@torch.compiler.disable
 def _after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-    if not _watches:
-        return
-    if known := _watching(optimizer):
-        for watch in known:
-            watch.after(optimizer, _closure(args, kwargs))
-    else:  # perhaps an engine's, of flat copies: it counts for the models that no other has been seen to hold
-        for watch in [w for w in _watches if w.called and not w.steps]:
-            watch.count()
+    known = _watching(optimizer)
+    for watch in known:
+        watch.after(optimizer, _closure(args, kwargs))
+    for watch in [w for w in _watches if not known and w.called and not w.steps]:
+        watch.after_unknown(optimizer)
 
 
 def _closure(args: tuple, kwargs: dict) -> bool:
     """Whether the step computes the loss itself; of the arguments, the first is the optimizer."""
     return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None
-
-
-@functools.cache
-def _register() -> None:
-    register_optimizer_step_pre_hook(_before)
-    register_optimizer_step_post_hook(_after)

@@ -6,6 +6,19 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .methods import is_covered
 
+OTHER_LM_HEAD = (
+    "the lm_head in use is not the one that was attached: another adapter is active, or adapters are disabled. Choose "
+    "the adapter first, then attach"
+)
+
+
+def covered_linear(base: nn.Module) -> nn.Linear:
+    """The linear layer of an attached model's lm_head."""
+    for module in base.get_output_embeddings().modules():
+        if is_covered(module):
+            return module
+    raise RuntimeError("the model's lm_head was replaced after attach: resize or wrap it first, then attach")
+
 
 def output_linear(base: nn.Module) -> nn.Linear:
     """The linear layer behind the model's logits. TypeError or ValueError if they come from anything else."""

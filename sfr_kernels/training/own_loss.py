@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .guard import check_exchanged
+from .lm_head import OTHER_LM_HEAD, covered_linear
 from .methods import plain
 
 TOKENS = 6
@@ -35,9 +37,10 @@ def router_loss(base: nn.Module, aux: Tensor) -> Tensor:
 class OwnLoss:
     """Compared, and softcap and scale measured, at the first loss: before that, weights may be elsewhere."""
 
-    def __init__(self, base: nn.Module, classes: int, run: Callable):
-        self.base, self.classes = base, classes
-        self.run = run  # (base, probe, inputs): the model's outputs, and what the hooks of its lm_head returned
+    def __init__(self, base: nn.Module, run: Callable):
+        self.base = base
+        # (base, probe, inputs): the model's outputs, what the hooks of its lm_head returned, whether that was attached
+        self.run = run
         self.options = self.hooks = None
 
     @torch.compiler.assume_constant_result  # so that a compiler measures where it traces
@@ -46,10 +49,13 @@ class OwnLoss:
         """ValueError, with the reason, if the model's own loss is another; again when the lm_head has other hooks."""
         if self.options is not None and self.hooks == self._hooks():
             return
-        probe, labels = _numbers(self.classes)
-        outputs, returned = self._forward(probe, labels, device)
+        check_exchanged(self.base.sfr)
+        probe, labels = _numbers(covered_linear(self.base).out_features)
+        outputs, returned, answered = self._forward(probe, labels, device)
         if returned is None:
-            self._refuse("leaves its lm_head aside where it computes a loss: switch off the fused loss it has")
+            self._refuse("does not call its lm_head where it computes a loss: switch off the fused loss it has")
+        if not answered:
+            raise RuntimeError(OTHER_LM_HEAD)
         if not torch.equal(returned.cpu(), probe.to(returned.dtype)):
             self._refuse("has a hook on the lm_head that changes its output: remove it, or attach where there is none")
         options = {"softcap": None, "logit_scale": 1.0}
@@ -64,7 +70,7 @@ class OwnLoss:
             self._refuse(reason)
         if self._takes_num_items():
             items = torch.tensor(ITEMS, dtype=torch.int64, device=device)
-            outputs, _ = self._forward(probe, labels, device, num_items_in_batch=items)
+            outputs, *_ = self._forward(probe, labels, device, num_items_in_batch=items)
             wanted *= (labels[0, 1:] >= 0).sum().item() / ITEMS
             if not self._is(outputs, wanted):
                 self._refuse(
@@ -82,7 +88,10 @@ class OwnLoss:
 
     def _forward(self, probe: Tensor, labels: Tensor, device: torch.device, **inputs):
         """The model's own forward, on tokens that mean nothing to it."""
-        ids = torch.full_like(labels, _plain_token(self.base.config, self.classes))
+        ids = torch.full_like(labels, _plain_token(self.base.config, probe.shape[-1]))
+        modes = [(module, module.training) for module in self.base.modules()]
+        for module, _ in modes:
+            module.training = False  # no state of a norm or a router moves
         inputs |= {"input_ids": ids.to(device), "labels": labels.to(device)}
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:
@@ -92,6 +101,9 @@ class OwnLoss:
                     f"{type(self.base).__name__} must run once on {TOKENS} token ids and their labels alone, so that "
                     f"its own loss can be compared with attach's, and failed: {type(error).__name__}: {error}"
                 ) from error
+            finally:
+                for module, training in modes:
+                    module.training = training
 
     def _transform(self, found: Tensor, probe: Tensor, rel: float) -> dict:
         """softcap and logit_scale, from the last row; the others must agree in every class."""
