@@ -11,7 +11,7 @@ from sfr_kernels.training import guard
 def test_every_error_of_the_guard_is_explained():
     texts = [value for name, value in vars(guard).items() if name.isupper() and isinstance(value, str)]
     starts = [re.split("[:;(]", text)[0].strip() for text in texts]
-    assert len(starts) == 8 and not [s for s in starts if f"| {s}" not in settings.README.read_text()]
+    assert len(starts) >= 10 and not [s for s in starts if f"| {s}" not in settings.README.read_text()]
 
 
 def test_the_table_of_settings_is_what_the_tests_show():
