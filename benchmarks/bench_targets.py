@@ -72,9 +72,10 @@ def building(encoder_name: str, count: int, device: torch.device) -> Work:
 
     from sfr_kernels.targets import SampleList, TargetStore, build_targets, load_encoder
     from sfr_kernels.targets.build import BATCH_SIZE
+    from sfr_kernels.targets.encoder import encoder_path
     from sfr_kernels.targets.segments import segments_of
     from sfr_kernels.training.data import PERSONAS, read_chats, tokenize
-    from sfr_kernels.training.models import SMOLLM2, encoder_path, load_tokenizer
+    from sfr_kernels.training.models import SMOLLM2, load_tokenizer
 
     room = tempfile.TemporaryDirectory(prefix="sfr-targets-")
     folder, config = Path(room.name), SFRConfig()
@@ -83,7 +84,7 @@ def building(encoder_name: str, count: int, device: torch.device) -> Work:
         words = AutoTokenizer.from_pretrained(encoder_path(MINILM))  # the vocabulary of BERT, which bge's is too
         encoder = make_encoder(EncoderShape(), torch.bfloat16, device, words)
     else:
-        encoder = load_encoder(encoder_path(encoder_name), device)
+        encoder = load_encoder(encoder_name, device)
     samples = tokenize(read_chats(PERSONAS), tokenizer, 1024).samples
     samples = (samples * 2)[:count]  # the second time in another shard, where they are encoded again
     corpus, shards = SampleList(samples, shard_tokens=SHARD_TOKENS), []

@@ -11,6 +11,7 @@ from operations import Operations
 from peft import LoraConfig, get_peft_model
 from test_own_loss import tiny_causal_lm
 from tiny import CONFIG, HIDDEN, TARGET, VOCAB, pad, tiny_llama, tiny_samples, tiny_store
+from transformers import LlamaForSequenceClassification
 
 from sfr_kernels import LinearCrossEntropy, SFRConfig, SFRLoss, VelocityHead, attach, detach, sfr_loss
 from sfr_kernels.ops.times import step_seed
@@ -298,6 +299,7 @@ def test_saving_writes_the_plain_model_and_the_head_beside_it(tmp_path):
 
 
 @pytest.mark.setting("own loop", "LoRA on the lm_head", outcome="refused")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_errors_name_the_argument_and_change_nothing():
     model = tiny_llama()
     keys, attributes = list(model.state_dict()), set(model.__dict__)
@@ -314,6 +316,12 @@ def test_errors_name_the_argument_and_change_nothing():
     with pytest.raises(TypeError, match="causal LM"):
         attach(torch.nn.Linear(2, 2), CONFIG)
     assert list(model.state_dict()) == keys and set(model.__dict__) == attributes
+    with pytest.raises(TypeError, match="no lm_head: a causal LM is needed, …ForCausalLM, got LlamaForSeq"):
+        attach(LlamaForSequenceClassification(model.config), CONFIG, target_size=TARGET)
+    quantised = tiny_llama()
+    quantised.lm_head = torch.ao.nn.quantized.dynamic.Linear(4, 4)  # as torch's quantize_dynamic puts there
+    with pytest.raises(TypeError, match=r"be a torch\.nn\.Linear, got torch\.ao\.nn\.quantized\.dynamic\..*\.Linear"):
+        attach(quantised, CONFIG, target_size=TARGET)
     with pytest.raises(TypeError, match="adapter"):
         attach(lora(tiny_llama(), target_modules=["lm_head"]), CONFIG, target_size=TARGET)
     attach(model, CONFIG, targets=STORE)

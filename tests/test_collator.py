@@ -100,7 +100,7 @@ def test_labels_that_are_not_those_of_the_targets_are_refused(built):
         "one token": lambda s: {**s, "labels": [*s["labels"][:-1], s["labels"][-1] ^ 1]},
     }
     for change in cases.values():
-        with pytest.raises(ValueError, match=r"the labels of sample . are not those its targets were made of"):
+        with pytest.raises(ValueError, match=r"labels of sample . are not those its targets were made of.*\.concat"):
             collate(change)
 
 
@@ -123,7 +123,7 @@ def test_samples_without_targets_train_on_cross_entropy_alone(built):
 
 
 def test_collator_errors():
-    with pytest.raises(ValueError, match="sample_id"):
+    with pytest.raises(ValueError, match=r"no 'sample_id'.*replaced model\.forward.*use_liger_kernel.*use SFRTrainer"):
         SFRCollator(CONFIG, STORE, pad)(without_id(SAMPLES))
     cut = [{k: v[: len(v) - 8] if isinstance(v, list) else v for k, v in s.items()} for s in SAMPLES]
     with pytest.raises(ValueError, match="anchors"):

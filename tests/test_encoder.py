@@ -8,17 +8,16 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoModel, AutoTokenizer, RobertaConfig, RobertaModel
 
 from sfr_kernels import SFRConfig
-from sfr_kernels.targets import OnlineTargets, encode, load_encoder
-from sfr_kernels.targets.encoder import as_configured, describe_encoder
+from sfr_kernels.targets import OnlineTargets, build_targets, encode, load_encoder
+from sfr_kernels.targets.encoder import MINILM, as_configured, describe_encoder, encoder_path
 from sfr_kernels.targets.manifest import differences
-from sfr_kernels.training.models import MINILM, encoder_path
 
 TEXTS = ["a storm at sea", None, "tea", "a storm at sea", "", "a longer text about tea and storms"]
 
 
 @pytest.fixture(scope="module")
 def minilm():
-    return load_encoder(encoder_path(MINILM), "cpu")
+    return load_encoder(MINILM, "cpu")
 
 
 def test_each_distinct_text_is_embedded_once(minilm, monkeypatch):
@@ -35,13 +34,13 @@ def test_each_distinct_text_is_embedded_once(minilm, monkeypatch):
 
 
 def test_fewer_coordinates_are_normalized_again():
-    encoder = load_encoder(encoder_path(MINILM), "cpu", truncate_dim=64)
+    encoder = load_encoder(MINILM, "cpu", truncate_dim=64)
     out = encode(encoder, TEXTS)
     assert out.shape == (6, 64)
     torch.testing.assert_close(torch.from_numpy(out[[0, 2]]).norm(dim=1), torch.ones(2))
     assert describe_encoder(encoder)["target_size"] == 64
     with pytest.raises(ValueError, match="truncate_dim must be from 1 to the encoder's 384, got 400"):
-        load_encoder(encoder_path(MINILM), "cpu", truncate_dim=400)
+        load_encoder(MINILM, "cpu", truncate_dim=400)
 
 
 def test_a_prompt_for_documents_is_used_and_part_of_the_identity(minilm):
@@ -57,12 +56,12 @@ def test_a_prompt_for_documents_is_used_and_part_of_the_identity(minilm):
 
 def test_the_identity_sees_every_weight_and_setting(minilm):
     mine = describe_encoder(minilm)
-    again = load_encoder(encoder_path(MINILM), "cpu")
+    again = load_encoder(MINILM, "cpu")
     assert not differences(mine, describe_encoder(again))
     with torch.no_grad():
         again[0].auto_model.encoder.layer[3].output.dense.weight[7, 9] += 1e-3
     assert [d.split(":")[0] for d in differences(mine, describe_encoder(again))] == ["weights"]
-    again = load_encoder(encoder_path(MINILM), "cpu")
+    again = load_encoder(MINILM, "cpu")
     again.max_seq_length = 128
     assert "max_seq_length: stored 256, wanted 128" in differences(mine, describe_encoder(again))
 
@@ -71,6 +70,15 @@ def test_an_encoder_that_cannot_be_loaded_says_so(tmp_path):
     for name in (str(tmp_path / "absent"), "nobody/no-such-encoder"):
         with pytest.raises(RuntimeError, match=r"encoder .* cannot be loaded"):
             load_encoder(name)
+
+
+def test_the_name_of_an_encoder_is_none(tmp_path):
+    for use in (
+        lambda: OnlineTargets(MINILM, Words()),
+        lambda: build_targets([{"labels": [1]}], SFRConfig(), Words(), MINILM, folder=tmp_path),
+    ):
+        with pytest.raises(TypeError, match=r"encoder must be a SentenceTransformer, got str 'all-.*load_encoder.name"):
+            use()
 
 
 def published(texts: list[str], tokens: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from tiny import CONFIG, TARGET, pad, tiny_llama, tiny_samples
 
 from sfr_kernels import attach
 from sfr_kernels.targets import OnlineTargets, SFRCollator, build_targets, encode, load_encoder
-from sfr_kernels.training.models import MINILM, encoder_path
+from sfr_kernels.targets.encoder import MINILM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 SAMPLES = tiny_samples()
@@ -47,7 +47,7 @@ def test_online_targets_of_another_stream_are_there_when_they_are_read():
 
 
 def test_a_real_encoder_gives_what_it_gives_on_the_cpu():
-    encoder = load_encoder(encoder_path(MINILM), "cpu")
+    encoder = load_encoder(MINILM, "cpu")
     wanted = torch.from_numpy(encode(encoder, TEXTS))
     targets = OnlineTargets(encoder, Words())
     found = targets.start(TEXTS, "cuda").wait()

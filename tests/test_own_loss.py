@@ -262,7 +262,7 @@ UNSHIFTED = "does not shift its labels"
 REFUSED_AT_ONCE = {
     "T5ForConditionalGeneration": (causal("t5", AutoModelForSeq2SeqLM, d_kv=8, d_ff=48), "is an encoder-decoder"),
     "BartForConditionalGeneration": (causal("bart", AutoModelForSeq2SeqLM), "is an encoder-decoder"),
-    "BertModel": (lambda: transformers.BertModel(tiny_config("bert")), "output embeddings must be an nn.Linear"),
+    "BertModel": (lambda: transformers.BertModel(tiny_config("bert")), "no lm_head: .*ForCausalLM, got BertModel"),
     "a class of nn.Linear with its own forward": (
         lambda: with_head(lambda model: class_of(model.lm_head)),
         "Quantised, whose forward is not that of nn.Linear",

@@ -1,5 +1,6 @@
 """SFRTrainer: what TRL prepares, trained on the SFR objective as one process trains the whole batch by hand."""
 
+import contextlib
 import copy
 import subprocess
 import sys
@@ -52,7 +53,7 @@ CASES = [
 
 @setting("SFRTrainer", "gradient accumulation")
 @pytest.mark.parametrize("mode", CASES)
-@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor:FutureWarning")
+@pytest.mark.filterwarnings("error:.*label_smoothing_factor:FutureWarning")  # of a forward pass that is none here
 @pytest.mark.filterwarnings("ignore:no label is supervised:RuntimeWarning")  # of a pack of prompts alone
 def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, mode):
     """In float32, whatever is accumulated: within 2e-4 of how far each parameter moved."""
@@ -104,8 +105,8 @@ def test_evaluation_sets_have_targets_of_their_own(tmp_path):
             wanted = expected_loss(model, head, samples, step_seed(CONFIG.seed, -1)).loss.item()
         assert found[f"eval_{name}_loss"] == pytest.approx(wanted, rel=1e-5)
         start += count
-    with pytest.raises(ValueError, match=r"has no targets: give it to the constructor in eval_dataset.*OnlineTargets"):
-        trainer.evaluate(texts("plain", 2))
+    with pytest.raises(ValueError, match=r"has no targets: .* constructor.*trainer\.eval_dataset, as prepared.*Online"):
+        trainer.evaluate(sets["c"])
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] > 0
 
 
@@ -116,8 +117,26 @@ def test_targets_are_built_once_and_opened_without_an_encoder(tmp_path):
     make_trainer(tmp_path, encoder=encoder)
     assert encoded == len(encoder.texts) > 0
     make_trainer(tmp_path, encoder=None).train()
-    with pytest.raises(ValueError, match=r"(?s)made differently: data.*Give another folder in targets="):
-        make_trainer(tmp_path, encoder=None, arguments=BFD)
+    for given in (None, encoder):
+        with pytest.raises(ValueError, match=r"made differently: data.*packed differently") as caught:
+            make_trainer(tmp_path, encoder=given, arguments=BFD)
+        what_to_do = f". Give another folder in targets=, or remove {tmp_path / 'targets' / 'train'}"
+        assert str(caught.value).endswith(what_to_do) and "build_targets" not in str(caught.value)
+    (tmp_path / "targets" / "train" / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"damaged.*another folder in targets="):
+        make_trainer(tmp_path)
+
+
+def test_ids_that_the_data_happen_to_have_are_not_those_of_targets_built_here(tmp_path):
+    tokenized = make_trainer(tmp_path / "plain").train_dataset.select_columns("input_ids")
+    for name, data in (("texts", texts("plain")), ("tokenized", tokenized)):
+        data = data.add_column("sample_id", list(range(12))[::-1])
+        trainer = make_trainer(tmp_path / name, train=data, eval_dataset=data.select(range(3)))
+        assert trainer.train_dataset["sample_id"][:] == list(range(12))
+        assert trainer.eval_dataset["sample_id"][:] == [12, 13, 14]
+        trainer.train()
+    with pytest.raises(ValueError, match="data set to evaluate has no targets"):
+        trainer.evaluate(texts("plain").add_column("sample_id", ["a"] * 12))
 
 
 @setting("SFRTrainer", "streaming data set")
@@ -148,7 +167,6 @@ DENSE = tiny_llama().config
     [(EXPERTS, dict(router_aux_loss_coef=0.5)), (DENSE, dict(label_smoothing_factor=0.2))],
     ids=["router loss", "label smoothing"],
 )
-@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor:FutureWarning")
 def test_cross_entropy_alone_trains_as_sfttrainer_does(tmp_path, config, arguments):
     """A router loss has the coefficient of TRL's arguments, and each accumulated batch its share."""
     arguments = arguments | dict(gradient_accumulation_steps=2, per_device_train_batch_size=2)
@@ -156,7 +174,10 @@ def test_cross_entropy_alone_trains_as_sfttrainer_does(tmp_path, config, argumen
     for kind_of, given in ((SFTTrainer, {}), (SFRTrainer, dict(objective="ce"))):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-        trainer = make_trainer(tmp_path, "completion", model=model, kind_of=kind_of, arguments=arguments, **given)
+        given |= dict(model=model, kind_of=kind_of, arguments=arguments)
+        warned = kind_of is SFTTrainer and config is DENSE
+        with pytest.warns(FutureWarning, match="label_smoothing_factor") if warned else contextlib.nullcontext():
+            trainer = make_trainer(tmp_path, "completion", **given)
         trainer.train()
         runs.append(([p.detach() for p in model.parameters()], trainer.state.log_history[0]))
     (wanted, plain), (found, logged) = runs

@@ -22,7 +22,16 @@ from ..atomic import PARTIAL, write_atomically
 from ..config import SFRConfig
 from .corpus import Corpus, SampleList
 from .encoder import as_configured, describe_encoder, encode
-from .manifest import FILE, Identity, differences, read_manifest, segment_rules, tokenizer_hash, write_manifest
+from .manifest import (
+    FILE,
+    Identity,
+    StaleTargets,
+    differences,
+    read_manifest,
+    segment_rules,
+    tokenizer_hash,
+    write_manifest,
+)
 from .segments import Segments, segments_of
 from .shards import DTYPES, is_whole, shard_of, write_shard
 from .store import TargetStore
@@ -85,7 +94,7 @@ class Plan:
 def plan_targets(
     corpus: Corpus, config: SFRConfig, tokenizer, encoder, folder: Path, dtype: str, batch_size: int, replace: bool
 ) -> Plan:
-    """What is to be built. ValueError naming every difference if the folder has another store, unless `replace`."""
+    """What is to be built. StaleTargets naming every difference if the folder has another store, unless `replace`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if batch_size < 1:
@@ -97,7 +106,7 @@ def plan_targets(
     if not replace:
         with contextlib.suppress(FileNotFoundError):
             if found := differences(read_manifest(folder), identity.fields()):
-                raise ValueError(f"the targets in {folder} were made differently: {'; '.join(found)}")
+                raise StaleTargets(f"the targets in {folder} were made differently: {'; '.join(found)}")
     return Plan(folder, identity)
 
 
@@ -223,15 +232,15 @@ def build_targets(
 
     dtype    of the embeddings: float16, float32, or int8 with a scale for each.
     replace  builds anew where the folder has other targets, which stay until the new ones are whole; otherwise
-             ValueError naming every difference.
+             StaleTargets, a ValueError naming every difference.
     verify   reads all of a store that is there, and makes shards that are damaged again.
     pool     of `encoder.start_multi_process_pool(devices)`, to encode on several devices.
 
     Under torchrun or accelerate launch every process builds its share, and returns when all are done. A build that was
     stopped goes on where it was.
     """
-    corpus = samples if hasattr(samples, "cu_samples") else SampleList(samples)
     encoder = as_configured(encoder, config)
+    corpus = samples if hasattr(samples, "cu_samples") else SampleList(samples)
     plan = plan_targets(corpus, config, tokenizer, encoder, Path(folder), dtype, batch_size, replace)
     if verify:
         repair(plan)

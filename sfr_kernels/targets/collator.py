@@ -64,7 +64,9 @@ class SFRCollator:
             raise ValueError(
                 "features have no 'sample_id', the index of the sample in the target store. With a Trainer, attach "
                 "the model first or set remove_unused_columns=False, so that the column reaches the collator; where "
-                "samples are packed, add it to the packs"
+                "samples are packed, add it to the packs. If that is so, something has replaced model.forward, whose "
+                "signature Trainer reads: use_liger_kernel with its fused cross-entropy, or TRL's SFTTrainer (use "
+                "SFRTrainer)"
             )
         ids = [feature.pop("sample_id", None) for feature in features]
         ids = [NO_TARGETS if i is None else int(i) for i in ids] if named else None
@@ -112,7 +114,8 @@ def sfr_inputs(
             if a != b and i != NO_TARGETS:
                 raise ValueError(
                     f"the labels of sample {i} are not those its targets were made of: they were cut, masked or "
-                    "tokenized differently, or sample_id is not the sample's index in the store"
+                    "tokenized differently, or sample_id is not the sample's index in the store (evaluation data's "
+                    "count on from the training data's: TargetStore.concat)"
                 )
     embeddings, blank = targets.lookup(sample_ids).to(labels.device), targets.blank(sample_ids).to(labels.device)
     try:

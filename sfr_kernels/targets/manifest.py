@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,22 @@ from .shards import DamagedStore
 FORMAT = 3
 FILE = "manifest.json"
 _INFORMS = ("name", "file")  # says what something was called, which may change without it
+
+
+_MEANS = {
+    "data.labels": " (the samples are not those it was built of: other data, or cut, masked, tokenized or packed "
+    "differently)"
+}
+
+
+class StaleTargets(ValueError):
+    """The store in a folder is another than what is to be used there. Its argument says how."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.args[0]}. Give another folder, or have the targets replaced: build_targets(..., replace=True), or "
+            "the command `targets --overwrite`"
+        )
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Every field of `wanted` in which `stored` differs, in words."""
     a, b = _flat(stored), _flat(wanted)
     found = [
-        f"{key}: stored {a.get(key)!r}, wanted {value!r}"
+        f"{key}: stored {_short(a.get(key))!r}, wanted {_short(value)!r}{_MEANS.get(key, '')}"
         for key, value in b.items()
         if a.get(key) != value and key.split(".")[-1] not in _INFORMS
     ]
@@ -82,13 +99,19 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return found
 
 
+def _short(value: Any) -> Any:
+    """Of a hash its beginning, which tells two of them apart."""
+    return value[:8] if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,64}", value) else value
+
+
 def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     content = content | {"checksum": _hash(content)}
     write_atomically(folder / FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """FileNotFoundError if the folder is no store, or not yet; DamagedStore if its manifest was changed."""
+    """FileNotFoundError if the folder is no store, or not yet; StaleTargets if it is of another format; DamagedStore if
+    its manifest was changed."""
     try:
         content = json.loads((folder / FILE).read_text())
         checksum = content.pop("checksum", None)
@@ -98,9 +121,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, AttributeError) as error:
         raise DamagedStore(f"{folder / FILE} is damaged: {error}") from error
     if content.get("format") != FORMAT:
-        raise ValueError(
-            f"the targets in {folder} have format {content.get('format')!r}, not {FORMAT}: build them anew"
-        )
+        raise StaleTargets(f"the targets in {folder} have format {content.get('format')!r}, not {FORMAT}")
     if checksum != _hash(content):
         raise DamagedStore(f"{folder / FILE} is damaged: its checksum does not fit")
     return content

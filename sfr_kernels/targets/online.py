@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import SFRConfig
-from .encoder import as_configured, target_size
+from .encoder import as_configured, check_encoder, target_size
 
 
 @dataclass
@@ -45,6 +45,7 @@ class OnlineTargets:
         capacity: int = 16384,  # segments that are remembered, 2 d bytes each
         batch_size: int = 64,
     ):
+        check_encoder(encoder)
         for name, value in (("capacity", capacity), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

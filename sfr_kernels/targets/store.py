@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import SFRConfig
 from .encoder import as_configured, describe_encoder
-from .manifest import differences, read_manifest, segment_rules, tokenizer_hash
+from .manifest import StaleTargets, differences, read_manifest, segment_rules, tokenizer_hash
 from .shards import Shard, is_whole
 
 NO_TARGETS = -1  # the sample_id of a sample that trains on cross-entropy alone
@@ -59,7 +59,7 @@ class TargetStore:
 
         data  the fingerprint of the samples, as in the manifest.
 
-        ValueError naming every difference; FileNotFoundError if there is no store, or no whole one yet.
+        StaleTargets, a ValueError naming every difference; FileNotFoundError if there is no store, or no whole one yet.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
@@ -72,7 +72,7 @@ class TargetStore:
             **({} if data is None else {"data": data}),
         }
         if found := differences(manifest, wanted):
-            raise ValueError(f"the targets in {folder} were made differently: {'; '.join(found)}")
+            raise StaleTargets(f"the targets in {folder} were made differently: {'; '.join(found)}")
         size, dtype = manifest["encoder"]["target_size"], manifest["dtype"]
         store = cls.__new__(cls)
         shards = [Shard(None, folder / r["file"], r, dtype, size) for r in manifest["shards"]]

@@ -13,7 +13,7 @@ from ..targets import TargetStore, build_targets, load_encoder
 from ..targets.build import finish, plan_targets, repair, share
 from ..targets.encoder import as_configured
 from .corpus import ChatFile
-from .models import encoder_path, load_tokenizer
+from .models import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def build_store(options: StoreOptions) -> TargetStore:
     hf_logging.disable_progress_bar()
     tokenizer, longest = load_tokenizer(options.model)
     corpus = ChatFile(options.data, tokenizer, min(options.max_length, longest or options.max_length))
-    name, devices = encoder_path(options.encoder), _devices(options)
-    encoder = as_configured(load_encoder(name, devices[0], options.truncate_dim), options.config)
+    devices = _devices(options)
+    encoder = as_configured(load_encoder(options.encoder, devices[0], options.truncate_dim), options.config)
     if options.engine == "ray":
         from ..targets.ray import build_with_ray
 
@@ -61,8 +61,8 @@ def build_store(options: StoreOptions) -> TargetStore:
         )  # fmt: skip
         repair(plan)
         build_with_ray(
-            plan, corpus, options.config, tokenizer, plan.missing(), encoder=name, device=devices[0].split(":")[0],
-            truncate_dim=options.truncate_dim, workers=options.workers,
+            plan, corpus, options.config, tokenizer, plan.missing(), encoder=options.encoder,
+            device=devices[0].split(":")[0], truncate_dim=options.truncate_dim, workers=options.workers,
         )  # fmt: skip
         if not finish(plan):
             raise RuntimeError("some shards are missing after the Ray pipeline ended: the same command makes them")

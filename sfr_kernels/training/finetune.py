@@ -19,6 +19,7 @@ from ..config import SFRConfig
 from ..evaluation.generate import generate
 from ..evaluation.held_out import frozen_flow_loss, held_out_losses
 from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
+from ..targets.encoder import MINILM
 from ..targets.manifest import FILE as MANIFEST
 from .attach import attach, detach
 from .attachment import attachment_of
@@ -29,7 +30,7 @@ from .data import read_chats, split_by_prompt, tokenize
 from .formats import Example
 from .labelling import Tokenized, last_prompt
 from .lm_head import output_linear
-from .models import MINILM, encoder_path, load_model
+from .models import load_model
 from .report import ProgressBar, loss_curves, samples_table
 
 WARMUP = 5  # steps of rising learning rate
@@ -253,7 +254,7 @@ def _open_targets(options: TrainOptions, corpus: ChatFile, tokenizer, device: to
     """
     folder, encoder = _targets_folder(options), None
     if options.encoder is not None or not (folder / MANIFEST).is_file():
-        encoder = load_encoder(encoder_path(options.encoder or MINILM), device)
+        encoder = load_encoder(options.encoder or MINILM, device)
     try:
         found = TargetStore.open(folder, options.config, tokenizer=tokenizer, encoder=encoder, data=corpus.fingerprint)
         return found, None
@@ -262,7 +263,7 @@ def _open_targets(options: TrainOptions, corpus: ChatFile, tokenizer, device: to
     except ValueError:
         if options.targets is not None or not options.overwrite:
             raise
-        return None, encoder or load_encoder(encoder_path(MINILM), device)
+        return None, encoder or load_encoder(MINILM, device)
 
 
 def _trainable(model, options: TrainOptions):

@@ -41,8 +41,10 @@ def output_linear(base: nn.Module) -> nn.Linear:
             "model's lm_head carries an adapter, whose share of the logits a fused loss would drop: leave it out of "
             "target_modules, or train it whole with modules_to_save"
         )
+    if out is None:
+        raise TypeError(f"model has no lm_head: a causal LM is needed, …ForCausalLM, got {type(base).__name__}")
     if not isinstance(out, nn.Linear):
-        raise TypeError(f"model's output embeddings must be an nn.Linear, got {type(out).__name__}")
+        raise TypeError(f"model's lm_head must be a torch.nn.Linear, got {type(out).__module__}.{type(out).__name__}")
     if is_covered(out):
         raise ValueError("model's lm_head belongs to another attached model, too: detach that one first")
     _check_forward(out)

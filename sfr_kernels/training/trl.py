@@ -8,6 +8,7 @@ is the model's own, as `transformers.Trainer` asks for it.
 
 import inspect
 import os
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ class SFRTrainer(SFTTrainer):
         targets = _check_targets(sfr, targets, encoder, objective)
         if isinstance(targets, str | os.PathLike):
             check_folder(targets, encoder, named_sets(given.get("train_dataset"), given.get("eval_dataset")))
+        self._goes_by_ids = isinstance(targets, TargetStore)  # those that the data had when its maker built it
         if isinstance(encoder, str):
             encoder = load_encoder(encoder)
         if isinstance(given.get("data_collator"), SFRCollator):
@@ -96,7 +98,10 @@ class SFRTrainer(SFTTrainer):
     def _prepare(self, given: dict) -> None:
         """SFTTrainer's constructor, after which the model has its own forward again."""
         noted = _OwnForward()
-        super().__init__(**given | {"callbacks": [*(given.get("callbacks") or ()), noted]})
+        with warnings.catch_warnings():
+            # of another forward pass, which the loss here does not need
+            warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated", FutureWarning)
+            super().__init__(**given | {"callbacks": [*(given.get("callbacks") or ()), noted]})
         self.remove_callback(noted)
         noted.put_back(self.model)
         parallel = self.accelerator.parallelism_config
@@ -110,6 +115,11 @@ class SFRTrainer(SFTTrainer):
                 "peft_config must not be one of prompt learning, which puts tokens before the batch that the rows of "
                 "the loss do not know of: use LoRA or another adapter of the weights"
             )
+
+    def _prepare_dataset(self, dataset, *args, **kwargs):
+        if not self._goes_by_ids and has_ids(dataset) and "input_ids" not in dataset.column_names:
+            dataset = dataset.remove_columns("sample_id")  # a text's, which says nothing of the targets
+        return super()._prepare_dataset(dataset, *args, **kwargs)
 
     def _attach(self, sfr, encoder, targets, objective: str) -> None:
         if objective == "sfr":
@@ -131,7 +141,7 @@ class SFRTrainer(SFTTrainer):
                 whole_by_default=isinstance(self.data_collator, DataCollatorForLanguageModeling),
                 masks_starts=self.padding_free,
             )  # fmt: skip
-        self.train_dataset, *evaluation = number_all(sets, targets).values()
+        self.train_dataset, *evaluation = number_all(sets, targets if self._goes_by_ids else None).values()
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = dict(zip(self.eval_dataset, evaluation, strict=True))
         elif evaluation:
@@ -160,7 +170,8 @@ class SFRTrainer(SFTTrainer):
         if isinstance(self._sfr.store, TargetStore):
             raise ValueError(
                 "the data set to evaluate has no targets: give it to the constructor in eval_dataset, where they are "
-                "built, or train with targets=OnlineTargets(encoder, tokenizer), which need nothing ahead"
+                "built (those given there are trainer.eval_dataset, as prepared), or train with "
+                "targets=OnlineTargets(encoder, tokenizer), which need nothing ahead"
             )
         return number(data, 0)
 
