@@ -1,5 +1,7 @@
 """Whoever makes the steps: they end where those of the plain model, its head and the reference loss do."""
 
+from functools import partial
+
 import lightning
 import pytest
 import torch
@@ -36,20 +38,20 @@ def plain_loss(model, head, batch, step: int):
     ).loss  # fmt: skip
 
 
+def differentiate(optimizer, loss_of):
+    optimizer.zero_grad()
+    loss = loss_of()
+    loss.backward()
+    return loss
+
+
 def by_hand(kind=torch.optim.SGD, **options) -> list[dict[str, torch.Tensor]]:
     """The weights after each step of the plain model and its head."""
     model = fresh()
     head = detach(model)
     optimizer, ends = kind([*model.parameters(), *head.parameters()], **options or SGD), []
     for step, batch in enumerate(BATCHES):
-
-        def closure(step=step, batch=batch):
-            optimizer.zero_grad()
-            loss = plain_loss(model, head, batch, step)
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
+        optimizer.step(partial(differentiate, optimizer, partial(plain_loss, model, head, batch, step)))
         ends.append(weights(model) | {f"sfr.head.{name}": p for name, p in weights(head).items()})
     return ends
 
@@ -83,25 +85,19 @@ def test_lbfgs_counts_its_steps_whatever_it_evaluates():
     """The noise of a step is one in all of its evaluations."""
     model, options, losses = fresh(), dict(lr=0.2, max_iter=4), []
     optimizer = torch.optim.LBFGS(model.parameters(), **options)
+
+    def attached(batch):
+        losses.append(model(**batch).loss)
+        return losses[-1]
+
     for batch in BATCHES:
-
-        def closure(batch=batch):
-            optimizer.zero_grad()
-            losses.append(model(**batch).loss)
-            losses[-1].backward()
-            return losses[-1]
-
-        optimizer.step(closure)
+        optimizer.step(partial(differentiate, optimizer, partial(attached, batch)))
     assert model.sfr.step == 3 and len(losses) == 12
     assert all(losses[i] > losses[i + 3] for i in (0, 4, 8))
     assert_near(weights(model), by_hand(torch.optim.LBFGS, **options)[-1], rtol=1e-3, atol=1e-4)
 
 
 class Tuning(lightning.LightningModule):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), **SGD)
 
@@ -110,12 +106,12 @@ class Tuning(lightning.LightningModule):
 
 
 @setting("Lightning", "automatic optimization")
-@pytest.mark.filterwarnings("ignore::UserWarning:lightning", "ignore:.*num_workers", "ignore:.*batch_size")
 def test_lightning_may_make_the_steps_itself(tmp_path):
-    model = fresh()
+    tuning = Tuning()
+    tuning.model = model = fresh()
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **off)
-    trainer.fit(Tuning(model), torch.utils.data.DataLoader(BATCHES, batch_size=None))
+    trainer.fit(tuning, torch.utils.data.DataLoader(BATCHES, batch_size=None))
     assert model.sfr.step == 3
     assert_near(weights(model), by_hand()[-1])
 
@@ -135,7 +131,6 @@ def test_an_average_evaluates_as_the_model_of_averaged_weights():
         p.data = 0.5 * (0.5 * (ends[0][name] + ends[1][name]) + ends[2][name])
     head, batch = detach(wanted), BATCHES[0]
     assert average.eval()(**batch).loss.item() == pytest.approx(plain_loss(wanted, head, batch, -1).item(), rel=1e-5)
-    assert model.sfr.step == 3
 
 
 @setting("own loop", "an optimizer for each parameter, stepped in backward")

@@ -12,6 +12,7 @@ from sfr_kernels import attach, detach
 
 setting = pytest.mark.setting
 BATCHES = [COLLATE(SAMPLES[i : i + 4]) for i in (0, 4, 8)]  # of a step each
+WITHOUT_ROWS = "prompt tuning, of batches with sample_id in place of rows"
 ADAPTERS = {
     "DoRA": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", use_dora=True),
     "IA3": IA3Config(
@@ -21,6 +22,7 @@ ADAPTERS = {
         r=4, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
     ),
     "prefix tuning": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    WITHOUT_ROWS: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
 }
 
 
@@ -30,11 +32,12 @@ def test_the_cross_entropy_is_that_of_the_plain_model_with_its_adapters(name):
     model = attach(get_peft_model(tiny_llama(), ADAPTERS[name]), CONFIG, STORE)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for batch in BATCHES:
+    for batch, ids in zip(BATCHES, torch.arange(12).split(4), strict=True):
         plain = copy.deepcopy(model)
         detach(plain)
-        wanted = plain(**{k: batch[k] for k in ("input_ids", "attention_mask", "labels")}).loss
-        out = model(**batch)
+        given = {k: batch[k] for k in ("input_ids", "attention_mask", "labels")}
+        wanted = plain(**given).loss
+        out = model(**given, sample_id=ids) if name == WITHOUT_ROWS else model(**batch)
         assert out.ce_loss.item() == pytest.approx(wanted.item(), rel=1e-5)
         optimizer.zero_grad()
         out.loss.backward()
@@ -46,8 +49,8 @@ def test_the_cross_entropy_is_that_of_the_plain_model_with_its_adapters(name):
 
 @setting("own loop", "prompt tuning", outcome="refused")
 def test_tokens_before_the_batch_are_refused():
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    model = attach(get_peft_model(tiny_llama(), config), CONFIG, STORE)
+    """The rows of a batch are counted without them."""
+    model = attach(get_peft_model(tiny_llama(), ADAPTERS[WITHOUT_ROWS]), CONFIG, STORE)
     with pytest.raises(ValueError, match="rows were made for"):
         model(**BATCHES[0])
 
