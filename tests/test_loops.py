@@ -111,6 +111,7 @@ def alone(tmp_path, monkeypatch):
     """In a folder of its own, on the CPU, without Lightning's advice."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more would wait for ever in a forked process
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield

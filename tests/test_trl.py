@@ -9,7 +9,7 @@ import pytest
 import torch
 from corpora import HashEncoder
 from datasets import Dataset
-from peft import PromptTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from tiny import CONFIG, SIZES, TARGET, pad, tiny_llama, tiny_samples, tiny_store
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 from trl import DPOConfig, DPOTrainer, SFTTrainer
@@ -300,9 +300,21 @@ def test_a_pipeline_generates_as_with_the_plain_model():
 
 
 @setting("SFRTrainer", "prompt tuning", outcome="refused")
-def test_prompt_learning_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="peft_config must not be one of prompt learning"):
+def test_prompt_tuning_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="peft_config must not put tokens before the batch"):
         make_trainer(tmp_path, peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
+@setting("SFRTrainer", "prefix tuning")
+def test_prefix_tuning_has_the_cross_entropy_of_sfttrainer(tmp_path):
+    logged = []
+    for kind_of in (SFRTrainer, SFTTrainer):
+        prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        given = dict(peft_config=prefix, arguments=dict(max_steps=1, gradient_checkpointing=False))
+        trainer = make_trainer(tmp_path, model=tiny_llama(initializer_range=0.2), kind_of=kind_of, **given)
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    assert logged[0]["ce_loss"] == pytest.approx(logged[1]["loss"], rel=1e-5)
 
 
 @setting("SFRTrainer", "SFRConfig(loss=…) other than flow")

@@ -11,6 +11,7 @@ import os
 import warnings
 
 import torch
+from peft import PeftType
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -110,10 +111,11 @@ class SFRTrainer(SFTTrainer):
                 "context and sequence parallelism cut the tokens of a sample among processes, of which SFR needs all "
                 "on one: set cp_size and sp_size to 1"
             )
-        if getattr(getattr(self.model, "active_peft_config", None), "is_prompt_learning", False):
+        adapter = getattr(self.model, "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False) and adapter.peft_type != PeftType.PREFIX_TUNING:
             raise ValueError(
-                "peft_config must not be one of prompt learning, which puts tokens before the batch that the rows of "
-                "the loss do not know of: use LoRA or another adapter of the weights"
+                "peft_config must not put tokens before the batch, as prompt tuning does, that the rows of the loss do "
+                "not know of: use LoRA, another adapter of the weights, or prefix tuning"
             )
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
