@@ -204,13 +204,37 @@ def test_a_trainer_with_a_loss_of_its_own_stops_at_the_first_step(tmp_path, add)
     assert all(torch.equal(p, before[n]) for n, p in weights(trainer.model).items())
 
 
+class Flat(torch.optim.SGD):
+    """As an engine's that shards: it steps a flat copy of the parameters, by which no model is found."""
+
+    def __init__(self, parameters, lr):
+        self.model_parameters = list(parameters)
+        super().__init__([torch.cat([p.detach().flatten() for p in self.model_parameters]).requires_grad_()], lr=lr)
+
+    def step(self, closure=None):
+        [flat] = self.param_groups[0]["params"]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.model_parameters]
+        flat.grad = torch.cat([g.flatten() for g in gradients])
+        super().step()
+        for p, part in zip(self.model_parameters, flat.split([p.numel() for p in self.model_parameters]), strict=True):
+            p.data.copy_(part.view_as(p))
+
+
 @pytest.mark.setting("Trainer", "steps of an optimizer of flat copies (as DeepSpeed's)")
-def test_an_optimizer_that_torch_does_not_know_is_watched_by_the_callback(tmp_path, monkeypatch):
-    """DeepSpeed steps flat copies of the parameters, by which no model is found."""
-    monkeypatch.setattr("sfr_kernels.training.guard._watching", lambda optimizer: [])
+def test_an_optimizer_of_flat_copies_is_counted_and_watched_by_the_callback(tmp_path):
+    wanted = trainer_of(attached(), tmp_path)
+    wanted.train()
+    for add in (True, False):
+        trainer = trainer_of(attached(), tmp_path, add=add)
+        trainer.optimizer = Flat(trainer.model.parameters(), lr=0.3)
+        trainer.train()
+        assert trainer.model.sfr.step == 3
+        for name, p in wanted.model.named_parameters():
+            torch.testing.assert_close(trainer.model.get_parameter(name), p, rtol=1e-5, atol=1e-7)
+    trainer = trainer_of(attached(), tmp_path, kind=Preferring)
+    trainer.optimizer = Flat(trainer.model.parameters(), lr=0.3)
     with pytest.raises(RuntimeError, match="does not compute the loss that was attached"):
-        trainer_of(attached(), tmp_path, kind=Preferring).train()
-    trainer_of(attached(), tmp_path).train()
+        trainer.train()
 
 
 @pytest.mark.setting("Trainer", "adapters after attach", outcome="refused")
