@@ -104,8 +104,9 @@ class BatchInputs:
             return
         if not isinstance(self.rows, SupervisedRows):
             raise TypeError(f"rows must be SupervisedRows, got {type(self.rows).__name__}")
-        for name in {"shift_labels", "ignore_index"} & self.others.keys():
-            raise ValueError(f"{name} has no meaning where a batch has rows, which were made of its labels")
+        for name in ("shift_labels", "ignore_index"):
+            if name in self.others:
+                raise ValueError(f"{name} has no meaning where a batch has rows, which were made of its labels")
         if self.labels is not None and tuple(self.labels.shape) != self.rows.shape:
             raise ValueError(
                 f"rows were made for {self.rows.shape} tokens, labels are {tuple(self.labels.shape)}: a batch must "
