@@ -74,6 +74,8 @@ def test_cross_entropy_alone_takes_what_the_models_own_loss_takes():
     for name, value in dict(targets=BATCH["rows"].targets, seed=3, times=torch.rand(4)).items():
         with pytest.raises(ValueError, match=name):
             model(**PLAIN, **{name: value})
+    unsigned = PLAIN["input_ids"].to(torch.uint8)  # which has no −100
+    assert torch.equal(model(**{**PLAIN, "labels": unsigned}).loss, model(**{**PLAIN, "labels": unsigned.long()}).loss)
     detach(model)
     attach(model, LinearCrossEntropy(ignore_index=0), objective="ce")
     out = model(**{**PLAIN, "labels": zero})

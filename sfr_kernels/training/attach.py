@@ -326,8 +326,8 @@ def _without_head(module: nn.Module, state: dict, prefix: str, _) -> None:
 
 
 def _answer(base: nn.Module, probe: Tensor, inputs: dict):
-    """The outputs of the model's own forward, whose lm_head answers with `probe`; and that after its hooks. None if
-    another lm_head has answered."""
+    """The outputs of the model's own forward, whose lm_head answers with `probe`; what its hooks made of that, None if
+    it was not called; and whether it was the one that is attached."""
     call = _Call.of(base, probe=probe)
     outputs = _run(base, call, (), inputs)
     return outputs, call.returned, call.answered

@@ -82,8 +82,9 @@ class BatchInputs:
 
     def next_labels(self, ignore_index: int) -> Tensor:
         """The labels of the next tokens, as the model's own loss has them: `shift_labels` where there are any."""
-        shifted = self.others.get("shift_labels")
-        return functional.pad(self.labels[..., 1:], (0, 1), value=ignore_index) if shifted is None else shifted
+        if (shifted := self.others.get("shift_labels")) is not None:
+            return shifted
+        return functional.pad(self.labels[..., 1:].long(), (0, 1), value=ignore_index)  # unsigned ones have no −100
 
     def own_labels(self) -> Tensor:
         """The labels of the tokens themselves, −100 where there is none."""

@@ -98,7 +98,7 @@ class SFRCallback(TrainerCallback):
             return load(folder, *args, **kwargs)
 
         trainer._load_from_checkpoint = load_from
-        keep_from_predictions(type(trainer.model.config))
+        keep_from_predictions(type(trainer.model.config))  # again, for a model that was attached in another process
         trainer.remove_callback(type(self))
         trainer.callback_handler.callbacks.insert(0, self)
         self._added = True

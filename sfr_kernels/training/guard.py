@@ -125,11 +125,11 @@ class Watch:
             if self._has_optimizer("model", self.base.parameters()):
                 return
             self.engines.add(optimizer)
-        self.calls, self.called = self.progress, False
         self.count()
 
     def count(self) -> None:
         """Counts a step, once however many optimizers make it."""
+        self.calls, self.called = self.progress, False
         if self.calls > self.stepped:
             self.stepped = self.calls
             if self.base.sfr.config is not None:
