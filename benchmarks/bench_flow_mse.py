@@ -1,15 +1,10 @@
-"""The matching loss of every row and its gradient, in one read of the prediction.
-
-Peers are given the target velocity, which ours makes again from the counter.
-"""
+"""The matching loss of every row and its gradient, in one read of the prediction and the velocity."""
 
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from sfr_kernels import reference
 
 from .harness.leaf_work import Leaf, Numbers, leaf_work, row_cases, suite
 from .peers.cross_entropy import COMPILED, EAGER
@@ -24,26 +19,24 @@ def eager(v: Tensor, u: Tensor, coefficient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def leaf(x: Numbers) -> Leaf:
-    p, source, coefficient = x.path(), x.normal(x.n, x.width), x.normal(x.n).to(x.wide)
+    u, source, coefficient = x.normal(x.n, x.width), x.normal(x.n, x.width), x.normal(x.n).to(x.wide)
     v = source.clone()
     size = x.width * x.dtype.itemsize
     return Leaf(
-        lambda k: [*k.flow_mse(v, p, coefficient), v],
+        lambda k: [*k.flow_mse(v, u, coefficient), v],
         ("loss", "db", "dv"),
-        (2 * x.n + len(p.targets)) * size,
+        3 * x.n * size,
         v,
         restore=lambda: v.copy_(source),
         peers={
-            EAGER: lambda: peer(eager, source, p, coefficient),
-            COMPILED: lambda: peer(torch.compile(eager, dynamic=False), source, p, coefficient),
+            EAGER: lambda: peer(eager, source, u, coefficient),
+            COMPILED: lambda: peer(torch.compile(eager, dynamic=False), source, u, coefficient),
         },
     )
 
 
-def peer(function, source: Tensor, path, coefficient: Tensor):
+def peer(function, source: Tensor, u: Tensor, coefficient: Tensor):
     v = source.detach().clone().requires_grad_()
-    noise = path.source_std * reference.gaussian_noise(path.seed, path.noise_id, v.shape[1])
-    u = (path.target_scale * path.targets[path.anchor].float() - noise).to(v.dtype)
 
     def run() -> list[Tensor]:
         loss, total = function(v, u, coefficient)

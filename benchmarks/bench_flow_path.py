@@ -1,4 +1,4 @@
-"""The flow path of every row: noise from a counter, between it and the target by the row's time."""
+"""The flow path of every row: noise from a counter, x_t between it and the target, and the velocity."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ def eager(targets, times, anchor, index, scale: float, dtype: torch.dtype, noise
     x_1 = scale * targets[anchor].float()
     x_0 = torch.randn_like(x_1) if noise is None else noise
     t = times[index].unsqueeze(1)
-    return [((1 - t) * x_0 + t * x_1).to(dtype)]
+    return [((1 - t) * x_0 + t * x_1).to(dtype), (x_1 - x_0).to(dtype)]
 
 
 def leaf(x: Numbers) -> Leaf:
@@ -29,9 +29,9 @@ def leaf(x: Numbers) -> Leaf:
         return eager(*arguments, noise=reference.gaussian_noise(p.seed, p.noise_id, x.width).float())
 
     return Leaf(
-        lambda k: [k.flow_path(p, x.dtype)],
-        ("x_t",),
-        (x.n + len(p.targets)) * x.width * x.dtype.itemsize,
+        lambda k: [*k.flow_path(p, x.dtype)],
+        ("x_t", "u"),
+        (2 * x.n + len(p.targets)) * x.width * x.dtype.itemsize,
         p,
         peers={
             EAGER: lambda: partial(eager, *arguments),

@@ -37,7 +37,7 @@ def noise_of(batch):
     half, first = torch.tensor([0.5]), torch.zeros(n, dtype=torch.int32)
     seed = torch.tensor([3])
     path = FlowPath(batch["rows"].targets, half, rows.noise_id[:n], rows.anchor[:n], first, seed, 2.0, 1.0)
-    return dict(zip(rows.noise_id.tolist(), flow_path(path, torch.float32), strict=False))
+    return dict(zip(rows.noise_id.tolist(), flow_path(path, torch.float32)[0], strict=False))
 
 
 def left_pad(features):

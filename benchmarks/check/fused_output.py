@@ -1,12 +1,10 @@
 """An experiment: the head's output layer and the matching loss in one kernel, so that v is never stored.
 
-v = a W_oᵀ + b_o      u = x_1 − x_0      e = v − u      ℓ = mean_j e²      dv = (2 / d) · coefficient · e
+v = a W_oᵀ + b_o      e = v − u      ℓ = mean_j e²      dv = (2 / d) · coefficient · e
 
 Against cuBLAS followed by `flow_mse` it saves writing and reading v, 4 bytes an element in 16 bit: at n = 6144, D = d =
-1024 that is 25 MB, 8 µs of an H100. But it makes its noise between matrix products instead of beside memory traffic,
-some 10 µs of arithmetic, and a tile of 128 × 128, which a product needs to run at its rate, leaves no registers for
-that noise: it spills with 4, 8 and 16 warps. The tiles below do not spill, at about 190 registers a thread. Expected
-to lose; the package uses cuBLAS and `flow_mse` until a measurement says otherwise.
+1024 that is 25 MB, 8 µs of an H100, which a product slower than cuBLAS's soon loses. The package uses cuBLAS and
+`flow_mse` until a measurement says otherwise.
 """
 
 import torch
@@ -14,11 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfr_kernels.leaves import FlowPath
 from sfr_kernels.leaves import triton as leaves
 from sfr_kernels.leaves.triton.column_sum import column_sum
 from sfr_kernels.leaves.triton.launch import launch
-from sfr_kernels.leaves.triton.philox import gaussian
 
 from ..harness.errors import message
 from ..harness.timing import Candidate, compare
@@ -31,10 +27,8 @@ TILES = ((128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 4, 4), (64, 128,
 
 @triton.jit
 def _fused_output_kernel(
-    a_ptr, w_ptr, b_ptr, dv_ptr, loss_ptr, partial_ptr, coefficient_ptr,
-    targets_ptr, target_stride, noise_id_ptr, anchor_ptr, seed_ptr, target_scale, source_std,
-    n, d, D,
-    HAS_NOISE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    a_ptr, w_ptr, b_ptr, u_ptr, dv_ptr, loss_ptr, partial_ptr, coefficient_ptr, n, d, D,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One (BLOCK_N, BLOCK_D) tile of v; neighbouring programs share their rows of a."""
     columns = tl.cdiv(d, BLOCK_D)
@@ -52,14 +46,8 @@ def _fused_output_kernel(
         v = tl.dot(a, w, v, input_precision="ieee")
     v += tl.load(b_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)[None, :]
 
-    anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0).to(tl.int64)
     mask = mask_n[:, None] & mask_d[None, :]
-    x_1 = tl.load(targets_ptr + anchor[:, None] * target_stride + offs_d[None, :], mask=mask, other=0.0)
-    u = x_1.to(tl.float32) * target_scale
-    if HAS_NOISE:
-        identity = tl.load(noise_id_ptr + offs_n, mask=mask_n, other=0)
-        block = tile_d * (BLOCK_D // 4) + tl.arange(0, BLOCK_D // 4)
-        u -= gaussian(tl.load(seed_ptr), identity[:, None], block[None, :]) * source_std
+    u = tl.load(u_ptr + offs_n[:, None] * d + offs_d[None, :], mask=mask, other=0.0).to(tl.float32)
     e = tl.where(mask, v - u, 0.0)
     tl.store(loss_ptr + offs_n * columns + tile_d, tl.sum(e * e, axis=1) / d, mask=mask_n)
     dv = e * (2.0 / d * tl.load(coefficient_ptr + offs_n, mask=mask_n, other=0.0))[:, None]
@@ -71,7 +59,7 @@ def fused_output(
     a: Tensor,  # (n, D), contiguous
     w_out: Tensor,  # (d, D), contiguous
     b_out: Tensor,  # (d,)
-    path: FlowPath,
+    u: Tensor,  # (n, d), contiguous
     coefficient: Tensor,  # (n,) float32
     tile: tuple[int, int, int, int, int] = TILES[0],
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,27 +76,19 @@ def fused_output(
         a,
         w_out,
         b_out,
+        u,
         dv,
         loss,
         partial,
         coefficient,
-        path.targets,
-        path.targets.stride(0),
-        path.noise_id,
-        path.anchor,
-        path.seed,
-        path.target_scale,
-        path.source_std,
         n,
         d,
         width,
-        HAS_NOISE=path.source_std != 0,
         BLOCK_N=rows,
         BLOCK_D=columns,
         BLOCK_K=depth,
         num_warps=warps,
         num_stages=stages,
-        contract=False,  # the noise of `flow_path`; tensor cores have no products to contract
     )
     return loss.sum(1), dv, column_sum(partial)[0]
 
@@ -127,17 +107,14 @@ def measure(
         return torch.empty(shape, dtype=dtype, device=device).normal_(generator=g)
 
     a, w, b, v = normal(n, width), normal(width, width) / 32, normal(width), normal(n, width)
-    index = torch.zeros(n, dtype=torch.int32, device=device)
-    targets, coefficient = normal(96, width, dtype=torch.float32) / 32, torch.ones(n, device=device)
-    identity, seed = torch.arange(n, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    path = FlowPath(targets, targets[0, :1], identity, index + identity.int() % 96, index, seed, 32.0, 1.0)
+    u, coefficient = normal(n, width), torch.ones(n, device=device)
 
     def apart():
-        return leaves.flow_mse(torch.addmm(b, a, w.T, out=v), path, coefficient)
+        return leaves.flow_mse(torch.addmm(b, a, w.T, out=v), u, coefficient)
 
     runs = {
         "fused {}x{}x{}, {} warps, {} stages".format(*tile): lambda tile=tile: fused_output(
-            a, w, b, path, coefficient, tile
+            a, w, b, u, coefficient, tile
         )
         for tile in TILES
     }

@@ -12,7 +12,7 @@ OPS = {  # what each op is; in this order, others after them
     "flow_loss": "flow-matching loss, forward and backward",
     "velocity_head": "the velocity head, forward and backward",
     "softmax_xent": "cross-entropy and its gradient, in place, from logits",
-    "flow_path": "noise and x_t of every row",
+    "flow_path": "noise, x_t and velocity of every row",
     "norm_act": "LayerNorm, SiLU and residual",
     "norm_act_backward": "backward of LayerNorm, SiLU and residual",
     "flow_mse": "weighted squared error and its gradient",

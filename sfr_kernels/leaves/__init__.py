@@ -3,7 +3,16 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+ALIGNED = 64  # elements: every row of such a stride starts where any kernel and any product likes it
+
+
+def empty_rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room for (n, width) whose rows lie a multiple of 64 elements apart, whatever the width."""
+    stride = -(-width // ALIGNED) * ALIGNED
+    return torch.empty(n, stride, dtype=dtype, device=device)[:, :width]
 
 
 class RowStats(NamedTuple):
@@ -32,7 +41,7 @@ class RowPartials(NamedTuple):
 
 @dataclass(frozen=True)
 class FlowPath:
-    """Where each row lies between noise and data; x_t and u are made from it wherever they are needed:
+    """Where each row lies between noise and data:
 
     x_0 = source_std · ε(seed, noise_id)        x_1 = target_scale · targets[anchor]        t = times[time_index]
     x_t = (1 − t) x_0 + t x_1                   u = x_1 − x_0

@@ -111,13 +111,14 @@ def run_flow(
             add_to_dh=add_to_dh,
         )
         return loss, matrices, vectors
-    x_t = leaves.flow_path(path, h.dtype) if num_times else None
+    x_t, u = leaves.flow_path(path, h.dtype)
+    x_t = x_t if num_times else None
     weights = HeadWeights(params, time_scale, hidden_scale, h.dtype)
     saved = head_forward(leaves, weights, h, x_t, times, time_index)
     if coefficient is None:
-        loss, _ = leaves.flow_mse(saved.outputs[-1], path)
+        loss, _ = leaves.flow_mse(saved.outputs[-1], u)
         return loss, h.new_empty(0), loss.new_empty(0)
-    loss, db = leaves.flow_mse(saved.outputs[-1], path, coefficient)
+    loss, db = leaves.flow_mse(saved.outputs[-1], u, coefficient)
     grads = head_backward(
         leaves,
         weights,

@@ -9,6 +9,7 @@ Backward needs y, μ and ρ (DESIGN section 2):
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5  # of torch.nn.LayerNorm
@@ -30,16 +31,14 @@ def norm_act(
     """out (n, D) in y's dtype; μ and ρ (n,) in float32."""
     wide = _wide(y)
     if row_bias is not None:
-        wide = wide + row_bias[row_index]
-        y.copy_(wide)
-    mean = wide.mean(dim=1)
-    centred = wide - mean.unsqueeze(1)
-    rstd = torch.rsqrt(centred.square().mean(dim=1) + EPS)
-    z = centred.mul_(rstd.unsqueeze(1)).mul_(_wide(gamma)).add_(_wide(beta))
-    out = torch.nn.functional.silu(z)
+        wide = torch.add(wide, row_bias[row_index], out=wide if wide is y else None)
+        if wide is not y:
+            y.copy_(wide)
+    z, mean, rstd = torch.native_layer_norm(wide, gamma.shape, _wide(gamma), _wide(beta), EPS)
+    out = F.silu(z, inplace=True)
     if residual is not None:
-        out = out + residual
-    return out.to(y.dtype), mean, rstd
+        out.add_(residual)
+    return out.to(y.dtype), mean.squeeze(1), rstd.squeeze(1)
 
 
 def norm_act_backward(
@@ -55,13 +54,12 @@ def norm_act_backward(
     dy: Tensor | None = None,  # (n, D), where to write dy; may be y or dout itself
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dy (n, D) in y's dtype; dγ, dβ (D,) and d row_bias (M, D) in float32; Σ dy (1, D) where row_index is None."""
-    x_hat = (_wide(y) - mean.unsqueeze(1)).mul_(rstd.unsqueeze(1))
-    z = x_hat * _wide(gamma) + _wide(beta)
-    sigma = torch.sigmoid(z)
-    dz = _wide(dout) * sigma * (1 + z * (1 - sigma))
-    q = dz * _wide(gamma)
-    wide = q - q.mean(1, keepdim=True) - x_hat * (q * x_hat).mean(1, keepdim=True)
-    wide.mul_(rstd.unsqueeze(1))
+    wide, shape, gamma, beta = _wide(y), gamma.shape, _wide(gamma), _wide(beta)
+    z, mean, rstd = torch.native_layer_norm(wide, shape, gamma, beta, EPS)
+    dz = torch.ops.aten.silu_backward(_wide(dout), z)
+    wide, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
+        dz, wide, shape, mean, rstd, gamma, beta, [True, True, True]
+    )
     if row_index is None:
         dbias = wide.sum(0, keepdim=True)
     else:
@@ -71,4 +69,4 @@ def norm_act_backward(
         else:
             dbias.index_add_(0, row_index, wide)
     dy = wide.to(y.dtype) if dy is None else dy.copy_(wide)
-    return dy, (dz * x_hat).sum(0), dz.sum(0), dbias
+    return dy, dgamma, dbeta, dbias

@@ -6,9 +6,9 @@ from torch import Tensor
 _BLOCK_ELEMENTS = 1 << 22
 
 
-def row_blocks(x: Tensor) -> list[slice]:
+def row_blocks(x: Tensor, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
     """Blocks of rows small enough that a float32 copy of one costs nothing."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, x[:1].numel()))
+    step = max(1, elements // max(1, x[:1].numel()))
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]
 
 

@@ -4,15 +4,16 @@
     ℓ = lse − (1 − ε) z_y − ε mean(z) + λ_z lse²
     dz = p (1 + 2 λ_z lse) − (1 − ε) onehot(y) − ε / V      dx = w s (1 − (z / cap)²) dz
 
-Rows are taken a few at a time, so that the float32 copies stay in cache whatever the number of rows.
+Rows are taken a few at a time, so that they stay in cache from one operation to the next.
 """
 
 import torch
 from torch import Tensor
 
 from .. import RowStats
+from .scale import row_blocks
 
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 19
 
 
 def softmax_xent(
@@ -33,42 +34,49 @@ def softmax_xent(
     loss, lse = torch.empty(2, n, dtype=wide, device=logits.device)
     predicted = torch.empty(n if need_stats else 0, dtype=torch.int64, device=logits.device)
     entropy = loss.new_empty(predicted.shape)
-    step = max(1, _BLOCK_ELEMENTS // vocab)
-    for start in range(0, n, step):
-        block = slice(start, start + step)
-        z = logits[block].to(wide) * logit_scale
+    in_place = need_grad and logits.dtype == wide
+    for block in row_blocks(logits, _BLOCK_ELEMENTS):
+        z = logits[block] if in_place else logits[block].to(wide, copy=True)
+        bend = None
         if softcap is not None:
-            z = z.div_(softcap).tanh_().mul_(softcap)
+            z.mul_(logit_scale / softcap).tanh_()
+            bend = 1 - z.square() if need_grad else None
+            z.mul_(softcap)
+        elif logit_scale != 1:
+            z.mul_(logit_scale)
         y = labels[block].unsqueeze(1)
-        top, best = z.max(dim=1, keepdim=True)
+        if need_stats:
+            top, best = z.max(dim=1, keepdim=True)
+            predicted[block] = best.squeeze(1)
+        else:
+            top = z.amax(dim=1, keepdim=True)
         # Relative to the maximum: a large common offset cancels before it can cost digits.
-        chosen = z.gather(1, y) - top
-        p = torch.exp(z - top)
-        total = p.sum(dim=1, keepdim=True)
+        d = z.sub_(top)
+        chosen = d.gather(1, y)
+        rest = d.mean(dim=1, keepdim=True) if label_smoothing else None
+        e = d.exp() if need_stats else d.exp_()
+        total = e.sum(dim=1, keepdim=True)
         log_total = total.log()
         row_lse = top + log_total
         row_loss = log_total - (1 - label_smoothing) * chosen
         if label_smoothing:
-            row_loss -= label_smoothing * (z - top).mean(dim=1, keepdim=True)
+            row_loss -= label_smoothing * rest
         if z_loss:
             row_loss += z_loss * row_lse.square()
-        weight = None if row_weight is None else row_weight[block].unsqueeze(1).to(wide)
-        loss[block] = (row_loss if weight is None else row_loss * weight).squeeze(1)
+        weight = torch.ones_like(total) if row_weight is None else row_weight[block].unsqueeze(1).to(wide)
+        loss[block] = (row_loss * weight).squeeze(1)
         lse[block] = row_lse.squeeze(1)
         if need_stats:
-            predicted[block] = best.squeeze(1)
-            moment = torch.where(p > 0, p * (z - top), 0.0).sum(dim=1, keepdim=True)
+            moment = d.mul_(e).nan_to_num_(0.0).sum(dim=1, keepdim=True)  # −∞ · 0 is NaN
             entropy[block] = (log_total - moment / total).squeeze(1)
         if need_grad:
-            dz = p.div_(total)
-            if z_loss:
-                dz.mul_(1 + 2 * z_loss * row_lse)
+            slope = weight * logit_scale
+            dz = e.mul_(slope / total * (1 + 2 * z_loss * row_lse))
             if label_smoothing:
-                dz.sub_(label_smoothing / vocab)
-            dz.scatter_add_(1, y, torch.full_like(chosen, label_smoothing - 1))
-            if softcap is not None:
-                dz.mul_(1 - (z / softcap).square())
-            if weight is not None:
-                dz.mul_(weight)
-            logits[block] = dz.mul_(logit_scale) if logit_scale != 1.0 else dz
+                dz.sub_(slope * (label_smoothing / vocab))
+            dz.scatter_add_(1, y, (label_smoothing - 1) * slope)
+            if bend is not None:
+                dz.mul_(bend)
+            if not (in_place and dz is z):
+                logits[block] = dz
     return loss, RowStats(lse, predicted, entropy, predicted == labels) if need_stats else None
