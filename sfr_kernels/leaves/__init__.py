@@ -3,16 +3,11 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-ALIGNED = 64  # elements: every row of such a stride starts where any kernel and any product likes it
+from .room import ACCESS_BYTES, empty_rows
 
-
-def empty_rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for (n, width) whose rows lie a multiple of 64 elements apart, whatever the width."""
-    stride = -(-width // ALIGNED) * ALIGNED
-    return torch.empty(n, stride, dtype=dtype, device=device)[:, :width]
+__all__ = ["ACCESS_BYTES", "FlowPath", "RowPartials", "RowStats", "empty_rows"]
 
 
 class RowStats(NamedTuple):

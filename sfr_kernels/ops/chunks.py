@@ -10,12 +10,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..leaves import RowStats
-from .numerics import product_into, wide_dtype
+from ..leaves import RowStats, empty_rows
+from .numerics import aligned, product_into, wide_dtype
 from .sharded_vocab import VocabShard, sharded_softmax_xent
 
 # Rows of a product at which cuBLAS runs at its rate; at some row counts above, 4096 among them, it is a fifth slower.
 _PRODUCT_ROWS, _MANY_ROWS = 2048, 8192
+# The buffer of logits has a multiple of so many rows: a gigabyte of a size of its own for each number of supervised
+# rows would leave the allocator with as many blocks that fit no other.
+_BUFFER_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -136,18 +139,20 @@ def run_chunks(
     rows = plan.chunk_rows or chunk_rows_for(n, hidden_size, plan.logits_dtype, need_w)
     rows = max(1, min(rows, n))
     wide = wide_dtype(h.dtype)
-    buffer = h.new_empty(rows, weight.shape[0], dtype=plan.logits_dtype)
+    h, weight, vocab = aligned(h), aligned(weight), weight.shape[0]
+    room = rows if plan.chunk_rows or rows < _BUFFER_ROWS else -(-rows // _BUFFER_ROWS) * _BUFFER_ROWS
+    buffer = empty_rows(room, vocab, plan.logits_dtype, h.device)
     loss = h.new_empty(n, dtype=wide)
     if not need_h:
         dh = None
     elif plan.shard is not None:
-        dh = h.new_empty(n, hidden_size, dtype=wide)  # a part of a sum over the group
+        dh = empty_rows(n, hidden_size, wide, h.device)  # a part of a sum over the group
     elif dh is None:
-        dh = torch.empty_like(h)
-    dw = weight.new_empty(weight.shape, dtype=plan.dweight_dtype) if need_w else None
+        dh = empty_rows(n, hidden_size, h.dtype, h.device)
+    dw = empty_rows(vocab, hidden_size, plan.dweight_dtype, h.device) if need_w else None
     if need_w and n == 0:
         dw.zero_()
-    db = h.new_zeros(weight.shape[0], dtype=wide) if need_b else None
+    db = h.new_zeros(vocab, dtype=wide) if need_b else None
     stats = []
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
@@ -155,7 +160,7 @@ def run_chunks(
         loss[chunk], row_stats = _softmax_xent(plan, x, chunk, need_grad=any(need))
         stats.append(row_stats)
         if any(need):
-            dz = x.to(h.dtype)
+            dz = x if x.dtype == h.dtype else empty_rows(*x.shape, h.dtype, h.device).copy_(x)
             if need_w:
                 product_into(dw, dz.T, h[chunk], add=start > 0)
             if need_b:
@@ -164,9 +169,11 @@ def run_chunks(
                 for block in product_blocks(dz.shape[0]):
                     product_into(dh[chunk][block], dz[block], weight)
     if need_h and plan.shard is not None:
-        dh = plan.shard.sum(dh).to(h.dtype)
+        dh = plan.shard.sum(dh.contiguous()).to(h.dtype)
     if plan.need_stats:
         stats = RowStats(*(torch.cat(column) for column in zip(*(stats or [empty_stats(h)]), strict=True)))
+    # beside an odd H there is room between the rows, which nobody outside expects
+    dh, dw = (None if x is None else x.contiguous() for x in (dh, dw))
     return LinearCrossEntropyResult(loss, stats if plan.need_stats else None, dh, dw, db)
 
 

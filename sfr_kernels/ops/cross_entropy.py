@@ -16,7 +16,7 @@ from .calls import Call
 from .chunks import LinearCrossEntropyResult, LogitOptions, Plan, dweight_dtype_for, empty_stats, run_chunks
 from .dispatch import leaves
 from .gradients import finish_gradients, scale_in_place
-from .numerics import as_written, split_normalizer, wide_dtype
+from .numerics import as_written, gather_rows, split_normalizer, wide_dtype
 from .sharded_vocab import VocabShard
 
 
@@ -86,7 +86,7 @@ def _gather(hidden, labels, row_weight, rows, token_row, ignore_index):
         rows, token_row = supervised_rows(labels, ignore_index)
         labels = labels.index_select(0, rows)
         row_weight = None if row_weight is None else row_weight.index_select(0, rows)
-    return hidden.index_select(0, rows), labels, row_weight, token_row
+    return gather_rows(hidden, rows), labels, row_weight, token_row
 
 
 def supervised_rows(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:

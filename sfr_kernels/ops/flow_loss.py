@@ -28,7 +28,7 @@ from .gradients import (
     new_vectors,
     parameter_grads,
 )
-from .numerics import as_written, autocast_dtype, split_normalizer, wide_dtype
+from .numerics import aligned, as_written, autocast_dtype, gather_rows, split_normalizer, wide_dtype
 from .times import draw_times, seed_tensor, sequence_ids
 from .velocity_head import HeadWeights, head_backward, head_forward, named_parameters, velocity_head
 
@@ -94,7 +94,7 @@ def run_flow(
     check_finite(targets)
     if times is None:
         times, time_index = draw_times(leaves, noise_id, time_index, sequence_id, seed, num_times)
-    path = FlowPath(targets, times, noise_id, anchor, time_index, seed, target_scale, source_std)
+    path = FlowPath(aligned(targets), times, noise_id, anchor, time_index, seed, target_scale, source_std)
     if coefficient is not None and num_times and _serves(leaves, h, params, targets):
         shapes = [p.shape for p in params] if need_params else []
         matrices, vectors = new_matrices(shapes, h), new_vectors(shapes, h)
@@ -112,7 +112,7 @@ def run_flow(
         )
         return loss, matrices, vectors
     x_t, u = leaves.flow_path(path, h.dtype)
-    x_t = x_t if num_times else None
+    x_t = aligned(x_t) if num_times else None
     weights = HeadWeights(params, time_scale, hidden_scale, h.dtype)
     saved = head_forward(leaves, weights, h, x_t, times, time_index)
     if coefficient is None:
@@ -179,7 +179,7 @@ def _flow_loss(
             targets, times, noise_id, anchor, time_index, sequence_id, seed, num_times,
             target_scale, source_std, time_scale, hidden_scale,
         )  # fmt: skip
-        h = hidden.index_select(0, rows)
+        h = gather_rows(hidden, rows)
         loss, matrices, vectors = run_flow(
             leaves(backend),
             h,
@@ -190,7 +190,7 @@ def _flow_loss(
             dh=h if need_hidden else None,  # the last to read h writes over it
         )
         total = (loss * weight).sum() / normalizer
-        return total, h if need_hidden else h.new_empty(0, 0), matrices, vectors
+        return total, h.contiguous() if need_hidden else h.new_empty(0, 0), matrices, vectors
 
 
 flow_loss_op = torch.library.custom_op("sfr_kernels::flow_loss", _flow_loss, mutates_args=())

@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
+from ..leaves import ACCESS_BYTES, empty_rows
 from ..leaves.torch.scale import row_blocks
 
 
@@ -29,22 +30,52 @@ def as_written(x: Tensor):
         yield
 
 
+def is_aligned(x: Tensor) -> bool:
+    """Whether every row of a matrix, or of its transpose, starts on a multiple of 16 bytes."""
+    return not any(k * x.element_size() % ACCESS_BYTES for k in (max(x.stride()), x.storage_offset()))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """The matrix itself, or a copy whose rows are aligned."""
+    return x if is_aligned(x) else empty_rows(*x.shape, x.dtype, x.device).copy_(x)
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], its rows aligned."""
+    out = empty_rows(index.shape[0], x.shape[1], x.dtype, x.device)
+    return torch.index_select(x, 0, index, out=out)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x Wᵀ + b, its rows aligned."""
+    out = empty_rows(x.shape[0], weight.shape[0], x.dtype, x.device)
+    return torch.addmm(bias, x, weight.T, out=out)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, its rows aligned."""
+    return product_into(empty_rows(a.shape[0], b.shape[1], a.dtype, a.device), a, b)
+
+
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, not rounded to the factors' dtype where that is of 16 bit."""
-    out = a.new_empty(a.shape[0], b.shape[1], dtype=wide_dtype(a.dtype))
+    out = empty_rows(a.shape[0], b.shape[1], wide_dtype(a.dtype), a.device)
     return product_into(out, a, b)
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, alpha: float = 1.0) -> Tensor:
     """out = α a @ b, or out += a @ b, with the sum kept in out's dtype, which may be wider than that of the factors."""
+    if not is_aligned(out) and not add:
+        return out.copy_(product_into(empty_rows(*out.shape, out.dtype, out.device), a, b, alpha=alpha))
     if out.dtype == a.dtype:
         return torch.addmm(out, a, b, beta=int(add), alpha=alpha, out=out)
     if alpha != 1.0:
         return product_into(out, a, b).mul_(alpha)
     if a.is_cuda:
-        if add:
-            return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+        with _untuned():
+            if add:
+                return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+            return torch.mm(a, b, out_dtype=out.dtype, out=out)
     # No such product here: the factor with more rows or columns is widened a block at a time.
     total, a, b = (out.T, b.T, a.T) if a.shape[0] < b.shape[1] else (out, a, b)
     b = b.to(out.dtype)
@@ -52,6 +83,20 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, alpha:
         wide = a[block].to(out.dtype)
         total[block].addmm_(wide, b) if add else torch.mm(wide, b, out=total[block])
     return out
+
+
+@contextlib.contextmanager
+def _untuned():
+    """TunableOp refuses products whose result is wider than their factors, rather than leave them to cuBLAS."""
+    tunable = torch.cuda.tunable
+    on = tunable.is_enabled()
+    if on:
+        tunable.enable(False)
+    try:
+        yield
+    finally:
+        if on:
+            tunable.enable(True)
 
 
 def split_normalizer(normalizer: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

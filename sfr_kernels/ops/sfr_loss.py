@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..config import SFRConfig
-from ..leaves import RowStats
+from ..leaves import RowStats, empty_rows
 from ..rows import SupervisedRows
 from .arguments import check_config, check_decoder, check_flow, check_hidden, check_memory
 from .calls import Call
@@ -22,7 +22,7 @@ from .cross_entropy import check_labels, cross_entropy, warn_of_no_rows
 from .dispatch import leaves, resolve_backend
 from .flow_loss import flow_arguments, flow_matching_loss, flow_normalizer, reference_head, run_flow
 from .gradients import fake_parameter_grads, finish_gradients, head_dtype_of, parameter_grads
-from .numerics import as_written, autocast_dtype, split_normalizer, wide_dtype
+from .numerics import as_written, autocast_dtype, gather_rows, split_normalizer, wide_dtype
 from .times import seed_tensor
 from .velocity_head import named_parameters, velocity_head
 
@@ -87,9 +87,9 @@ def _sfr_loss(
             targets, times, noise_id, anchor, time_index, sequence_id, seed, num_times,
             target_scale, source_std, time_scale, hidden_scale,
         )  # fmt: skip
-        h = hidden.index_select(0, rows)
+        h = gather_rows(hidden, rows)
         first = h.shape[0] - n
-        dh = torch.empty_like(h) if need_h else None
+        dh = empty_rows(*h.shape, h.dtype, h.device) if need_h else None
         if need_h:
             dh[:first].zero_()  # rows without a label: only the head adds to them
         ce_weight = None if early is None else (1 / early).expand(n)
@@ -111,7 +111,7 @@ def _sfr_loss(
         )
         flow_loss = (row_loss * row_weight).sum() / flow_normalizer
         decoder = [h.new_empty(0) if g is None else g for g in (ce.dweight, ce.dbias)]
-        dh = h.new_empty(0, 0) if dh is None else dh
+        dh = h.new_empty(0, 0) if dh is None else dh.contiguous()
         losses = ce_loss + flow_weight * flow_loss, ce_loss, flow_loss
         return [*losses, *(ce.stats or empty_stats(h)), dh, *decoder, matrices, vectors]
 

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..leaves import empty_rows
 from .calls import Call
 from .constants import check_tensor
 from .dispatch import leaves, resolve_backend
 from .gradients import fake_parameter_grads, matrix_views, new_matrices, parameter_grads, product_dtype
-from .numerics import as_written, autocast_dtype, product_into, wide_dtype, wide_product
+from .numerics import aligned, as_written, autocast_dtype, linear, product, product_into, wide_dtype, wide_product
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,11 @@ class HeadWeights:
         self.shapes = [p.shape for p in params]
         gains = {k for k in range(6, len(params) - 2) if k % 4 >= 2}  # γ and β, of which no product is made
         flat = [p if k in gains else p.to(dtype) for k, p in enumerate(params)]
+        flat = [aligned(p) if p.dim() == 2 and k != 4 else p for k, p in enumerate(flat)]
         self.time_scale, self.hidden_scale, self.dtype = time_scale, hidden_scale, dtype
         self.w1, self.b1, self.w2, self.b2, w_in, self.b_in, self.gamma_in, self.beta_in = flat[:8]
         self.size = self.w2.shape[0]  # d
-        self.w_x, self.w_tau, self.w_h = self.columns(w_in)
+        self.w_x, self.w_tau, self.w_h = map(aligned, self.columns(w_in))
         self.blocks = [flat[k : k + 4] for k in range(8, len(flat) - 2, 4)]
         self.w_out, self.b_out = flat[-2:]
 
@@ -83,24 +85,24 @@ def head_forward(
 ) -> HeadActivations:
     """v (n, d), the last of the outputs, and all that backward needs."""
     w = weights
-    s = leaves.sinusoid(times, w.size, w.time_scale, w.dtype)
-    z = torch.addmm(w.b1, s, w.w1.T)
-    silu = F.silu(z)
-    tau = torch.addmm(w.b2, silu, w.w2.T)
+    s = aligned(leaves.sinusoid(times, w.size, w.time_scale, w.dtype))
+    z = linear(s, w.w1, w.b1)
+    silu = aligned(F.silu(z))
+    tau = linear(silu, w.w2, w.b2)
     table = wide_product(tau, w.w_tau.T).add_(w.b_in)
 
-    y = h.new_empty(h.shape[0], w.w_h.shape[0])
+    y = empty_rows(h.shape[0], w.w_h.shape[0], h.dtype, h.device)
     torch.addmm(y, h, w.w_h.T, beta=0, alpha=w.hidden_scale, out=y)
     if x_t is not None:
         y.addmm_(x_t, w.w_x.T)
     a, mean, rstd = leaves.norm_act(y, w.gamma_in, w.beta_in, row_bias=table, row_index=time_index)
-    saved = HeadActivations([s, z, silu, tau], [(y, mean, rstd)], [a])
+    saved = HeadActivations([s, z, silu, tau], [(y, mean, rstd)], [aligned(a)])
     for weight, bias, gamma, beta in w.blocks:
-        y = torch.addmm(bias, a, weight.T)
-        a, mean, rstd = leaves.norm_act(y, gamma, beta, residual=a)
+        y = linear(saved.outputs[-1], weight, bias)
+        a, mean, rstd = leaves.norm_act(y, gamma, beta, residual=saved.outputs[-1])
         saved.normed.append((y, mean, rstd))
-        saved.outputs.append(a)
-    saved.outputs.append(torch.addmm(w.b_out, a, w.w_out.T))
+        saved.outputs.append(aligned(a))
+    saved.outputs.append(linear(saved.outputs[-1], w.w_out, w.b_out))
     return saved
 
 
@@ -129,11 +131,12 @@ def head_backward(
         product_into(d_out, dv.T, a)
     del a
     tail = [db_out]
-    da = dv @ w.w_out
+    da = product(dv, w.w_out)
     del dv
     for (weight, _, gamma, beta), d_weight in zip(reversed(w.blocks), reversed(d_blocks), strict=True):
         y, mean, rstd = saved.normed.pop()
         dy, dgamma, dbeta, dbias = leaves.norm_act_backward(da, y, gamma, beta, mean, rstd, dy=y if overwrite else None)
+        dy = aligned(dy)
         a = saved.outputs.pop()
         if need_params:
             product_into(d_weight, dy.T, a)
@@ -151,6 +154,7 @@ def head_backward(
         num_bias=saved.time[0].shape[0],
         dy=y if overwrite else None,
     )
+    dy = aligned(dy)
     vectors = h.new_empty(0, dtype=wide_dtype(w.dtype))
     if need_params:
         d_x, d_tau, d_h = w.columns(d_w_in)
@@ -183,17 +187,18 @@ def _time_backward(
     """
     s, z, silu, tau = time
     m, wide, dtype = dtable.shape[0], dtable.dtype, product_dtype(w.dtype)
-    s, silu, tau, w_tau, w_2 = (x.to(dtype) for x in (s, silu, tau, w.w_tau, w.w2))
-    parts = leaves.split(dtable, m, dtype)
+    w_tau, w_2 = (aligned(x.to(dtype)) for x in (w.w_tau, w.w2))
+    parts = aligned(leaves.split(dtable, m, dtype))
     times = len(parts) // m
-    if times > 1:
-        s, silu, tau = (torch.cat([t] * times) for t in (s, silu, tau))
-    torch.mm(parts.T, tau, out=d_tau)
-    parts = leaves.split(wide_product(parts, w_tau), m, dtype)
+    s, silu, tau = (
+        aligned(torch.cat([t.to(dtype)] * times)) if times > 1 else aligned(t.to(dtype)) for t in (s, silu, tau)
+    )
+    product_into(d_tau, parts.T, tau)
+    parts = aligned(leaves.split(wide_product(parts, w_tau).contiguous(), m, dtype))
     db2 = parts.sum(0, dtype=wide)
-    torch.mm(parts.T, silu, out=d_w2)
-    parts = leaves.split(wide_product(parts, w_2), m, dtype, z)
-    torch.mm(parts.T, s, out=d_w1)
+    product_into(d_w2, parts.T, silu)
+    parts = aligned(leaves.split(wide_product(parts, w_2).contiguous(), m, dtype, z.contiguous()))
+    product_into(d_w1, parts.T, s)
     return parts.sum(0, dtype=wide), db2, dtable.sum(0)
 
 
@@ -211,7 +216,8 @@ def _velocity_head(
     """[v (n, d)], and where a gradient is needed the other activations behind it."""
     with as_written(h):
         weights = HeadWeights(params, time_scale, hidden_scale, h.dtype)
-        saved = head_forward(leaves(backend), weights, h, x_t, times, time_index)
+        x_t = None if x_t is None else aligned(x_t)
+        saved = head_forward(leaves(backend), weights, aligned(h), x_t, times, time_index)
         v = saved.outputs.pop()
         return [v, *saved.flatten()] if need_grad else [v]
 
@@ -222,14 +228,19 @@ velocity_head_op = torch.library.custom_op("sfr_kernels::velocity_head", _veloci
 @velocity_head_op.register_fake
 def _(h, x_t, times, time_index, params, time_scale, hidden_scale, need_grad, backend):
     n, m, width, (d, inner) = h.shape[0], times.shape[0], params[4].shape[0], params[2].shape
-    v, wide = h.new_empty(n, d), wide_dtype(h.dtype)
+    wide = wide_dtype(h.dtype)
+
+    def room(rows: int, width: int) -> Tensor:
+        return empty_rows(rows, width, h.dtype, h.device)
+
+    v = room(n, d)
     if not need_grad:
         return [v]
     layers = 1 + (len(params) - 10) // 4
-    time = [h.new_empty(m, size) for size in (d, inner, inner, d)]
+    time = [room(m, size) for size in (d, inner, inner, d)]
     stats = [h.new_empty(n, dtype=wide) for _ in range(2)]
-    normed = [torch.empty_like(t) for _ in range(layers) for t in (h.new_empty(n, width), *stats)]
-    return [v, *time, *normed, *(h.new_empty(n, width) for _ in range(layers))]
+    normed = [t for _ in range(layers) for t in (room(n, width), *map(torch.empty_like, stats))]
+    return [v, *time, *normed, *(room(n, width) for _ in range(layers))]
 
 
 @torch.library.custom_op("sfr_kernels::velocity_head_backward", mutates_args=())
@@ -249,7 +260,7 @@ def velocity_head_backward(
     """dh, and the parameters' gradients in the matrices' and the vectors' buffer; empty where not needed."""
     with as_written(h):
         weights = HeadWeights(params, time_scale, hidden_scale, h.dtype)
-        dv = dv.contiguous()
+        dv, h, x_t = aligned(dv.contiguous()), aligned(h), None if x_t is None else aligned(x_t)
         activations = HeadActivations.unflatten([*saved, dv])
         dh = torch.empty_like(h) if need_hidden else None
         matrices, vectors = head_backward(
@@ -263,7 +274,7 @@ def velocity_head_backward(
             need_params=need_params,
             dh=dh,
         )
-        return h.new_empty(0, 0) if dh is None else dh, matrices, vectors
+        return h.new_empty(0, 0) if dh is None else dh.contiguous(), matrices, vectors
 
 
 @velocity_head_backward.register_fake
