@@ -71,6 +71,8 @@ def test_a_step_never_waits_for_the_device(loss, backend):
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
             sfr_loss(hidden, weight, head, rows, targets, seed=step, **options).loss.backward()
+            on_cpu = dict(seed=torch.tensor([step]), normalizer=torch.tensor(20.0))
+            sfr_loss(hidden, weight, head, rows, targets, **on_cpu, **options).loss.backward()
             linear_cross_entropy(hidden, weight, rows, backend=backend).backward()
             if loss != "mtp":
                 flow_matching_loss(hidden, head, rows, targets, seed=step, **options).backward()

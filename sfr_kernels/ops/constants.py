@@ -42,10 +42,17 @@ def check_number(name: str, value: float | Tensor, least: float = -math.inf) -> 
         raise ValueError(f"{name} must be a finite number{bound}, got {value}")
 
 
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device. A copy from pageable memory would hold the host up until all that was launched has run."""
+    if x.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
 def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A number, or a tensor of one, as a zero-dim tensor without a gradient."""
     if isinstance(value, Tensor):
-        return value.detach().reshape(()).to(device, dtype)
+        return moved(value.detach().reshape(()), device).to(dtype)
     if torch.compiler.is_compiling():  # a float that changes is kept out of the graph only as a factor of a tensor
         return torch.ones((), device=device, dtype=dtype) * value
     return torch.full((), value, device=device, dtype=dtype)

@@ -78,9 +78,9 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False, alpha:
             return torch.mm(a, b, out_dtype=out.dtype, out=out)
     # No such product here: the factor with more rows or columns is widened a block at a time.
     total, a, b = (out.T, b.T, a.T) if a.shape[0] < b.shape[1] else (out, a, b)
-    b = b.to(out.dtype)
+    b = aligned(b.to(out.dtype))
     for block in row_blocks(a):
-        wide = a[block].to(out.dtype)
+        wide = aligned(a[block].to(out.dtype))
         total[block].addmm_(wide, b) if add else torch.mm(wide, b, out=total[block])
     return out
 

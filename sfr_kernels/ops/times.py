@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..rows import SupervisedRows
+from .constants import moved
 
 
 def draw_times(
@@ -36,7 +37,7 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     A traced seed is taken as it is, below 2⁶³: inductor has no numbers beyond 64 bits to wrap it with.
     """
     if isinstance(seed, Tensor):
-        return seed.reshape(1).to(device)
+        return moved(seed.reshape(1), device)
     if not torch.compiler.is_compiling():
         seed = (seed + 2**63) % 2**64 - 2**63
     return torch.full((1,), seed, dtype=torch.int64, device=device)
