@@ -37,7 +37,7 @@ __global__ void sinusoid_kernel(const float *times, T *out, int d, double time_s
     const double rate = 9.210340371976184 / (half > 1 ? half - 1 : 1); // ln 10000 / (d / 2 − 1)
     const double turns = times[blockIdx.x] * time_scale * exp(-rate * (j < half ? j : j - half)) * 0.15915494309189535;
     float sine, cosine;
-    sincos_turns(static_cast<float>(turns - floor(turns)), &sine, &cosine);
+    circle(1.0f, static_cast<uint32_t>((turns - floor(turns)) * 4294967296.0), &cosine, &sine);
     out[blockIdx.x * static_cast<int64_t>(d) + j] = from_float<T>(j < half ? sine : j < 2 * half ? cosine : 0.0f);
 }
 

@@ -84,7 +84,7 @@ def test_a_row_held_by_a_cluster(loaded, cluster, dtype, options):
 
 FAULTS = {  # file, what stands there, what is put in its place: each must be found
     "a deadlock": ("reduce.cuh", "    __syncthreads();\n#pragma", "    if (lane == 0) __syncthreads();\n#pragma"),
-    "a read past the end": ("types.cuh", "first + i < width ? to_float(row", "first + i < width + 4096 ? to_float(row"),
+    "a read past the end": ("types.cuh", "first + i < width ? row[", "first + i < width + 4096 ? row["),
     "a copy not waited for": ("softmax_xent.cu", "        wait_for_all_copies_but_the_last();\n", ""),
     "an access that is not aligned": ("scale.cu", "(sfr::aligned(x, 16, 16) && sfr::aligned(out, 16, 16))", "(true)"),
     "a block that has not begun": ("softmax_xent.cu", "cluster_sync(); // nobody writes", "// nobody writes"),

@@ -14,14 +14,15 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as DType in 
 # The parameters of each launcher, in order: p pointer, i int, l int64, f float, d double. The last is the stream; that
 # of sfr_flow_loss is in its structure of arguments.
 SIGNATURES = {
-    "sfr_flow_path": "pipilpppppfflip",
-    "sfr_flow_mse": "pillppppilpppffliiiip",
+    "sfr_flow_path": "ppilpilpppppfflip",
+    "sfr_flow_mse": "pillpllpppplliiiip",
     "sfr_flow_loss": "pi",
-    "sfr_norm_act": "pillppipppllppplifip",
-    "sfr_norm_act_backward": "pillpllppippppllpiliiiip",
-    "sfr_column_sum": "pipilip",
+    "sfr_norm_act": "pillpppiplppllplpplifip",
+    "sfr_norm_act_backward": "pillpllpppippppllpliliiiip",
+    "sfr_column_sum": "pilpilip",
+    "sfr_group": "ppppiip",
     "sfr_philox": "pppliip",
-    "sfr_sum_by_index": "pillppppiiip",
+    "sfr_sum_by_index": "pillpppppiiiiiip",
     "sfr_scale": "pippilip",
     "sfr_scatter_rows": "pipppiliip",
     "sfr_split": "pppilip",
