@@ -10,49 +10,56 @@
 
 namespace sfr {
 
-constexpr int COLUMNS = 32; // of a tile: a line of 128 bytes
+constexpr int COLUMNS = 32; // side by side: a line of 128 bytes
 
-// ROWS lines in flight; every warp has the rows of one remainder.
-template <int ROWS, typename F>
+// out = Σ value(p, column) of EACH · COLUMNS columns from `first` on: ROWS · EACH lines in flight.
+template <int ROWS, int EACH, typename F>
 __device__ inline void tile_sum(int64_t begin, int64_t end, int first, int width, float *out, F &&value) {
-    __shared__ float tile[ROWS][COLUMNS];
-    const int lane = threadIdx.x % COLUMNS, part = threadIdx.x / COLUMNS, column = first + lane;
-    float sum = 0.0f;
-    if (column < width)
-        for (int64_t p = begin + part; p < end; p += ROWS) sum += value(p, column);
-    tile[part][lane] = sum;
+    __shared__ float tile[ROWS][EACH][COLUMNS];
+    const int lane = threadIdx.x % COLUMNS, part = threadIdx.x / COLUMNS;
+    float sum[EACH] = {};
+    for (int64_t p = begin + part; p < end; p += ROWS) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int column = first + i * COLUMNS + lane;
+            if (column < width) sum[i] += value(p, column);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) tile[part][i][lane] = sum[i];
     __syncthreads();
-    if (part != 0 || column >= width) return;
-    for (int r = 1; r < ROWS; ++r) sum += tile[r][lane];
-    out[column] = sum;
+    if (part >= EACH) return;
+    float total = 0.0f;
+    for (int r = 0; r < ROWS; ++r) total += tile[r][part][lane];
+    const int column = first + part * COLUMNS + lane;
+    if (column < width) out[column] = total;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(1024)
     column_sum_kernel(const T *partial, int64_t row, float *out, int64_t parts, int width) {
     const T *at = partial + blockIdx.y * parts * row;
-    tile_sum<32>(0, parts, blockIdx.x * COLUMNS, width, out + blockIdx.y * static_cast<int64_t>(width),
+    tile_sum<32, 1>(0, parts, blockIdx.x * COLUMNS, width, out + blockIdx.y * static_cast<int64_t>(width),
                  [&](int64_t p, int column) { return to_float(at[p * row + column]); });
 }
 
-constexpr int CHUNK = 512;        // rows that a block of the sort looks at
+constexpr int CHUNK = 256;        // rows that a block of the sort looks at
 constexpr int MOST_GROUPS = 1024; // values of an index that it sorts by
 
 // rank: of a row among those of its value in its chunk; counts (chunks, size): of each value in each chunk.
 __global__ void __launch_bounds__(CHUNK)
     count_kernel(const int32_t *index, int32_t *rank, int32_t *counts, int n, int size) {
     __shared__ int32_t all[CHUNK];
-    const int row = blockIdx.x * CHUNK + threadIdx.x, left = n - blockIdx.x * CHUNK;
-    const int mine = row < n ? index[row] : -1, here = left < CHUNK ? left : CHUNK;
+    const int row = blockIdx.x * CHUNK + threadIdx.x, mine = row < n ? index[row] : -1;
     int32_t *count = counts + static_cast<int64_t>(blockIdx.x) * size;
     all[threadIdx.x] = mine;
     for (int m = threadIdx.x; m < size; m += CHUNK) count[m] = 0;
     __syncthreads();
     int before = 0, same = 0;
-    for (int i = 0; i < here; ++i) {
-        const int equal = all[i] == mine;
-        same += equal;
-        before += equal && i < static_cast<int>(threadIdx.x);
+#pragma unroll 16
+    for (int i = 0; i < CHUNK; ++i) {
+        same += all[i] == mine;
+        before += all[i] == mine && i < static_cast<int>(threadIdx.x);
     }
     if (row >= n) return;
     rank[row] = before;
@@ -71,6 +78,7 @@ __global__ void __launch_bounds__(CHUNK)
         const int m = first + threadIdx.x;
         int total = 0, before = 0; // of this value, in all chunks and in those before
         if (m < size)
+#pragma unroll 8
             for (int c = 0; c < chunks; ++c) {
                 const int count = counts[static_cast<int64_t>(c) * size + m];
                 total += count;
@@ -152,7 +160,7 @@ __global__ void __launch_bounds__(256)
     const int end = (first + 1) * rows < n ? (first + 1) * rows : n;
     if (start < stop && start > first * rows && stop < end) return; // and had it whole, between two others
     const int last = start < stop ? (stop - 1) / rows : first - 1;
-    tile_sum<8>(first, last + 1, blockIdx.y * COLUMNS, width, out + m * width, [&](int64_t part, int column) {
+    tile_sum<8, 4>(first, last + 1, blockIdx.y * 4 * COLUMNS, width, out + m * width, [&](int64_t part, int column) {
         return pieces[(2 * part + (part * rows < start)) * width + column];
     });
 }
@@ -168,7 +176,7 @@ SFR_API sfr_column_sum(const void *partial, int dtype, int64_t row, float *out, 
     return cudaErrorInvalidValue;
 }
 
-// order (n,) and bounds (size + 1,) int32; at most MOST_GROUPS values. room: n + size · ⌈n / 512⌉ int32.
+// order (n,) and bounds (size + 1,) int32; at most MOST_GROUPS values. room: n + size · ⌈n / 256⌉ int32.
 SFR_API sfr_group(const int32_t *index, int32_t *order, int32_t *bounds, int32_t *room, int n, int size, void *stream) {
     if (size > sfr::MOST_GROUPS) return cudaErrorInvalidValue;
     const dim3 grid(n > 0 ? (n + sfr::CHUNK - 1) / sfr::CHUNK : 1);
@@ -192,6 +200,6 @@ SFR_API sfr_sum_by_index(const void *x, int dtype, int64_t x_row, int64_t x_col,
                             : SFR_LAUNCH((sfr::part_kernel<T, VECTOR, false>), grid, threads, 0, stream, a);
         if (error != cudaSuccess) return error;
     })
-    const dim3 tiles(size, (width + sfr::COLUMNS - 1) / sfr::COLUMNS);
+    const dim3 tiles(size, (width + 4 * sfr::COLUMNS - 1) / (4 * sfr::COLUMNS));
     return SFR_LAUNCH(sfr::join_kernel, tiles, 256, 0, stream, pieces, bounds, out, n, width, rows);
 }

@@ -14,13 +14,15 @@ if BACKEND != "cuda":
 if ON_GPU:
     pytest.skip("cases.py is of the CPU; tests/test_gpu.py has the composites", allow_module_level=True)
 
-# one layer and several; rows wider than a block of threads; a table of one time for each sequence; odd sizes
+# one layer and several; rows wider than a block of threads; a table of one time for each sequence, or one for all; odd
+# sizes
 CONFIGS = {
     "one layer": dict(num_layers=2),
     "four layers": dict(num_layers=5, width=20),
     "whole vectors": dict(num_layers=3, width=32),
     "wide": dict(num_layers=3, width=2500),
     "official": dict(preset="official"),
+    "one time": dict(num_layers=2, num_times=1),
     "odd": dict(num_layers=4, target_size=7),  # a sinusoid with a zero at its end, rows of 7 and of 28
 }
 

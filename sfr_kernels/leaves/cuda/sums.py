@@ -10,7 +10,7 @@ from .library import DTYPES, library, stream_of, threads_for
 MAX_PARTS, THREADS = 2048, 512 * 128
 
 # As in csrc/sums.cu: the index that it sorts by has at most so many values, and a block looks at so many rows.
-MOST_GROUPS, CHUNK = 1024, 512
+MOST_GROUPS, CHUNK = 1024, 256
 
 
 def parts_for(n: int, threads: int = 32) -> tuple[int, int]:
