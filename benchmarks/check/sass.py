@@ -75,6 +75,10 @@ class Piece:
         return sum(i.wide and i.stores for i in self.path)
 
     @property
+    def moves(self) -> int:
+        return self.loads + self.stores
+
+    @property
     def kinds(self) -> frozenset[str]:
         return frozenset(i.kind for i in self.path if i.wide)
 
@@ -114,20 +118,24 @@ def _next(code: list[Instruction], at: dict[int, int], n: int) -> list[int]:
 def longest(
     code: list[Instruction], first: int, last: int | None = None, accesses: tuple[int, int] | None = None
 ) -> list[Instruction]:
-    """The longest path from one instruction to another, or to the kernel's end, that calls nothing, of those with so
-    many 16-byte loads and stores (None: with the most). Empty: there is none. ValueError: none has so many."""
+    """The longest path from one instruction to another, or to the kernel's end, of those that call nothing and move
+    least numbers one by one, with so many 16-byte loads from and stores to global memory (None: with the most).
+
+    Empty where there is no path, ValueError where none has so many."""
     at = {i.address: n for n, i in enumerate(code)}
     end = len(code) if last is None else last
-    # of each place, the longest paths to it, by loads and stores: (length, the place before, loads and stores there)
+    # of each place, the longest paths to it, by loads and stores: (weight, the place before, loads and stores there)
     paths = {n: {} for n in range(first, len(code) + 1)}
     paths[first][0, 0] = 0, None, None
     for n in range(first, end):
         i = code[n]
-        for (loads, stores), (length, *_) in paths[n].items():
-            now = loads + (i.wide and not i.stores), stores + (i.wide and i.stores)
+        more = 1 - 1000 * ("U16" in i.opcode.split("."))
+        for (loads, stores), (weight, *_) in paths[n].items():
+            outside = i.wide and i.kind != "LDS"
+            now = loads + (outside and not i.stores), stores + (outside and i.stores)
             for m in _next(code, at, n):
-                if m <= end and length + 1 > paths[m].get(now, (0,))[0]:
-                    paths[m][now] = length + 1, n, (loads, stores)
+                if m <= end and (now not in paths[m] or weight + more > paths[m][now][0]):
+                    paths[m][now] = weight + more, n, (loads, stores)
     if not paths[end]:
         return []
     wanted = accesses or max(paths[end], key=lambda counts: (sum(counts), paths[end][counts][0]))
@@ -144,7 +152,7 @@ def body(code: list[Instruction], accesses: tuple[int, int] | None = None) -> Pi
     return Piece(longest(code, 0, None, accesses), sum(i.kind == "CALL" for i in code), False)
 
 
-def loops(code: list[Instruction]) -> list[Piece]:
+def loops(code: list[Instruction], accesses: tuple[int, int] | None = None) -> list[Piece]:
     """The innermost loops that move 16 bytes at a time; of those that move them alike, the one that does most a round,
     the others being for what is left of a row."""
     at = {i.address: n for n, i in enumerate(code)}
@@ -152,12 +160,8 @@ def loops(code: list[Instruction]) -> list[Piece]:
     for n, i in enumerate(code):
         if i.target in at and i.target < i.address:
             ends[at[i.target]] = n
-    found = {}
-    for first, last in ends.items():
-        path = longest(code, first, last)
-        if any(i.wide for i in path):
-            calls = sum(i.kind == "CALL" for i in code[first:last])
-            found[first, last] = Piece(path, calls, True)
+    found = {loop: Piece(longest(code, *loop), 0, True) for loop in ends.items()}
+    found = {loop: piece for loop, piece in found.items() if piece.kinds}
 
     def within(loop: tuple[int, int]) -> list[tuple[int, int]]:
         return [other for other in found if other != loop and loop[0] <= other[0] and other[1] <= loop[1]]
@@ -166,13 +170,15 @@ def loops(code: list[Instruction]) -> list[Piece]:
     outer = {loop: within(loop) for loop in found if within(loop)}
     sums = {n for loops in outer.values() for n in loops if all(found[m].kinds == {"LDS"} for m in loops)}
     found = {loop: piece for loop, piece in found.items() if loop not in sums}
-    inner = [piece for loop, piece in sorted(found.items()) if not within(loop)]
-    best = {}
-    for piece in inner:
-        known = best.get(piece.kinds)
-        if known is None or piece.loads + piece.stores >= known.loads + known.stores:
-            best[piece.kinds] = piece
-    return list(best.values())
+    best = {}  # by what they move
+    for loop in sorted(found):
+        most = best.get(found[loop].kinds)
+        if not within(loop) and (most is None or found[loop].moves >= found[most].moves):
+            best[found[loop].kinds] = loop
+    return [
+        Piece(longest(code, first, last, accesses), sum(i.kind == "CALL" for i in code[first:last]), True)
+        for first, last in best.values()
+    ]
 
 
 def cuobjdump(file: Path) -> Path:
