@@ -6,7 +6,7 @@ import torch
 
 from .harness.composites import backends, work_of
 from .harness.problems import Problem, Shape
-from .harness.shapes import FP16, FP32, case_of, fit, shape_of, sweep
+from .harness.shapes import FP16, FP32, case_of, fit, shape_of, sweep, unscaled
 from .harness.work import GRAPH, LIMIT, PRODUCTS, Case, Goal, Suite, Work
 from .peers.cross_entropy import COMPILED, EAGER, absent
 from .peers.flow import flow_peers
@@ -33,7 +33,9 @@ def cases(device: torch.device) -> list[Case]:
         *sweep(OP, "tokens", [shape(4096, 1024 * 2**i) for i in range(6)]),
         *sweep(OP, "hidden_size", [shape(h, 8192) for h in (1024, 2048, 4096, 8192)]),
     ]
-    return fit(found + [replace(case, providers=("triton", "cuda", "torch", EAGER)) for case in curves], device)
+    shares = [(512, 0.5), (512, 1.0), (2048, 0.5), (2048, 1.0)]
+    on_cpu = unscaled(OP, shares, Goal(peer=1.0), providers=("torch", EAGER))
+    return fit(found + [replace(case, providers=("triton", "cuda", "torch", EAGER)) for case in curves], device, on_cpu)
 
 
 def providers(device: torch.device) -> dict[str, str | None]:

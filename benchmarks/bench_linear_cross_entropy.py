@@ -7,7 +7,7 @@ import torch
 from .harness.composites import SMALL_FACTOR, backends, work_of
 from .harness.errors import FACTOR
 from .harness.problems import Problem
-from .harness.shapes import BF16, FP16, FP32, MODELS, case_of, fit, shape_of, sweep
+from .harness.shapes import BF16, FP16, FP32, MODELS, case_of, fit, shape_of, sweep, unscaled
 from .harness.work import LIMIT, PRODUCTS, Case, Goal, Run, Suite, Work
 from .peers import cross_entropy as ways
 
@@ -53,7 +53,12 @@ def cases(device: torch.device) -> list[Case]:
         *sweep(OP, "vocab", [shape_of((2048, v), 8192) for v in (32000, 64000, 128256, 262144)]),
         *sweep(OP, "hidden_size", [shape_of((h, 128256), 8192) for h in (1024, 2048, 4096, 8192)]),
     ]
-    return fit(found + [replace(case, providers=WITHOUT_COMPILE) for case in curves], device)
+    on_cpu = []
+    for frozen in (False, True):
+        common = dict(frozen=frozen, providers=("torch", ways.EAGER, ways.EAGER_ROWS))
+        on_cpu += unscaled(OP, [(512, 0.5), (2048, 0.5)], Goal(of_products=1.12, peer=1.0), **common)
+        on_cpu += unscaled(OP, [(512, 0.1), (512, 1.0)], Goal(rivals=((ways.EAGER, 1.0),)), **common)
+    return fit(found + [replace(case, providers=WITHOUT_COMPILE) for case in curves], device, on_cpu)
 
 
 def _case(model: str | None, shape, dtype: torch.dtype = BF16, *, quick: bool = False) -> Case:
@@ -64,13 +69,14 @@ def _case(model: str | None, shape, dtype: torch.dtype = BF16, *, quick: bool = 
 
 
 def providers(device: torch.device) -> dict[str, str | None]:
-    return backends(device) | ways.reasons(device)
+    waits = None if device.type == "cpu" else "on a GPU it waits for the number of rows"
+    return backends(device) | ways.reasons(device) | {ways.EAGER_ROWS: waits}
 
 
 def make(case: Case, device: torch.device) -> Work:
     small = case.sizes["note"] == LITTLE
     problem = Problem(OP, case.shape, case.dtype, device, small=small)
-    names = [n for n, reason in ways.reasons(device).items() if reason is None]
+    names = [n for n in (*ways.reasons(device), ways.EAGER_ROWS) if providers(device)[n] is None]
     peers = {name: _peer(problem, name) for name in names}
     return work_of(problem, peers, factor=SMALL_FACTOR if small else FACTOR)
 

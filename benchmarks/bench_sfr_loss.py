@@ -6,7 +6,7 @@ import torch
 
 from .harness.composites import backends, work_of
 from .harness.problems import Problem
-from .harness.shapes import FP16, FP32, case_of, fit, shape_of, sweep
+from .harness.shapes import FP16, FP32, case_of, fit, shape_of, sweep, unscaled
 from .harness.work import LIMIT, OURS, PRODUCTS, Case, Goal, Suite, Work
 from .peers.cross_entropy import COMPILED, EAGER, reasons
 from .peers.flow import WITH_HEAD, joint_peers
@@ -26,7 +26,13 @@ def cases(device: torch.device) -> list[Case]:
     found += [case_of(OP, "Qwen3-0.6B", shape_of("Qwen3-0.6B", 4096), dtype) for dtype in (FP16, FP32)]
     shapes = [shape_of("Qwen3-1.7B", 8192, s) for s in (0.1, 0.25, 0.5, 0.75, 1.0)]
     curve = sweep(OP, "supervised", shapes, "Qwen3-1.7B")
-    return fit(found + [replace(case, providers=(*OURS, APART, EAGER)) for case in curve], device)
+    shares, compared = [(512, 0.5), (2048, 0.5)], ("torch", EAGER)
+    on_cpu = [
+        case
+        for frozen in (False, True)
+        for case in unscaled(OP, shares, Goal(peer=1.0), frozen=frozen, providers=compared)
+    ]
+    return fit(found + [replace(case, providers=(*OURS, APART, EAGER)) for case in curve], device, on_cpu)
 
 
 def providers(device: torch.device) -> dict[str, str | None]:

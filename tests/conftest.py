@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,15 +28,38 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory) -> Path:
-    """csrc/ compiled for the CPU, once for all of xdist's workers, whose folders lie side by side."""
-    import emulation
-
+def _once(tmp_path_factory, name: str, make: Callable[[Path], Path]) -> Path:
+    """The file that `make` leaves in a folder, made once for all of xdist's workers, whose folders lie side by side."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if base.name.startswith("popen-") else base) / "emulation"
+    folder = (base.parent if base.name.startswith("popen-") else base) / name
     folder.mkdir(exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        library = folder / "libemulated.so"
-        return library if library.is_file() else emulation.compile_emulation(folder)
+        made = folder / "made"
+        if not made.is_file():
+            made.write_text(str(make(folder)))
+        return Path(made.read_text())
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory) -> Path:
+    """csrc/ compiled for the CPU."""
+    import emulation
+
+    return _once(tmp_path_factory, "emulation", emulation.compile_emulation)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory) -> Path:
+    """csrc/ compiled for every chip; a warning or a spill is an error."""
+    from sfr_kernels.leaves.cuda import build
+
+    if build.nvcc() is None:
+        pytest.skip("needs nvcc")
+
+    def make(folder: Path) -> Path:
+        out = folder / build.NAME
+        build.compile_library(build.sources(), out, build.ARCHITECTURES, build.nvcc(), folder / "work")
+        return out
+
+    return _once(tmp_path_factory, "compiled", make)

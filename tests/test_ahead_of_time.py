@@ -3,22 +3,19 @@
 The launchers themselves say what they would launch: they are run on small CPU tensors with the launch recorded instead.
 """
 
-import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+from benchmarks.check.ahead_of_time import compiled, in_file, recorded  # noqa: E402
 from benchmarks.check.fused_output import TILES, fused_output  # noqa: E402
 from benchmarks.check.one_read import WARPS, one_read  # noqa: E402
+from benchmarks.check.sass import resources  # noqa: E402
 from sfr_kernels.leaves import FlowPath  # noqa: E402
 from sfr_kernels.leaves import triton as leaves  # noqa: E402
 from sfr_kernels.leaves.triton import column_sum  # noqa: E402
@@ -27,9 +24,6 @@ if not isinstance(leaves.flow_path.__globals__["_flow_path_kernel"], JITFunction
     pytest.skip("the interpreter has nothing to compile", allow_module_level=True)
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
-TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
-}  # fmt: skip
 HALF, FLOAT = torch.bfloat16, torch.float32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Whole 16-byte accesses at every width of block; one width that no vector divides, and one wider than any block.
@@ -136,61 +130,13 @@ def all_calls():
         scale_calls(1024, FLOAT, dtype)
 
 
-def configuration(kernel, args, meta):
-    """What Triton would compile for a launch: (signature, constants, divisible arguments, options)."""
-    given = dict(zip(kernel.arg_names, args, strict=False))
-    options = {name: value for name, value in meta.items() if name not in kernel.arg_names}
-    given |= {name: value for name, value in meta.items() if name in kernel.arg_names}
-    signature, constants, divisible = {}, {}, []
-    for parameter in kernel.params:
-        name, value = parameter.name, given[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                divisible.append(parameter.num)
-        elif isinstance(value, int):
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                divisible.append(parameter.num)
-        else:
-            signature[name] = "fp32"
-    return tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(options.items())
-
-
 @pytest.fixture(scope="module")
 def configurations():
-    found = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            JITFunction,
-            "__getitem__",
-            lambda kernel, grid: (
-                lambda *args, **meta: found.setdefault((kernel.__name__, configuration(kernel, args, meta)), kernel)
-            ),
-        )
+    with pytest.MonkeyPatch.context() as patch, recorded() as found:
         for parts in (2, 512):  # two rows a program, as thousands of rows have, and one, which is a constant
             patch.setattr(column_sum, "MAX_PARTS", parts)
             all_calls() if parts == 2 else row_calls()
     return found
-
-
-def compiled(kernel, configuration, capability: int):
-    signature, constants, divisible, options = configuration
-    source = ASTSource(kernel, dict(signature), dict(constants), {(i,): [["tt.divisibility", 16]] for i in divisible})
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, … of the one function in a cubin."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    line = next(line for line in done.stdout.splitlines() if "REG:" in line)
-    return {key: int(value) for key, value in (field.split(":") for field in line.split() if field.count(":") == 1)}
 
 
 @pytest.mark.parametrize("capability", SHARED)
@@ -198,7 +144,7 @@ def test_every_configuration_compiles_without_a_spill(configurations, capability
     def judge(item):
         (name, config), kernel = item
         result = compiled(kernel, config, capability)
-        used = resources(result.asm["cubin"])
+        (used,) = in_file(result.asm["cubin"], resources).values()
         return name, dict(config[1]), used["STACK"], result.metadata.shared
 
     with ThreadPoolExecutor(2) as pool:

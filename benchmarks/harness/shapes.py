@@ -1,7 +1,8 @@
 """The sizes that are measured: those of models people fine-tune, and sweeps along one of them.
 
 On a CPU every shape is scaled down, to a 32nd of the tokens, a sixteenth of the classes and an eighth of the width,
-in float32: there the harness can be tried, and a ratio that moves does mean something.
+in float32: there the harness can be tried, and a ratio that moves does mean something. What people do train on a CPU is
+measured there as it is (`unscaled`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,7 @@ from dataclasses import asdict, replace
 import torch
 
 from .problems import Shape
-from .work import Case
+from .work import Case, Goal
 
 # H and V of the public configurations
 MODELS = {
@@ -65,8 +66,9 @@ def sweep(op: str, axis: str, shapes: Iterable[Shape], model: str | None = None,
     return [case_of(op, model, shape, **options) for shape in shapes]
 
 
-def fit(cases: Sequence[Case], device: torch.device) -> list[Case]:
-    """The cases as they are on a device, each once: one that is also a point of curves serves all of them."""
+def fit(cases: Sequence[Case], device: torch.device, on_cpu: Sequence[Case] = ()) -> list[Case]:
+    """The cases as they are on a device, each once: one that is also a point of curves serves all of them; on a CPU
+    those for it besides."""
     found: dict[str, Case] = {}
     for case in cases:
         if device.type != "cuda":
@@ -74,12 +76,24 @@ def fit(cases: Sequence[Case], device: torch.device) -> list[Case]:
         if same := found.get(case.group):
             case = replace(same, quick=case.quick or same.quick, sweeps=(*same.sweeps, *case.sweeps))
         found[case.group] = case
-    return [replace(case, sweeps=tuple(_point(case, c["axis"]) for c in case.sweeps)) for case in found.values()]
+    cases = [replace(case, sweeps=tuple(_point(case, c["axis"]) for c in case.sweeps)) for case in found.values()]
+    return [*cases, *on_cpu] if device.type == "cpu" else cases
 
 
 def _point(case: Case, axis: str) -> dict:
     series = f"{case.op}: {', '.join([*words(case.sizes, without=axis), case.dtype_name])}"
     return dict(axis=axis, x=case.sizes[axis], series=series)
+
+
+def unscaled(
+    op: str, shares: Iterable[tuple[int, float]], goal: Goal, *, frozen: bool = False, **options
+) -> list[Case]:
+    """A small model's cases for a CPU, at its own size, by tokens and share supervised; targets are MiniLM's."""
+    found = []
+    for tokens, share in shares:
+        shape = shape_of("SmolLM2-135M", tokens, share, frozen=frozen, length=tokens // 2, target_size=384)
+        found.append(case_of(op, "SmolLM2-135M", shape, FP32, note="unscaled", goal=goal, seconds=10.0, **options))
+    return found
 
 
 def scaled(case: Case) -> Case:

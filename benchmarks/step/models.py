@@ -37,6 +37,7 @@ class Trunk:
 
 QWEN2 = Trunk("Qwen2-1.5B", "qwen2", 1536, 8960, 28, 12, 2, 151936, True, 1e6, 1e-6)
 LLAMA3 = Trunk("Llama-3-8B", "llama", 4096, 14336, 32, 32, 8, 128256, False, 5e5, 1e-5)
+SMOLLM2 = Trunk("SmolLM2-135M", "llama", 576, 1536, 30, 9, 3, 49152, True, 1e5, 1e-5)
 SMALL_QWEN2 = Trunk("Qwen2 in small", "qwen2", 64, 160, 2, 4, 2, 3072, True, 1e6, 1e-6)
 SMALL_LLAMA3 = Trunk("Llama-3 in small", "llama", 64, 192, 2, 4, 1, 2048, False, 5e5, 1e-5)
 

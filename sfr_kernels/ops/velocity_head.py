@@ -143,6 +143,7 @@ def head_backward(
         tail = [dbias[0], dgamma, dbeta, *tail]
         da.addmm_(dy, weight)
     y, mean, rstd = saved.normed.pop()
+    num_times = saved.time[0].shape[0]
     dy, dgamma, dbeta, dtable = leaves.norm_act_backward(
         da,
         y,
@@ -150,8 +151,8 @@ def head_backward(
         w.beta_in,
         mean,
         rstd,
-        row_index=time_index,
-        num_bias=saved.time[0].shape[0],
+        row_index=time_index if num_times > 1 else None,  # one time: the sum over all rows
+        num_bias=num_times,
         dy=y if overwrite else None,
     )
     dy = aligned(dy)
