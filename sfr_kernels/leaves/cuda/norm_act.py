@@ -76,7 +76,7 @@ def norm_act_backward(
     (n, width), (gamma, beta) = y.shape, _vectors(gamma, beta, y.dtype)
     dout, mean, rstd = dout.to(y.dtype), mean.float().contiguous(), rstd.float().contiguous()
     dy = empty_rows(n, width, y.dtype, y.device) if dy is None else dy
-    threads, sum_dy = threads_for(width, y.dtype, 256), row_index is None or num_bias == 1
+    threads, sum_dy = threads_for(width, y.dtype, 256), row_index is None
     parts, rows = parts_for(n, threads)
     wide = width * y.dtype.itemsize > 16 * threads
     moments = mean.new_empty(n, 2) if wide else None
