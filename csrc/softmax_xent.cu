@@ -93,13 +93,15 @@ struct alignas(16) Post {
     Told told[2]; // about rows of either parity
     uint64_t all_told[2];
 };
+static_assert(sizeof(Post) <= 8192, "leaves/cuda/softmax_xent.py leaves room for so much");
 
-// Two of each are enough: who sends about a row has read, as all warps have that it waited for, what was told about the
-// row two before. A block may end while others go on: all that is sent to it has come once it knows of no more rows.
+// Two of each are enough: a warp sends about a row once it has been told by all warps about the row before, and those
+// told it after they had read about the row before that. A block may end while others go on: what is sent to it about its
+// last row has come when it works on it.
 template <typename T, int VECTOR, bool SOFTCAP, bool EXTRA>
 __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
-    cluster_kernel(T *logits, int64_t row_stride, int64_t n, int vocab, int slice, int64_t *claimed,
-                   Squash how, Loss a, bool need_grad) {
+    cluster_kernel(T *logits, int64_t row_stride, int64_t n, int vocab, int slice, int64_t *claimed, Squash how, Loss a,
+                   bool need_grad) {
 #if defined(SFR_EMULATION) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
     SFR_DYNAMIC_SHARED(shared);
     Post &post = *reinterpret_cast<Post *>(shared);
@@ -111,10 +113,12 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
     const bool leads = rank == 0 && threadIdx.x == 0;
     const int bytes = size * CLUSTER_WARPS * (EXTRA ? 24 : 8) + 8 + (rank == 0 ? 4 : 0); // told about a row
     const auto fetch = [&](int64_t row, T *to) {
-        const T *from = logits + row * row_stride + begin;
-        if (row < n)
-            for (int at = threadIdx.x * VECTOR; at < width; at += CLUSTER_THREADS * VECTOR)
-                copy_async(to + at, from + at, (width - at < VECTOR ? width - at : VECTOR) * sizeof(T));
+        constexpr int STEP = CLUSTER_THREADS * VECTOR;
+        const int first = threadIdx.x * VECTOR;
+        const T *from = logits + row * row_stride + begin + first;
+        to += first;
+        for (int left = row < n ? width - first : 0; left > 0; left -= STEP, from += STEP, to += STEP)
+            copy_async(to, from, (left < VECTOR ? left : VECTOR) * static_cast<int>(sizeof(T)));
         commit_copies();
     };
     int64_t row = blockIdx.x / size, next = row + clusters, label = a.labels[row];

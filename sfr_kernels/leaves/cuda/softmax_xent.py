@@ -9,7 +9,7 @@ from .. import RowPartials, RowStats
 from .library import DTYPES, address, library, stream_of
 
 _CLUSTERS = (1, 2, 4, 8)
-_POST_BYTES = 8192  # of shared memory, beside the two buffers of a block: above what `Post` has in csrc/softmax_xent.cu
+_POST_BYTES = 8192  # of shared memory, beside the two buffers of a block: at least `Post` of csrc/softmax_xent.cu
 
 
 def cluster_for(logits: Tensor) -> int:
