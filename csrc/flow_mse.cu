@@ -19,11 +19,11 @@ template <typename T> struct FlowMse {
     float *partial;           // (parts, d), rows `partial_row` apart
     int64_t partial_row, n;
     int d, rows;
-    float reciprocal; // 1 / d
+    float over_d; // 1 / d
 };
 
 template <typename T, int VECTOR, bool ALIGNED>
-__global__ void __launch_bounds__(256, 4) flow_mse_kernel(FlowMse<T> a) {
+__global__ void __launch_bounds__(256, 2) flow_mse_kernel(FlowMse<T> a) {
     const int first = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * a.rows;
     const int64_t end = begin + a.rows < a.n ? begin + a.rows : a.n;
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(256, 4) flow_mse_kernel(FlowMse<T> a) {
     if (a.bias != nullptr) load_columns<VECTOR, ALIGNED>(a.bias, 1, first, a.d, bias);
     const auto fetch_v = [&](int64_t row) { return fetch_columns<VECTOR, ALIGNED>(a.v.at(row), a.v.col, first, a.d); };
     const auto fetch_u = [&](int64_t row) { return fetch_columns<VECTOR, ALIGNED>(a.u.at(row), a.u.col, first, a.d); };
-    Packed<VECTOR, T> v = fetch_v(begin), u = fetch_u(begin);
+    Columns<VECTOR, T> v = fetch_v(begin), u = fetch_u(begin);
     for (int64_t row = begin; row < end; ++row) {
         float e[VECTOR], wanted[VECTOR], square[1] = {0.0f};
         v.unpack(e);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(256, 4) flow_mse_kernel(FlowMse<T> a) {
             square[0] += e[i] * e[i];
         }
         if (a.coefficient != nullptr) {
-            const float scale = 2.0f * a.reciprocal * a.coefficient[row];
+            const float scale = 2.0f * a.over_d * a.coefficient[row];
 #pragma unroll
             for (int i = 0; i < VECTOR; ++i) {
                 e[i] *= scale;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(256, 4) flow_mse_kernel(FlowMse<T> a) {
             store_columns<VECTOR, ALIGNED>(a.v.at(row), a.v.col, first, a.d, e);
         }
         block_sum(square, row & 1);
-        if (threadIdx.x == 0) a.loss[row * gridDim.y + blockIdx.y] = square[0] * a.reciprocal;
+        if (threadIdx.x == 0) a.loss[row * gridDim.y + blockIdx.y] = square[0] * a.over_d;
     }
     if (a.coefficient != nullptr)
         store_columns<VECTOR, ALIGNED>(a.partial + blockIdx.x * a.partial_row, 1, first, a.d, db);

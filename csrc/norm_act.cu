@@ -30,7 +30,7 @@ template <typename T, typename G> struct NormAct {
     float *mean, *rstd; // (n,)
     int64_t n;
     int width;
-    float eps, reciprocal; // 1 / D
+    float eps, over_width; // 1 / D
 };
 
 template <int N> __device__ inline void add(float (&to)[N], const float (&x)[N]) {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(512, 1) norm_act_kernel(NormAct<T, G> a) {
     if (a.bias != nullptr) load_columns<VECTOR, ALIGNED>(a.bias, 1, first, a.width, bias);
     load_columns<VECTOR, ALIGNED>(a.gamma, 1, first, a.width, gamma);
     load_columns<VECTOR, ALIGNED>(a.beta, 1, first, a.width, beta);
-    Packed<VECTOR, T> next_y, next_residual{};
+    Columns<VECTOR, T> next_y, next_residual{};
     int32_t next_index = 0;
     const auto fetch = [&](int64_t row) {
         next_y = fetch_columns<VECTOR, ALIGNED>(a.y.at(row), a.y.col, first, a.width);
@@ -80,13 +80,13 @@ __global__ void __launch_bounds__(512, 1) norm_act_kernel(NormAct<T, G> a) {
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) sum[0] += y[i];
         block_sum(sum, 0);
-        const float mean = sum[0] * a.reciprocal;
+        const float mean = sum[0] * a.over_width;
         sum[0] = 0.0f;
         centre(y, mean, first, a.width);
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) sum[0] += y[i] * y[i];
         block_sum(sum, 1);
-        const float rstd = fast_rsqrt(sum[0] * a.reciprocal + a.eps);
+        const float rstd = reciprocal_root(sum[0] * a.over_width + a.eps);
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) {
             const float z = gamma[i] * (y[i] * rstd) + beta[i];
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(512, 2) norm_act_wide_kernel(NormAct<T, G> a) 
         for (int i = 0; i < VECTOR; ++i) sum[0] += y[i];
     }
     block_sum(sum, 0);
-    const float mean = sum[0] * a.reciprocal;
+    const float mean = sum[0] * a.over_width;
     sum[0] = 0.0f;
     for (int first = begin; first < a.width; first += step) {
         read(first, y);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(512, 2) norm_act_wide_kernel(NormAct<T, G> a) 
         for (int i = 0; i < VECTOR; ++i) sum[0] += y[i] * y[i];
     }
     block_sum(sum, 1);
-    const float rstd = fast_rsqrt(sum[0] * a.reciprocal + a.eps);
+    const float rstd = reciprocal_root(sum[0] * a.over_width + a.eps);
     for (int first = begin; first < a.width; first += step) {
         read(first, y);
         if (a.row_bias != nullptr) store_columns<VECTOR, ALIGNED>(a.y.at(row), a.y.col, first, a.width, y);
@@ -165,7 +165,7 @@ template <typename T, typename G> struct NormActBackward {
     float *partial; // (2 or 3, parts, D): dγ, dβ and, if SUM_DY, Σ dy; rows `partial_row` apart
     int64_t partial_row, n;
     int width, rows;
-    float reciprocal; // 1 / D
+    float over_width; // 1 / D
 };
 
 // Some columns of the vectors, and x̂ and dz of a row at them.
@@ -182,7 +182,7 @@ template <int VECTOR> struct Gate {
     }
 
     template <typename T>
-    __device__ void operator()(const Packed<VECTOR, T> &y, const Packed<VECTOR, T> &dout, float mean, float rstd,
+    __device__ void operator()(const Columns<VECTOR, T> &y, const Columns<VECTOR, T> &dout, float mean, float rstd,
                                float (&x_hat)[VECTOR], float (&dz)[VECTOR]) const {
         y.unpack(x_hat);
         dout.unpack(dz);
@@ -215,8 +215,8 @@ __global__ void __launch_bounds__(256, 2) moments_kernel(NormActBackward<T, G> a
     }
     block_sum(sum, 0);
     if (threadIdx.x == 0) {
-        a.moments[2 * row] = sum[0] * a.reciprocal;
-        a.moments[2 * row + 1] = sum[1] * a.reciprocal;
+        a.moments[2 * row] = sum[0] * a.over_width;
+        a.moments[2 * row + 1] = sum[1] * a.over_width;
     }
 }
 
@@ -228,7 +228,7 @@ __global__ void __launch_bounds__(256, 2) norm_act_backward_kernel(NormActBackwa
     float dgamma[VECTOR] = {}, dbeta[VECTOR] = {}, db[VECTOR] = {};
     Gate<VECTOR> gate;
     gate.template load<ALIGNED>(a, first);
-    Packed<VECTOR, T> y, dout;
+    Columns<VECTOR, T> y, dout;
     float next_mean, next_rstd;
     const auto fetch = [&](int64_t row) {
         y = fetch_columns<VECTOR, ALIGNED>(a.y.at(row), a.y.col, first, a.width);
@@ -252,8 +252,8 @@ __global__ void __launch_bounds__(256, 2) norm_act_backward_kernel(NormActBackwa
         }
         if (a.moments == nullptr) {
             block_sum(mean, row & 1);
-            mean[0] *= a.reciprocal;
-            mean[1] *= a.reciprocal;
+            mean[0] *= a.over_width;
+            mean[1] *= a.over_width;
         } else {
             mean[0] = a.moments[2 * row];
             mean[1] = a.moments[2 * row + 1];

@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(256) part_kernel(Groups<T> a) {
     float sum[VECTOR] = {};
     int next = a.order[begin], m = a.index[next], open = 0; // groups that have ended
     const auto fetch = [&](int row) { return fetch_columns<VECTOR, ALIGNED>(a.x.at(row), a.x.col, first, a.width); };
-    Packed<VECTOR, T> x = fetch(next);
+    Columns<VECTOR, T> x = fetch(next);
     for (int k = begin; k < end; ++k) {
         float value[VECTOR];
         x.unpack(value);

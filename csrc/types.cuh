@@ -29,13 +29,33 @@ template <> struct Raw<8> { using type = uint2; };
 template <> struct Raw<4> { using type = uint32_t; };
 
 // N numbers side by side in global memory (a load may be from shared memory), aligned to all of them, in one access.
-template <int N, typename T> __device__ inline void load(const T *at, float (&out)[N]) {
+template <int N, typename T> using Packed = typename Raw<N * sizeof(T)>::type;
+template <int N, typename T> __device__ inline Packed<N, T> load_packed(const T *at) {
     check_alignment(at, N * sizeof(T));
-    const typename Raw<N * sizeof(T)>::type raw = *reinterpret_cast<const typename Raw<N * sizeof(T)>::type *>(at);
-    T x[N];
-    memcpy(x, &raw, sizeof(x));
+    return *reinterpret_cast<const Packed<N, T> *>(at);
+}
+
+// The numbers in 32 bits.
+__device__ inline void unpack(uint32_t bits, float *out, float) { memcpy(out, &bits, sizeof(bits)); }
+__device__ inline void unpack(uint32_t bits, float *out, __half) {
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof(bits));
+    out[0] = __low2float(pair), out[1] = __high2float(pair);
+}
+__device__ inline void unpack(uint32_t bits, float *out, __nv_bfloat16) {
+    const uint32_t pair[2] = {bits << 16, bits & 0xFFFF0000u}; // the upper halves of their float32
+    memcpy(out, pair, sizeof(pair));
+}
+template <typename T, int N> __device__ inline void unpack(const Packed<N, T> &packed, float (&out)[N]) {
+    constexpr int WORDS = N * sizeof(T) / 4, EACH = 4 / sizeof(T);
+    uint32_t words[WORDS];
+    memcpy(words, &packed, sizeof(words));
 #pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = to_float(x[i]);
+    for (int i = 0; i < WORDS; ++i) unpack(words[i], out + i * EACH, T());
+}
+
+template <int N, typename T> __device__ inline void load(const T *at, float (&out)[N]) {
+    unpack<T>(load_packed<N>(at), out);
 }
 
 // The bits of as many numbers as fit 32, rounded.
@@ -69,37 +89,35 @@ template <int N, typename T> __device__ inline void store(T *at, const float (&i
 }
 
 // N numbers as memory has them, in as few registers.
-template <int N, typename T> struct Packed {
-    uint32_t words[N * sizeof(T) / 4];
+template <int N, typename T> struct Columns {
+    static constexpr int EACH = N * sizeof(T) <= 16 ? N : 16 / sizeof(T); // in one access
+    Packed<EACH, T> accesses[N / EACH];
 
     __device__ void unpack(float (&out)[N]) const {
-        T x[N];
-        memcpy(x, words, sizeof(x));
 #pragma unroll
-        for (int i = 0; i < N; ++i) out[i] = to_float(x[i]);
+        for (int i = 0; i < N / EACH; ++i) {
+            float part[EACH];
+            sfr::unpack<T>(accesses[i], part);
+#pragma unroll
+            for (int j = 0; j < EACH; ++j) out[i * EACH + j] = part[j];
+        }
     }
 };
 
 // N numbers of a row from column `first` on, 0 beyond its end. ALIGNED: they are side by side and the row begins on 16
 // bytes, so that only the last few of a row that is no multiple of N are read one by one.
 template <int N, bool ALIGNED, typename T>
-__device__ inline Packed<N, T> fetch_columns(const T *row, int64_t stride, int first, int width) {
-    Packed<N, T> out;
+__device__ inline Columns<N, T> fetch_columns(const T *row, int64_t stride, int first, int width) {
+    Columns<N, T> out;
     if (ALIGNED && first + N <= width) {
-        constexpr int BYTES = N * sizeof(T) < 16 ? N * sizeof(T) : 16;
-        using Access = typename Raw<BYTES>::type;
-        check_alignment(row + first, BYTES);
 #pragma unroll
-        for (int i = 0; i < static_cast<int>(N * sizeof(T)) / BYTES; ++i) {
-            const Access raw = reinterpret_cast<const Access *>(row + first)[i];
-            memcpy(out.words + i * BYTES / 4, &raw, BYTES);
-        }
+        for (int i = 0; i < N / out.EACH; ++i) out.accesses[i] = load_packed<out.EACH>(row + first + i * out.EACH);
     } else {
         T x[N];
 #pragma unroll
         for (int i = 0; i < N; ++i)
             x[i] = first + i < width ? row[(first + i) * (ALIGNED ? 1 : stride)] : from_float<T>(0.0f);
-        memcpy(out.words, x, sizeof(x));
+        memcpy(out.accesses, x, sizeof(x));
     }
     return out;
 }
