@@ -58,12 +58,14 @@ inline cudaError_t resident_clusters(const void *kernel, const cudaLaunchConfig_
     int &found = known[{kernel, device, config.gridDim.x, config.dynamicSmemBytes}];
     if (found == 0) {
         // All that a block may have, so that no launch depends on what another has set.
+        int fit = 0;
         cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
         if (error == cudaSuccess)
             error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&found, kernel, &config);
-        if (error == cudaSuccess && found == 0) error = cudaErrorLaunchOutOfResources;
+        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&fit, kernel, &config);
+        if (error == cudaSuccess && fit == 0) error = cudaErrorLaunchOutOfResources;
         if (error != cudaSuccess) return error;
+        found = fit;
     }
     *count = found;
     return cudaSuccess;

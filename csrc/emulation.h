@@ -3,10 +3,10 @@
 // Every thread of a block is a fiber. It runs until it waits: for its block, its warp (a shuffle) or its cluster. When
 // all have waited or ended, whoever may go on does; if nobody may, the launch fails: a deadlock. Shared memory that a
 // kernel declares is static, which is right as long as one block runs at a time, so a kernel for clusters, of which
-// RESIDENT run at once, may have dynamic shared memory only. What arrives there by itself comes as late as it may: copies
-// when they are waited for, and what odd warps send to other blocks when nobody could go on without it; even warps send at
-// once. A block may be sent something from its first step to its last: before and after that the launch fails too, and so
-// it does where an access is not aligned. Races between threads are not seen.
+// RESIDENT run at once, may have dynamic shared memory only. Copies are made when they are waited for and no sooner;
+// what odd warps send comes when nobody could go on without it, what even warps send at once. A block may be sent
+// something from its first step to its last: before and after that the launch fails too, and so it does where an access
+// is not aligned. Races between threads are not seen.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -66,8 +66,9 @@ struct Thread {
     Wait wait;
     const Barrier *barrier; // and the parity of its phase that it waits for
     uint32_t parity;
-    uint64_t sent; // what it gives to a shuffle
-    std::vector<Copy> copies; // asynchronous ones: made when they are waited for, and no sooner
+    uint64_t sent[2]; // what it gives to a shuffle, and to the next: nobody is further ahead
+    unsigned shuffles;
+    std::vector<Copy> copies; // asynchronous ones
 };
 
 struct Machine {
@@ -175,6 +176,7 @@ inline int run(dim3 grid, dim3 size, size_t shared, int cluster, unsigned at_onc
                 t.thread = {static_cast<unsigned>(i % size.x), 0, 0};
                 t.block = {static_cast<unsigned>(x + t.place), y, 0};
                 t.wait = Wait::NONE;
+                t.shuffles = 0;
                 t.copies.clear();
                 getcontext(&t.context);
                 t.context.uc_stack.ss_sp = t.stack.get();
@@ -199,13 +201,12 @@ template <typename T> T shuffle(T value, int source) {
     static_assert(sizeof(T) <= 8, "a shuffle moves one number");
     Machine &m = machine();
     Thread *self = m.now;
-    self->sent = 0;
-    memcpy(&self->sent, &value, sizeof(T));
+    const unsigned turn = self->shuffles++ % 2;
+    memcpy(&self->sent[turn], &value, sizeof(T));
     wait(Wait::WARP);
     const size_t index = self - m.threads.data();
     T got;
-    memcpy(&got, &m.threads[index - index % 32 + source].sent, sizeof(T));
-    wait(Wait::WARP); // before anybody sends anew
+    memcpy(&got, &m.threads[index - index % 32 + source].sent[turn], sizeof(T));
     return got;
 }
 

@@ -145,11 +145,11 @@ __device__ inline void gradient(float (&x)[N], int label, const Squash &how, con
 }
 
 // Loads a thread's vectors of a row of `width` columns, LOADS of them before the first is used, so that their latencies
-// overlap, and calls use(v, first, count) for each: columns `first` to first + count, of which only the last vector of a
-// row may lack some. WHOLE: vectors are aligned, and their numbers side by side. Vectors go to the threads in turn.
-template <int LOADS, typename T, int VECTOR, bool WHOLE, bool BACKWARD, typename Use>
+// overlap, and calls use(v, first, count) for each: columns `first` to first + count. Only the last vector of a row may
+// lack some. WHOLE: vectors are aligned, and their numbers side by side. Vectors go to the threads in turn.
+template <int LOADS, bool WHOLE, bool BACKWARD, typename T, typename Use>
 __device__ inline void for_vectors(const T *x, int64_t col, int width, int threads, const Use &use) {
-    constexpr int GROUP = WHOLE ? LOADS : 1;
+    constexpr int VECTOR = 16 / sizeof(T), GROUP = WHOLE ? LOADS : 1;
     const int step = threads * VECTOR, group = GROUP * step, mine = static_cast<int>(threadIdx.x) * VECTOR;
     const int last = width > 0 ? (width - 1) / group * group : 0;
     for (int at = 0; at <= last; at += group) {
@@ -180,22 +180,27 @@ __device__ inline void for_vectors(const T *x, int64_t col, int width, int threa
     }
 }
 
-template <int LOADS, typename T, int VECTOR, bool WHOLE, bool SOFTCAP, bool EXTRA>
+template <int LOADS, bool WHOLE, bool SOFTCAP, bool EXTRA, typename T>
 __device__ inline Sums thread_sums(const T *x, int64_t col, int width, int threads, int start, const Squash &how) {
+    constexpr int VECTOR = 16 / sizeof(T);
     Sums s;
-    for_vectors<LOADS, T, VECTOR, WHOLE, false>(x, col, width, threads, [&](const float (&v)[VECTOR], int first, int count) {
+    for_vectors<LOADS, WHOLE, false>(x, col, width, threads, [&](const float (&v)[VECTOR], int first, int count) {
         add<VECTOR, SOFTCAP, EXTRA>(s, v, start + first, count, how);
     });
     return s;
 }
 
 // From the end: caches still hold it, of a row that was read from the front.
-template <int LOADS, typename T, int VECTOR, bool WHOLE, bool SOFTCAP>
+template <int LOADS, bool WHOLE, bool SOFTCAP, typename T>
 __device__ inline void write_gradient(const T *from, T *to, int64_t col, int width, int threads, int label,
                                       const Squash &how, const Slopes &s) {
-    for_vectors<LOADS, T, VECTOR, WHOLE, true>(from, col, width, threads, [&](float (&v)[VECTOR], int first, int) {
+    constexpr int VECTOR = 16 / sizeof(T);
+    for_vectors<LOADS, WHOLE, true>(from, col, width, threads, [&](float (&v)[VECTOR], int first, int count) {
         gradient<VECTOR, SOFTCAP>(v, label - first, how, s);
-        store_columns<VECTOR, WHOLE>(to, col, first, width, v);
+        if (WHOLE && count == VECTOR)
+            store_columns<VECTOR, true>(to, col, first, width, v);
+        else
+            store_columns<VECTOR, false>(to, col, first, width, v);
     });
 }
 

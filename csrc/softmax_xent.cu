@@ -4,10 +4,10 @@
 //     ℓ = lse − (1 − ε) z_y − ε mean(z) + λ_z lse²
 //     dz = p (1 + 2 λ_z lse) − (1 − ε) onehot(y) − ε / V      dx = w s (1 − (z / cap)²) dz
 //
-// Everywhere: one block a row, two passes, the second from the end, where caches still hold the row. On sm_90 and later
-// a cluster of blocks keeps the row in its shared memory: one read and one write a logit, and the next row is on its way
-// into a second buffer while this one is worked on. Every thread works on the numbers that it has copied itself, so
-// that no block waits for its own copies; once a row the warps of a cluster send each other their sums.
+// Everywhere: one block a row, two passes, the second from the end, where caches still hold the row. On sm_90 and
+// later a cluster of blocks keeps the row in its shared memory: one read and one write a logit, and the next row is on
+// its way into a second buffer while this one is worked on. Every thread works on the numbers that it has copied
+// itself, so that no block waits for its own copies; once a row the warps of a cluster send each other their sums.
 //
 // Clusters claim their rows as they go. A row's result does not depend on who has claimed it, nor on when.
 
@@ -38,12 +38,12 @@ __global__ void __launch_bounds__(1024, 1)
     const float weight = weight_of(a.row_weight, row);
     const int at = column_of(label, 0, vocab), threads = blockDim.x;
     T *x = logits + row * row_stride;
-    Sums s = thread_sums<LOADS<SOFTCAP>, T, VECTOR, WHOLE, SOFTCAP, EXTRA>(x, col, vocab, threads, 0, how);
+    Sums s = thread_sums<LOADS<SOFTCAP>, WHOLE, SOFTCAP, EXTRA>(x, col, vocab, threads, 0, how);
     float bend;
     const float z_label = threadIdx.x == 0 && at >= 0 ? squash<SOFTCAP>(to_float(x[at * col]), how, &bend) : NAN;
     s = block_merge<EXTRA>(s); // nobody writes before z_label has been read
     const Slopes slopes = finish(a, row, s, z_label, weight, vocab, threadIdx.x == 0);
-    if (need_grad) write_gradient<LOADS<SOFTCAP>, T, VECTOR, WHOLE, SOFTCAP>(x, x, col, vocab, threads, at, how, slopes);
+    if (need_grad) write_gradient<LOADS<SOFTCAP>, WHOLE, SOFTCAP>(x, x, col, vocab, threads, at, how, slopes);
 }
 
 template <typename T, int VECTOR, bool WHOLE, bool SOFTCAP>
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(1024, 1) partials_kernel(const T *logits, int6
                                                            Squash how, const int64_t *labels, float *out, int64_t n) {
     const int64_t row = blockIdx.x, label = labels[row];
     const T *x = logits + row * row_stride;
-    Sums s = thread_sums<LOADS<SOFTCAP>, T, VECTOR, WHOLE, SOFTCAP, true>(x, col, vocab, blockDim.x, 0, how);
+    Sums s = thread_sums<LOADS<SOFTCAP>, WHOLE, SOFTCAP, true>(x, col, vocab, blockDim.x, 0, how);
     const int at = column_of(label, 0, vocab);
     float bend;
     const float z_label = threadIdx.x == 0 && at >= 0 ? squash<SOFTCAP>(to_float(x[at * col]), how, &bend) : 0.0f;
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(1024, 1)
     const Slopes s{top[row], slope * share[row], slope * (1.0f - label_smoothing), slope * *uniform};
     T *x = logits + row * row_stride;
     const int at = column_of(labels[row], 0, vocab);
-    write_gradient<LOADS<SOFTCAP>, T, VECTOR, WHOLE, SOFTCAP>(x, x, col, vocab, blockDim.x, at, how, s);
+    write_gradient<LOADS<SOFTCAP>, WHOLE, SOFTCAP>(x, x, col, vocab, blockDim.x, at, how, s);
 }
 
 constexpr int CLUSTER_THREADS = 512, CLUSTER_WARPS = CLUSTER_THREADS / 32, MOST_BLOCKS = 8;
@@ -95,9 +95,9 @@ struct alignas(16) Post {
 };
 static_assert(sizeof(Post) <= 8192, "leaves/cuda/softmax_xent.py leaves room for so much");
 
-// Two of each are enough: a warp sends about a row once it has been told by all warps about the row before, and those
-// told it after they had read about the row before that. A block may end while others go on: what is sent to it about its
-// last row has come when it works on it.
+// Two of each are enough: a warp sends about a row once all warps have told it about the row before, which they did
+// after they had read about the row before that. A block may end while others go on: all that they send it about its
+// last row has come before it goes on with that.
 template <typename T, int VECTOR, bool SOFTCAP, bool EXTRA>
 __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
     cluster_kernel(T *logits, int64_t row_stride, int64_t n, int vocab, int slice, int64_t *claimed, Squash how, Loss a,
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
         const float next_weight = next < n ? weight_of(a.row_weight, next) : 0.0f;
 
         wait_for_all_copies_but_the_last();
-        Sums s = thread_sums<2, T, VECTOR, true, SOFTCAP, EXTRA>(buffer, 1, width, CLUSTER_THREADS, begin, how);
+        Sums s = thread_sums<2, true, SOFTCAP, EXTRA>(buffer, 1, width, CLUSTER_THREADS, begin, how);
         s = warp_merge<EXTRA>(s);
         if (lane < size) {
             uint64_t words[3];
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
         row = next, next = 2 * clusters + told.before; // nobody claims its first two
         label = next_label, weight = next_weight;
         if (need_grad)
-            write_gradient<2, T, VECTOR, true, SOFTCAP>(buffer, x, 1, width, CLUSTER_THREADS, at, how, slopes);
+            write_gradient<2, true, SOFTCAP>(buffer, x, 1, width, CLUSTER_THREADS, at, how, slopes);
     }
 #else
     __trap(); // sfr_cluster_code tells who would come here
