@@ -131,10 +131,8 @@ template <typename T> int run(const FlowLoss &f, int dtype) {
                                       f.back_rows, f.back_threads, stream));
         if (need) {
             float *to = layer_vectors + 3 * static_cast<int64_t>(D) * l; // Σ dy, dγ, dβ
-            SFR_TRY(sfr_column_sum(partial, FLOAT32, partial_D, to + D, 2, f.back_parts, D, stream));
-            if (sum_dy)
-                SFR_TRY(sfr_column_sum(partial + 2 * f.back_parts * partial_D, FLOAT32, partial_D, to, 1, f.back_parts,
-                                       D, stream));
+            SFR_TRY(sfr_column_sum(partial, FLOAT32, partial_D, sum_dy ? to : to + D, sum_dy ? 3 : 2, f.back_parts, D,
+                                   stream));
         }
         if (l == 0) break;
         if (need)

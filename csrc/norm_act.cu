@@ -162,7 +162,7 @@ template <typename T, typename G> struct NormActBackward {
     const float *mean, *rstd; // (n,)
     float *moments;           // (n, 2), where a row is wider than a block
     Matrix<T> dy;
-    float *partial; // (2 or 3, parts, D): dγ, dβ and, if SUM_DY, Σ dy; rows `partial_row` apart
+    float *partial; // (3 or 2, parts, D): Σ dy if SUM_DY, dγ, dβ; rows `partial_row` apart
     int64_t partial_row, n;
     int width, rows;
     float over_width; // 1 / D
@@ -269,9 +269,9 @@ __global__ void __launch_bounds__(256, 2) norm_act_backward_kernel(NormActBackwa
         const int64_t part = static_cast<int64_t>(sum) * gridDim.x + blockIdx.x;
         store_columns<VECTOR, ALIGNED>(a.partial + part * a.partial_row, 1, first, a.width, from);
     };
-    leave(0, dgamma);
-    leave(1, dbeta);
-    if (SUM_DY) leave(2, db);
+    if (SUM_DY) leave(0, db);
+    leave(SUM_DY, dgamma);
+    leave(SUM_DY + 1, dbeta);
 }
 
 } // namespace sfr

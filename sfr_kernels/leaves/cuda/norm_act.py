@@ -106,7 +106,5 @@ def norm_act_backward(
         threads,
         stream_of(y),
     )
-    sums = column_sum(partial)
-    if sum_dy:
-        return dy, sums[0], sums[1], sums[2:]
-    return dy, sums[0], sums[1], sum_by_index(dy, row_index, num_bias)
+    *dbias, dgamma, dbeta = column_sum(partial)
+    return dy, dgamma, dbeta, dbias[0][None] if sum_dy else sum_by_index(dy, row_index, num_bias)
