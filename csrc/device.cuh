@@ -1,6 +1,8 @@
 // What a kernel file needs of CUDA: from nvcc, or from the emulation on a CPU (emulation.h).
 #pragma once
 
+#include <stdint.h>
+
 #ifdef SFR_EMULATION
 #include "emulation.h"
 #else
@@ -8,10 +10,15 @@
 #define SFR_LAUNCH(kernel, grid, block, shared, stream, ...)                                                          \
     ((kernel)<<<(grid), (block), (shared), reinterpret_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), cudaGetLastError())
 #define SFR_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#define SFR_LAUNCH_CLUSTER(kernel, grid, block, shared, cluster, stream, ...)                                         \
-    sfr::launch_cluster((kernel), (grid), (block), (shared), (cluster), (stream), __VA_ARGS__)
+#define SFR_LAUNCH_CLUSTER(kernel, most, block, shared, cluster, stream, ...)                                         \
+    sfr::launch_cluster((kernel), (most), (block), (shared), (cluster), (stream), __VA_ARGS__)
 
 #include <cooperative_groups.h>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <type_traits>
 
 namespace sfr {
 
@@ -20,43 +27,129 @@ __device__ inline void check_alignment(const void *, size_t) {} // the hardware 
 // One store, which the compiler would otherwise feel free to split.
 template <typename T> __device__ inline void store_global(T *at, T value) { __stwb(at, value); }
 
-template <typename... Parameters, typename... Arguments>
-int launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, int cluster, void *stream,
-                   Arguments... arguments) {
-    // All that a block may have: a limit of this launch alone could be lowered by another thread's before it is used.
+// 2^x, and 1 / x, to 2 units in the last place; what is smaller than normal numbers is 0.
+__device__ inline float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+inline cudaError_t clear(void *at, size_t bytes, void *stream) {
+    return cudaMemsetAsync(at, 0, bytes, reinterpret_cast<cudaStream_t>(stream));
+}
+
+// How many clusters the current device runs at once, asked for once: a launch would notice the question.
+inline cudaError_t resident_clusters(const void *kernel, const cudaLaunchConfig_t &config, int *count) {
+    static std::mutex lock;
+    static std::map<std::tuple<const void *, int, unsigned, size_t>, int> known;
     int device = 0, most = 0;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    if (const cudaError_t error = cudaGetDevice(&device)) return error;
+    const std::lock_guard<std::mutex> alone(lock);
+    int &found = known[{kernel, device, config.gridDim.x, config.dynamicSmemBytes}];
+    if (found == 0) {
+        // All that a block may have, so that no launch depends on what another has set.
+        int fit = 0;
+        cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+        if (error == cudaSuccess)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+        if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&fit, kernel, &config);
+        if (error == cudaSuccess && fit == 0) error = cudaErrorLaunchOutOfResources;
+        if (error != cudaSuccess) return error;
+        found = fit;
+    }
+    *count = found;
+    return cudaSuccess;
+}
+
+// As many clusters as run at once, and at most `most`: whoever waits for a place has no share of the work.
+template <typename... Parameters, typename... Arguments>
+int launch_cluster(void (*kernel)(Parameters...), int64_t most, int block, size_t shared, int cluster, void *stream,
+                   Arguments... arguments) {
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim.x = cluster;
     attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
+    config.gridDim = dim3(cluster);
+    config.blockDim = dim3(block);
     config.dynamicSmemBytes = shared;
     config.stream = reinterpret_cast<cudaStream_t>(stream);
     config.attrs = &attribute;
     config.numAttrs = 1;
+    int resident = 0;
+    cudaError_t error = resident_clusters(reinterpret_cast<const void *>(kernel), config, &resident);
+    config.gridDim = dim3(cluster * static_cast<int>(most < resident ? most : resident));
     if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
     if (error != cudaSuccess) (void)cudaGetLastError(); // told once: the next launch has errors of its own
     return error;
+}
+
+// Adds 1 to what is there and returns what was: as atomicAdd, which would wait for it at once to share it in the warp.
+__device__ inline int64_t claim(int64_t *at) {
+    int64_t before;
+    asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], 1;" : "=l"(before) : "l"(at) : "memory");
+    return before;
+}
+
+__device__ inline unsigned shared_address(const void *at) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(at));
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 __device__ inline int cluster_rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
 __device__ inline int cluster_size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
 __device__ inline void cluster_sync() { cooperative_groups::this_cluster().sync(); }
-template <typename T> __device__ inline T *remote(T *mine, int rank) {
-    return cooperative_groups::this_cluster().map_shared_rank(mine, rank);
+
+// A barrier in shared memory. Its first phase has parity 0; a phase ends when one thread has said how many bytes the
+// others will send, and they have come.
+__device__ inline void start_barrier(uint64_t *barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // before the others of the cluster use it
+}
+__device__ inline void expect_bytes(uint64_t *barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+// Of this block's scope, although others have sent them: they lie in shared memory, and the wider one empties the L1
+// cache, which has nothing of it.
+__device__ inline void wait_for_bytes(uint64_t *barrier, int parity) {
+    asm volatile("{\n"
+                 ".reg .pred over;\n"
+                 "WAIT: mbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n"
+                 "@!over bra WAIT;\n"
+                 "}" ::"r"(shared_address(barrier)),
+                 "r"(parity)
+                 : "memory");
 }
 
-// Sixteen bytes from global to shared memory, past the registers. Both are aligned.
-template <typename T> __device__ inline void copy_async(T *to, const T *from) {
-    const unsigned at = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+// Writes 4 or 8 bytes where block `rank` of the cluster has `to`, and counts them at its `barrier`.
+template <typename T> __device__ inline void send(T *to, int rank, T value, uint64_t *barrier) {
+    static_assert(sizeof(T) == 4 || sizeof(T) == 8, "one store");
+    unsigned at, counted;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(to)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counted) : "r"(shared_address(barrier)), "r"(rank));
+    typename std::conditional<sizeof(T) == 4, uint32_t, uint64_t>::type bits;
+    memcpy(&bits, &value, sizeof(bits));
+    if constexpr (sizeof(T) == 4)
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(at), "r"(bits),
+                     "r"(counted)
+                     : "memory");
+    else
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(at), "l"(bits),
+                     "r"(counted)
+                     : "memory");
+}
+
+// Sixteen bytes from global to shared memory, past the registers: the first `bytes` of them, then zeros. Both are
+// aligned.
+template <typename T> __device__ inline void copy_async(T *to, const T *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
 }
 __device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 __device__ inline void wait_for_all_copies_but_the_last() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }

@@ -2,14 +2,17 @@
 //
 // Every thread of a block is a fiber. It runs until it waits: for its block, its warp (a shuffle) or its cluster. When
 // all have waited or ended, whoever may go on does; if nobody may, the launch fails: a deadlock. Shared memory that a
-// kernel declares is static, which is right as long as one block runs at a time, so a kernel for clusters may have
-// dynamic shared memory only. A block may reach into another's shared memory from its first step to its last: before
-// and after that the launch fails too, and so it does where an access is not aligned. Races between threads are not seen.
+// kernel declares is static, which is right as long as one block runs at a time, so a kernel for clusters, of which
+// RESIDENT run at once, may have dynamic shared memory only. Copies are made when they are waited for and no sooner;
+// what odd warps send comes when nobody could go on without it, what even warps send at once. A block may be sent
+// something from its first step to its last: before and after that the launch fails too, and so it does where an access
+// is not aligned. Races between threads are not seen.
 #pragma once
 
 #include <cuda_runtime_api.h>
 #include <functional>
 #include <math.h>
+#include <memory>
 #include <stdint.h>
 #include <string.h>
 #include <type_traits>
@@ -26,32 +29,57 @@
 
 namespace emulation {
 
-enum class Wait { NONE, WARP, BLOCK, CLUSTER, ENDED };
+constexpr int RESIDENT = 2;
+
+enum class Wait { NONE, WARP, BLOCK, CLUSTER, BARRIER, ENDED };
+
+// In 8 bytes of shared memory. A phase ends when one thread has come and no byte is due.
+struct Barrier {
+    uint32_t phase : 1, come : 1, unused : 30;
+    int32_t due;
+
+    void settle() {
+        if (!come || due != 0) return;
+        phase ^= 1, come = 0;
+    }
+};
 
 struct Copy {
     void *to;
     const void *from;
-    bool last; // of its group
+    int bytes; // of 16; −1: the end of a group
+};
+
+struct Message {
+    void *to;
+    uint64_t value;
+    int bytes;
+    Barrier *barrier;
+    size_t block; // whose memory that is
 };
 
 struct Thread {
     ucontext_t context;
-    std::vector<char> stack;
+    std::unique_ptr<char[]> stack;
     uint3 thread, block;
-    int rank; // of its block in the cluster
+    size_t place; // of its block among those that run at once
     Wait wait;
-    uint64_t sent; // what it gives to a shuffle
-    std::vector<Copy> copies; // asynchronous ones: made when they are waited for, and no sooner
+    const Barrier *barrier; // and the parity of its phase that it waits for
+    uint32_t parity;
+    uint64_t sent[2]; // what it gives to a shuffle, and to the next: nobody is further ahead
+    unsigned shuffles;
+    std::vector<Copy> copies; // asynchronous ones
 };
 
 struct Machine {
     dim3 grid, size;
     int cluster = 1;
     std::vector<Thread> threads;
-    std::vector<std::vector<unsigned char>> shared; // dynamic, of each block of the cluster
+    std::vector<std::vector<unsigned char>> shared; // dynamic, of each block that runs
+    std::vector<Message> messages;                  // on their way
     Thread *now = nullptr;
     ucontext_t scheduler;
-    std::vector<char> started; // of the blocks of the cluster
+    std::vector<char> started; // of the blocks that run
     int fault;                 // what a thread did that a GPU would not let it do, as a cudaError_t
     std::function<void()> kernel;
 };
@@ -69,7 +97,7 @@ inline void wait(Wait kind) {
 
 inline void enter() {
     Machine &m = machine();
-    m.started[m.now->rank] = 1;
+    m.started[m.now->place] = 1;
     m.kernel();
     m.now->wait = Wait::ENDED;
     swapcontext(&m.now->context, &m.scheduler);
@@ -100,35 +128,67 @@ inline void run_block(size_t first, size_t last) {
     } while (release(first, last, 32, Wait::WARP) || release(first, last, last - first, Wait::BLOCK));
 }
 
-// All blocks of the grid, one cluster after another.
-inline int run(dim3 grid, dim3 size, size_t shared, int cluster, std::function<void()> kernel) {
+inline bool release_barriers() {
+    bool any = false;
+    for (Thread &t : machine().threads) {
+        if (t.wait != Wait::BARRIER || t.barrier->phase == t.parity) continue;
+        t.wait = Wait::NONE;
+        any = true;
+    }
+    return any;
+}
+
+inline void deliver(const Message &message) {
     Machine &m = machine();
-    if (size.x % 32 || size.x > 1024 || size.y != 1 || size.z != 1 || grid.x % cluster) return cudaErrorInvalidValue;
+    const size_t first = message.block * m.size.x;
+    bool there = m.started[message.block];
+    for (size_t i = first; i < first + m.size.x; ++i) there = there && m.threads[i].wait != Wait::ENDED;
+    if (!there) m.fault = cudaErrorIllegalAddress;
+    memcpy(message.to, &message.value, message.bytes);
+    message.barrier->due -= message.bytes;
+    message.barrier->settle();
+}
+
+inline bool deliver_all() {
+    std::vector<Message> messages;
+    messages.swap(machine().messages);
+    for (const Message &message : messages) deliver(message);
+    return !messages.empty();
+}
+
+// All blocks of the grid, `at_once` of them at a time.
+inline int run(dim3 grid, dim3 size, size_t shared, int cluster, unsigned at_once, std::function<void()> kernel) {
+    Machine &m = machine();
+    if (size.x % 32 || size.x > 1024 || size.y != 1 || size.z != 1 || grid.x % at_once) return cudaErrorInvalidValue;
     m.grid = grid, m.size = size, m.cluster = cluster, m.kernel = kernel;
-    m.threads.resize(static_cast<size_t>(size.x) * cluster);
+    m.threads.resize(static_cast<size_t>(size.x) * at_once);
     for (unsigned y = 0; y < grid.y; ++y) {
-        for (unsigned x = 0; x < grid.x; x += cluster) {
-            m.started.assign(cluster, 0);
+        for (unsigned x = 0; x < grid.x; x += at_once) {
+            m.started.assign(at_once, 0);
+            m.messages.clear();
             m.fault = cudaSuccess;
-            m.shared.assign(cluster, std::vector<unsigned char>(shared + 16, 0xA5));
+            m.shared.assign(at_once, std::vector<unsigned char>(shared + 16, 0xA5));
             for (size_t i = 0; i < m.threads.size(); ++i) {
                 Thread &t = m.threads[i];
-                t.stack.resize(1 << 16);
-                t.rank = static_cast<int>(i / size.x);
+                constexpr size_t STACK = 1 << 16;
+                if (!t.stack) t.stack.reset(new char[STACK]);
+                t.place = i / size.x;
                 t.thread = {static_cast<unsigned>(i % size.x), 0, 0};
-                t.block = {x + t.rank, y, 0};
+                t.block = {static_cast<unsigned>(x + t.place), y, 0};
                 t.wait = Wait::NONE;
+                t.shuffles = 0;
                 t.copies.clear();
                 getcontext(&t.context);
-                t.context.uc_stack.ss_sp = t.stack.data();
-                t.context.uc_stack.ss_size = t.stack.size();
+                t.context.uc_stack.ss_sp = t.stack.get();
+                t.context.uc_stack.ss_size = STACK;
                 t.context.uc_link = &m.scheduler;
                 makecontext(&t.context, enter, 0);
             }
             const size_t all = m.threads.size();
             do {
                 for (size_t first = 0; first < all; first += size.x) run_block(first, first + size.x);
-            } while (release(0, all, all, Wait::CLUSTER));
+            } while (release(0, all, size.x * cluster, Wait::CLUSTER) || release_barriers() ||
+                     (deliver_all() && release_barriers()));
             for (const Thread &t : m.threads)
                 if (t.wait != Wait::ENDED) return cudaErrorLaunchTimeout; // nobody may go on
             if (m.fault != cudaSuccess) return m.fault;
@@ -141,13 +201,12 @@ template <typename T> T shuffle(T value, int source) {
     static_assert(sizeof(T) <= 8, "a shuffle moves one number");
     Machine &m = machine();
     Thread *self = m.now;
-    self->sent = 0;
-    memcpy(&self->sent, &value, sizeof(T));
+    const unsigned turn = self->shuffles++ % 2;
+    memcpy(&self->sent[turn], &value, sizeof(T));
     wait(Wait::WARP);
     const size_t index = self - m.threads.data();
     T got;
-    memcpy(&got, &m.threads[index - index % 32 + source].sent, sizeof(T));
-    wait(Wait::WARP); // before anybody sends anew
+    memcpy(&got, &m.threads[index - index % 32 + source].sent[turn], sizeof(T));
     return got;
 }
 
@@ -168,44 +227,86 @@ template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
 template <typename T> T __shfl_sync(unsigned, T value, int source) { return emulation::shuffle(value, source); }
 
 #define SFR_LAUNCH(kernel, grid, block, shared, stream, ...)                                                          \
-    emulation::run((grid), (block), (shared), 1, [=]() mutable { (kernel)(__VA_ARGS__); })
+    emulation::run((grid), (block), (shared), 1, 1, [=]() mutable { (kernel)(__VA_ARGS__); })
 #define SFR_DYNAMIC_SHARED(name)                                                                                      \
-    unsigned char *name = reinterpret_cast<unsigned char *>(                                                          \
-        (reinterpret_cast<uintptr_t>(emulation::machine().shared[emulation::machine().now->rank].data()) + 15) & ~15ull)
-#define SFR_LAUNCH_CLUSTER(kernel, grid, block, shared, cluster, stream, ...)                                         \
-    emulation::run((grid), (block), (shared), (cluster), [=]() mutable { (kernel)(__VA_ARGS__); })
+    unsigned char *name = reinterpret_cast<unsigned char *>(emulation::shared_of(emulation::machine().now->place))
+#define SFR_LAUNCH_CLUSTER(kernel, most, block, shared, cluster, stream, ...)                                         \
+    emulation::run_clusters((most), (block), (shared), (cluster), [=]() mutable { (kernel)(__VA_ARGS__); })
 
-inline int cluster_rank() { return emulation::machine().now->rank; }
+namespace emulation {
+
+inline uintptr_t shared_of(size_t place) {
+    return (reinterpret_cast<uintptr_t>(machine().shared[place].data()) + 15) & ~uintptr_t(15);
+}
+
+inline int run_clusters(int64_t most, int block, size_t shared, int cluster, std::function<void()> kernel) {
+    const unsigned blocks = cluster * static_cast<unsigned>(most < RESIDENT ? most : RESIDENT);
+    return run(dim3(blocks), dim3(block), shared, cluster, blocks, kernel);
+}
+
+} // namespace emulation
+
+namespace sfr {
+
+inline int cluster_rank() { return static_cast<int>(emulation::machine().now->place % emulation::machine().cluster); }
 inline int cluster_size() { return emulation::machine().cluster; }
 inline void cluster_sync() { emulation::wait(emulation::Wait::CLUSTER); }
-template <typename T> T *remote(T *mine, int rank) {
+
+inline int64_t claim(int64_t *at) { return (*at)++; }
+
+inline void start_barrier(uint64_t *barrier) { *barrier = 0; }
+inline void expect_bytes(uint64_t *at, int bytes) {
+    emulation::Barrier *barrier = reinterpret_cast<emulation::Barrier *>(at);
+    barrier->due += bytes, barrier->come = 1;
+    barrier->settle();
+}
+inline void wait_for_bytes(uint64_t *at, int parity) {
+    emulation::Thread *self = emulation::machine().now;
+    self->barrier = reinterpret_cast<emulation::Barrier *>(at), self->parity = parity;
+    if (self->barrier->phase == self->parity) emulation::wait(emulation::Wait::BARRIER);
+}
+template <typename T> void send(T *to, int rank, T value, uint64_t *barrier) {
     auto &m = emulation::machine();
-    const auto first = m.threads.begin() + static_cast<size_t>(rank) * m.size.x;
-    bool there = m.started[rank];
-    for (auto t = first; t != first + m.size.x; ++t) there = there && t->wait != emulation::Wait::ENDED;
-    if (!there) m.fault = cudaErrorIllegalAddress;
-    const auto base = [&](int r) { return (reinterpret_cast<uintptr_t>(m.shared[r].data()) + 15) & ~uintptr_t(15); };
-    return reinterpret_cast<T *>(reinterpret_cast<uintptr_t>(mine) - base(m.now->rank) + base(rank));
+    const size_t here = m.now->place, there = here - here % m.cluster + rank;
+    const uintptr_t moved = emulation::shared_of(there) - emulation::shared_of(here);
+    emulation::Message message{reinterpret_cast<void *>(reinterpret_cast<uintptr_t>(to) + moved), 0, sizeof(T),
+                               reinterpret_cast<emulation::Barrier *>(reinterpret_cast<uintptr_t>(barrier) + moved),
+                               there};
+    memcpy(&message.value, &value, sizeof(T));
+    if (m.now->thread.x / 32 % 2)
+        m.messages.push_back(message);
+    else
+        emulation::deliver(message);
 }
-template <typename T> void copy_async(T *to, const T *from) {
-    emulation::machine().now->copies.push_back({to, from, false});
+
+template <typename T> void copy_async(T *to, const T *from, int bytes) {
+    emulation::machine().now->copies.push_back({to, from, bytes});
 }
-inline void commit_copies() { emulation::machine().now->copies.push_back({nullptr, nullptr, true}); }
+inline void commit_copies() { emulation::machine().now->copies.push_back({nullptr, nullptr, -1}); }
 inline void wait_for_all_copies_but_the_last() {
     auto &copies = emulation::machine().now->copies;
     size_t groups = 0, done = 0;
-    for (const auto &copy : copies) groups += copy.last;
+    for (const auto &copy : copies) groups += copy.bytes < 0;
     for (; groups > 1; ++done) {
-        if (copies[done].last)
+        if (copies[done].bytes < 0) {
             --groups;
-        else
-            memcpy(copies[done].to, copies[done].from, 16);
+            continue;
+        }
+        memset(copies[done].to, 0, 16);
+        memcpy(copies[done].to, copies[done].from, copies[done].bytes);
     }
     copies.erase(copies.begin(), copies.begin() + done);
 }
-namespace sfr {
+
 inline void check_alignment(const void *at, size_t bytes) {
     if (reinterpret_cast<uintptr_t>(at) % bytes) emulation::machine().fault = cudaErrorMisalignedAddress;
 }
 template <typename T> void store_global(T *at, T value) { *at = value; }
+inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
+inline int clear(void *at, size_t bytes, void *) {
+    memset(at, 0, bytes);
+    return cudaSuccess;
+}
+
 } // namespace sfr

@@ -4,10 +4,12 @@
 //     ℓ = lse − (1 − ε) z_y − ε mean(z) + λ_z lse²
 //     dz = p (1 + 2 λ_z lse) − (1 − ε) onehot(y) − ε / V      dx = w s (1 − (z / cap)²) dz
 //
-// Everywhere: one block a row, two passes, the second from the end, where caches still hold the row. On sm_90 and later
-// a cluster of blocks keeps the row in its shared memory: one read and one write a logit, and the next row is on its way
-// into a second buffer while this one is worked on. Every thread works on the numbers that it has copied itself, so
-// that no block waits for its own copies; once a row the blocks of a cluster exchange their sums.
+// Everywhere: one block a row, two passes, the second from the end, where caches still hold the row. On sm_90 and
+// later a cluster of blocks keeps the row in its shared memory: one read and one write a logit, and the next row is on
+// its way into a second buffer while this one is worked on. Every thread works on the numbers that it has copied
+// itself, so that no block waits for its own copies; once a row the warps of a cluster send each other their sums.
+//
+// Clusters claim their rows as they go. A row's result does not depend on who has claimed it, nor on when.
 
 #include "softmax.cuh"
 #include "types.cuh"
@@ -15,8 +17,11 @@
 namespace sfr {
 
 constexpr int WARPS = 32; // at most
+// Vectors of global memory that a thread waits for at once; a softcap takes long to compute, and many registers.
+template <bool SOFTCAP> constexpr int LOADS = SOFTCAP ? 2 : 4;
 
-template <bool EXTRA> __device__ inline Sums block_merge(Sums s, Sums *parts) {
+template <bool EXTRA> __device__ inline Sums block_merge(Sums s) {
+    __shared__ Sums parts[WARPS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     s = warp_merge<EXTRA>(s);
     if (lane == 0) parts[warp] = s;
@@ -25,132 +30,145 @@ template <bool EXTRA> __device__ inline Sums block_merge(Sums s, Sums *parts) {
     return warp_merge<EXTRA>(s);
 }
 
+// A block has an SM to itself: the rows that are worked on then stay in the L2 cache for the second pass.
 template <typename T, int VECTOR, bool WHOLE, bool SOFTCAP, bool EXTRA>
-__device__ inline Sums row_sums(const T *x, int64_t col, int vocab, const Squash &how, float pivot) {
-    __shared__ Sums parts[WARPS];
-    Sums s;
-    for (int first = threadIdx.x * VECTOR; first < vocab; first += blockDim.x * VECTOR) {
-        float v[VECTOR];
-        load_columns<VECTOR, WHOLE>(x, col, first, vocab, v);
-        add<VECTOR, SOFTCAP, EXTRA, WHOLE>(s, v, first, vocab, how, pivot);
-    }
-    return block_merge<EXTRA>(s, parts);
-}
-
-template <typename T, int VECTOR, bool WHOLE, bool SOFTCAP>
-__device__ inline void write_gradient(T *x, int64_t col, int vocab, int64_t label, const Squash &how, const Slopes &s) {
-    const int step = blockDim.x * VECTOR;
-    for (int base = (vocab - 1) / step * step; base >= 0; base -= step) {
-        const int first = base + threadIdx.x * VECTOR;
-        if (first >= vocab) continue;
-        float v[VECTOR];
-        load_columns<VECTOR, WHOLE>(x, col, first, vocab, v);
-        gradient<VECTOR, SOFTCAP>(v, first, label, how, s);
-        store_columns<VECTOR, WHOLE>(x, col, first, vocab, v);
-    }
-}
-
-// z of the label, NaN for a label that is no class, and 0 or the like of it as a pivot for Σ (z − pivot).
-template <bool SOFTCAP, typename T>
-__device__ inline float label_logit(const T *x, int64_t col, int64_t vocab, int64_t label, const Squash &how,
-                                    float *pivot) {
-    float bend;
-    const bool valid = label >= 0 && label < vocab;
-    const float z = valid ? squash<SOFTCAP>(to_float(x[label * col]), how, &bend) : NAN;
-    *pivot = z > -INFINITY ? z : 0.0f;
-    return z;
-}
-
-template <typename T, int VECTOR, bool WHOLE, bool SOFTCAP, bool EXTRA>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(1024, 1)
     softmax_xent_kernel(T *logits, int64_t row_stride, int64_t col, int vocab, Squash how, Loss a, bool need_grad) {
     const int64_t row = blockIdx.x, label = a.labels[row];
+    const float weight = weight_of(a.row_weight, row);
+    const int at = column_of(label, 0, vocab), threads = blockDim.x;
     T *x = logits + row * row_stride;
-    float pivot;
-    const float z_label = label_logit<SOFTCAP>(x, col, vocab, label, how, &pivot);
-    const Sums s = row_sums<T, VECTOR, WHOLE, SOFTCAP, EXTRA>(x, col, vocab, how, pivot);
-    const Slopes slopes = finish(a, row, s, z_label, pivot, vocab, threadIdx.x == 0);
-    // z_label was read by all before row_sums let anybody go on
-    if (need_grad) write_gradient<T, VECTOR, WHOLE, SOFTCAP>(x, col, vocab, label, how, slopes);
+    Sums s = thread_sums<LOADS<SOFTCAP>, WHOLE, SOFTCAP, EXTRA>(x, col, vocab, threads, 0, how);
+    float bend;
+    const float z_label = threadIdx.x == 0 && at >= 0 ? squash<SOFTCAP>(to_float(x[at * col]), how, &bend) : NAN;
+    s = block_merge<EXTRA>(s); // nobody writes before z_label has been read
+    const Slopes slopes = finish(a, row, s, z_label, weight, vocab, threadIdx.x == 0);
+    if (need_grad) write_gradient<LOADS<SOFTCAP>, WHOLE, SOFTCAP>(x, x, col, vocab, threads, at, how, slopes);
 }
 
 template <typename T, int VECTOR, bool WHOLE, bool SOFTCAP>
-__global__ void __launch_bounds__(1024) partials_kernel(const T *logits, int64_t row_stride, int64_t col, int vocab,
-                                                        Squash how, const int64_t *labels, float *out, int64_t n) {
+__global__ void __launch_bounds__(1024, 1) partials_kernel(const T *logits, int64_t row_stride, int64_t col, int vocab,
+                                                           Squash how, const int64_t *labels, float *out, int64_t n) {
     const int64_t row = blockIdx.x, label = labels[row];
     const T *x = logits + row * row_stride;
-    float pivot, bend;
-    const float first = squash<SOFTCAP>(to_float(x[0]), how, &bend);
-    pivot = first > -INFINITY ? first : 0.0f;
-    const bool owned = label >= 0 && label < vocab;
-    const Sums s = row_sums<T, VECTOR, WHOLE, SOFTCAP, true>(x, col, vocab, how, pivot);
+    Sums s = thread_sums<LOADS<SOFTCAP>, WHOLE, SOFTCAP, true>(x, col, vocab, blockDim.x, 0, how);
+    const int at = column_of(label, 0, vocab);
+    float bend;
+    const float z_label = threadIdx.x == 0 && at >= 0 ? squash<SOFTCAP>(to_float(x[at * col]), how, &bend) : 0.0f;
+    s = block_merge<true>(s);
     if (threadIdx.x != 0) return;
     out[row] = s.top;
     out[n + row] = s.total;
-    out[2 * n + row] = owned ? squash<SOFTCAP>(to_float(x[label * col]), how, &bend) : 0.0f;
-    out[3 * n + row] = owned ? 1.0f : 0.0f;
-    out[4 * n + row] = s.rest + vocab * (pivot - s.top);
+    out[2 * n + row] = z_label;
+    out[3 * n + row] = at >= 0 ? 1.0f : 0.0f;
+    out[4 * n + row] = s.rest;
     out[5 * n + row] = s.moment;
     out[6 * n + row] = static_cast<float>(s.best);
 }
 
 template <typename T, int VECTOR, bool WHOLE, bool SOFTCAP>
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(1024, 1)
     gradient_kernel(T *logits, int64_t row_stride, int64_t col, int vocab, Squash how, const int64_t *labels,
                     const float *row_weight, const float *top, const float *share, const float *uniform,
                     float logit_scale, float label_smoothing) {
     const int64_t row = blockIdx.x;
-    const float slope = logit_scale * (row_weight == nullptr ? 1.0f : row_weight[row]);
+    const float slope = logit_scale * weight_of(row_weight, row);
     const Slopes s{top[row], slope * share[row], slope * (1.0f - label_smoothing), slope * *uniform};
-    write_gradient<T, VECTOR, WHOLE, SOFTCAP>(logits + row * row_stride, col, vocab, labels[row], how, s);
+    T *x = logits + row * row_stride;
+    const int at = column_of(labels[row], 0, vocab);
+    write_gradient<LOADS<SOFTCAP>, WHOLE, SOFTCAP>(x, x, col, vocab, blockDim.x, at, how, s);
 }
 
+constexpr int CLUSTER_THREADS = 512, CLUSTER_WARPS = CLUSTER_THREADS / 32, MOST_BLOCKS = 8;
+
+// What a block is told about a row of its cluster.
+struct alignas(16) Told {
+    Sums sums[MOST_BLOCKS * CLUSTER_WARPS]; // of every warp of the cluster
+    int64_t before;                         // how many rows were claimed before the cluster's row after the next
+    float label;                            // the logit of the label; the first block alone is told
+};
+
+// At the start of a block's shared memory; two buffers of a slice of a row follow.
+struct alignas(16) Post {
+    Told told[2]; // about rows of either parity
+    uint64_t all_told[2];
+};
+static_assert(sizeof(Post) <= 8192, "leaves/cuda/softmax_xent.py leaves room for so much");
+
+// Two of each are enough: a warp sends about a row once all warps have told it about the row before, which they did
+// after they had read about the row before that. A block may end while others go on: all that they send it about its
+// last row has come before it goes on with that.
 template <typename T, int VECTOR, bool SOFTCAP, bool EXTRA>
-__global__ void __launch_bounds__(512)
-    cluster_kernel(T *logits, int64_t row_stride, int64_t n, int vocab, int slice, Squash how, Loss a, bool need_grad) {
+__global__ void __launch_bounds__(CLUSTER_THREADS, 1)
+    cluster_kernel(T *logits, int64_t row_stride, int64_t n, int vocab, int slice, int64_t *claimed, Squash how, Loss a,
+                   bool need_grad) {
 #if defined(SFR_EMULATION) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
-    SFR_DYNAMIC_SHARED(shared); // two buffers of a slice; sums of the warps; sums of the blocks, of two rows
-    T *buffers = reinterpret_cast<T *>(shared);
-    Sums *warps = reinterpret_cast<Sums *>(buffers + 2 * slice), *blocks = warps + WARPS;
+    SFR_DYNAMIC_SHARED(shared);
+    Post &post = *reinterpret_cast<Post *>(shared);
+    T *buffers = reinterpret_cast<T *>(shared + sizeof(Post));
     const int rank = cluster_rank(), size = cluster_size();
     const int64_t clusters = gridDim.x / size;
-    const int begin = rank * slice, end = begin + slice < vocab ? begin + slice : vocab;
-    const int step = blockDim.x * VECTOR, mine = threadIdx.x * VECTOR;
+    const int begin = rank * slice, width = vocab - begin < slice ? vocab - begin : slice; // may be negative
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const bool leads = rank == 0 && threadIdx.x == 0;
+    const int bytes = size * CLUSTER_WARPS * (EXTRA ? 24 : 8) + 8 + (rank == 0 ? 4 : 0); // told about a row
     const auto fetch = [&](int64_t row, T *to) {
-        if (row < n)
-            for (int at = mine; begin + at < end; at += step)
-                copy_async(to + at, logits + row * row_stride + begin + at);
+        constexpr int STEP = CLUSTER_THREADS * VECTOR;
+        const int first = threadIdx.x * VECTOR;
+        const T *from = logits + row * row_stride + begin + first;
+        to += first;
+        for (int left = row < n ? width - first : 0; left > 0; left -= STEP, from += STEP, to += STEP)
+            copy_async(to, from, (left < VECTOR ? left : VECTOR) * static_cast<int>(sizeof(T)));
         commit_copies();
     };
-    int64_t row = blockIdx.x / size;
+    int64_t row = blockIdx.x / size, next = row + clusters, label = a.labels[row];
+    float weight = weight_of(a.row_weight, row);
     fetch(row, buffers);
+    if (threadIdx.x < 2) start_barrier(&post.all_told[threadIdx.x]);
     cluster_sync(); // nobody writes into the memory of a block that has not begun
-    for (int parity = 0; row < n; row += clusters, parity ^= 1) {
-        T *x = logits + row * row_stride, *buffer = buffers + parity * slice;
-        fetch(row + clusters, buffers + (parity ^ 1) * slice);
-        const int64_t label = a.labels[row];
-        float pivot;
-        const float z_label = label_logit<SOFTCAP>(x, 1, vocab, label, how, &pivot);
+    for (int turn = 0; row < n; ++turn) {
+        const int parity = turn & 1;
+        Told &told = post.told[parity];
+        uint64_t *all_told = &post.all_told[parity];
+        T *x = logits + row * row_stride + begin, *buffer = buffers + parity * slice;
+        int64_t before = 0;
+        if (threadIdx.x == 0) {
+            expect_bytes(all_told, bytes);
+            if (rank == 0) before = claim(claimed);
+        }
+        fetch(next, buffers + (parity ^ 1) * slice);
+        const int64_t next_label = next < n ? a.labels[next] : 0;
+        const float next_weight = next < n ? weight_of(a.row_weight, next) : 0.0f;
+
         wait_for_all_copies_but_the_last();
-        Sums s;
-        for (int at = mine; begin + at < end; at += step) {
-            float v[VECTOR];
-            load<VECTOR>(buffer + at, v);
-            add<VECTOR, SOFTCAP, EXTRA, true>(s, v, begin + at, vocab, how, pivot);
+        Sums s = thread_sums<2, true, SOFTCAP, EXTRA>(buffer, 1, width, CLUSTER_THREADS, begin, how);
+        s = warp_merge<EXTRA>(s);
+        if (lane < size) {
+            uint64_t words[3];
+            memcpy(words, &s, sizeof(words));
+            uint64_t *to = reinterpret_cast<uint64_t *>(&told.sums[rank * CLUSTER_WARPS + warp]);
+#pragma unroll
+            for (int i = 0; i < (EXTRA ? 3 : 1); ++i) send(to + i, lane, words[i], all_told);
         }
-        s = block_merge<EXTRA>(s, warps);
-        if (static_cast<int>(threadIdx.x) < size) remote(blocks + parity * 16, threadIdx.x)[rank] = s;
-        cluster_sync(); // all sums are there; all have read z_label, and the sums of the row before
-        s = blocks[parity * 16];
-        for (int other = 1; other < size; ++other) s = merge<EXTRA>(s, blocks[parity * 16 + other]);
-        const Slopes slopes = finish(a, row, s, z_label, pivot, vocab, rank == 0 && threadIdx.x == 0);
-        if (!need_grad) continue;
-        for (int at = mine; begin + at < end; at += step) {
-            float v[VECTOR];
-            load<VECTOR>(buffer + at, v);
-            gradient<VECTOR, SOFTCAP>(v, begin + at, label, how, slopes);
-            store<VECTOR>(x + begin + at, v);
+        const int at = column_of(label, begin, width);
+        if (at >= 0 && at / VECTOR % CLUSTER_THREADS == static_cast<int>(threadIdx.x))
+            send(&told.label, 0, to_float(buffer[at]), all_told);
+        if (leads) {
+            if (label < 0 || label >= vocab) send(&told.label, 0, NAN, all_told);
+            for (int other = 0; other < size; ++other) send(&told.before, other, before, all_told);
         }
+
+        wait_for_bytes(all_told, turn >> 1 & 1);
+        s = Sums{};
+        for (int i = lane; i < size * CLUSTER_WARPS; i += 32) s = merge<EXTRA>(s, told.sums[i]);
+        s = warp_merge<EXTRA>(s);
+        float bend;
+        const float z_label = leads ? squash<SOFTCAP>(told.label, how, &bend) : 0.0f;
+        const Slopes slopes = finish(a, row, s, z_label, weight, vocab, leads);
+        row = next, next = 2 * clusters + told.before; // nobody claims its first two
+        label = next_label, weight = next_weight;
+        if (need_grad)
+            write_gradient<2, true, SOFTCAP>(buffer, x, 1, width, CLUSTER_THREADS, at, how, slopes);
     }
 #else
     __trap(); // sfr_cluster_code tells who would come here
@@ -167,8 +185,8 @@ inline int threads_for(int64_t bytes) {
     return 32 * static_cast<int>(warps < 1 ? 1 : warps > WARPS ? WARPS : warps);
 }
 
-template <typename T> bool whole_rows(const T *at, int64_t row, int64_t col, int vocab) {
-    return col == 1 && vocab % (16 / sizeof(T)) == 0 && aligned(at, row * sizeof(T), 16);
+template <typename T> bool whole_vectors(const T *at, int64_t row, int64_t col) {
+    return col == 1 && aligned(at, row * sizeof(T), 16);
 }
 
 } // namespace sfr
@@ -195,7 +213,7 @@ SFR_API sfr_softmax_xent(void *logits, int dtype, int64_t row_stride, int64_t co
         constexpr int VECTOR = 16 / sizeof(T);
         T *x = static_cast<T *>(logits);
         const int threads = sfr::threads_for(static_cast<int64_t>(vocab) * sizeof(T));
-        SFR_BOOL(sfr::whole_rows(x, row_stride, col, vocab), WHOLE,
+        SFR_BOOL(sfr::whole_vectors(x, row_stride, col), WHOLE,
                  SFR_BOOL(softcap != 0.0f, SOFTCAP,
                           SFR_BOOL(lse != nullptr || label_smoothing != 0.0f, EXTRA,
                                    return SFR_LAUNCH((sfr::softmax_xent_kernel<T, VECTOR, WHOLE, SOFTCAP, EXTRA>), grid,
@@ -215,25 +233,27 @@ SFR_API sfr_cluster_code() {
 #endif
 }
 
-// As sfr_softmax_xent, rows of 16-byte multiples held on chip by clusters of `cluster` blocks (1, 2, 4 or 8); sm_90 on.
+// As sfr_softmax_xent, rows aligned to 16 bytes held on chip by clusters of `cluster` blocks (1, 2, 4 or 8); sm_90 on.
+// claimed: room for one number.
 SFR_API sfr_softmax_xent_cluster(void *logits, int dtype, int64_t row_stride, const int64_t *labels,
                                  const float *row_weight, float *loss, float *lse, int64_t *predicted, float *entropy,
                                  int64_t n, int vocab, float logit_scale, float softcap, float label_smoothing,
-                                 float z_loss, int need_grad, int cluster, int blocks, void *stream) {
+                                 float z_loss, int need_grad, int cluster, int64_t *claimed, void *stream) {
     if (n == 0) return cudaSuccess;
     const sfr::Squash how = sfr::squash_of(logit_scale, softcap);
     const sfr::Loss a{labels, row_weight, loss, lse, entropy, predicted, logit_scale, label_smoothing, z_loss};
     SFR_DISPATCH(dtype, T, {
         constexpr int VECTOR = 16 / sizeof(T);
         T *x = static_cast<T *>(logits);
-        if (!sfr::whole_rows(x, row_stride, 1, vocab)) return cudaErrorInvalidValue;
-        const int packs = vocab / VECTOR, slice = (packs + cluster - 1) / cluster * VECTOR;
-        const size_t shared = 2 * slice * sizeof(T) + (sfr::WARPS + 32) * sizeof(sfr::Sums);
-        const dim3 grid(blocks / cluster * cluster);
+        if (!sfr::whole_vectors(x, row_stride, 1)) return cudaErrorInvalidValue;
+        const int packs = (vocab + VECTOR - 1) / VECTOR, slice = (packs + cluster - 1) / cluster * VECTOR;
+        const size_t shared = sizeof(sfr::Post) + 2 * slice * sizeof(T);
+        if (const int error = sfr::clear(claimed, 8, stream)) return error;
         SFR_BOOL(softcap != 0.0f, SOFTCAP,
                  SFR_BOOL(lse != nullptr || label_smoothing != 0.0f, EXTRA,
-                          return SFR_LAUNCH_CLUSTER((sfr::cluster_kernel<T, VECTOR, SOFTCAP, EXTRA>), grid, 512, shared,
-                                                    cluster, stream, x, row_stride, n, vocab, slice, how, a,
+                          return SFR_LAUNCH_CLUSTER((sfr::cluster_kernel<T, VECTOR, SOFTCAP, EXTRA>), n,
+                                                    sfr::CLUSTER_THREADS, shared, cluster, stream, x, row_stride, n,
+                                                    vocab, slice, claimed, how, a,
                                                     need_grad != 0)))
     })
     return cudaErrorInvalidValue;
@@ -249,7 +269,7 @@ SFR_API sfr_softmax_partials(const void *logits, int dtype, int64_t row_stride, 
         constexpr int VECTOR = 16 / sizeof(T);
         const T *x = static_cast<const T *>(logits);
         const int threads = sfr::threads_for(static_cast<int64_t>(vocab) * sizeof(T));
-        SFR_BOOL(sfr::whole_rows(x, row_stride, col, vocab), WHOLE,
+        SFR_BOOL(sfr::whole_vectors(x, row_stride, col), WHOLE,
                  SFR_BOOL(softcap != 0.0f, SOFTCAP,
                           return SFR_LAUNCH((sfr::partials_kernel<T, VECTOR, WHOLE, SOFTCAP>), grid, threads, 0, stream,
                                             x, row_stride, col, vocab, how, labels, out, n)))
@@ -268,7 +288,7 @@ SFR_API sfr_softmax_gradient(void *logits, int dtype, int64_t row_stride, int64_
         constexpr int VECTOR = 16 / sizeof(T);
         T *x = static_cast<T *>(logits);
         const int threads = sfr::threads_for(static_cast<int64_t>(vocab) * sizeof(T));
-        SFR_BOOL(sfr::whole_rows(x, row_stride, col, vocab), WHOLE,
+        SFR_BOOL(sfr::whole_vectors(x, row_stride, col), WHOLE,
                  SFR_BOOL(softcap != 0.0f, SOFTCAP,
                           return SFR_LAUNCH((sfr::gradient_kernel<T, VECTOR, WHOLE, SOFTCAP>), grid, threads, 0, stream,
                                             x, row_stride, col, vocab, how, labels, row_weight, top, share, uniform,

@@ -29,13 +29,33 @@ template <> struct Raw<8> { using type = uint2; };
 template <> struct Raw<4> { using type = uint32_t; };
 
 // N numbers side by side in global memory (a load may be from shared memory), aligned to all of them, in one access.
-template <int N, typename T> __device__ inline void load(const T *at, float (&out)[N]) {
+template <int N, typename T> using Packed = typename Raw<N * sizeof(T)>::type;
+template <int N, typename T> __device__ inline Packed<N, T> load_packed(const T *at) {
     check_alignment(at, N * sizeof(T));
-    const typename Raw<N * sizeof(T)>::type raw = *reinterpret_cast<const typename Raw<N * sizeof(T)>::type *>(at);
-    T x[N];
-    memcpy(x, &raw, sizeof(x));
+    return *reinterpret_cast<const Packed<N, T> *>(at);
+}
+
+// The numbers in 32 bits.
+__device__ inline void unpack(uint32_t bits, float *out, float) { memcpy(out, &bits, sizeof(bits)); }
+__device__ inline void unpack(uint32_t bits, float *out, __half) {
+    __half2 pair;
+    memcpy(&pair, &bits, sizeof(bits));
+    out[0] = __low2float(pair), out[1] = __high2float(pair);
+}
+__device__ inline void unpack(uint32_t bits, float *out, __nv_bfloat16) {
+    const uint32_t pair[2] = {bits << 16, bits & 0xFFFF0000u}; // the upper halves of their float32
+    memcpy(out, pair, sizeof(pair));
+}
+template <typename T, int N> __device__ inline void unpack(const Packed<N, T> &packed, float (&out)[N]) {
+    constexpr int WORDS = N * sizeof(T) / 4, EACH = 4 / sizeof(T);
+    uint32_t words[WORDS];
+    memcpy(words, &packed, sizeof(words));
 #pragma unroll
-    for (int i = 0; i < N; ++i) out[i] = to_float(x[i]);
+    for (int i = 0; i < WORDS; ++i) unpack(words[i], out + i * EACH, T());
+}
+
+template <int N, typename T> __device__ inline void load(const T *at, float (&out)[N]) {
+    unpack<T>(load_packed<N>(at), out);
 }
 
 // The bits of as many numbers as fit 32, rounded.

@@ -16,6 +16,7 @@ import torch
 from benchmarks.check import sass
 from sfr_kernels.leaves.cuda import build, library
 from sfr_kernels.leaves.cuda.flow_loss import Arguments
+from sfr_kernels.leaves.torch import softmax_shard as eager_halves
 from sfr_kernels.leaves.torch.softmax_xent import softmax_xent as eager
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,46 +62,78 @@ EVERY_OPTION = dict(softcap=3.0, logit_scale=0.7, label_smoothing=0.1, z_loss=0.
     ],
 )
 def test_a_row_held_by_a_cluster(loaded, cluster, dtype, options):
-    """Fewer columns than threads, slices of unequal size, and more rows than clusters, in turn in both buffers."""
-    for vocab, n in ((16, 20), (8360, 5)):
+    """Fewer columns than threads, slices of unequal size, and more rows than clusters, in turn in both buffers; with
+    two passes as well. No row is a multiple of 16 bytes: what lies between rows is neither read nor written."""
+    for vocab, n in ((13, 9), (8357, 5)):
         g = torch.Generator().manual_seed(0)
         logits = (3 * torch.randn(n, vocab, generator=g)).to(dtype)
         labels, weight = torch.randint(vocab, (n,), generator=g), torch.rand(n, generator=g)
         labels[0], labels[-1] = 0, vocab - 1
-        exact, theirs, mine = logits.double(), logits.clone(), logits.clone()
+        exact, theirs = logits.double(), logits.clone()
         wanted, stats = eager(exact, labels, weight, need_stats=True, **options)
         eager_loss, _ = eager(theirs, labels, weight, **options)
-        loss, found = loaded.softmax_xent(mine, labels, weight, need_stats=True, cluster=cluster, **options)
-        for ours, other, true in ((loss, eager_loss, wanted), (mine, theirs, exact)):
-            error, bound = ((x.double() - true).norm() for x in (ours, other))
-            assert error <= 1.5 * bound + 2.0**-22 * true.norm()
-        torch.testing.assert_close(found.lse.double(), stats.lse, rtol=2e-6, atol=2e-6)
-        torch.testing.assert_close(found.entropy.double(), stats.entropy, rtol=2e-5, atol=2e-6)
-        assert torch.equal(found.correct, found.predicted == labels)
-        two_passes = logits.clone()
-        loaded.softmax_xent(two_passes, labels, weight, cluster=0, **options)
-        assert (mine.double() - two_passes.double()).norm() <= 2.0**-7 * exact.norm()
+        for blocks in (cluster, 0):
+            wide = torch.full((n, vocab + 3), torch.nan, dtype=dtype)
+            mine = wide[:, :vocab].copy_(logits)
+            loss, found = loaded.softmax_xent(mine, labels, weight, need_stats=True, cluster=blocks, **options)
+            for ours, other, true in ((loss, eager_loss, wanted), (mine, theirs, exact)):
+                error, bound = ((x.double() - true).norm() for x in (ours, other))
+                assert error <= 1.5 * bound + 2.0**-22 * true.norm()
+            torch.testing.assert_close(found.lse.double(), stats.lse, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(found.entropy.double(), stats.entropy, rtol=2e-5, atol=2e-6)
+            assert torch.equal(found.correct, found.predicted == labels)
+            assert wide[:, vocab:].isnan().all()
+    loss, _ = loaded.softmax_xent(torch.zeros(3, 16), torch.tensor([0, -1, 16]), cluster=cluster, **options)
+    assert loss.isnan().tolist() == [False, True, True]
 
 
-FAULTS = {  # file, what stands there, what is put in its place: each must be found
-    "a deadlock": ("reduce.cuh", "    __syncthreads();\n#pragma", "    if (lane == 0) __syncthreads();\n#pragma"),
-    "a read past the end": ("types.cuh", "first + i < width ? to_float(row", "first + i < width + 4096 ? to_float(row"),
-    "a copy not waited for": ("softmax_xent.cu", "        wait_for_all_copies_but_the_last();\n", ""),
-    "an access that is not aligned": ("scale.cu", "(sfr::aligned(x, 16, 16) && sfr::aligned(out, 16, 16))", "(true)"),
-    "a block that has not begun": ("softmax_xent.cu", "cluster_sync(); // nobody writes", "// nobody writes"),
-}
+@emulated_only
+def test_the_halves_of_rows_that_are_no_multiple_of_16_bytes(loaded):
+    g = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(3, 1021, generator=g)
+    labels = torch.tensor([0, 1020, -1])
+    mine = torch.full((3, 1024), torch.nan)
+    view = mine[:, :1021].copy_(logits)
+    found = loaded.softmax_partials(view, labels, need_rest=True, need_stats=True)
+    wanted = eager_halves.softmax_partials(logits, labels, need_rest=True, need_stats=True)
+    for values, same in zip(found, wanted, strict=True):
+        torch.testing.assert_close(values, same, rtol=2e-6, atol=1e-6)
+    rest = wanted.top, 1 / wanted.total, torch.tensor(0.1 / 1021)
+    loaded.softmax_gradient(view, labels, None, *rest, label_smoothing=0.1)
+    eager_halves.softmax_gradient(logits, labels, None, *rest, label_smoothing=0.1)
+    torch.testing.assert_close(view, logits, rtol=2e-6, atol=1e-8)
+    assert mine[:, 1021:].isnan().all()
 
 
+# File, what stands there, and what is put there, in which PLANTED says whether this is the fault: each must be found.
+SOFTMAX = "softmax_xent.cu"
+FAULTS = {
+    "a deadlock": ("reduce.cuh", " __syncthreads();\n#pragma", " if (!PLANTED || lane == 0) __syncthreads();\n#pragma"),
+    "a read past the end": ("types.cuh", "i < width ? to_float(row", "i < width + 4096 * PLANTED ? to_float(row"),
+    "an access that is not aligned": ("scale.cu", "(sfr::aligned(x, 16, 16)", "(PLANTED || sfr::aligned(x, 16, 16)"),
+    "a copy not waited for": (SOFTMAX, " wait_for_all", " if (!PLANTED) wait_for_all"),
+    "a block that has not begun": (SOFTMAX, " cluster_sync();", " if (!PLANTED) cluster_sync();"),
+    "a block that has ended": (
+        SOFTMAX, "const int at = column_of(label, begin",
+        "if (PLANTED && !need_grad && next >= n && rank) return;\nconst int at = column_of(label, begin",
+    ),
+    "sums not waited for": (SOFTMAX, " wait_for_bytes(", " if (!PLANTED) wait_for_bytes("),
+    "the wrong phase of a barrier": (SOFTMAX, "turn >> 1 & 1", "(PLANTED ? turn : turn >> 1) & 1"),
+    "a byte more than is expected": (SOFTMAX, "(EXTRA ? 24 : 8) + 8", "(EXTRA ? 24 : 8) + 8 - PLANTED"),
+    "sums overwritten too early": (SOFTMAX, "post.told[parity]", "post.told[PLANTED ? 0 : parity]"),
+    "a row claimed twice": (SOFTMAX, "next = 2 * clusters", "next = (PLANTED ? 1 : 2) * clusters"),
+}  # fmt: skip
 RUN = ("norm_act.cu", "scale.cu", "softmax_xent.cu")  # what the following calls
 
 
-def _run_fault(path: Path) -> None:
-    """LayerNorm of rows that end where memory does, and rows of logits held by a cluster."""
+def _run_fault(path: Path, fault: int) -> None:
+    """LayerNorm of rows that end where memory does, and rows of logits held by clusters."""
     import ctypes
     import mmap
 
     from sfr_kernels.leaves import cuda
 
+    os.environ["SFR_PLANTED"] = str(fault)
     library._library = library.Library(path)
     page = mmap.PAGESIZE
     room = mmap.mmap(-1, 3 * page)
@@ -109,30 +142,36 @@ def _run_fault(path: Path) -> None:
     y = torch.frombuffer(room, dtype=torch.float32, count=2 * page // 4)[-997:].view(1, 997)
     cuda.norm_act(y, torch.ones(997), torch.zeros(997))
     cuda.scale(torch.ones(99)[1:], torch.ones(()), torch.float32)
-    logits = torch.randn(3, 4488)
-    expected, _ = eager(logits.clone(), torch.zeros(3, dtype=torch.int64))
-    loss, _ = cuda.softmax_xent(logits, torch.zeros(3, dtype=torch.int64), cluster=2)
-    torch.testing.assert_close(loss, expected)
+    for need_grad in (True, False):
+        logits, labels = torch.randn(7, 4488), torch.zeros(7, dtype=torch.int64)
+        theirs = logits.clone()
+        expected, _ = eager(theirs, labels, need_grad=need_grad)
+        loss, _ = cuda.softmax_xent(logits, labels, cluster=2, need_grad=need_grad)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(logits, theirs)
 
 
 @emulated_only
-@pytest.mark.parametrize("fault", [None, *FAULTS])
-def test_faults_do_not_pass(fault, emulated, tmp_path):
-    path = emulated
-    if fault is not None:
-        name, found, planted = FAULTS[fault]
-        folder = tmp_path / "csrc"
-        shutil.copytree(ROOT / "csrc", folder)
+def test_faults_do_not_pass(emulated, tmp_path):
+    folder = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", folder)
+    for number, (name, found, planted) in enumerate(FAULTS.values(), 1):
         text = (folder / name).read_text()
         assert found in text
-        (folder / name).write_text(text.replace(found, planted))
-        changed = [name] if name.endswith(".cu") else RUN
-        path = emulation.compile_emulation(tmp_path, folder, built=emulated.parent, changed=changed)
-    process = get_context("spawn").Process(target=_run_fault, args=(path,))
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, "it hangs"
-    assert (process.exitcode == 0) == (fault is None)
+        (folder / name).write_text(text.replace(found, planted.replace("PLANTED", f"(sfr_planted == {number})")))
+    with open(folder / "emulation.h", "a") as file:
+        file.write('#include <stdlib.h>\ninline const int sfr_planted = atoi(getenv("SFR_PLANTED"));\n')
+    path = emulation.compile_emulation(tmp_path, folder, built=emulated.parent, changed=RUN)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    passed = []
+    for number, fault in enumerate([None, *FAULTS]):
+        process = context.Process(target=_run_fault, args=(path, number))
+        process.start()
+        process.join(120)
+        assert process.exitcode is not None, f"{fault}: it hangs"
+        passed += [fault] * (process.exitcode == 0)
+    assert passed == [None]
 
 
 def test_signatures_are_those_of_the_sources():

@@ -29,7 +29,7 @@ SIGNATURES = {
     "sfr_sequence_times": "ppplp",
     "sfr_sinusoid": "ppiiidp",
     "sfr_softmax_xent": "pillppppppliffffip",
-    "sfr_softmax_xent_cluster": "pilppppppliffffiiip",
+    "sfr_softmax_xent_cluster": "pilppppppliffffiipp",
     "sfr_softmax_partials": "pillppliffp",
     "sfr_softmax_gradient": "pillppppplifffp",
 }

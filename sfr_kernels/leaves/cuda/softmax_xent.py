@@ -9,17 +9,17 @@ from .. import RowPartials, RowStats
 from .library import DTYPES, address, library, stream_of
 
 _CLUSTERS = (1, 2, 4, 8)
-_SUMS_BYTES = 2048  # of shared memory, beside the two buffers of a block
+_POST_BYTES = 8192  # of shared memory, beside the two buffers of a block: at least `Post` of csrc/softmax_xent.cu
 
 
 def cluster_for(logits: Tensor) -> int:
     """Blocks that hold a row on chip between them; 0 where none can, or the chip has no clusters."""
     size = logits.element_size()
-    whole = logits.stride(1) == 1 and not any(k * size % 16 for k in (logits.shape[1], logits.stride(0)))
-    if not (whole and logits.is_cuda and logits.data_ptr() % 16 == 0):
+    aligned = logits.stride(1) == 1 and logits.stride(0) * size % 16 == 0 and logits.data_ptr() % 16 == 0
+    if not (aligned and logits.is_cuda):
         return 0
-    row, most = logits.shape[1] * size, _slice_bytes(logits.device)
-    return next((c for c in _CLUSTERS if -(-row // c) + 16 <= most), 0)
+    vectors, most = -(-logits.shape[1] * size // 16), _slice_bytes(logits.device)
+    return next((c for c in _CLUSTERS if -(-vectors // c) * 16 <= most), 0)
 
 
 @functools.cache
@@ -28,7 +28,7 @@ def _slice_bytes(device: torch.device) -> int:
     with torch.cuda.device(device):
         if torch.cuda.get_device_capability(device) < (9, 0) or library().cluster_code() < 90:
             return 0
-    return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin - _SUMS_BYTES) // 2
+    return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin - _POST_BYTES) // 2
 
 
 def softmax_xent(
@@ -54,9 +54,8 @@ def softmax_xent(
     options = (n, vocab, logit_scale, softcap or 0.0, label_smoothing, z_loss, need_grad)
     where = logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0)
     if cluster:
-        at_once = torch.cuda.get_device_properties(logits.device).multi_processor_count if logits.is_cuda else 16
-        blocks = cluster * max(1, min(n, at_once // cluster))
-        library().softmax_xent_cluster(*where, *pointers, *options, cluster, blocks, stream_of(logits))
+        claimed = torch.empty(1, dtype=torch.int64, device=logits.device)
+        library().softmax_xent_cluster(*where, *pointers, *options, cluster, claimed.data_ptr(), stream_of(logits))
     else:
         library().softmax_xent(*where, logits.stride(1), *pointers, *options, stream_of(logits))
     return loss, RowStats(*stats, stats[1] == labels) if need_stats else None
