@@ -73,14 +73,12 @@ template <typename T> int run(const FlowLoss &f, int dtype) {
     float *table = static_cast<float *>(f.work[7]), *partial = static_cast<float *>(f.work[8]);
     float *moments = static_cast<float *>(f.work[9]), *wide = static_cast<float *>(f.work[10]);
     const int64_t Md = static_cast<int64_t>(M) * d, MF = static_cast<int64_t>(M) * F;
-    T *again = parts == 2 ? s + Md : nullptr;
     const T *h = static_cast<const T *>(f.h);
     const T *w_1 = param(0), *w_2 = param(2), *w_x = param(4), *w_tau = w_x + d, *w_h = w_x + 2 * d;
     const T *w_out = param(4 * layers + 4), *b_out = param(4 * layers + 5);
 
     // τ, by way of F columns, and the table of row biases but b: M rows
-    SFR_TRY(sfr_sinusoid(f.times, s, dtype, M, d, f.time_scale, stream));
-    if (again != nullptr) SFR_TRY(sfr_sinusoid(f.times, again, dtype, M, d, f.time_scale, stream));
+    SFR_TRY(sfr_sinusoid(f.times, s, dtype, M, parts, d, f.time_scale, stream));
     SFR_TRY(mm(false, true, M, F, d, 1.0f, s, d, w_1, d, 0.0f, wide, F));
     SFR_TRY(add_bias(wide, param(1), z, silu, parts == 2 ? silu + MF : nullptr, M, F, stream));
     SFR_TRY(mm(false, true, M, d, F, 1.0f, silu, F, w_2, F, 0.0f, wide, d));

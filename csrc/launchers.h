@@ -38,7 +38,8 @@ struct FlowLoss {
 
 } // namespace sfr
 
-SFR_API sfr_sinusoid(const float *times, void *out, int dtype, int num_times, int d, double time_scale, void *stream);
+SFR_API sfr_sinusoid(const float *times, void *out, int dtype, int num_times, int copies, int d, double time_scale,
+                     void *stream);
 SFR_API sfr_flow_path(void *x_t, void *u, int dtype, int64_t row, const void *targets, int targets_dtype,
                       int64_t target_row, const float *times, const int64_t *noise_id, const int32_t *anchor,
                       const int32_t *time_index, const int64_t *seed, float target_scale, float source_std, int64_t n,

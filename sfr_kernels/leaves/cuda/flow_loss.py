@@ -67,9 +67,11 @@ def _room(bytes_of: list[int], device: torch.device) -> tuple[Tensor, list[int]]
 def serves_flow_loss(h: Tensor, params: list[Tensor], targets: Tensor, num_times: int) -> bool:
     """Whether `flow_loss` takes them: rows in bfloat16 or float32, parameters that need no cast and no copy, and times
     few enough to sort by."""
-    if h.dtype not in (torch.bfloat16, torch.float32) or h.shape[0] == 0 or targets.dtype not in DTYPES:
+    if h.dtype not in (torch.bfloat16, torch.float32) or h.stride(1) != 1 or h.shape[0] == 0:
         return False
-    if num_times > MOST_GROUPS or not all(p.dtype == h.dtype and p.is_contiguous() for p in params):
+    if num_times > MOST_GROUPS or targets.dtype not in DTYPES:
+        return False
+    if not all(p.dtype == h.dtype and p.is_contiguous() for p in params):
         return False
     return _gemm() is not None
 

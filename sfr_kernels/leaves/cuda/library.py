@@ -28,7 +28,7 @@ SIGNATURES = {
     "sfr_split": "pppilip",
     "sfr_stratified_times": "pppplip",
     "sfr_sequence_times": "ppplp",
-    "sfr_sinusoid": "ppiiidp",
+    "sfr_sinusoid": "ppiiiidp",
     "sfr_softmax_xent": "pillppppppliffffip",
     "sfr_softmax_xent_cluster": "pilppppppliffffiipp",
     "sfr_softmax_partials": "pillppliffp",
