@@ -27,7 +27,7 @@ __device__ inline void check_alignment(const void *, size_t) {} // the hardware 
 // One store, which the compiler would otherwise feel free to split.
 template <typename T> __device__ inline void store_global(T *at, T value) { __stwb(at, value); }
 
-// 2^x, and 1 / x, to 2 units in the last place; what is smaller than normal numbers is 0.
+// 2^x, 1 / x and 1 / √x, to 2 units in the last place; what is smaller than normal numbers is 0.
 __device__ inline float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -36,6 +36,11 @@ __device__ inline float exp2_fast(float x) {
 __device__ inline float reciprocal(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+__device__ inline float reciprocal_root(float x) {
+    float y;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

@@ -304,6 +304,7 @@ inline void check_alignment(const void *at, size_t bytes) {
 template <typename T> void store_global(T *at, T value) { *at = value; }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
+inline float reciprocal_root(float x) { return 1.0f / sqrtf(x); }
 inline int clear(void *at, size_t bytes, void *) {
     memset(at, 0, bytes);
     return cudaSuccess;

@@ -1,75 +1,92 @@
-// The matching loss of each row and its gradient, in one read of v, the target velocity made again in registers:
+// The matching loss of each row and its gradient, in one read of v and of the target velocity u:
 //
-//     u = x_1 − x_0      e = v − u      ℓ = mean_j e²      dv = (2 / d) · coefficient · e      db = Σ_r dv
+//     e = v (+ b) − u      ℓ = mean_j e²      dv = (2 / d) · coefficient · e      db = Σ_r dv
 //
 // A block takes some rows and some columns: ℓ comes in one part for each block of columns, db in one for each block of
 // rows (sums.cu adds those up).
 
-#include "flow_path.cuh"
 #include "reduce.cuh"
 #include "types.cuh"
 
 namespace sfr {
 
-template <typename T, typename E, int VECTOR, bool WHOLE>
-__global__ void __launch_bounds__(256)
-    flow_mse_kernel(T *v, int64_t v_row, int64_t v_col, const float *coefficient, float *loss, float *partial,
-                    Path<E> path, int64_t n, int d, int rows) {
+template <typename T> struct FlowMse {
+    Matrix<T> v;
+    Matrix<const T> u;
+    const T *bias;            // (d,), or null
+    const float *coefficient; // (n,); null: no gradient
+    float *loss;              // (n, blocks of columns)
+    float *partial;           // (parts, d), rows `partial_row` apart
+    int64_t partial_row, n;
+    int d, rows;
+    float over_d; // 1 / d
+};
+
+template <typename T, int VECTOR, bool ALIGNED>
+__global__ void __launch_bounds__(256, 2) flow_mse_kernel(FlowMse<T> a) {
     const int first = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
-    const int64_t begin = static_cast<int64_t>(blockIdx.x) * rows;
-    const int64_t end = begin + rows < n ? begin + rows : n;
-    float db[VECTOR] = {};
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * a.rows;
+    const int64_t end = begin + a.rows < a.n ? begin + a.rows : a.n;
+    float db[VECTOR] = {}, bias[VECTOR] = {};
+    if (a.bias != nullptr) load_columns<VECTOR, ALIGNED>(a.bias, 1, first, a.d, bias);
+    const auto fetch_v = [&](int64_t row) { return fetch_columns<VECTOR, ALIGNED>(a.v.at(row), a.v.col, first, a.d); };
+    const auto fetch_u = [&](int64_t row) { return fetch_columns<VECTOR, ALIGNED>(a.u.at(row), a.u.col, first, a.d); };
+    Columns<VECTOR, T> v = fetch_v(begin), u = fetch_u(begin);
     for (int64_t row = begin; row < end; ++row) {
-        float e[VECTOR], square[1] = {0.0f};
-        T *at = v + row * v_row;
-        if (first < d) {
-            float x_0[VECTOR], x_1[VECTOR];
-            path_ends<VECTOR, WHOLE>(path, row, first, d, x_0, x_1);
-            load_columns<VECTOR, WHOLE>(at, v_col, first, d, e);
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) {
-                e[i] = WHOLE || first + i < d ? e[i] - (x_1[i] - x_0[i]) : 0.0f;
-                square[0] += e[i] * e[i];
-            }
+        float e[VECTOR], wanted[VECTOR], square[1] = {0.0f};
+        v.unpack(e);
+        u.unpack(wanted);
+        if (row + 1 < end) { // on its way while this row is added up
+            v = fetch_v(row + 1);
+            u = fetch_u(row + 1);
         }
-        block_sum(square);
-        if (threadIdx.x == 0) loss[row * gridDim.y + blockIdx.y] = square[0] / d;
-        if (coefficient == nullptr || first >= d) continue;
-        const float scale = 2.0f / d * coefficient[row];
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) {
-            e[i] *= scale;
-            db[i] += e[i];
+            e[i] = e[i] + bias[i] - wanted[i];
+            square[0] += e[i] * e[i];
         }
-        store_columns<VECTOR, WHOLE>(at, v_col, first, d, e);
+        if (a.coefficient != nullptr) {
+            const float scale = 2.0f * a.over_d * a.coefficient[row];
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) {
+                e[i] *= scale;
+                db[i] += e[i];
+            }
+            store_columns<VECTOR, ALIGNED>(a.v.at(row), a.v.col, first, a.d, e);
+        }
+        block_sum(square, row & 1);
+        if (threadIdx.x == 0) a.loss[row * gridDim.y + blockIdx.y] = square[0] * a.over_d;
     }
-    if (coefficient != nullptr)
-        for (int i = 0; i < VECTOR && first + i < d; ++i)
-            partial[static_cast<int64_t>(blockIdx.x) * d + first + i] = db[i];
+    if (a.coefficient != nullptr)
+        store_columns<VECTOR, ALIGNED>(a.partial + blockIdx.x * a.partial_row, 1, first, a.d, db);
 }
 
 } // namespace sfr
 
 // loss (n, blocks of columns) float32, partial (parts, d) float32, v holds dv afterwards if there is a coefficient.
 // A block has 16 bytes of a row for each of its threads.
-SFR_API sfr_flow_mse(void *v, int dtype, int64_t v_row, int64_t v_col, const float *coefficient, float *loss,
-                     float *partial, const void *targets, int targets_dtype, int64_t target_stride,
-                     const int64_t *noise_id, const int32_t *anchor, const int64_t *seed, float target_scale,
-                     float source_std, int64_t n, int d, int parts, int rows, int threads, void *stream) {
+SFR_API sfr_flow_mse(void *v, int dtype, int64_t v_row, int64_t v_col, const void *u, int64_t u_row, int64_t u_col,
+                     const void *bias, const float *coefficient, float *loss, float *partial, int64_t partial_row,
+                     int64_t n, int d, int parts, int rows, int threads, void *stream) {
     if (n == 0) return cudaSuccess;
-    SFR_DISPATCH(targets_dtype, E, {
-        const sfr::Path<E> path{static_cast<const E *>(targets), target_stride, noise_id,  anchor,
-                                seed,                            target_scale,  source_std};
-        SFR_DISPATCH(dtype, T, {
-            constexpr int VECTOR = 16 / sizeof(T);
-            const dim3 grid(parts, (d + threads * VECTOR - 1) / (threads * VECTOR));
-            T *at = static_cast<T *>(v);
-            if (v_col == 1 && d % VECTOR == 0 && sfr::aligned(at, v_row * sizeof(T), 16) && sfr::vectors<VECTOR>(path))
-                return SFR_LAUNCH((sfr::flow_mse_kernel<T, E, VECTOR, true>), grid, threads, 0, stream, at, v_row,
-                                  v_col, coefficient, loss, partial, path, n, d, rows);
-            return SFR_LAUNCH((sfr::flow_mse_kernel<T, E, VECTOR, false>), grid, threads, 0, stream, at, v_row, v_col,
-                              coefficient, loss, partial, path, n, d, rows);
-        })
+    SFR_DISPATCH(dtype, T, {
+        constexpr int VECTOR = 16 / sizeof(T);
+        const sfr::FlowMse<T> a{{static_cast<T *>(v), v_row, v_col},
+                                {static_cast<const T *>(u), u_row, u_col},
+                                static_cast<const T *>(bias),
+                                coefficient,
+                                loss,
+                                partial,
+                                partial_row,
+                                n,
+                                d,
+                                rows,
+                                1.0f / d};
+        const dim3 grid(parts, (d + threads * VECTOR - 1) / (threads * VECTOR));
+        const bool vectors = sfr::aligned(a.v) && sfr::aligned(a.u) && sfr::aligned(bias, 16, 16) &&
+                             sfr::aligned(partial, partial_row * sizeof(float), 16);
+        if (vectors) return SFR_LAUNCH((sfr::flow_mse_kernel<T, VECTOR, true>), grid, threads, 0, stream, a);
+        return SFR_LAUNCH((sfr::flow_mse_kernel<T, VECTOR, false>), grid, threads, 0, stream, a);
     })
     return cudaErrorInvalidValue;
 }

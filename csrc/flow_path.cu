@@ -1,54 +1,91 @@
 // The flow path of each row, from its identity, anchor and time:
 //
 //     x_0 = source_std · ε(seed, noise_id)        x_1 = target_scale · targets[anchor]
-//     x_t = (1 − t) x_0 + t x_1                   t = times[time_index]
+//     u = x_1 − x_0        x_t = x_0 + t u        t = times[time_index]
 //
-// Nothing is saved: whoever needs the noise again makes it again.
+// Both are stored: reading u again costs less than its noise does.
 
-#include "flow_path.cuh"
+#include "philox.cuh"
 #include "types.cuh"
 
 namespace sfr {
 
-template <typename T, typename E, int VECTOR, bool WHOLE>
-__global__ void __launch_bounds__(128)
-    flow_path_kernel(T *x_t, Path<E> path, const float *times, const int32_t *time_index, int d) {
-    const int64_t row = blockIdx.x;
+template <typename T, typename E> struct FlowPath {
+    T *x_t, *u; // (n, d), each row `row` behind the last
+    int64_t row;
+    const E *targets; // (A, d)
+    int64_t target_row;
+    const float *times;
+    const int64_t *noise_id;
+    const int32_t *anchor, *time_index;
+    const int64_t *seed;
+    float target_scale, source_std;
+    int64_t n;
+    int d;
+};
+
+// A thread has the same columns of one row after another, so what the noise needs of the seed and of the columns is
+// computed once.
+template <typename T, typename E, int VECTOR, bool ALIGNED>
+__global__ void __launch_bounds__(128) flow_path_kernel(FlowPath<T, E> a) {
     const int first = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
-    if (first >= d) return;
-    const float t = times[time_index[row]];
-    float x_0[VECTOR], x_1[VECTOR], out[VECTOR];
-    path_ends<VECTOR, WHOLE>(path, row, first, d, x_0, x_1);
+    if (first >= a.d) return;
+    const uint64_t seed = static_cast<uint64_t>(*a.seed);
+    for (int64_t row = blockIdx.x; row < a.n; row += gridDim.x) {
+        const float t = a.times[a.time_index[row]];
+        float x_0[VECTOR] = {}, u[VECTOR];
+        load_columns<VECTOR, ALIGNED>(a.targets + a.anchor[row] * a.target_row, 1, first, a.d, u);
+        if (a.source_std != 0.0f) {
+            const uint64_t identity = static_cast<uint64_t>(a.noise_id[row]);
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) out[i] = (1.0f - t) * x_0[i] + t * x_1[i];
-    store_columns<VECTOR, WHOLE>(x_t + row * d, 1, first, d, out);
+            for (int i = 0; i < VECTOR; i += 4)
+                gaussian(seed, identity, static_cast<uint32_t>(first + i) / 4, a.source_std, x_0 + i);
+        }
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            u[i] = u[i] * a.target_scale - x_0[i];
+            x_0[i] += t * u[i];
+        }
+        store_columns<VECTOR, ALIGNED>(a.u + row * a.row, 1, first, a.d, u);
+        store_columns<VECTOR, ALIGNED>(a.x_t + row * a.row, 1, first, a.d, x_0);
+    }
 }
 
-template <typename T, typename E>
-int launch_flow_path(void *x_t, const Path<E> &path, const float *times, const int32_t *time_index, int64_t n, int d,
-                     void *stream) {
+template <typename T, typename E> int launch_flow_path(const FlowPath<T, E> &a, void *stream) {
     // 16 bytes of x_t a thread: two counters in 16 bit, one in float32
     constexpr int VECTOR = 16 / sizeof(T);
-    const int threads = d >= 128 * VECTOR ? 128 : ((d + VECTOR - 1) / VECTOR + 31) / 32 * 32;
-    const dim3 grid(static_cast<unsigned>(n), (d + threads * VECTOR - 1) / (threads * VECTOR));
-    T *out = static_cast<T *>(x_t);
-    if (d % VECTOR == 0 && aligned(out, 16, 16) && vectors<VECTOR>(path))
-        return SFR_LAUNCH((flow_path_kernel<T, E, VECTOR, true>), grid, threads, 0, stream, out, path, times,
-                          time_index, d);
-    return SFR_LAUNCH((flow_path_kernel<T, E, VECTOR, false>), grid, threads, 0, stream, out, path, times, time_index,
-                      d);
+    const int threads = a.d >= 128 * VECTOR ? 128 : ((a.d + VECTOR - 1) / VECTOR + 31) / 32 * 32;
+    const dim3 grid(resident_blocks(a.n, threads, 1536), (a.d + threads * VECTOR - 1) / (threads * VECTOR));
+    const bool vectors = aligned(a.x_t, a.row * sizeof(T), 16) && aligned(a.u, 16, 16) &&
+                         aligned(a.targets, a.target_row * sizeof(E), 16);
+    if (vectors) return SFR_LAUNCH((flow_path_kernel<T, E, VECTOR, true>), grid, threads, 0, stream, a);
+    return SFR_LAUNCH((flow_path_kernel<T, E, VECTOR, false>), grid, threads, 0, stream, a);
 }
 
 } // namespace sfr
 
-SFR_API sfr_flow_path(void *x_t, int dtype, const void *targets, int targets_dtype, int64_t target_stride,
-                      const float *times, const int64_t *noise_id, const int32_t *anchor, const int32_t *time_index,
-                      const int64_t *seed, float target_scale, float source_std, int64_t n, int d, void *stream) {
+// x_t and u (n, d), their rows `row` numbers apart.
+SFR_API sfr_flow_path(void *x_t, void *u, int dtype, int64_t row, const void *targets, int targets_dtype,
+                      int64_t target_row, const float *times, const int64_t *noise_id, const int32_t *anchor,
+                      const int32_t *time_index, const int64_t *seed, float target_scale, float source_std, int64_t n,
+                      int d, void *stream) {
     if (n == 0) return cudaSuccess;
-    SFR_DISPATCH(targets_dtype, E, {
-        const sfr::Path<E> path{static_cast<const E *>(targets), target_stride, noise_id,  anchor,
-                                seed,                            target_scale,  source_std};
-        SFR_DISPATCH(dtype, T, return (sfr::launch_flow_path<T, E>(x_t, path, times, time_index, n, d, stream)))
-    })
+    SFR_DISPATCH(targets_dtype, E, SFR_DISPATCH(dtype, T, {
+                     const sfr::FlowPath<T, E> a{static_cast<T *>(x_t),
+                                                 static_cast<T *>(u),
+                                                 row,
+                                                 static_cast<const E *>(targets),
+                                                 target_row,
+                                                 times,
+                                                 noise_id,
+                                                 anchor,
+                                                 time_index,
+                                                 seed,
+                                                 target_scale,
+                                                 source_std,
+                                                 n,
+                                                 d};
+                     return sfr::launch_flow_path(a, stream);
+                 }))
     return cudaErrorInvalidValue;
 }

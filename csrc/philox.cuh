@@ -7,8 +7,8 @@
 #pragma once
 
 #include "device.cuh"
-#include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 namespace sfr {
 
@@ -16,12 +16,23 @@ struct Words {
     uint32_t w[4];
 };
 
+// All 64 bits, in one instruction: of the same in C++ the compiler makes a product of 64 by 64 bits and corrects it.
+__device__ inline uint64_t product(uint32_t a, uint32_t b) {
+#ifdef SFR_EMULATION
+    return static_cast<uint64_t>(a) * b;
+#else
+    uint64_t out;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(out) : "r"(a), "r"(b));
+    return out;
+#endif
+}
+
 __device__ inline Words philox(uint64_t seed, uint64_t identity, uint32_t block, uint32_t stream) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     uint32_t c0 = block, c1 = static_cast<uint32_t>(identity), c2 = static_cast<uint32_t>(identity >> 32), c3 = stream;
 #pragma unroll
     for (int round = 0; round < 10; ++round) {
-        const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u, p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+        const uint64_t p0 = product(c0, 0xD2511F53u), p1 = product(c2, 0xCD9E8D57u);
         const uint32_t n0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0, n2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
         c1 = static_cast<uint32_t>(p1);
         c3 = static_cast<uint32_t>(p0);
@@ -36,51 +47,53 @@ __device__ inline Words philox(uint64_t seed, uint64_t identity, uint32_t block,
 // (w + ½) · 2⁻³²
 __device__ inline float uniform(uint32_t word) { return (static_cast<float>(word) + 0.5f) * 2.3283064365386963e-10f; }
 
-// ln x for normal, positive x: x = 2^e m with m in (0.7, 1.42), ln m = 2 artanh((m − 1) / (m + 1)); Taylor's series.
-__device__ inline float log_of(float x) {
-    union {
-        float f;
-        int32_t i;
-    } bits;
-    bits.f = x;
-    const int32_t raw = bits.i;
-    bits.i = (raw & 0x7FFFFF) | 0x3F800000;
-    float m = bits.f;
-    const bool upper = m > 1.41421356f;
-    m = upper ? m * 0.5f : m;
-    const float e = static_cast<float>((raw >> 23) - 127 + (upper ? 1 : 0));
-    const float f = m - 1.0f;
-    const float s = f / (2.0f + f);
-    const float w = s * s;
-    const float series = w * (2.0f / 3.0f + w * (2.0f / 5.0f + w * (2.0f / 7.0f + w * (2.0f / 9.0f))));
-    return e * 0.693359375f + (2.0f * s + (s * series - e * 2.12194440e-4f));
+__device__ inline float of_bits(int32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+__device__ inline int32_t bits_of(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return bits;
 }
 
-// sin 2πr and cos 2πr for |r| ≤ 1; the reduction to an eighth of a turn is exact.
-__device__ inline void sincos_turns(float r, float *sine, float *cosine) {
-    const float quadrant = floorf(4.0f * r + 0.5f);
-    const float x = (r - 0.25f * quadrant) * 6.283185307179586f;
-    const float w = x * x;
-    const float s = x + x * w * (-1.0f / 6.0f + w * (1.0f / 120.0f + w * (-1.0f / 5040.0f + w * (1.0f / 362880.0f))));
-    const float c = 1.0f - 0.5f * w +
-                    w * w * (1.0f / 24.0f + w * (-1.0f / 720.0f + w * (1.0f / 40320.0f + w * (-1.0f / 3628800.0f))));
-    const int q = static_cast<int>(quadrant) & 3;
-    const float a = (q & 1) ? c : s, b = (q & 1) ? s : c;
-    *sine = q >= 2 ? -a : a;
-    *cosine = (q == 1 || q == 2) ? -b : b;
+// √(−2 ln u) of u = uniform(word), 0 where that is 1. No division, no root and no library call, whose bits differ from
+// one machine to the next: u = 2^e m with m in [√½, √2), −4 ln u = N / D by a minimax rational function of m − 1, and
+// √(N / 2D) = N / √(2 N D), that root's reciprocal by a guess on the bits and two steps of third and second order.
+__device__ inline float radius(uint32_t word) {
+    const int32_t bits = bits_of(uniform(word));
+    const int32_t exponent = (bits - 0x3F3504F3) & ~0x7FFFFF; // 2^23 e
+    const float g = of_bits(bits - exponent) - 1.0f;
+    const float denominator = (g + 3.99667946f) * g + 3.32525532f;
+    const float numerator = static_cast<float>(exponent) * -3.3051833e-07f * denominator + // −4 ln 2 · 2⁻²³
+                            g * ((-0.44024708f * g - 9.3363455f) * g - 13.30102624f);
+    const float x = numerator * denominator;
+    float z = of_bits(0x5F1FF800 - (bits_of(x) >> 1));
+    const float t = x * z * z; // in this order, which stays finite where x = 0 and z is huge
+    z = z * ((0.46930116f * t - 1.24577161f) * t + 1.48683098f);
+    z = z * (1.5f - x * z * z);
+    return numerator * z;
 }
 
-// ε of the four coordinates of a block: lanes (0, 1) and (2, 3) are Box–Muller pairs.
-__device__ inline void gaussian(uint64_t seed, uint64_t identity, uint32_t block, float (&out)[4]) {
+// r cos 2πu and r sin 2πu of u = (word + ½) · 2⁻³², all bits of it: u = (h + ½ + y) / 2 with h its first bit and |y| ≤ ½,
+// and minimax polynomials of half the angle πy.
+__device__ inline void circle(float r, uint32_t word, float *cosine, float *sine) {
+    const float y = static_cast<float>(static_cast<int32_t>(2u * word + 0x80000001u)) * 2.3283064365386963e-10f;
+    const float q = y * y;
+    const float s = y * (((0.00650772f * q - 0.11268458f) * q + 0.91353029f) * q - 2.22144146f); // −√2 sin
+    const float c = ((-0.02886174f * q + 0.35864263f) * q - 1.74471105f) * q + 1.41421352f;      // √2 cos
+    r = of_bits(bits_of(r) ^ static_cast<int32_t>(word & 0x80000000u)); // half a turn
+    *cosine = r * (s * c);
+    *sine = r * (1.0f - s * s);
+}
+
+// std · ε of the four coordinates of a block: lanes (0, 1) and (2, 3) are Box–Muller pairs.
+__device__ inline void gaussian(uint64_t seed, uint64_t identity, uint32_t block, float std, float *out) {
     const Words words = philox(seed, identity, block, 0);
 #pragma unroll
-    for (int pair = 0; pair < 2; ++pair) {
-        const float radius = sqrtf(-2.0f * log_of(uniform(words.w[2 * pair])));
-        float sine, cosine;
-        sincos_turns(uniform(words.w[2 * pair + 1]), &sine, &cosine);
-        out[2 * pair] = radius * cosine;
-        out[2 * pair + 1] = radius * sine;
-    }
+    for (int pair = 0; pair < 2; ++pair)
+        circle(radius(words.w[2 * pair]) * std, words.w[2 * pair + 1], out + 2 * pair, out + 2 * pair + 1);
 }
 
 } // namespace sfr

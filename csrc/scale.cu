@@ -4,6 +4,7 @@
 //     scatter: out[token] = factor · x[token_row[token]], zero where there is no such row
 //     split: x ← Σ parts of x (· SiLU'(z))      hi = round(x)      lo = round(x − hi)
 
+#include "sigmoid.cuh"
 #include "types.cuh"
 
 namespace sfr {
@@ -58,7 +59,7 @@ __global__ void __launch_bounds__(THREADS)
     float value = x[i];
     if (two_parts) value += x[numel + i];
     if (z != nullptr) {
-        const float gate = to_float(z[i]), sigma = 1.0f / (1.0f + expf(-gate));
+        const float gate = to_float(z[i]), sigma = sigmoid(gate);
         value *= sigma * (1.0f + gate * (1.0f - sigma));
     }
     const T hi = from_float<T>(value);

@@ -195,12 +195,9 @@ template <int LOADS, bool WHOLE, bool SOFTCAP, typename T>
 __device__ inline void write_gradient(const T *from, T *to, int64_t col, int width, int threads, int label,
                                       const Squash &how, const Slopes &s) {
     constexpr int VECTOR = 16 / sizeof(T);
-    for_vectors<LOADS, WHOLE, true>(from, col, width, threads, [&](float (&v)[VECTOR], int first, int count) {
+    for_vectors<LOADS, WHOLE, true>(from, col, width, threads, [&](float (&v)[VECTOR], int first, int) {
         gradient<VECTOR, SOFTCAP>(v, label - first, how, s);
-        if (WHOLE && count == VECTOR)
-            store_columns<VECTOR, true>(to, col, first, width, v);
-        else
-            store_columns<VECTOR, false>(to, col, first, width, v);
+        store_columns<VECTOR, WHOLE>(to, col, first, width, v);
     });
 }
 

@@ -1,103 +1,205 @@
 // Sums of rows in a fixed order, with no atomics: the same call gives the same bits.
 //
-//     column_sum: (S, P, D) → (S, D), the second half of a sum over rows whose first half a kernel left in P parts
-//     index_sum:  out[m] = Σ_{index = m} x, after a counting sort without a counter: the block of m counts the rows of
-//                 smaller m, which is where its own begin, and lists them
+//     column_sum:    (S, P, D) → (S, D), the second half of a sum over rows whose first half a kernel left in P parts
+//     group:         the rows in the order of an index, those of each value in their own order: a counting sort
+//     sum_by_index:  out[m] = Σ_{index = m} x over rows so ordered. A part of them has whole groups, which it adds up,
+//                    and at its ends pieces of some, which it leaves for a second kernel: all rows are read once.
 
 #include "reduce.cuh"
 #include "types.cuh"
 
 namespace sfr {
 
-constexpr int COLUMNS = 32, ROWS = 8; // of a tile: a line of 128 bytes, eight of them in flight
+constexpr int COLUMNS = 32; // side by side: a line of 128 bytes
 
-template <typename T>
-__global__ void __launch_bounds__(COLUMNS *ROWS)
-    column_sum_kernel(const T *partial, float *out, int64_t parts, int width) {
-    __shared__ float tile[ROWS][COLUMNS];
+// out = Σ value(p, column) of EACH · COLUMNS columns from `first` on: ROWS · EACH lines in flight.
+template <int ROWS, int EACH, typename F>
+__device__ inline void tile_sum(int64_t begin, int64_t end, int first, int width, float *out, F &&value) {
+    __shared__ float tile[ROWS][EACH][COLUMNS];
     const int lane = threadIdx.x % COLUMNS, part = threadIdx.x / COLUMNS;
-    const int column = blockIdx.x * COLUMNS + lane;
-    const T *at = partial + blockIdx.y * parts * width;
-    float sum = 0.0f;
-    if (column < width)
-        for (int64_t p = part; p < parts; p += ROWS) sum += to_float(at[p * width + column]);
-    tile[part][lane] = sum;
+    float sum[EACH] = {};
+    for (int64_t p = begin + part; p < end; p += ROWS) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const int column = first + i * COLUMNS + lane;
+            if (column < width) sum[i] += value(p, column);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) tile[part][i][lane] = sum[i];
     __syncthreads();
-    if (part != 0 || column >= width) return;
-    for (int r = 1; r < ROWS; ++r) sum += tile[r][lane];
-    out[blockIdx.y * static_cast<int64_t>(width) + column] = sum;
+    if (part >= EACH) return;
+    float total = 0.0f;
+    for (int r = 0; r < ROWS; ++r) total += tile[r][part][lane];
+    const int column = first + part * COLUMNS + lane;
+    if (column < width) out[column] = total;
 }
 
-// order[start[m] … stop[m]] = the rows of m, ascending.
-__global__ void __launch_bounds__(256) group_kernel(const int32_t *index, int32_t *order, int32_t *bounds, int n) {
-    __shared__ int counts[8];
-    const int m = blockIdx.x, lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    int smaller = 0;
-    for (int row = threadIdx.x; row < n; row += blockDim.x) smaller += index[row] < m;
-    for (int offset = 16; offset > 0; offset >>= 1) smaller += __shfl_xor_sync(0xFFFFFFFFu, smaller, offset);
-    if (lane == 0) counts[warp] = smaller;
+template <typename T>
+__global__ void __launch_bounds__(1024)
+    column_sum_kernel(const T *partial, int64_t row, float *out, int64_t parts, int width) {
+    const T *at = partial + blockIdx.y * parts * row;
+    tile_sum<32, 1>(0, parts, blockIdx.x * COLUMNS, width, out + blockIdx.y * static_cast<int64_t>(width),
+                 [&](int64_t p, int column) { return to_float(at[p * row + column]); });
+}
+
+constexpr int CHUNK = 256;        // rows that a block of the sort looks at
+constexpr int MOST_GROUPS = 1024; // values of an index that it sorts by
+
+// rank: of a row among those of its value in its chunk; counts (chunks, size): of each value in each chunk.
+__global__ void __launch_bounds__(CHUNK)
+    count_kernel(const int32_t *index, int32_t *rank, int32_t *counts, int n, int size) {
+    __shared__ int32_t all[CHUNK];
+    const int row = blockIdx.x * CHUNK + threadIdx.x, mine = row < n ? index[row] : -1;
+    int32_t *count = counts + static_cast<int64_t>(blockIdx.x) * size;
+    all[threadIdx.x] = mine;
+    for (int m = threadIdx.x; m < size; m += CHUNK) count[m] = 0;
     __syncthreads();
-    int place = 0;
-    for (int w = 0; w < 8; ++w) place += counts[w];
-    if (threadIdx.x == 0) bounds[2 * m] = place;
-    for (int first = 0; first < n; first += blockDim.x) {
-        const int row = first + threadIdx.x, mine = row < n && index[row] == m;
-        int upto = mine; // of the lanes up to this one
+    int before = 0, same = 0;
+#pragma unroll 16
+    for (int i = 0; i < CHUNK; ++i) {
+        same += all[i] == mine;
+        before += all[i] == mine && i < static_cast<int>(threadIdx.x);
+    }
+    if (row >= n) return;
+    rank[row] = before;
+    if (before + 1 == same) count[mine] = same; // the last of them
+}
+
+// order: the rows by value; bounds (size + 1): where those of each begin. rank and counts as above.
+__global__ void __launch_bounds__(CHUNK)
+    place_kernel(const int32_t *index, const int32_t *rank, const int32_t *counts, int32_t *order, int32_t *bounds,
+                 int n, int size) {
+    __shared__ int32_t start[MOST_GROUPS];
+    __shared__ int32_t warps[CHUNK / 32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, chunks = gridDim.x;
+    int carry = 0;
+    for (int first = 0; first < size; first += CHUNK) {
+        const int m = first + threadIdx.x;
+        int total = 0, before = 0; // of this value, in all chunks and in those before
+        if (m < size)
+#pragma unroll 8
+            for (int c = 0; c < chunks; ++c) {
+                const int count = counts[static_cast<int64_t>(c) * size + m];
+                total += count;
+                before += c < static_cast<int>(blockIdx.x) ? count : 0;
+            }
+        int upto = total; // of the values up to this one
         for (int offset = 1; offset < 32; offset <<= 1) {
             const int below = __shfl_sync(0xFFFFFFFFu, upto, lane >= offset ? lane - offset : lane);
             if (lane >= offset) upto += below;
         }
-        __syncthreads(); // the counts of the last round, or of those before, are read
-        if (lane == 31) counts[warp] = upto;
+        if (lane == 31) warps[warp] = upto;
         __syncthreads();
-        int before = 0, all = 0;
-        for (int w = 0; w < 8; ++w) {
-            if (w < warp) before += counts[w];
-            all += counts[w];
+        int all = 0;
+        for (int w = 0; w < CHUNK / 32; ++w) {
+            if (w < warp) upto += warps[w];
+            all += warps[w];
         }
-        if (mine) order[place + before + upto - 1] = row;
-        place += all;
+        __syncthreads(); // before they are written anew
+        if (m < size) {
+            start[m] = carry + upto - total + before;
+            if (blockIdx.x == 0) bounds[m] = carry + upto - total;
+        }
+        carry += all;
     }
-    if (threadIdx.x == 0) bounds[2 * m + 1] = place;
+    if (blockIdx.x == 0 && threadIdx.x == 0) bounds[size] = n;
+    __syncthreads();
+    const int row = blockIdx.x * CHUNK + threadIdx.x;
+    if (row < n) order[start[index[row]] + rank[row]] = row;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(COLUMNS *ROWS)
-    group_sum_kernel(const T *x, int64_t x_row, int64_t x_col, const int32_t *order, const int32_t *bounds, float *out,
-                     int width) {
-    __shared__ float tile[ROWS][COLUMNS];
-    const int lane = threadIdx.x % COLUMNS, part = threadIdx.x / COLUMNS;
-    const int column = blockIdx.y * COLUMNS + lane;
+template <typename T> struct Groups {
+    Matrix<const T> x;
+    const int32_t *index, *order;
+    float *pieces; // (2 · parts, D): what a part has of its first group, and of its last
+    float *out;    // (size, D)
+    int n, width, rows;
+};
+
+template <typename T, int VECTOR, bool ALIGNED>
+__global__ void __launch_bounds__(256) part_kernel(Groups<T> a) {
+    const int first = (blockIdx.y * blockDim.x + threadIdx.x) * VECTOR;
+    if (first >= a.width) return;
+    const int begin = blockIdx.x * a.rows, end = begin + a.rows < a.n ? begin + a.rows : a.n;
+    float sum[VECTOR] = {};
+    int next = a.order[begin], m = a.index[next], open = 0; // groups that have ended
+    const auto fetch = [&](int row) { return fetch_columns<VECTOR, ALIGNED>(a.x.at(row), a.x.col, first, a.width); };
+    Columns<VECTOR, T> x = fetch(next);
+    for (int k = begin; k < end; ++k) {
+        float value[VECTOR];
+        x.unpack(value);
+        int following = m;
+        if (k + 1 < end) { // on its way while this row is added
+            next = a.order[k + 1];
+            following = a.index[next];
+            x = fetch(next);
+        }
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) sum[i] += value[i];
+        const bool last = k + 1 == end;
+        if (!last && following == m) continue;
+        const int64_t piece = 2 * static_cast<int64_t>(blockIdx.x) + (open > 0);
+        float *to = open == 0 || last ? a.pieces + piece * a.width : a.out + static_cast<int64_t>(m) * a.width;
+        if (ALIGNED && a.width % 4 == 0) {
+            store_columns<VECTOR, true>(to, 1, first, a.width, sum);
+        } else {
+            store_columns<VECTOR, false>(to, 1, first, a.width, sum);
+        }
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) sum[i] = 0.0f;
+        m = following;
+        ++open;
+    }
+}
+
+__global__ void __launch_bounds__(256)
+    join_kernel(const float *pieces, const int32_t *bounds, float *out, int n, int width, int rows) {
     const int64_t m = blockIdx.x;
-    float sum = 0.0f;
-    if (column < width)
-        for (int k = bounds[2 * m] + part; k < bounds[2 * m + 1]; k += ROWS)
-            sum += to_float(x[order[k] * x_row + column * x_col]);
-    tile[part][lane] = sum;
-    __syncthreads();
-    if (part != 0 || column >= width) return;
-    for (int r = 1; r < ROWS; ++r) sum += tile[r][lane];
-    out[m * width + column] = sum;
+    const int start = bounds[m], stop = bounds[m + 1], first = start / rows; // the first part that has some of it
+    const int end = (first + 1) * rows < n ? (first + 1) * rows : n;
+    if (start < stop && start > first * rows && stop < end) return; // and had it whole, between two others
+    const int last = start < stop ? (stop - 1) / rows : first - 1;
+    tile_sum<8, 4>(first, last + 1, blockIdx.y * 4 * COLUMNS, width, out + m * width, [&](int64_t part, int column) {
+        return pieces[(2 * part + (part * rows < start)) * width + column];
+    });
 }
 
 } // namespace sfr
 
-SFR_API sfr_column_sum(const void *partial, int dtype, float *out, int sums, int64_t parts, int width, void *stream) {
+SFR_API sfr_column_sum(const void *partial, int dtype, int64_t row, float *out, int sums, int64_t parts, int width,
+                       void *stream) {
     const dim3 grid((width + sfr::COLUMNS - 1) / sfr::COLUMNS, sums);
     SFR_DISPATCH(dtype, T,
-                 return SFR_LAUNCH((sfr::column_sum_kernel<T>), grid, sfr::COLUMNS * sfr::ROWS, 0, stream,
-                                   static_cast<const T *>(partial), out, parts, width))
+                 return SFR_LAUNCH((sfr::column_sum_kernel<T>), grid, 1024, 0, stream, static_cast<const T *>(partial),
+                                   row, out, parts, width))
     return cudaErrorInvalidValue;
 }
 
-// order (n,) and bounds (size, 2) int32 are room to work in.
-SFR_API sfr_sum_by_index(const void *x, int dtype, int64_t x_row, int64_t x_col, const int32_t *index, int32_t *order,
-                         int32_t *bounds, float *out, int n, int width, int size, void *stream) {
-    const int error = SFR_LAUNCH(sfr::group_kernel, dim3(size), 256, 0, stream, index, order, bounds, n);
+// order (n,) and bounds (size + 1,) int32; at most MOST_GROUPS values. room: n + size · ⌈n / 256⌉ int32.
+SFR_API sfr_group(const int32_t *index, int32_t *order, int32_t *bounds, int32_t *room, int n, int size, void *stream) {
+    if (size > sfr::MOST_GROUPS) return cudaErrorInvalidValue;
+    const dim3 grid(n > 0 ? (n + sfr::CHUNK - 1) / sfr::CHUNK : 1);
+    const int error = SFR_LAUNCH(sfr::count_kernel, grid, sfr::CHUNK, 0, stream, index, room, room + n, n, size);
     if (error != cudaSuccess) return error;
-    const dim3 grid(size, (width + sfr::COLUMNS - 1) / sfr::COLUMNS);
-    SFR_DISPATCH(dtype, T,
-                 return SFR_LAUNCH((sfr::group_sum_kernel<T>), grid, sfr::COLUMNS * sfr::ROWS, 0, stream,
-                                   static_cast<const T *>(x), x_row, x_col, order, bounds, out, width))
-    return cudaErrorInvalidValue;
+    return SFR_LAUNCH(sfr::place_kernel, grid, sfr::CHUNK, 0, stream, index, room, room + n, order, bounds, n, size);
+}
+
+// order and bounds as above. pieces: room for 2 · parts rows of `width` float32.
+SFR_API sfr_sum_by_index(const void *x, int dtype, int64_t x_row, int64_t x_col, const int32_t *index,
+                         const int32_t *order, const int32_t *bounds, float *pieces, float *out, int n, int width,
+                         int size, int parts, int rows, int threads, void *stream) {
+    SFR_DISPATCH(dtype, T, {
+        constexpr int VECTOR = 16 / sizeof(T);
+        const sfr::Groups<T> a{{static_cast<const T *>(x), x_row, x_col}, index, order, pieces, out, n, width, rows};
+        const dim3 grid(parts, (width + threads * VECTOR - 1) / (threads * VECTOR));
+        const bool vectors = sfr::aligned(a.x) && sfr::aligned(pieces, 16, 16) && sfr::aligned(out, 16, 16);
+        int error = cudaSuccess;
+        if (n > 0)
+            error = vectors ? SFR_LAUNCH((sfr::part_kernel<T, VECTOR, true>), grid, threads, 0, stream, a)
+                            : SFR_LAUNCH((sfr::part_kernel<T, VECTOR, false>), grid, threads, 0, stream, a);
+        if (error != cudaSuccess) return error;
+    })
+    const dim3 tiles(size, (width + 4 * sfr::COLUMNS - 1) / (4 * sfr::COLUMNS));
+    return SFR_LAUNCH(sfr::join_kernel, tiles, 256, 0, stream, pieces, bounds, out, n, width, rows);
 }

@@ -31,13 +31,13 @@ __global__ void sequence_kernel(const int64_t *identity, const int64_t *seed, fl
 
 // Angles reach time_scale radians: in float64 they keep their fraction of a turn. There are few of them.
 template <typename T>
-__global__ void sinusoid_kernel(const float *times, T *out, int d, double time_scale) {
+__global__ void sinusoid_kernel(const float *times, T *out, int num_times, int d, double time_scale) {
     const int j = blockIdx.y * THREADS + threadIdx.x, half = d / 2;
     if (j >= d) return;
     const double rate = 9.210340371976184 / (half > 1 ? half - 1 : 1); // ln 10000 / (d / 2 − 1)
-    const double turns = times[blockIdx.x] * time_scale * exp(-rate * (j < half ? j : j - half)) * 0.15915494309189535;
+    const double turns = times[blockIdx.x % num_times] * time_scale * exp(-rate * (j < half ? j : j - half)) * 0.15915494309189535;
     float sine, cosine;
-    sincos_turns(static_cast<float>(turns - floor(turns)), &sine, &cosine);
+    circle(1.0f, static_cast<uint32_t>((turns - floor(turns)) * 4294967296.0), &cosine, &sine);
     out[blockIdx.x * static_cast<int64_t>(d) + j] = from_float<T>(j < half ? sine : j < 2 * half ? cosine : 0.0f);
 }
 
@@ -56,11 +56,13 @@ SFR_API sfr_sequence_times(const int64_t *identity, const int64_t *seed, float *
     return SFR_LAUNCH(sfr::sequence_kernel, sfr::blocks(n), sfr::THREADS, 0, stream, identity, seed, times, n);
 }
 
-SFR_API sfr_sinusoid(const float *times, void *out, int dtype, int num_times, int d, double time_scale, void *stream) {
+// out (copies · num_times, d): the same rows again and again.
+SFR_API sfr_sinusoid(const float *times, void *out, int dtype, int num_times, int copies, int d, double time_scale,
+                     void *stream) {
     if (num_times == 0) return cudaSuccess;
-    const dim3 grid(num_times, (d + sfr::THREADS - 1) / sfr::THREADS);
+    const dim3 grid(copies * num_times, (d + sfr::THREADS - 1) / sfr::THREADS);
     SFR_DISPATCH(dtype, T,
                  return SFR_LAUNCH((sfr::sinusoid_kernel<T>), grid, sfr::THREADS, 0, stream, times,
-                                   static_cast<T *>(out), d, time_scale))
+                                   static_cast<T *>(out), num_times, d, time_scale))
     return cudaErrorInvalidValue;
 }

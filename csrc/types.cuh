@@ -88,27 +88,48 @@ template <int N, typename T> __device__ inline void store(T *at, const float (&i
     store_global(reinterpret_cast<typename Raw<N * sizeof(T)>::type *>(at), raw);
 }
 
-// N numbers of a row from column `first` on, 0 beyond its end. WHOLE: they are side by side, aligned, and all there.
-template <int N, bool WHOLE, typename T>
-__device__ inline void load_columns(const T *row, int64_t stride, int first, int width, float (&out)[N]) {
-    if (WHOLE) {
-        constexpr int AT_ONCE = N * sizeof(T) <= 16 ? N : 16 / sizeof(T);
+// N numbers as memory has them, in as few registers.
+template <int N, typename T> struct Columns {
+    static constexpr int EACH = N * sizeof(T) <= 16 ? N : 16 / sizeof(T); // in one access
+    Packed<EACH, T> accesses[N / EACH];
+
+    __device__ void unpack(float (&out)[N]) const {
 #pragma unroll
-        for (int i = 0; i < N; i += AT_ONCE) {
-            float part[AT_ONCE];
-            load<AT_ONCE>(row + first + i, part);
+        for (int i = 0; i < N / EACH; ++i) {
+            float part[EACH];
+            sfr::unpack<T>(accesses[i], part);
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) out[i + j] = part[j];
+            for (int j = 0; j < EACH; ++j) out[i * EACH + j] = part[j];
         }
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; ++i) out[i] = first + i < width ? to_float(row[(first + i) * stride]) : 0.0f;
     }
+};
+
+// N numbers of a row from column `first` on, 0 beyond its end. ALIGNED: they are side by side and the row begins on 16
+// bytes, so that only the last few of a row that is no multiple of N are read one by one.
+template <int N, bool ALIGNED, typename T>
+__device__ inline Columns<N, T> fetch_columns(const T *row, int64_t stride, int first, int width) {
+    Columns<N, T> out;
+    if (ALIGNED && first + N <= width) {
+#pragma unroll
+        for (int i = 0; i < N / out.EACH; ++i) out.accesses[i] = load_packed<out.EACH>(row + first + i * out.EACH);
+    } else {
+        T x[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            x[i] = first + i < width ? row[(first + i) * (ALIGNED ? 1 : stride)] : from_float<T>(0.0f);
+        memcpy(out.accesses, x, sizeof(x));
+    }
+    return out;
 }
 
-template <int N, bool WHOLE, typename T>
+template <int N, bool ALIGNED, typename T>
+__device__ inline void load_columns(const T *row, int64_t stride, int first, int width, float (&out)[N]) {
+    fetch_columns<N, ALIGNED>(row, stride, first, width).unpack(out);
+}
+
+template <int N, bool ALIGNED, typename T>
 __device__ inline void store_columns(T *row, int64_t stride, int first, int width, const float (&in)[N]) {
-    if (WHOLE) {
+    if (ALIGNED && first + N <= width) {
         constexpr int AT_ONCE = N * sizeof(T) <= 16 ? N : 16 / sizeof(T);
 #pragma unroll
         for (int i = 0; i < N; i += AT_ONCE) {
@@ -120,12 +141,37 @@ __device__ inline void store_columns(T *row, int64_t stride, int first, int widt
     } else {
 #pragma unroll
         for (int i = 0; i < N; ++i)
-            if (first + i < width) row[(first + i) * stride] = from_float<T>(in[i]);
+            if (first + i < width) row[(first + i) * (ALIGNED ? 1 : stride)] = from_float<T>(in[i]);
     }
 }
 
+template <typename T> struct Matrix {
+    T *data;
+    int64_t row, col; // strides
+    __device__ T *at(int64_t i) const { return data + i * row; }
+};
+
 inline bool aligned(const void *at, int64_t stride_bytes, int bytes) {
     return reinterpret_cast<uintptr_t>(at) % bytes == 0 && stride_bytes % bytes == 0;
+}
+
+// Blocks for n rows, each taking one after another: as many as the device holds at once, with so many threads on a
+// multiprocessor.
+inline unsigned resident_blocks(int64_t n, int threads, int on_each) {
+#ifdef SFR_EMULATION
+    const int64_t most = 2; // so that tests have blocks with several rows
+#else
+    int device = 0, count = 132;
+    if (cudaGetDevice(&device) == cudaSuccess)
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    const int64_t most = static_cast<int64_t>(count) * (on_each / threads);
+#endif
+    return static_cast<unsigned>(n < most ? n : most);
+}
+
+// Whether the rows are for 16-byte accesses.
+template <typename T> bool aligned(const Matrix<T> &m) {
+    return m.data == nullptr || (m.col == 1 && aligned(m.data, m.row * sizeof(T), 16));
 }
 
 } // namespace sfr

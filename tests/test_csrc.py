@@ -109,7 +109,7 @@ def test_the_halves_of_rows_that_are_no_multiple_of_16_bytes(loaded):
 SOFTMAX = "softmax_xent.cu"
 FAULTS = {
     "a deadlock": ("reduce.cuh", " __syncthreads();\n#pragma", " if (!PLANTED || lane == 0) __syncthreads();\n#pragma"),
-    "a read past the end": ("types.cuh", "i < width ? to_float(row", "i < width + 4096 * PLANTED ? to_float(row"),
+    "a read past the end": ("types.cuh", "i < width ? row[", "i < width + 4096 * PLANTED ? row["),
     "an access that is not aligned": ("scale.cu", "(sfr::aligned(x, 16, 16)", "(PLANTED || sfr::aligned(x, 16, 16)"),
     "a copy not waited for": (SOFTMAX, " wait_for_all", " if (!PLANTED) wait_for_all"),
     "a block that has not begun": (SOFTMAX, " cluster_sync();", " if (!PLANTED) cluster_sync();"),

@@ -85,21 +85,19 @@ SOURCES = {
     "softmax_xent, Triton": Source(
         "_softmax_xent_kernel", 4, launch=lambda k: k.softmax_xent(_half(2, VOCAB), torch.zeros(2).long())
     ),
-    "flow_path": Source(rf"flow_path_kernel<{T}, {T}, 8, true>", 2, 128, loops=False),
+    "flow_path": Source(rf"flow_path_kernel<{T}, {T}, 8, true>", 4, 128, writes=2),
     "flow_path, Triton": Source(
         "_flow_path_kernel", 2, loops=False, launch=lambda k: k.flow_path(_path(), torch.bfloat16)
     ),
-    "flow_mse": Source(rf"flow_mse_kernel<{T}, {T}, 8, true>", 4, 128),
+    "flow_mse": Source(rf"flow_mse_kernel<{T}, 8, true>", 6, 128),
     "flow_mse, Triton": Source(
         "_flow_mse_kernel", 4, launch=lambda k: k.flow_mse(_half(ROWS, WIDTH), _path(), torch.zeros(ROWS))
     ),
-    "norm_act, row bias": Source(rf"norm_act_kernel<{T}, {T}, 8, true, true>", 6, 128, writes=2, loops=False),
+    "norm_act, row bias": Source(rf"norm_act_kernel<{T}, {T}, 8, true>", 6, 128, writes=2, accesses=(3, 2)),
     "norm_act, row bias, Triton": Source(
         "_norm_act_kernel", 6, writes=2, loops=False, launch=lambda k: _norm_act(k, **_bias())
     ),
-    "norm_act, residual": Source(
-        rf"norm_act_kernel<{T}, {T}, 8, true, true>", 6, 128, loops=False, accesses=(4, 1)
-    ),
+    "norm_act, residual": Source(rf"norm_act_kernel<{T}, {T}, 8, true>", 6, 128, accesses=(2, 1)),
     "norm_act, residual, Triton": Source(
         "_norm_act_kernel", 6, loops=False, launch=lambda k: _norm_act(k, residual=_half(ROWS, WIDTH))
     ),

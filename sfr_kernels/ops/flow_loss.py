@@ -95,7 +95,7 @@ def run_flow(
     if times is None:
         times, time_index = draw_times(leaves, noise_id, time_index, sequence_id, seed, num_times)
     path = FlowPath(aligned(targets), times, noise_id, anchor, time_index, seed, target_scale, source_std)
-    if coefficient is not None and num_times and _serves(leaves, h, params, targets):
+    if coefficient is not None and num_times and _serves(leaves, h, params, targets, times.shape[0]):
         shapes = [p.shape for p in params] if need_params else []
         matrices, vectors = new_matrices(shapes, h), new_vectors(shapes, h)
         loss = leaves.flow_loss(

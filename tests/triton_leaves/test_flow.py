@@ -90,7 +90,7 @@ def test_noise_has_the_same_bits_everywhere():
     path = FlowPath(*(v.to(DEVICE) if torch.is_tensor(v) else v for v in vars(path).values()))
     x_t = leaves.flow_path(path, torch.float32)[0].cpu()
     digest = hashlib.sha256(x_t.numpy().tobytes()).hexdigest()
-    assert digest[:16] == "dbf03f35d7daed99", x_t[0, :8].tolist()
+    assert digest[:16] == "1d13ad4f382367a8", x_t[0, :8].tolist()
 
 
 def every_other(t: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, assert_as_good, index_sum, leaves, scales, sums
+from device import BACKEND, DEVICE, DTYPES, assert_as_good, index_sum, leaves, scales, sums
 
 from sfr_kernels.leaves import torch as eager
 
@@ -99,19 +99,21 @@ def test_dy_may_be_written_over_what_it_is_made_from(place):
 
 
 def test_strided_rows_and_columns():
-    x = make(5, 100, torch.float32)
+    """Every other column, and rows that are no whole number of 16-byte accesses but begin on 16 bytes."""
+    x = make(5, 101, torch.float32)
     apart = backward(leaves, moved(x, DEVICE), True)
     outs = forward(leaves, moved(x, DEVICE), True, True)
-    mine = moved(x, DEVICE)
-    for name in ("y", "dout", "residual"):
-        wide = torch.zeros(5, 203, device=DEVICE)
-        wide[:, 1:201:2] = mine[name]
-        mine[name] = wide[:, 1:201:2]
-    mine["row_index"] = torch.stack([mine["row_index"], mine["row_index"] * 0], dim=1)[:, 0]
-    found = backward(leaves, mine, True)
-    assert all(torch.equal(apart[name], found[name]) for name in apart)
-    found = forward(leaves, mine, True, True)
-    assert all(torch.equal(outs[name], found[name]) for name in outs)
+    for columns in (slice(1, 203, 2), slice(0, 101)):
+        mine = moved(x, DEVICE)
+        for name in ("y", "dout", "residual"):
+            wide = torch.zeros(5, 204, device=DEVICE)
+            wide[:, columns] = mine[name]
+            mine[name] = wide[:, columns]
+        mine["row_index"] = torch.stack([mine["row_index"], mine["row_index"] * 0], dim=1)[:, 0]
+        found = backward(leaves, mine, True)
+        assert all(torch.equal(apart[name], found[name]) for name in apart)
+        found = forward(leaves, mine, True, True)
+        assert all(torch.equal(outs[name], found[name]) for name in outs)
 
 
 def test_no_rows():
@@ -150,6 +152,19 @@ def test_sum_by_index(n, size, width):
     exact = torch.zeros(size, width, dtype=torch.float64).index_add_(0, index, x.double())
     theirs = torch.zeros(size, width).index_add_(0, index, x)
     assert_as_good(index_sum.sum_by_index(x.to(DEVICE), index.to(DEVICE), size), theirs, exact)
+
+
+@pytest.mark.skipif(BACKEND != "cuda", reason="the cuda backend alone sorts by itself")
+def test_an_index_of_many_values(monkeypatch):
+    """More than a block of threads, in several blocks of rows; and what torch has to sort."""
+    g = torch.Generator().manual_seed(0)
+    x, index = torch.randn(700, 5, generator=g), torch.randint(600, (700,), generator=g, dtype=torch.int32)
+    x, index = x.to(DEVICE), index.to(DEVICE)
+    found = sums.sum_by_index(x, index, 600)
+    monkeypatch.setattr(sums, "MOST_GROUPS", 599)
+    assert torch.equal(sums.sum_by_index(x, index, 600), found)
+    exact = torch.zeros(600, 5, dtype=torch.float64).index_add_(0, index.cpu(), x.double().cpu())
+    torch.testing.assert_close(found.double().cpu(), exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

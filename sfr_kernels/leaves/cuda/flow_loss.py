@@ -10,18 +10,19 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .. import FlowPath
+from .. import FlowPath, empty_rows
 from .flow_path import path_arguments
 from .library import DTYPES, library, stream_of, threads_for
 from .norm_act import EPS
-from .sums import parts_for
+from .sums import MOST_GROUPS, parts_for, room_to_group
 
 _ALIGNMENT = 256  # bytes
 _TENSORS = "h coefficient targets times noise_id anchor time_index seed"
 _POINTERS = f"gemm handle stream {_TENSORS} params matrices work vectors dh loss"
-_SIZES = "n hidden target_stride"
+_SIZES = "n hidden target_row h_row dh_row d_row width_row"
 _NUMBERS = (
-    "d inner width num_times layers gain_dtype targets_dtype add_to_dh parts rows mse_threads act_threads back_threads"
+    "d inner width num_times layers gain_dtype targets_dtype add_to_dh "
+    "mse_threads mse_parts mse_rows act_threads back_threads back_parts back_rows"
 )
 _SCALES = "time_scale hidden_scale target_scale source_std eps"
 
@@ -63,11 +64,14 @@ def _room(bytes_of: list[int], device: torch.device) -> tuple[Tensor, list[int]]
     return torch.empty(end, dtype=torch.uint8, device=device), starts
 
 
-def serves_flow_loss(h: Tensor, params: list[Tensor], targets: Tensor) -> bool:
-    """Whether `flow_loss` takes them: rows in bfloat16 or float32, and parameters that need no cast and no copy."""
-    if h.dtype not in (torch.bfloat16, torch.float32) or h.shape[0] == 0 or targets.dtype not in DTYPES:
+def serves_flow_loss(h: Tensor, params: list[Tensor], targets: Tensor, num_times: int) -> bool:
+    """Whether `flow_loss` takes them: rows in bfloat16 or float32, parameters that need no cast and no copy, and times
+    few enough to sort by."""
+    if h.dtype not in (torch.bfloat16, torch.float32) or h.stride(1) != 1 or h.shape[0] == 0:
         return False
-    if not all(p.dtype == h.dtype and p.is_contiguous() for p in params) or not h.is_contiguous():
+    if num_times > MOST_GROUPS or targets.dtype not in DTYPES:
+        return False
+    if not all(p.dtype == h.dtype and p.is_contiguous() for p in params):
         return False
     return _gemm() is not None
 
@@ -90,24 +94,25 @@ def flow_loss(
     (n, hidden), (d, inner), width, dtype = h.shape, params[2].shape, params[4].shape[0], h.dtype
     (targets, noise_id, anchor), layers = path_arguments(path), (len(params) - 6) // 4
     times, time_index = path.times.float().contiguous(), path.time_index.int().contiguous()
-    num_times, size, (parts, rows) = times.shape[0], dtype.itemsize, parts_for(n)
+    num_times, size = times.shape[0], dtype.itemsize
     mse_threads, back_threads = threads_for(d, dtype, 256), threads_for(width, dtype, 256)
+    mse_parts, back_parts = parts_for(n, mse_threads), parts_for(n, back_threads)
     twice = 2 if size == 2 else 1
     columns = -(-d * size // (16 * mse_threads))
+    d_row, width_row = (empty_rows(0, w, dtype, h.device).stride(0) for w in (d, width))
     bytes_of = [
-        n * d * size,  # x_t
-        n * d * size,  # v, then dv
+        *[n * d_row * size] * 3,  # x_t; v, then dv; u
         twice * num_times * d * size,  # sinusoid
         num_times * inner * size,  # its layer before the activation
         twice * num_times * inner * size,  # and after
         twice * num_times * d * size,  # τ
-        4 * num_times * width,  # the table of row biases, then its gradient
-        4 * 3 * parts * max(d, width),  # partial sums
+        4 * num_times * (width + 3),  # the table of row biases, then its gradient
+        4 * max(mse_parts[0] * (d + 3), 3 * back_parts[0] * (width + 3)),  # partial sums
         8 * n if width * size > 16 * back_threads else 0,  # moments of rows wider than a block
-        4 * twice * num_times * inner,  # gradients of τ and before
-        4 * (n + 2 * num_times),  # rows by time
+        4 * twice * num_times * max(d, inner),  # products of so many rows, not yet rounded
+        4 * (n + num_times + 1 + room_to_group(n, num_times)),  # rows by time
         twice * num_times * max(inner, width) * size,  # their parts
-        *[n * width * size, n * width * size, 4 * n, 4 * n] * layers,
+        *[n * width_row * size, n * width_row * size, 4 * n, 4 * n] * layers,
     ]
     room, starts = _room(bytes_of, h.device)
     loss = torch.empty(n, columns, dtype=torch.float32, device=h.device)
@@ -125,9 +130,9 @@ def flow_loss(
         None if vectors is None else vectors.data_ptr(),
         None if dh is None else dh.data_ptr(),
         loss.data_ptr(),
-        *(n, hidden, targets.stride(0)),
+        *(n, hidden, targets.stride(0), h.stride(0), 0 if dh is None else dh.stride(0), d_row, width_row),
         *(d, inner, width, num_times, layers, DTYPES[params[6].dtype], DTYPES[targets.dtype], add_to_dh),
-        *(parts, rows, mse_threads, threads_for(width, dtype, 512), back_threads),
+        *(mse_threads, *mse_parts, threads_for(width, dtype, 512), back_threads, *back_parts),
         *(time_scale, hidden_scale, path.target_scale, path.source_std, EPS),
     )
     library().flow_loss(ctypes.byref(arguments), DTYPES[dtype])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import FlowPath
+from .. import FlowPath, empty_rows
 from .library import DTYPES, library, stream_of
 
 
@@ -14,15 +14,17 @@ def path_arguments(path: FlowPath) -> tuple[Tensor, Tensor, Tensor]:
     return targets, path.noise_id.long().contiguous(), path.anchor.int().contiguous()
 
 
-def flow_path(path: FlowPath, dtype: torch.dtype) -> Tensor:
-    """x_t (n, d) in `dtype`."""
+def flow_path(path: FlowPath, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x_t and u (n, d) in `dtype`."""
     targets, noise_id, anchor = path_arguments(path)
     n, d = noise_id.shape[0], targets.shape[1]
     times, time_index = path.times.float().contiguous(), path.time_index.int().contiguous()
-    x_t = torch.empty(n, d, dtype=dtype, device=targets.device)
+    x_t, u = (empty_rows(n, d, dtype, targets.device) for _ in range(2))
     library().flow_path(
         x_t.data_ptr(),
+        u.data_ptr(),
         DTYPES[dtype],
+        x_t.stride(0),
         targets.data_ptr(),
         DTYPES[targets.dtype],
         targets.stride(0),
@@ -37,4 +39,4 @@ def flow_path(path: FlowPath, dtype: torch.dtype) -> Tensor:
         d,
         stream_of(x_t),
     )
-    return x_t
+    return x_t, u

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from .. import empty_rows
 from .library import DTYPES, address, library, stream_of, threads_for
-from .sums import column_sum, parts_for, sum_by_index
+from .sums import column_sum, partial_sums, parts_for, sum_by_index
 
 EPS = 1e-5  # of torch.nn.LayerNorm
 
@@ -26,23 +27,28 @@ def norm_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (n, D) in y's dtype; μ and ρ (n,) in float32."""
     (n, width), (gamma, beta) = y.shape, _vectors(gamma, beta, y.dtype)
-    out = torch.empty(n, width, dtype=y.dtype, device=y.device)
+    out = empty_rows(n, width, y.dtype, y.device)
     mean, rstd = (torch.empty(n, dtype=torch.float32, device=y.device) for _ in range(2))
-    row_bias = None if row_bias is None else row_bias.float().contiguous()
+    if row_bias is not None:
+        row_bias = row_bias.float()
+        row_bias = row_bias if row_bias.stride(1) == 1 else row_bias.contiguous()
     row_index = None if row_index is None else row_index.int().contiguous()
     residual = None if residual is None else residual.to(y.dtype)
     library().norm_act(
         y.data_ptr(),
         DTYPES[y.dtype],
         *y.stride(),
+        None,  # no bias without an index: the product has it
         gamma.data_ptr(),
         beta.data_ptr(),
         DTYPES[gamma.dtype],
         address(row_bias),
+        0 if row_bias is None else row_bias.stride(0),
         address(row_index),
         address(residual),
         *((0, 0) if residual is None else residual.stride()),
         out.data_ptr(),
+        out.stride(0),
         mean.data_ptr(),
         rstd.data_ptr(),
         n,
@@ -69,18 +75,19 @@ def norm_act_backward(
     """dy (n, D) in y's dtype; dγ, dβ (D,) and d row_bias (M, D) in float32; Σ dy (1, D) where row_index is None."""
     (n, width), (gamma, beta) = y.shape, _vectors(gamma, beta, y.dtype)
     dout, mean, rstd = dout.to(y.dtype), mean.float().contiguous(), rstd.float().contiguous()
-    dy = torch.empty(n, width, dtype=y.dtype, device=y.device) if dy is None else dy
+    dy = empty_rows(n, width, y.dtype, y.device) if dy is None else dy
     threads, sum_dy = threads_for(width, y.dtype, 256), row_index is None
-    parts, rows = parts_for(n)
+    parts, rows = parts_for(n, threads)
     wide = width * y.dtype.itemsize > 16 * threads
     moments = mean.new_empty(n, 2) if wide else None
-    partial = mean.new_empty(3 if sum_dy else 2, parts, width)
+    partial = partial_sums(3 if sum_dy else 2, parts, width, y.device)
     library().norm_act_backward(
         dout.data_ptr(),
         DTYPES[y.dtype],
         *dout.stride(),
         y.data_ptr(),
         *y.stride(),
+        None,
         gamma.data_ptr(),
         beta.data_ptr(),
         DTYPES[gamma.dtype],
@@ -90,6 +97,7 @@ def norm_act_backward(
         dy.data_ptr(),
         *dy.stride(),
         partial.data_ptr(),
+        partial.stride(1),
         sum_dy,
         n,
         width,
@@ -98,7 +106,5 @@ def norm_act_backward(
         threads,
         stream_of(y),
     )
-    sums = column_sum(partial)
-    if sum_dy:
-        return dy, sums[0], sums[1], sums[2:]
-    return dy, sums[0], sums[1], sum_by_index(dy, row_index, num_bias)
+    *dbias, dgamma, dbeta = column_sum(partial)
+    return dy, dgamma, dbeta, dbias[0][None] if sum_dy else sum_by_index(dy, row_index, num_bias)

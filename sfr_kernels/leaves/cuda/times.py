@@ -38,6 +38,6 @@ def sinusoid(times: Tensor, size: int, time_scale: float, dtype: torch.dtype) ->
     times = times.float().contiguous()
     out = torch.empty(times.shape[0], size, dtype=dtype, device=times.device)
     library().sinusoid(
-        times.data_ptr(), out.data_ptr(), DTYPES[dtype], times.shape[0], size, time_scale, stream_of(times)
+        times.data_ptr(), out.data_ptr(), DTYPES[dtype], times.shape[0], 1, size, time_scale, stream_of(times)
     )
     return out
