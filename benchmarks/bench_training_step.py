@@ -54,7 +54,7 @@ def cases(device: torch.device) -> list[Case]:
     if not cuda:
         encoder = EncoderShape(384, 6, 12, 1536)  # MiniLM
         shape = StepShape(SMOLLM2, True, False, batch=2, length=256, supervised=0.5, encoder=encoder)
-        found.append(replace(_case(shape, cuda, False, (SFT_HF, SFT_OURS, SFR_STORED)), seconds=60.0))
+        found.append(replace(_case(shape, cuda, False, (SFT_HF, SFT_OURS, SFR_STORED)), seconds=30.0))
     return found
 
 
