@@ -7,56 +7,45 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
-TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
-}  # fmt: skip
-
-
-def configuration(kernel, args, meta):
-    """What Triton would compile for a launch: (signature, constants, divisible arguments, options)."""
-    given = dict(zip(kernel.arg_names, args, strict=False))
-    options = {name: value for name, value in meta.items() if name not in kernel.arg_names}
-    given |= {name: value for name, value in meta.items() if name in kernel.arg_names}
-    signature, constants, divisible = {}, {}, []
-    for parameter in kernel.params:
-        name, value = parameter.name, given[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            if value.data_ptr() % 16 == 0:
-                divisible.append(parameter.num)
-        elif isinstance(value, int):
-            signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                divisible.append(parameter.num)
-        else:
-            signature[name] = "fp32"
-    return tuple(signature.items()), tuple(constants.items()), tuple(divisible), tuple(options.items())
+Launch = tuple[JITFunction, tuple, dict]  # kernel, arguments, constants and options
 
 
 @contextmanager
-def recorded() -> Iterator[dict]:
-    """{(name, configuration): kernel} of what is launched meanwhile."""
-    found = {}
+def recorded() -> Iterator[list[Launch]]:
+    """What is launched meanwhile."""
+    made = []
 
     def getitem(kernel, grid):
-        return lambda *args, **meta: found.setdefault((kernel.__name__, configuration(kernel, args, meta)), kernel)
+        return lambda *args, **meta: made.append((kernel, args, meta))
 
     with patch.object(JITFunction, "__getitem__", getitem):
-        yield found
+        yield made
 
 
-def compiled(kernel, configuration, capability: int):
-    signature, constants, divisible, options = configuration
-    source = ASTSource(kernel, dict(signature), dict(constants), {(i,): [["tt.divisibility", 16]] for i in divisible})
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
+def _bound(launch: Launch, backend):
+    """What Triton makes of a launch: its arguments by name, their types and what it knows of them, and options."""
+    kernel, args, meta = launch
+    return create_function_from_signature(kernel.signature, kernel.params, backend)(*args, **meta)
+
+
+def variant(launch: Launch) -> tuple[str, str]:
+    """A kernel's name, and what is the same for all the launches that Triton compiles it for once."""
+    _, specialization, options = _bound(launch, make_backend(GPUTarget("cuda", 90, 32)))
+    return launch[0].__name__, str((specialization, sorted(options.items())))
+
+
+def compiled(launch: Launch, capability: int):
+    target = GPUTarget("cuda", capability, 32)
+    backend, (kernel, _, meta) = make_backend(target), launch
+    options, signature, constants, attributes = kernel._pack_args(backend, dict(meta), *_bound(launch, backend))
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
 
 
 def in_file(cubin: bytes, read: Callable[[Path], dict]) -> dict:

@@ -44,7 +44,7 @@ def kernel_names(backend: str) -> list[str]:
         text = "\n".join(f.read_text() for f in sorted(ROOT.glob("csrc/*.cu")))
         return re.findall(r"(\w+_kernel)\(", text)
     text = "\n".join(f.read_text() for f in sorted(ROOT.glob("sfr_kernels/leaves/triton/*.py")))
-    return re.findall(r"@triton\.jit[^\n]*\ndef (\w+_kernel)\(", text)
+    return re.findall(r"^@kernel\ndef (\w+)\(", text, re.M)
 
 
 def commands() -> list[tuple[str, list[str], dict[str, str]]]:

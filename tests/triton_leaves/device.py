@@ -16,6 +16,19 @@ if not ON_GPU and BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") != 
 # The interpreter computes with the raw bits of bfloat16.
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (ON_GPU or BACKEND == "cuda")
 
+if not ON_GPU and BACKEND == "triton":
+    # The interpreter looks through its whole language at every call of a function by a kernel, to replace what is
+    # replaced already: half of these tests' time.
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    def replace_once(fn, replace=interpreter._patch_lang):
+        known = (fn.__globals__.get(name) for name in ("tl", "core"))
+        fresh = any(core.is_builtin(getattr(language, "load", None)) for language in known)
+        return replace(fn) if fresh else interpreter._LangPatchScope()
+
+    interpreter._patch_lang = replace_once
+
 leaves = import_module(f"sfr_kernels.leaves.{BACKEND}")
 # The modules of the sums over rows, whose block counts small tests change.
 sums = import_module(f"sfr_kernels.leaves.{BACKEND}.{'sums' if BACKEND == 'cuda' else 'column_sum'}")

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sfr_kernels.leaves.triton.elementary import log, sincos_turns
+from sfr_kernels.leaves.triton.elementary import circle, radius, sincos_turns
 from sfr_kernels.leaves.triton.philox import words
 
 
@@ -17,10 +17,12 @@ def words_kernel(out_ptr, identity_ptr, seed_ptr, STREAM: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def elementary_kernel(x_ptr, log_ptr, sin_ptr, cos_ptr, n, BLOCK: tl.constexpr):
+def elementary_kernel(w_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """(5, n): radius, circle's cosine and sine, and those of as many turns."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + offs, mask=offs < n, other=0.5)
-    sine, cosine = sincos_turns(x)
-    tl.store(log_ptr + offs, log(x), mask=offs < n)
-    tl.store(sin_ptr + offs, sine, mask=offs < n)
-    tl.store(cos_ptr + offs, cosine, mask=offs < n)
+    w = tl.load(w_ptr + offs, mask=offs < n, other=0).to(tl.uint32)
+    cosine, sine = circle(tl.full((BLOCK,), 1.0, dtype=tl.float32), w)
+    turn_sine, turn_cosine = sincos_turns(w.to(tl.float32) * 2.3283064365386963e-10)
+    found = radius(w), cosine, sine, turn_cosine, turn_sine
+    for k in tl.static_range(5):
+        tl.store(out_ptr + k * n + offs, found[k], mask=offs < n)

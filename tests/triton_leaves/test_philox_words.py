@@ -5,7 +5,7 @@ import torch
 from device import BACKEND, DEVICE
 from test_flow import SEEDS
 
-from sfr_kernels.leaves.torch.philox import random_words
+from sfr_kernels.leaves.torch.philox import random_words, to_uniform
 
 IDENTITIES = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**40 + 7, -1, -(2**63), 2**63 - 1])
 
@@ -33,15 +33,18 @@ def test_words_are_the_bits_of_the_torch_leaf(seed, stream):
 
 
 @pytest.mark.skipif(BACKEND != "triton", reason="csrc/ has no kernel of the functions alone")
-def test_logarithm_and_circle_are_within_two_units_of_the_last_place():
+def test_radius_and_circle_are_as_exact_as_they_say():
     import triton
     from philox_kernels import elementary_kernel
 
-    edges = torch.tensor([2.0**-33, 2.0**-32, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1 - 2.0**-24])
-    x = torch.cat([edges, torch.rand(5000, generator=torch.Generator().manual_seed(0)).clamp(min=1e-9)])
-    found = torch.empty(3, len(x), device=DEVICE)
-    elementary_kernel[(triton.cdiv(len(x), 1024),)](x.to(DEVICE), *found, len(x), BLOCK=1024, enable_fp_fusion=False)
-    turn = 2 * torch.pi * x.double()
-    exact = torch.stack([x.double().log(), turn.sin(), turn.cos()])
-    unit = torch.maximum(exact.abs(), torch.tensor([[0.0], [2.0**-10], [2.0**-10]])) * 2.0**-23
-    assert ((found.double().cpu() - exact).abs() <= 2 * unit + 1e-300).all()
+    edges = torch.tensor([0, 1, 2, 77, 2**29, 2**30 - 1, 2**30, 2**31 - 1, 2**31, 3 * 2**30, 2**32 - 2, 2**32 - 1])
+    w = torch.cat([edges, torch.randint(2**32, (5000,), generator=torch.Generator().manual_seed(0))])
+    found = torch.empty(5, len(w), device=DEVICE)
+    elementary_kernel[(triton.cdiv(len(w), 1024),)](w.to(DEVICE), found, len(w), BLOCK=1024, enable_fp_fusion=False)
+    angle, turn = 2 * torch.pi * (w.double() + 0.5) / 2**32, 2 * torch.pi * (w.float() * 2.0**-32).double()
+    radius = (-2 * to_uniform(w).double().log()).sqrt()
+    exact = torch.stack([radius, angle.cos(), angle.sin(), turn.cos(), turn.sin()])
+    wrong = (found.double().cpu() - exact).abs()
+    assert (wrong[:3] <= torch.tensor([[1.2e-6], [3e-7], [3e-7]])).all()
+    assert (wrong[:3, len(edges) :].square().mean(1) <= 1e-14).all()
+    assert (wrong[3:] <= 2.0**-22 * exact[3:].abs().clamp(min=2.0**-10)).all()

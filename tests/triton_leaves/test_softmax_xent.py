@@ -15,8 +15,8 @@ OPTIONS = {
     "z_loss": dict(z_loss=0.05),
     "everything": dict(logit_scale=1.3, softcap=4.0, label_smoothing=0.1, z_loss=0.02),
 }
-# one class; fewer than any block; no power of two, so that loads are single; whole 16-byte loads in one block and in
-# several; several blocks with a ragged end
+# one class; fewer than any block; whole 16-byte loads in one block and in several; one block and several with an end
+# that no vector fits
 VOCABULARIES = [1, 7, 331, 512, 40960, 20001]
 
 
@@ -28,10 +28,22 @@ def make(n, vocab, dtype, offset=0.0):
     return logits, labels, torch.rand(n, generator=g)
 
 
+def aligned(logits) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits on the device with every row on 16 bytes, as the losses keep them; and what lies between the rows."""
+    n, vocab = logits.shape
+    room = torch.full((n, (vocab // 64 + 2) * 64), -7.0, dtype=logits.dtype, device=DEVICE)
+    room[:, :vocab] = logits.to(DEVICE)
+    return room[:, :vocab], room[:, vocab:]
+
+
 def outputs(module, logits, labels, weight, dtype=None, device="cpu", **options) -> dict[str, torch.Tensor]:
-    x = logits.to(device, dtype or logits.dtype, copy=True)
+    if module is leaves:
+        x, between = aligned(logits)
+    else:
+        x = logits.to(device, dtype or logits.dtype, copy=True)
     weight = None if weight is None else weight.to(device)
     loss, stats = module.softmax_xent(x, labels.to(device), weight, need_stats=True, **options)
+    assert module is not leaves or (between == -7).all()
     return {"loss": loss, "dlogits": x, "lse": stats.lse, "entropy": stats.entropy, "predicted": stats.predicted}
 
 
@@ -137,15 +149,18 @@ def test_the_first_of_equal_logits_is_predicted(vocab):
     assert found[:3].tolist() == [0, vocab // 3, 17] and found[3] == logits[3].argmax()
 
 
-def test_strided_logits():
+@pytest.mark.parametrize("options", [{}, OPTIONS["everything"]])
+def test_strided_logits(options):
     logits, labels, weight = make(4, 331, torch.float32)
-    wanted = outputs(leaves, logits, labels, weight, device=DEVICE)
+    wanted = outputs(leaves, logits, labels, weight, device=DEVICE, **options)
     wide, columns = torch.zeros(4, 700, device=DEVICE), torch.zeros(331, 4, device=DEVICE)
-    for view in (wide[:, 5:336], wide[:, 1:663:2], columns.T):
+    for view in (wide[:, 5:336], wide[:, 1:663:2], columns.T, torch.empty_like(logits, device=DEVICE)):
         view.copy_(logits)
-        loss, _ = leaves.softmax_xent(view, labels.to(DEVICE), weight.to(DEVICE))
+        loss, stats = leaves.softmax_xent(view, labels.to(DEVICE), weight.to(DEVICE), need_stats=True, **options)
         torch.testing.assert_close(loss, wanted["loss"], rtol=1e-6, atol=0)
         torch.testing.assert_close(view, wanted["dlogits"], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(stats.entropy, wanted["entropy"], rtol=1e-5, atol=1e-6)
+        assert torch.equal(stats.predicted, wanted["predicted"])
     assert (wide[:, 663:] == 0).all() and (wide[:, 0] == 0).all()  # and nothing beside it
 
 

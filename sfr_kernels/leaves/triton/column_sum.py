@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import kernel, launch
 
-# Row blocks of a sum over rows: about four programs for each of an H100's 132 multiprocessors, and few enough that the
-# partial sums are small beside the rows.
-MAX_PARTS = 512
+# Row blocks of a sum over rows: almost five programs for each of an H100's 132 multiprocessors, as many as fit, and few
+# enough that the partial sums are small beside the rows.
+MAX_PARTS = 640
 
 
 def parts_for(n: int) -> tuple[int, int]:
@@ -22,12 +22,20 @@ def parts_for(n: int) -> tuple[int, int]:
     return triton.cdiv(n, rows), rows
 
 
-@triton.jit
-def _column_sum_kernel(partial_ptr, out_ptr, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def empty_partial(sums: int, parts: int, width: int, device: torch.device) -> Tensor:
+    """Room for partial sums, (S, P, width or a few columns more of no meaning): kernels write whole vectors of them."""
+    return torch.empty(sums, parts, triton.cdiv(width, 16) * 16, dtype=torch.float32, device=device)
+
+
+@kernel
+def _column_sum_kernel(
+    partial_ptr, out_ptr, P, D, VECTOR: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    D = D // VECTOR * VECTOR
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_p = tl.arange(0, BLOCK_P)
     which = tl.program_id(1).to(tl.int64)
-    base = partial_ptr + which * P * D
+    base = tl.multiple_of(partial_ptr + which * P * D, 4 * VECTOR)
     total = tl.zeros((BLOCK_P, BLOCK_D), dtype=tl.float32)
     for first in range(0, P, BLOCK_P):
         part = first + offs_p
@@ -48,6 +56,7 @@ def column_sum(partial: Tensor) -> Tensor:  # (S, P, D) float32, contiguous
         out,
         parts,
         width,
+        VECTOR=1 if width % 4 else 4,
         BLOCK_P=128,
         BLOCK_D=32,
         num_warps=4,

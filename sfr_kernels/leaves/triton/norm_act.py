@@ -10,80 +10,80 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch, row_block, warps_for
+from .. import empty_rows
+from .elementary import sigmoid
+from .launch import kernel, launch, row_block, warps_for
+from .row import access, read, write
 
 EPS = 1e-5  # of torch.nn.LayerNorm
 
 
 @triton.jit
-def _load_y(y_ptr, y_col, bias_ptr, D, first, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    offs = first + tl.arange(0, BLOCK)
-    mask = offs < D
-    y = tl.load(y_ptr + offs.to(tl.int64) * y_col, mask=mask, other=0.0).to(tl.float32)
+def _read_y(y_ptr, y_col, bias_ptr, offs, D, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr):
+    y = read(y_ptr, y_col, offs, D, ROWS).to(tl.float32)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    return y, offs, mask
+        y += read(bias_ptr, 1, offs, D, VECTORS).to(tl.float32)
+    return y
 
 
 @triton.jit
-def _finish(
-    y, mean, rstd, offs, mask, y_ptr, y_col, gamma_ptr, beta_ptr, residual_ptr, residual_col, out_ptr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """From a block of y and the row's statistics to the block of out."""
-    wide = offs.to(tl.int64)
-    gamma = tl.load(gamma_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    beta = tl.load(beta_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    z = gamma * ((y - mean) * rstd) + beta
-    out = z * tl.sigmoid(z)
-    if HAS_RESIDUAL:
-        out += tl.load(residual_ptr + wide * residual_col, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        tl.store(y_ptr + wide * y_col, y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + offs, out.to(out_ptr.dtype.element_ty), mask=mask)
+def _activate(y, mean, rstd, gamma, beta):
+    z = gamma.to(tl.float32) * ((y - mean) * rstd) + beta.to(tl.float32)
+    return z * sigmoid(z)
 
 
-@triton.jit
+@kernel
 def _norm_act_kernel(
-    y_ptr, y_row, y_col, gamma_ptr, beta_ptr, bias_ptr, index_ptr, residual_ptr, residual_row, residual_col,
-    out_ptr, mean_ptr, rstd_ptr, D, eps,
+    y_ptr, y_row, y_col, gamma_ptr, beta_ptr, bias_ptr, bias_row, index_ptr, residual_ptr, residual_row, residual_col,
+    out_ptr, out_row, mean_ptr, rstd_ptr, D, eps,
     HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
     """One row a program; a row of more than one block is read three times, from cache after the first."""
     row = tl.program_id(0).to(tl.int64)
     y_ptr += row * y_row
-    out_ptr += row * D
+    out_ptr += row * out_row
     if HAS_BIAS:
-        bias_ptr += tl.load(index_ptr + row).to(tl.int64) * D
+        bias_ptr += tl.load(index_ptr + row).to(tl.int64) * bias_row
     if HAS_RESIDUAL:
         residual_ptr += row * residual_row
+    offs = tl.arange(0, BLOCK)
     if ONE_BLOCK:
-        y, offs, mask = _load_y(y_ptr, y_col, bias_ptr, D, 0, HAS_BIAS, BLOCK)
+        # All that the row needs is on its way before its statistics are waited for.
+        gamma, beta = read(gamma_ptr, 1, offs, D, VECTORS), read(beta_ptr, 1, offs, D, VECTORS)
+        if HAS_RESIDUAL:
+            residual = read(residual_ptr, residual_col, offs, D, ROWS)
+        y = _read_y(y_ptr, y_col, bias_ptr, offs, D, HAS_BIAS, ROWS, VECTORS)
+        if HAS_BIAS:
+            write(y_ptr, y_col, offs, D, y, ROWS)
         mean = tl.sum(y, axis=0) / D
-        centred = tl.where(mask, y - mean, 0.0)
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=0) / D + eps)
-        _finish(
-            y, mean, rstd, offs, mask, y_ptr, y_col, gamma_ptr, beta_ptr, residual_ptr, residual_col, out_ptr,
-            HAS_BIAS, HAS_RESIDUAL,
-        )  # fmt: skip
+        centred = tl.where(offs < D, y - mean, 0.0)
+        rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / D + eps)
+        out = _activate(y, mean, rstd, gamma, beta)
+        if HAS_RESIDUAL:
+            out += residual.to(tl.float32)
+        write(out_ptr, 1, offs, D, out, ROWS)
     else:
         total = tl.zeros((BLOCK,), dtype=tl.float32)
         for first in range(0, D, BLOCK):
-            y, offs, mask = _load_y(y_ptr, y_col, bias_ptr, D, first, HAS_BIAS, BLOCK)
-            total += y
+            total += _read_y(y_ptr, y_col, bias_ptr, first + offs, D, HAS_BIAS, ROWS, VECTORS)
         mean = tl.sum(total, axis=0) / D
         total = tl.zeros((BLOCK,), dtype=tl.float32)
         for first in range(0, D, BLOCK):
-            y, offs, mask = _load_y(y_ptr, y_col, bias_ptr, D, first, HAS_BIAS, BLOCK)
-            centred = tl.where(mask, y - mean, 0.0)
+            y = _read_y(y_ptr, y_col, bias_ptr, first + offs, D, HAS_BIAS, ROWS, VECTORS)
+            centred = tl.where(first + offs < D, y - mean, 0.0)
             total += centred * centred
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(total, axis=0) / D + eps)
+        rstd = tl.rsqrt(tl.sum(total, axis=0) / D + eps)
         for first in range(0, D, BLOCK):
-            y, offs, mask = _load_y(y_ptr, y_col, bias_ptr, D, first, HAS_BIAS, BLOCK)
-            _finish(
-                y, mean, rstd, offs, mask, y_ptr, y_col, gamma_ptr, beta_ptr, residual_ptr, residual_col, out_ptr,
-                HAS_BIAS, HAS_RESIDUAL,
-            )  # fmt: skip
+            here = first + offs
+            y = _read_y(y_ptr, y_col, bias_ptr, here, D, HAS_BIAS, ROWS, VECTORS)
+            gamma, beta = read(gamma_ptr, 1, here, D, VECTORS), read(beta_ptr, 1, here, D, VECTORS)
+            out = _activate(y, mean, rstd, gamma, beta)
+            if HAS_RESIDUAL:
+                out += read(residual_ptr, residual_col, here, D, ROWS).to(tl.float32)
+            if HAS_BIAS:
+                write(y_ptr, y_col, here, D, y, ROWS)
+            write(out_ptr, 1, here, D, out, ROWS)
     tl.store(mean_ptr + row, mean)
     tl.store(rstd_ptr + row, rstd)
 
@@ -99,22 +99,28 @@ def norm_act(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (n, D) in y's dtype; μ and ρ (n,) in float32."""
     n, width = y.shape
-    out = torch.empty(n, width, dtype=y.dtype, device=y.device)
-    mean, rstd = (torch.empty(n, dtype=torch.float32, device=y.device) for _ in range(2))
-    # A whole row a program: one read of y, eight elements a thread.
+    out = empty_rows(n, width, y.dtype, y.device)
+    mean, rstd = torch.empty(2, n, dtype=torch.float32, device=y.device)
+    gamma, beta = gamma.contiguous(), beta.contiguous()
+    if row_bias is not None and row_bias.stride(1) != 1:
+        row_bias = row_bias.contiguous()
+    # A whole row a program: one read of y. 32 bytes of it a thread, so that what a warp does once a row, such as the
+    # sums over its threads, is spread over more.
     block = row_block(width)
     launch(
         _norm_act_kernel,
         (n,),
         y,
         *y.stride(),
-        gamma.contiguous(),
-        beta.contiguous(),
-        None if row_bias is None else row_bias.contiguous(),
+        gamma,
+        beta,
+        row_bias,
+        0 if row_bias is None else row_bias.stride(0),
         None if row_index is None else row_index.contiguous(),
         residual,
         *((0, 0) if residual is None else residual.stride()),
         out,
+        out.stride(0),
         mean,
         rstd,
         width,
@@ -123,6 +129,8 @@ def norm_act(
         HAS_RESIDUAL=residual is not None,
         ONE_BLOCK=width <= block,
         BLOCK=block,
-        num_warps=warps_for(block),
+        ROWS=access(width, y, residual, out),
+        VECTORS=access(width, gamma, beta, row_bias),
+        num_warps=warps_for(block, each=32 // y.element_size()),
     )
     return out, mean, rstd

@@ -9,61 +9,92 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import kernel, launch, row_block
+from .row import access, read, write
 
 # 16 programs of 128 threads fill a multiprocessor, of which a chip has at most 160.
 MAX_PROGRAMS = 16 * 160
 
 
 @triton.jit
-def _scale_kernel(x_ptr, factor_ptr, out_ptr, numel, BLOCK: tl.constexpr):
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + offs, (x * tl.load(factor_ptr)).to(out_ptr.dtype.element_ty), mask=mask)
+def _scale_block(x_ptr, out_ptr, factor, offs, numel, ALIGNED: tl.constexpr):
+    x_at, out_at = x_ptr + offs, out_ptr + offs
+    if ALIGNED:
+        x_at, out_at = tl.multiple_of(x_at, 16), tl.multiple_of(out_at, 16)
+    x = tl.load(x_at, mask=offs < numel, other=0.0).to(tl.float32)
+    tl.store(out_at, (x * factor).to(out_ptr.dtype.element_ty), mask=offs < numel)
 
 
 @triton.jit
-def _scale_in_place_kernel(x_ptr, factor_ptr, numel, BLOCK: tl.constexpr):
+def _scale_end(x_ptr, out_ptr, factor, numel):
+    """What is left of whole vectors, fewer than 16 numbers: the first program's."""
+    if tl.program_id(0) == 0:
+        _scale_block(x_ptr, out_ptr, factor, numel // 16 * 16 + tl.arange(0, 16), numel, False)
+
+
+@kernel
+def _scale_kernel(x_ptr, factor_ptr, out_ptr, numel: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr)
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    _scale_block(x_ptr, out_ptr, factor, offs, numel // 16 * 16, ALIGNED)
+    _scale_end(x_ptr, out_ptr, factor, numel)
+
+
+@kernel
+def _scale_in_place_kernel(x_ptr, factor_ptr, numel: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """Few programs with many blocks each, so that those that find nothing to do are soon gone."""
     factor = tl.load(factor_ptr)
     if factor != 1.0:
-        first = tl.program_id(0).to(tl.int64) * BLOCK
-        for start in range(first, numel, tl.num_programs(0) * BLOCK):
-            offs = start + tl.arange(0, BLOCK)
-            mask = offs < numel
-            x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-            tl.store(x_ptr + offs, (x * factor).to(x_ptr.dtype.element_ty), mask=mask)
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, tl.num_programs(0) * BLOCK):
+            _scale_block(x_ptr, x_ptr, factor, start + tl.arange(0, BLOCK), numel // 16 * 16, ALIGNED)
+        _scale_end(x_ptr, x_ptr, factor, numel)
 
 
-@triton.jit
-def _scatter_rows_kernel(x_ptr, factor_ptr, token_row_ptr, out_ptr, n, H, BLOCK: tl.constexpr):
+@kernel
+def _scatter_rows_kernel(
+    x_ptr, x_row, x_col, factor_ptr, token_row_ptr, out_ptr, n, H,
+    BLOCK: tl.constexpr, ACCESS: tl.constexpr, OUT_ACCESS: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(token_row_ptr + token).to(tl.int64)
     here = (row >= 0) & (row < n)
-    x = tl.load(x_ptr + row * H + offs, mask=tl.where(here, offs < H, False), other=0.0).to(tl.float32)
+    x = read(x_ptr + row * x_row, x_col, offs, tl.where(here, H, 0), ACCESS).to(tl.float32)
     x = tl.where(here, x * tl.load(factor_ptr), 0.0)
-    tl.store(out_ptr + token * H + offs, x.to(out_ptr.dtype.element_ty), mask=offs < H)
+    write(out_ptr + token * H, 1, offs, H, x, OUT_ACCESS)
+
+
+def _aligned(*flat: Tensor) -> bool:
+    return not any(x.data_ptr() % 16 for x in flat)
 
 
 def scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """x · factor in `dtype`; x contiguous, factor a zero-dim float32."""
     out = torch.empty_like(x, dtype=dtype)
     # 16 bytes a thread, twice; blocks no larger, so that small tensors still fill the chip.
-    launch(_scale_kernel, (triton.cdiv(x.numel(), 2048),), x, factor, out, x.numel(), BLOCK=2048, num_warps=4)
+    launch(
+        _scale_kernel,
+        (triton.cdiv(x.numel(), 2048),),
+        x,
+        factor,
+        out,
+        x.numel(),
+        ALIGNED=_aligned(x, out),
+        BLOCK=2048,
+        num_warps=4,
+    )
     return out
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """x *= factor, and x; x contiguous, factor a zero-dim float32. Where it is 1, x is not even read."""
     programs = min(triton.cdiv(x.numel(), 4096), MAX_PROGRAMS)
-    launch(_scale_in_place_kernel, (programs,), x, factor, x.numel(), BLOCK=4096, num_warps=4)
+    launch(_scale_in_place_kernel, (programs,), x, factor, x.numel(), ALIGNED=_aligned(x), BLOCK=4096, num_warps=4)
     return x
 
 
 def scatter_rows(
-    x: Tensor,  # (n, H), contiguous
+    x: Tensor,  # (n, H)
     factor: Tensor,  # zero-dim float32
     token_row: Tensor,  # (N,) int32, the row of each token; −1, or n and more: none
     dtype: torch.dtype,
@@ -71,17 +102,20 @@ def scatter_rows(
     """(N, H) in `dtype`: factor · x[token_row], and zero where there is no row."""
     tokens, width = token_row.shape[0], x.shape[1]
     out = torch.empty(tokens, width, dtype=dtype, device=x.device)
-    block = min(2048, max(16, triton.next_power_of_2(width)))  # as in `scale`
+    block = row_block(width, most=2048)  # as in `scale`
     launch(
         _scatter_rows_kernel,
         (tokens, triton.cdiv(width, block)),
         x,
+        *x.stride(),
         factor,
         token_row.contiguous(),
         out,
         x.shape[0],
         width,
         BLOCK=block,
+        ACCESS=access(width, x),
+        OUT_ACCESS=access(width, out),
         num_warps=4,
     )
     return out

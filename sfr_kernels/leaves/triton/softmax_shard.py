@@ -8,58 +8,54 @@ those of the whole vocabulary. Each is one of the two passes of softmax_xent.py.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from .. import RowPartials
-from .launch import launch
+from .launch import kernel, launch
 from .softmax_xent import row_layout, row_sums, squash, write_gradient
 
 
-@triton.jit
+@kernel
 def _softmax_partials_kernel(
     x_ptr, x_row, x_col, label_ptr, out_ptr, n, V, logit_scale, softcap,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NEED_REST: tl.constexpr, NEED_STATS: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    x_ptr += row * x_row
-    label = tl.load(label_ptr + row)
     rate = logit_scale / softcap if HAS_SOFTCAP else logit_scale
-    owned = tl.where(label >= 0, label < V, False)
-    chosen = squash(tl.load(x_ptr + label * x_col, mask=owned, other=0.0), rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
-    first = squash(tl.load(x_ptr), rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
-    pivot = tl.where(first > float("-inf"), first, 0.0)
-    top, total, moment, rest, best = row_sums(
-        x_ptr, x_col, V, rate, softcap, pivot,
-        HAS_SCALE, HAS_SOFTCAP, NEED_REST, NEED_STATS, True, LANES, WIDTH, VECTOR,
+    top, total, moment, rest, best, label, x_label = row_sums(
+        x_ptr + row * x_row, x_col, label_ptr + row, V, rate, softcap,
+        HAS_SCALE, HAS_SOFTCAP, NEED_REST, NEED_STATS, True, LANES, WIDTH, ACCESS,
     )  # fmt: skip
+    owned = tl.where(label >= 0, label < V, False)
+    chosen = squash(x_label, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
     tl.store(out_ptr + row, top)
     tl.store(out_ptr + n + row, total)
     tl.store(out_ptr + 2 * n + row, tl.where(owned, chosen, 0.0))
     tl.store(out_ptr + 3 * n + row, owned.to(tl.float32))
-    tl.store(out_ptr + 4 * n + row, rest + V * (pivot - top) if NEED_REST else 0.0)
+    tl.store(out_ptr + 4 * n + row, rest if NEED_REST else 0.0)
     tl.store(out_ptr + 5 * n + row, moment)
     tl.store(out_ptr + 6 * n + row, best.to(tl.float32))
 
 
-@triton.jit
+@kernel
 def _softmax_gradient_kernel(
     x_ptr, x_row, x_col, label_ptr, weight_ptr, top_ptr, share_ptr, uniform_ptr,
     V, logit_scale, softcap, label_smoothing,
     HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    label, top, share = tl.load(label_ptr + row), tl.load(top_ptr + row), tl.load(share_ptr + row)
     slope = logit_scale
     if HAS_WEIGHT:
         slope *= tl.load(weight_ptr + row).to(tl.float32)
     uniform = slope * tl.load(uniform_ptr) if HAS_SMOOTHING else 0.0
     write_gradient(
-        x_ptr + row * x_row, x_col, V, tl.load(label_ptr + row), logit_scale / softcap if HAS_SOFTCAP else logit_scale,
-        softcap, tl.load(top_ptr + row), slope * tl.load(share_ptr + row), slope * (1.0 - label_smoothing), uniform,
-        HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, LANES, WIDTH, VECTOR,
+        x_ptr + row * x_row, x_col, V, label, logit_scale / softcap if HAS_SOFTCAP else logit_scale, softcap, top,
+        slope * share, slope * (1.0 - label_smoothing), uniform,
+        HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, LANES, WIDTH, ACCESS,
     )  # fmt: skip
 
 

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from .. import RowStats
 from .elementary import tanh
-from .launch import launch
+from .launch import kernel, launch
+from .row import access, columns
+
+# What L2 is to do with the logits that the first pass has read and the second will read again: "evict_last" keeps them
+# before what other programs write in the meantime; "evict_normal" does not mark a buffer of many times the L2, row
+# after row, as worth keeping. Only a measurement can tell which is faster.
+KEPT = tl.constexpr("evict_last")
+
+# The first maximum: finite, so that z = −inf leaves exp(z − top) = 0; no finite z is lower.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
@@ -44,122 +53,191 @@ def squash(x, rate, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr)
 
 
 @triton.jit
-def lane_columns(LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr):
+def _part_columns(LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr):
     """The columns of a block by lane and place in it. Neighbours lie in one thread where it can read them at once,
     else in neighbouring threads."""
     lane, within = tl.arange(0, LANES)[:, None], tl.arange(0, WIDTH)[None, :]
-    return lane * WIDTH + within if VECTOR else within * LANES + lane
+    return within * LANES + lane if ACCESS == "single" else lane * WIDTH + within
 
 
 @triton.jit
-def row_sums(
-    x_ptr, x_col, V, rate, softcap, pivot,
-    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NEED_REST: tl.constexpr, NEED_STATS: tl.constexpr,
-    READ_AGAIN: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+def _whole(V, ACCESS: tl.constexpr):
+    """The columns that come in blocks: all, or those of whole vectors, which the compiler can see to be such."""
+    return V if ACCESS == "single" else V // 16 * 16
+
+
+@triton.jit
+def _add(
+    z, first, lane_step, step, pivot, mask, top, total, moment, rest, best,
+    NEED_REST: tl.constexpr, NEED_STATS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One pass over a row: top = max z, Σ exp(z − top), Σ exp(z − top) (z − top), Σ (z − pivot), argmax z.
+    """The sums of every lane (LANES,) and its next columns z (LANES, ·), which lie `step` apart."""
+    if NEED_STATS:
+        high, index = tl.max(z, axis=1, return_indices=True)
+        best = tl.where(high > top, first + tl.arange(0, LANES) * lane_step + index * step, best)
+    else:
+        high = tl.max(z, axis=1)
+    high = tl.maximum(top, high)
+    below = top - high
+    carry = _exp(below)
+    d = z - high[:, None]
+    e = _exp(d)
+    if NEED_STATS:
+        moment = _moved(moment, total, below, carry) + tl.sum(tl.where(e > 0.0, e * d, 0.0), axis=1)
+    total = total * carry + tl.sum(e, axis=1)
+    if NEED_REST:
+        rest += tl.sum(tl.where(mask, z - pivot, 0.0), axis=1)
+    return high, total, moment, rest, best
 
-    A block is (LANES, WIDTH) columns; a lane, which lies in one thread, has its own maximum and sums until the row is
-    over, so that no thread waits for another between the blocks.
-    """
-    offs_block = lane_columns(LANES, WIDTH, VECTOR)
-    # Finite, so that z = −inf leaves exp(z − top) = 0; no finite z is lower.
-    top = tl.full((LANES,), -3.4028234663852886e38, dtype=tl.float32)
-    total = tl.zeros((LANES,), dtype=tl.float32)
-    moment = tl.zeros((LANES,), dtype=tl.float32)
-    rest = tl.zeros((LANES,), dtype=tl.float32)
-    best = tl.zeros((LANES,), dtype=tl.int32)
-    for block in range(tl.cdiv(V, LANES * WIDTH)):
-        first = block * (LANES * WIDTH)
-        offs = first + offs_block
-        mask = offs < V
-        at = x_ptr + offs.to(tl.int64) * x_col
-        policy: tl.constexpr = "evict_last" if READ_AGAIN else "evict_first"
-        x = tl.load(at, mask=mask, other=float("-inf"), eviction_policy=policy)
-        z = squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
-        if HAS_SCALE or HAS_SOFTCAP:
-            z = tl.where(mask, z, float("-inf"))
-        if NEED_STATS:
-            high, index = tl.max(z, axis=1, return_indices=True)
-            column = index * (1 if VECTOR else LANES) + tl.arange(0, LANES) * (WIDTH if VECTOR else 1)
-            best = tl.where(high > top, first + column, best)
-        else:
-            high = tl.max(z, axis=1)
-        high = tl.maximum(top, high)
-        below = top - high
-        carry = _exp(below)
-        d = z - high[:, None]
-        e = _exp(d)
-        if NEED_STATS:
-            moment = _moved(moment, total, below, carry) + tl.sum(tl.where(e > 0.0, e * d, 0.0), axis=1)
-        total = total * carry + tl.sum(e, axis=1)
-        if NEED_REST:
-            rest += tl.sum(tl.where(mask, z - pivot, 0.0), axis=1)
-        top = high
 
-    lane_top = top
-    top = tl.max(lane_top, axis=0)
+@triton.jit
+def _together(lane_top, total, moment, rest, best, top, V):
+    """The sums of lanes as those of one, whose maximum is `top`."""
     below = lane_top - top
     carry = _exp(below)
     moment = tl.sum(_moved(moment, total, below, carry), axis=0)
     best = tl.min(tl.where(lane_top == top, best, V - 1), axis=0)
-    return top, tl.sum(total * carry, axis=0), moment, tl.sum(rest, axis=0), best
+    return tl.sum(total * carry, axis=0), moment, tl.sum(rest, axis=0), best
+
+
+@triton.jit
+def row_sums(
+    x_ptr, x_col, label_ptr, V, rate, softcap,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NEED_REST: tl.constexpr, NEED_STATS: tl.constexpr,
+    READ_AGAIN: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
+):  # fmt: skip
+    """One pass over a row: top = max z, Σ exp(z − top), Σ exp(z − top) (z − top), Σ (z − top), argmax z; and
+    x[label], NaN if there is none.
+
+    A block is (LANES, WIDTH) columns; a lane, which lies in one thread, has its own maximum and sums until the row is
+    over, so that no thread waits for another between the blocks.
+    """
+    lane_step: tl.constexpr = 1 if ACCESS == "single" else WIDTH
+    step: tl.constexpr = LANES if ACCESS == "single" else 1
+    policy: tl.constexpr = KEPT if READ_AGAIN else "evict_first"
+    offs_block = _part_columns(LANES, WIDTH, ACCESS)
+    whole = _whole(V, ACCESS)
+    top = tl.full((LANES,), LOWEST, dtype=tl.float32)
+    total = tl.zeros((LANES,), dtype=tl.float32)
+    moment = tl.zeros((LANES,), dtype=tl.float32)
+    rest = tl.zeros((LANES,), dtype=tl.float32)
+    best = tl.zeros((LANES,), dtype=tl.int32)
+    pivot = 0.0
+    if NEED_REST:
+        # Σ (z − pivot) instead of Σ z: a large common offset cancels before it can cost digits.
+        pivot = squash(tl.load(x_ptr), rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
+        pivot = tl.where(pivot > float("-inf"), pivot, 0.0)
+    x = tl.load(
+        columns(x_ptr, x_col, offs_block, ACCESS), mask=offs_block < whole, other=float("-inf"), eviction_policy=policy
+    )
+    for first in range(0, whole, LANES * WIDTH):
+        offs = first + offs_block
+        mask = offs < whole
+        ahead = offs + LANES * WIDTH
+        next_x = tl.load(
+            columns(x_ptr, x_col, ahead, ACCESS), mask=ahead < whole, other=float("-inf"), eviction_policy=policy
+        )
+        z = squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
+        if HAS_SCALE or HAS_SOFTCAP:
+            z = tl.where(mask, z, float("-inf"))
+        x = next_x
+        top, total, moment, rest, best = _add(
+            z, first, lane_step, step, pivot, mask, top, total, moment, rest, best, NEED_REST, NEED_STATS, LANES
+        )
+    # On their way while the lanes are added up, and not before the row: what is the same for all threads is waited for
+    # as soon as it is asked for, and the row's first loads would wait too.
+    label = tl.load(label_ptr)
+    x_label = tl.load(x_ptr + label * x_col, mask=tl.where(label >= 0, label < V, False), other=float("nan"))
+    lane_top = top
+    top = tl.max(lane_top, axis=0)
+    if ACCESS == "ragged":
+        # The last columns, which no vector may touch: sixteen lanes more.
+        offs = whole + tl.arange(0, 16)[:, None]
+        mask = offs < V
+        x = tl.load(x_ptr + offs, mask=mask, other=float("-inf"))
+        z = squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
+        if HAS_SCALE or HAS_SOFTCAP:
+            z = tl.where(mask, z, float("-inf"))
+        low, none = tl.full((16,), LOWEST, dtype=tl.float32), tl.zeros((16,), dtype=tl.float32)
+        end_top, end_total, end_moment, end_rest, end_best = _add(
+            z, whole, 1, 1, pivot, mask, low, none, none, none, none.to(tl.int32), NEED_REST, NEED_STATS, 16
+        )
+        top = tl.maximum(top, tl.max(end_top, axis=0))
+        end_total, end_moment, end_rest, end_best = _together(
+            end_top, end_total, end_moment, end_rest, end_best, top, V
+        )
+    total, moment, rest, best = _together(lane_top, total, moment, rest, best, top, V)
+    if ACCESS == "ragged":
+        total, moment, rest, best = total + end_total, moment + end_moment, rest + end_rest, tl.minimum(best, end_best)
+    return top, total, moment, rest + V * (pivot - top), best, label, x_label
+
+
+@triton.jit
+def _write(
+    at, offs, mask, label, rate, softcap, top, share, label_share, uniform,
+    HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    x = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
+    z, bend = squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)
+    dx = _exp(z - top) * share
+    if HAS_SMOOTHING:
+        dx -= uniform
+    dx = tl.where(offs == label.to(tl.int32), dx - label_share, dx)
+    if HAS_SOFTCAP:
+        dx *= bend
+    tl.store(at, dx.to(x.dtype), mask=mask, eviction_policy="evict_first")
 
 
 @triton.jit
 def write_gradient(
     x_ptr, x_col, V, label, rate, softcap, top, share, label_share, uniform,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     """(share · exp(z − top) − label_share · onehot − uniform) · (1 − (z / cap)²) over a row's logits, in float32 until
     it is stored."""
-    offs_block = lane_columns(LANES, WIDTH, VECTOR)
-    blocks = tl.cdiv(V, LANES * WIDTH)
+    offs_block = _part_columns(LANES, WIDTH, ACCESS)
+    whole = _whole(V, ACCESS)
+    blocks = tl.cdiv(whole, LANES * WIDTH)
     # From the end: what was read last is what caches still hold.
     for back in range(blocks):
         offs = (blocks - 1 - back) * (LANES * WIDTH) + offs_block
-        mask = offs < V
-        at = x_ptr + offs.to(tl.int64) * x_col
-        x = tl.load(at, mask=mask, other=0.0, eviction_policy="evict_first")
-        z, bend = squash(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)
-        dx = _exp(z - top) * share
-        if HAS_SMOOTHING:
-            dx -= uniform
-        dx = tl.where(offs == label.to(tl.int32), dx - label_share, dx)
-        if HAS_SOFTCAP:
-            dx *= bend
-        tl.store(at, dx.to(x_ptr.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+        _write(
+            columns(x_ptr, x_col, offs, ACCESS), offs, offs < whole, label, rate, softcap, top, share, label_share,
+            uniform, HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING,
+        )  # fmt: skip
+    if ACCESS == "ragged":
+        end = whole + tl.arange(0, 16)
+        _write(
+            x_ptr + end, end, end < V, label, rate, softcap, top, share, label_share, uniform,
+            HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING,
+        )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _softmax_xent_kernel(
     x_ptr, x_row, x_col, label_ptr, weight_ptr, loss_ptr, lse_ptr, predicted_ptr, entropy_ptr,
     V, logit_scale, softcap, label_smoothing, z_loss,
     HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr, NEED_STATS: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, VECTOR: tl.constexpr,
+    LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_row
-    label = tl.load(label_ptr + row)
+    weight = tl.load(weight_ptr + row).to(tl.float32) if HAS_WEIGHT else 1.0
     rate = logit_scale / softcap if HAS_SOFTCAP else logit_scale
-    x_label = tl.load(x_ptr + label * x_col, mask=tl.where(label >= 0, label < V, False), other=float("nan"))
-    z_label = squash(x_label, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
-    # Σ (z − pivot) instead of Σ z: a large common offset cancels before it can cost digits.
-    pivot = tl.where(z_label > float("-inf"), z_label, 0.0)
-    top, total, moment, rest, best = row_sums(
-        x_ptr, x_col, V, rate, softcap, pivot,
-        HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, NEED_STATS, NEED_GRAD, LANES, WIDTH, VECTOR,
+    top, total, moment, rest, best, label, x_label = row_sums(
+        x_ptr, x_col, label_ptr + row, V, rate, softcap,
+        HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, NEED_STATS, NEED_GRAD, LANES, WIDTH, ACCESS,
     )  # fmt: skip
     log_total = tl.log(total)
     lse = top + log_total
+    z_label = squash(x_label, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
     loss = log_total - (1.0 - label_smoothing) * (z_label - top)
     if HAS_SMOOTHING:
-        loss -= label_smoothing * (pivot - top + rest / V)
+        loss -= label_smoothing * (rest / V)
     if HAS_Z_LOSS:
         loss += z_loss * lse * lse
-    weight = tl.load(weight_ptr + row).to(tl.float32) if HAS_WEIGHT else 1.0
     tl.store(loss_ptr + row, loss * weight)
     if NEED_STATS:
         tl.store(lse_ptr + row, lse)
@@ -174,27 +252,27 @@ def _softmax_xent_kernel(
         write_gradient(
             x_ptr, x_col, V, label, rate, softcap, top, share,
             slope * (1.0 - label_smoothing), slope * (label_smoothing / V),
-            HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, LANES, WIDTH, VECTOR,
+            HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, LANES, WIDTH, ACCESS,
         )  # fmt: skip
 
 
 def row_layout(logits: Tensor, has_more: bool, need_stats: bool) -> dict:
-    """LANES, WIDTH, VECTOR and num_warps.
+    """LANES, WIDTH, ACCESS and num_warps.
 
     A thread has four 16-byte loads in flight: 64 KiB a multiprocessor where it holds 1024 threads, more than an H100's
     memory needs to be busy. It reads about 256 bytes of the row in all. So the rows of the 1024 threads take 256 KiB
     together, 34 MB on the chip, and the second pass finds them in its 50 MB of L2. At V = 128256 in bf16 that is one
-    program of 1024 threads with at most 64 registers each; a cap or smoothing needs some of them, and float32 is no
-    denser in registers than in memory: two loads. Statistics need more of them: two loads and 512 threads.
+    program of 1024 threads with at most 64 registers each, of which a cap or smoothing needs some: two loads.
+    Statistics need more of them: two loads and 512 threads.
     """
     vocab, size = logits.shape[1], logits.element_size()
     warps = min(16 if need_stats else 32, max(1, triton.next_power_of_2(triton.cdiv(vocab * size, 32 * 256))))
-    # What Triton can see: one number that 16 does not divide, and every load becomes a load of one element.
-    if logits.stride(1) == 1 and not any(k % 16 for k in (vocab, logits.stride(0), logits.data_ptr())):
-        loads = 2 if has_more or size == 4 else 4
-        return dict(LANES=loads * 32 * warps, WIDTH=16 // size, VECTOR=True, num_warps=warps)
-    warps = min(warps, 16) if has_more else warps
-    return dict(LANES=32 * warps, WIDTH=8, VECTOR=False, num_warps=warps)
+    how = access(vocab, logits)
+    if how == "single":
+        warps = min(warps, 16) if has_more else warps
+        return dict(LANES=32 * warps, WIDTH=8, ACCESS=how, num_warps=warps)
+    loads = 2 if has_more else 4
+    return dict(LANES=loads * 32 * warps, WIDTH=16 // size, ACCESS=how, num_warps=warps)
 
 
 def softmax_xent(

@@ -8,27 +8,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .elementary import sigmoid
+from .launch import kernel, launch
+from .row import access, read, write
 
 
-@triton.jit
+@kernel
 def _split_kernel(
     x_ptr, z_ptr, out_ptr, numel, TWO_PARTS: tl.constexpr, HAS_Z: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0)
+    x = read(x_ptr, 1, offs, numel, ACCESS)
     if TWO_PARTS:
-        x += tl.load(x_ptr + numel + offs, mask=mask, other=0.0)
+        x += read(x_ptr + numel, 1, offs, numel, ACCESS)
     if HAS_Z:
-        z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        sigma = tl.sigmoid(z)
+        z = read(z_ptr, 1, offs, numel, ACCESS).to(tl.float32)
+        sigma = sigmoid(z)
         x *= sigma * (1.0 + z * (1.0 - sigma))
     hi = x.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offs, hi, mask=mask)
+    write(out_ptr, 1, offs, numel, hi, ACCESS)
     if SPLIT:
-        tl.store(out_ptr + numel + offs, (x - hi.to(tl.float32)).to(out_ptr.dtype.element_ty), mask=mask)
+        write(out_ptr + numel, 1, offs, numel, x - hi.to(tl.float32), ACCESS)
 
 
 def split(
@@ -40,6 +41,9 @@ def split(
     """[hi; lo] (2M, d) in a `dtype` of 16 bit; else x alone, (M, d)."""
     width, parts = x.shape[1], 2 if dtype.itemsize == 2 else 1
     out = torch.empty(parts * size, width, dtype=dtype, device=x.device)
+    flat = [t.view(-1) for t in (x, z, out) if t is not None]
+    # Where 16 does not divide the parts, the second of them lies off the vectors.
+    how = "single" if size * width % 16 else access(size * width, *flat)
     launch(
         _split_kernel,
         (triton.cdiv(size * width, 1024),),
@@ -51,6 +55,7 @@ def split(
         HAS_Z=z is not None,
         SPLIT=parts == 2,
         BLOCK=1024,
+        ACCESS=how,
         num_warps=4,
     )
     return out

@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .elementary import sincos_turns
-from .launch import launch, row_block
+from .launch import kernel, launch, row_block
 from .philox import uniform, words
 
 
-@triton.jit
+@kernel
 def _stratified_kernel(noise_id_ptr, seed_ptr, times_ptr, index_ptr, n, M, BLOCK: tl.constexpr):
     """time_index of a block of rows, and the times of a block of the table."""
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -27,7 +27,7 @@ def _stratified_kernel(noise_id_ptr, seed_ptr, times_ptr, index_ptr, n, M, BLOCK
     tl.store(times_ptr + offs, times, mask=offs < M)
 
 
-@triton.jit
+@kernel
 def _uniform_kernel(identity_ptr, seed_ptr, out_ptr, n, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     identity = tl.load(identity_ptr + offs, mask=offs < n, other=0)
@@ -35,7 +35,7 @@ def _uniform_kernel(identity_ptr, seed_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, uniform(word), mask=offs < n)
 
 
-@triton.jit
+@kernel
 def _sinusoid_kernel(times_ptr, out_ptr, d, time_scale, BLOCK: tl.constexpr):
     """Angles reach time_scale radians: in float64 they keep their fraction of a turn. There are few of them."""
     m = tl.program_id(0).to(tl.int64)
