@@ -123,5 +123,5 @@ def softmax_gradient(
         HAS_SCALE=logit_scale != 1,
         HAS_SOFTCAP=softcap is not None,
         HAS_SMOOTHING=label_smoothing != 0,
-        **row_layout(logits, softcap is not None or label_smoothing != 0, False),
+        **row_layout(logits, True, softcap is not None or label_smoothing != 0),
     )

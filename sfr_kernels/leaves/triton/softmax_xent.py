@@ -269,7 +269,7 @@ def row_layout(logits: Tensor, has_more: bool, need_stats: bool) -> dict:
     warps = min(16 if need_stats else 32, max(1, triton.next_power_of_2(triton.cdiv(vocab * size, 32 * 256))))
     how = access(vocab, logits)
     if how == "single":
-        warps = min(warps, 16) if has_more else warps
+        warps = min(warps, 8) if has_more and not need_stats else warps  # more spill
         return dict(LANES=32 * warps, WIDTH=8, ACCESS=how, num_warps=warps)
     loads = 2 if has_more else 4
     return dict(LANES=loads * 32 * warps, WIDTH=16 // size, ACCESS=how, num_warps=warps)
