@@ -92,7 +92,9 @@ def unscaled(
     found = []
     for tokens, share in shares:
         shape = shape_of("SmolLM2-135M", tokens, share, frozen=frozen, length=tokens // 2, target_size=384)
-        found.append(case_of(op, "SmolLM2-135M", shape, FP32, note="unscaled", goal=goal, seconds=3.0, least_runs=5, **options))
+        found.append(
+            case_of(op, "SmolLM2-135M", shape, FP32, note="unscaled", goal=goal, seconds=3.0, least_runs=5, **options)
+        )
     return found
 
 

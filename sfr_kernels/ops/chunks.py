@@ -19,6 +19,7 @@ _PRODUCT_ROWS, _MANY_ROWS = 2048, 8192
 # The buffer of logits has a multiple of so many rows: a gigabyte of a size of its own for each number of supervised
 # rows would leave the allocator with as many blocks that fit no other.
 _BUFFER_ROWS = 256
+_CPU_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,18 @@ class Plan:
     shard: VocabShard | None = None  # the weight has a part of the vocabulary
 
 
-def chunk_rows_for(n: int, hidden_size: int, dtype: torch.dtype, trained_head: bool) -> int:
+def chunk_rows_for(n: int, hidden_size: int, dtype: torch.dtype, trained_head: bool, on_cpu: bool = False) -> int:
     """Rows of logits held at once.
 
     Trained head: all of them while they take no more than the float32 dW accumulator that one chunk makes needless
     (n · itemsize ≤ 4 H; float16 needs one all the same), else equal chunks of at most 1.4 H rows: every chunk reads and
     writes the accumulator, and with it, in 16 bit, they take 2.4 times the weight's bytes beyond the gradient returned.
     Frozen head: chunks of at most H / 2 rows. Never below 1024: small products waste the machine.
+    On a CPU, where dW is its own accumulator: at most 512, where products run at their rate and fewer pages of the
+    buffer have to be mapped at every call.
     """
+    if on_cpu:
+        return max(1, -(-n // max(1, -(-n // _CPU_ROWS))))
     if trained_head and dtype != torch.float16 and n * dtype.itemsize <= 4 * hidden_size:
         return max(n, 1)
     most = max(1024, 7 * hidden_size // 5 if trained_head else hidden_size // 2)
@@ -136,9 +141,10 @@ def run_chunks(
     """The chunk loop: row losses, and the gradients of Σ_r row_weight[r] ℓ_r."""
     n, hidden_size = h.shape
     need_h, need_w, need_b = need
-    rows = plan.chunk_rows or chunk_rows_for(n, hidden_size, plan.logits_dtype, need_w)
-    rows = max(1, min(rows, n))
     wide = wide_dtype(h.dtype)
+    on_cpu = h.is_cpu and h.dtype == wide
+    rows = plan.chunk_rows or chunk_rows_for(n, hidden_size, plan.logits_dtype, need_w, on_cpu)
+    rows = max(1, min(rows, n))
     h, weight, vocab = aligned(h), aligned(weight), weight.shape[0]
     room = rows if plan.chunk_rows or rows < _BUFFER_ROWS else -(-rows // _BUFFER_ROWS) * _BUFFER_ROWS
     buffer = empty_rows(room, vocab, plan.logits_dtype, h.device)

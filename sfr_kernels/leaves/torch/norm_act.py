@@ -63,10 +63,12 @@ def norm_act_backward(
     if row_index is None:
         dbias = wide.sum(0, keepdim=True)
     else:
-        dbias = wide.new_zeros(num_bias, wide.shape[1])
+        # in float64: one after the other, as index_add_ adds, hundreds of rows would cost a digit of float32
+        dbias = torch.zeros(num_bias, wide.shape[1], dtype=torch.float64, device=wide.device)
         if wide.is_cuda:  # sorts, where index_add_ would add in any order
-            dbias.index_put_((row_index.long(),), wide, accumulate=True)
+            dbias.index_put_((row_index.long(),), wide.double(), accumulate=True)
         else:
-            dbias.index_add_(0, row_index, wide)
+            dbias.index_add_(0, row_index, wide.double())
+        dbias = dbias.to(wide.dtype)
     dy = wide.to(y.dtype) if dy is None else dy.copy_(wide)
     return dy, dgamma, dbeta, dbias
