@@ -35,6 +35,8 @@ def test_chunk_rows_are_the_documented_function():
     assert chunk_rows_for(1000, 64, bf16, True) == 1000
     assert chunk_rows_for(2048, 64, bf16, False) == 1024
     assert chunk_rows_for(0, 64, bf16, True) == 1
+    # on a CPU equal chunks of at most 512
+    assert [chunk_rows_for(n, 4096, fp32, True, on_cpu=True) for n in (0, 512, 1025)] == [1, 512, 342]
 
 
 @pytest.mark.parametrize("dtype, logits_dtype", [(torch.float32, None), (torch.bfloat16, torch.float32)])
