@@ -11,8 +11,8 @@ using Gemm = int (*)(void *handle, int transa, int transb, int m, int n, int k, 
                      int a_type, int lda, const void *b, int b_type, int ldb, const void *beta, void *c, int c_type,
                      int ldc, int compute, int algorithm);
 
-// As `Arguments` in leaves/cuda/flow_loss.py. Matrices are contiguous but h and dh, and those of n rows in `work`, whose
-// rows are so far apart as is said here. Parameters in the order of VelocityHead.
+// As `Arguments` in leaves/cuda/flow_loss.py. Matrices are contiguous but h and dh, and those of n rows in `work`,
+// whose rows are so far apart as is said here. Parameters in the order of VelocityHead.
 struct FlowLoss {
     Gemm gemm;
     void *handle, *stream;

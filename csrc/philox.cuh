@@ -3,7 +3,7 @@
 // key = the 64-bit seed; counter = (block, identity low, identity high, stream)
 // streams: 0 noise, 1 time of a row, 2 the table of times, 3 time of a sequence
 //
-// Files that use the noise are compiled without contraction (--fmad=false): its bits are those of the other backends.
+// Files that use the noise are compiled without contraction (--fmad=false): its bits are Triton's.
 #pragma once
 
 #include "device.cuh"
@@ -76,8 +76,8 @@ __device__ inline float radius(uint32_t word) {
     return numerator * z;
 }
 
-// r cos 2πu and r sin 2πu of u = (word + ½) · 2⁻³², all bits of it: u = (h + ½ + y) / 2 with h its first bit and |y| ≤ ½,
-// and minimax polynomials of half the angle πy.
+// r cos 2πu and r sin 2πu of u = (word + ½) · 2⁻³², all bits of it: u = (h + ½ + y) / 2 with h its first bit and
+// |y| ≤ ½, and minimax polynomials of half the angle πy.
 __device__ inline void circle(float r, uint32_t word, float *cosine, float *sine) {
     const float y = static_cast<float>(static_cast<int32_t>(2u * word + 0x80000001u)) * 2.3283064365386963e-10f;
     const float q = y * y;

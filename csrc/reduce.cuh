@@ -6,7 +6,8 @@
 namespace sfr {
 
 // Every thread gets the sums. All threads of the block must call it; a block is whole warps, at most 32 of them. Calls
-// that follow each other take turns, 0 and 1: the sums of one are then read before those of the next but one are written.
+// that follow each other take turns, 0 and 1: the sums of one are then read before those of the next but one are
+// written.
 template <int N> __device__ inline void block_sum(float (&value)[N], int turn) {
     __shared__ __align__(16) float parts[2][N][36];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;

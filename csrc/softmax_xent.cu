@@ -31,7 +31,7 @@ template <bool EXTRA> __device__ inline Sums block_merge(Sums s) {
 }
 
 // A block has an SM to itself: the rows that are worked on then stay in the L2 cache for the second pass.
-template <typename T, int VECTOR, bool WHOLE, bool SOFTCAP, bool EXTRA>
+template <typename T, bool WHOLE, bool SOFTCAP, bool EXTRA>
 __global__ void __launch_bounds__(1024, 1)
     softmax_xent_kernel(T *logits, int64_t row_stride, int64_t col, int vocab, Squash how, Loss a, bool need_grad) {
     const int64_t row = blockIdx.x, label = a.labels[row];
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(1024, 1)
     if (need_grad) write_gradient<LOADS<SOFTCAP>, WHOLE, SOFTCAP>(x, x, col, vocab, threads, at, how, slopes);
 }
 
-template <typename T, int VECTOR, bool WHOLE, bool SOFTCAP>
+template <typename T, bool WHOLE, bool SOFTCAP>
 __global__ void __launch_bounds__(1024, 1) partials_kernel(const T *logits, int64_t row_stride, int64_t col, int vocab,
                                                            Squash how, const int64_t *labels, float *out, int64_t n) {
     const int64_t row = blockIdx.x, label = labels[row];
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(1024, 1) partials_kernel(const T *logits, int6
     out[6 * n + row] = static_cast<float>(s.best);
 }
 
-template <typename T, int VECTOR, bool WHOLE, bool SOFTCAP>
+template <typename T, bool WHOLE, bool SOFTCAP>
 __global__ void __launch_bounds__(1024, 1)
     gradient_kernel(T *logits, int64_t row_stride, int64_t col, int vocab, Squash how, const int64_t *labels,
                     const float *row_weight, const float *top, const float *share, const float *uniform,
@@ -210,13 +210,12 @@ SFR_API sfr_softmax_xent(void *logits, int dtype, int64_t row_stride, int64_t co
     const sfr::Loss a{labels, row_weight, loss, lse, entropy, predicted, logit_scale, label_smoothing, z_loss};
     const dim3 grid(static_cast<unsigned>(n));
     SFR_DISPATCH(dtype, T, {
-        constexpr int VECTOR = 16 / sizeof(T);
         T *x = static_cast<T *>(logits);
         const int threads = sfr::threads_for(static_cast<int64_t>(vocab) * sizeof(T));
         SFR_BOOL(sfr::whole_vectors(x, row_stride, col), WHOLE,
                  SFR_BOOL(softcap != 0.0f, SOFTCAP,
                           SFR_BOOL(lse != nullptr || label_smoothing != 0.0f, EXTRA,
-                                   return SFR_LAUNCH((sfr::softmax_xent_kernel<T, VECTOR, WHOLE, SOFTCAP, EXTRA>), grid,
+                                   return SFR_LAUNCH((sfr::softmax_xent_kernel<T, WHOLE, SOFTCAP, EXTRA>), grid,
                                                      threads, 0, stream, x, row_stride, col, vocab, how, a,
                                                      need_grad != 0))))
     })
@@ -266,12 +265,11 @@ SFR_API sfr_softmax_partials(const void *logits, int dtype, int64_t row_stride, 
     const sfr::Squash how = sfr::squash_of(logit_scale, softcap);
     const dim3 grid(static_cast<unsigned>(n));
     SFR_DISPATCH(dtype, T, {
-        constexpr int VECTOR = 16 / sizeof(T);
         const T *x = static_cast<const T *>(logits);
         const int threads = sfr::threads_for(static_cast<int64_t>(vocab) * sizeof(T));
         SFR_BOOL(sfr::whole_vectors(x, row_stride, col), WHOLE,
                  SFR_BOOL(softcap != 0.0f, SOFTCAP,
-                          return SFR_LAUNCH((sfr::partials_kernel<T, VECTOR, WHOLE, SOFTCAP>), grid, threads, 0, stream,
+                          return SFR_LAUNCH((sfr::partials_kernel<T, WHOLE, SOFTCAP>), grid, threads, 0, stream,
                                             x, row_stride, col, vocab, how, labels, out, n)))
     })
     return cudaErrorInvalidValue;
@@ -285,12 +283,11 @@ SFR_API sfr_softmax_gradient(void *logits, int dtype, int64_t row_stride, int64_
     const sfr::Squash how = sfr::squash_of(logit_scale, softcap);
     const dim3 grid(static_cast<unsigned>(n));
     SFR_DISPATCH(dtype, T, {
-        constexpr int VECTOR = 16 / sizeof(T);
         T *x = static_cast<T *>(logits);
         const int threads = sfr::threads_for(static_cast<int64_t>(vocab) * sizeof(T));
         SFR_BOOL(sfr::whole_vectors(x, row_stride, col), WHOLE,
                  SFR_BOOL(softcap != 0.0f, SOFTCAP,
-                          return SFR_LAUNCH((sfr::gradient_kernel<T, VECTOR, WHOLE, SOFTCAP>), grid, threads, 0, stream,
+                          return SFR_LAUNCH((sfr::gradient_kernel<T, WHOLE, SOFTCAP>), grid, threads, 0, stream,
                                             x, row_stride, col, vocab, how, labels, row_weight, top, share, uniform,
                                             logit_scale, label_smoothing)))
     })

@@ -35,7 +35,8 @@ __global__ void sinusoid_kernel(const float *times, T *out, int num_times, int d
     const int j = blockIdx.y * THREADS + threadIdx.x, half = d / 2;
     if (j >= d) return;
     const double rate = 9.210340371976184 / (half > 1 ? half - 1 : 1); // ln 10000 / (d / 2 − 1)
-    const double turns = times[blockIdx.x % num_times] * time_scale * exp(-rate * (j < half ? j : j - half)) * 0.15915494309189535;
+    const double angle = times[blockIdx.x % num_times] * time_scale * exp(-rate * (j < half ? j : j - half));
+    const double turns = angle * 0.15915494309189535;
     float sine, cosine;
     circle(1.0f, static_cast<uint32_t>((turns - floor(turns)) * 4294967296.0), &cosine, &sine);
     out[blockIdx.x * static_cast<int64_t>(d) + j] = from_float<T>(j < half ? sine : j < 2 * half ? cosine : 0.0f);
@@ -48,7 +49,8 @@ inline dim3 blocks(int64_t n) { return dim3(static_cast<unsigned>((n + THREADS -
 SFR_API sfr_stratified_times(const int64_t *noise_id, const int64_t *seed, float *times, int32_t *index, int64_t n,
                              int num_times, void *stream) {
     const dim3 grid = sfr::blocks(n > num_times ? n : num_times);
-    return SFR_LAUNCH(sfr::stratified_kernel, grid, sfr::THREADS, 0, stream, noise_id, seed, times, index, n, num_times);
+    return SFR_LAUNCH(sfr::stratified_kernel, grid, sfr::THREADS, 0, stream, noise_id, seed, times, index, n,
+                      num_times);
 }
 
 SFR_API sfr_sequence_times(const int64_t *identity, const int64_t *seed, float *times, int64_t n, void *stream) {

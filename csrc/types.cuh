@@ -54,10 +54,6 @@ template <typename T, int N> __device__ inline void unpack(const Packed<N, T> &p
     for (int i = 0; i < WORDS; ++i) unpack(words[i], out + i * EACH, T());
 }
 
-template <int N, typename T> __device__ inline void load(const T *at, float (&out)[N]) {
-    unpack<T>(load_packed<N>(at), out);
-}
-
 // The bits of as many numbers as fit 32, rounded.
 __device__ inline uint32_t pack(const float *x, float) {
     uint32_t bits;

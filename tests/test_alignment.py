@@ -7,6 +7,7 @@ from torch.overrides import TorchFunctionMode
 
 from sfr_kernels import SFRConfig, SupervisedRows, VelocityHead, flow_matching_loss, linear_cross_entropy, sfr_loss
 from sfr_kernels.leaves import empty_rows
+from sfr_kernels.ops.velocity_head import _velocity_head, velocity_head_backward
 
 V, H, D, SIZE = 331, 37, 51, 13
 PRODUCTS = (torch.mm, torch.addmm, torch.Tensor.mm, torch.Tensor.addmm_, torch.Tensor.__matmul__)
@@ -49,7 +50,6 @@ CALLS = {
     ),
     "flow_matching_loss": lambda h, w, head, rows, targets, more, y: flow_matching_loss(h, head, rows, targets, **more),
     "sfr_loss": lambda h, w, head, rows, targets, more, y: sfr_loss(h, w, head, rows, targets, **more).loss,
-    "VelocityHead": lambda h, w, head, rows, targets, more, y: head(torch.zeros(24, SIZE), torch.rand(24), h).sum(),
 }
 
 
@@ -60,6 +60,20 @@ def test_every_product_sees_aligned_rows(call, dtype):
     with Products() as seen:
         CALLS[call](*arguments).backward()
     assert len(seen.strides) > 8 and set(seen.strides) == {(0, 0)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_and_so_do_those_of_the_head_alone(dtype):
+    """Its operators by themselves: autograd would hide the backward from what looks on."""
+    hidden, _, head, *_ = problem(dtype)
+    h, params, index = hidden.detach(), [p.detach() for p in head.parameters()], torch.zeros(24, dtype=torch.int32)
+    with Products() as seen:
+        v, *saved = _velocity_head(
+            h, torch.zeros(24, SIZE, dtype=dtype), torch.rand(2), index, params, 1.0, 1.0, True, "torch"
+        )
+        velocity_head_backward._init_fn(v, h, v, index, params, saved, 1.0, 1.0, True, True, "torch")
+    assert len(seen.strides) > 40 and set(seen.strides) == {(0, 0)}
+    assert head(torch.zeros(24, SIZE), torch.rand(24), hidden).is_contiguous()
 
 
 def test_room_for_rows():

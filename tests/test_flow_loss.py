@@ -127,6 +127,14 @@ def test_float32_head_beside_bfloat16_hidden_states():
     judge(sixteen_bit_case("default"), our_flow, eager, 1.1, torch.bfloat16, head_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("dtype, head_dtype", [("float64", "float32"), ("float32", "float64"), ("bfloat16", "float64")])
+def test_a_head_of_another_width_than_the_hidden_states(dtype, head_dtype):
+    case = sixteen_bit_case("default")
+    value = our_flow(case)(case.inputs(getattr(torch, dtype), getattr(torch, head_dtype)))
+    exact = reference_flow(case)(case.inputs())
+    torch.testing.assert_close(value.double(), exact, rtol=2.0**-7 if dtype == "bfloat16" else 1e-5, atol=0)
+
+
 def test_autocast():
     def under_autocast(function):
         def run(case):

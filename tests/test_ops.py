@@ -142,11 +142,12 @@ def operators():
     x_t = torch.randn(5, 6, dtype=torch.float64)
     for need in (True, False):
         h, *params = (t.detach().requires_grad_(need) for t in (hidden[:5], *params))
-        yield (
-            f"velocity_head, {need}",
-            velocity_head_op,
-            (h, x_t, torch.rand(2), time_index, params, 2.0, 0.3, need, "torch"),
-        )
+        for name, strided in (("", h), (" of columns", h.detach().T.contiguous().T.requires_grad_(need))):
+            yield (
+                f"velocity_head{name}, {need}",
+                velocity_head_op,
+                (strided, x_t, torch.rand(2), time_index, params, 2.0, 0.3, need, "torch"),
+            )
     labels = case.labels.flatten()
     for ignore in (-100, None):
         for per_row in (True, False):

@@ -71,8 +71,8 @@ def chunk_rows_for(n: int, hidden_size: int, dtype: torch.dtype, trained_head: b
     (n · itemsize ≤ 4 H; float16 needs one all the same), else equal chunks of at most 1.4 H rows: every chunk reads and
     writes the accumulator, and with it, in 16 bit, they take 2.4 times the weight's bytes beyond the gradient returned.
     Frozen head: chunks of at most H / 2 rows. Never below 1024: small products waste the machine.
-    On a CPU, where dW is its own accumulator: at most 512, where products run at their rate and fewer pages of the
-    buffer have to be mapped at every call.
+    On a CPU, in a dtype in which dW is its own accumulator: at most 512, where products run at their rate and fewer
+    pages of the buffer have to be mapped at every call.
     """
     if on_cpu:
         return max(1, -(-n // max(1, -(-n // _CPU_ROWS))))
@@ -115,7 +115,7 @@ class LinearCrossEntropyResult:
 
     loss: Tensor  # (n,) float32
     stats: RowStats | None
-    dhidden: Tensor | None  # (n, H)
+    dhidden: Tensor | None  # (n, H); beside an odd H with room between the rows, as dweight
     dweight: Tensor | None  # (V, H), in the plan's dtype
     dbias: Tensor | None  # (V,) float32
 
@@ -178,8 +178,6 @@ def run_chunks(
         dh = plan.shard.sum(dh.contiguous()).to(h.dtype)
     if plan.need_stats:
         stats = RowStats(*(torch.cat(column) for column in zip(*(stats or [empty_stats(h)]), strict=True)))
-    # beside an odd H there is room between the rows, which nobody outside expects
-    dh, dw = (None if x is None else x.contiguous() for x in (dh, dw))
     return LinearCrossEntropyResult(loss, stats if plan.need_stats else None, dh, dw, db)
 
 

@@ -43,9 +43,10 @@ def check_number(name: str, value: float | Tensor, least: float = -math.inf) -> 
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device. A copy from pageable memory would hold the host up until all that was launched has run."""
+    """x on the device. A copy from pageable memory would hold the host up until all that was launched has run; one from
+    the caller's own pinned memory might see what is written there next."""
     if x.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
-        return x.pin_memory().to(device, non_blocking=True)
+        return (x.clone() if x.is_pinned() else x).pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 

@@ -100,7 +100,7 @@ def _given(out: LinearCrossEntropyResult, h: Tensor) -> list[Tensor]:
     """dh, dW and db as an op returns them: empty for those that were not asked for."""
     empty = (0, 0), (0,), (0,)
     grads = (out.dhidden, out.dweight, out.dbias)
-    return [h.new_empty(shape) if g is None else g for g, shape in zip(grads, empty, strict=True)]
+    return [h.new_empty(shape) if g is None else g.contiguous() for g, shape in zip(grads, empty, strict=True)]
 
 
 def _spread(rows: Tensor, token_row: Tensor) -> Tensor:

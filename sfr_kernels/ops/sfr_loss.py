@@ -110,7 +110,7 @@ def _sfr_loss(
             add_to_dh=True,
         )
         flow_loss = (row_loss * row_weight).sum() / flow_normalizer
-        decoder = [h.new_empty(0) if g is None else g for g in (ce.dweight, ce.dbias)]
+        decoder = [h.new_empty(0) if g is None else g.contiguous() for g in (ce.dweight, ce.dbias)]
         dh = h.new_empty(0, 0) if dh is None else dh.contiguous()
         losses = ce_loss + flow_weight * flow_loss, ce_loss, flow_loss
         return [*losses, *(ce.stats or empty_stats(h)), dh, *decoder, matrices, vectors]

@@ -263,7 +263,7 @@ def velocity_head_backward(
         weights = HeadWeights(params, time_scale, hidden_scale, h.dtype)
         dv, h, x_t = aligned(dv.contiguous()), aligned(h), None if x_t is None else aligned(x_t)
         activations = HeadActivations.unflatten([*saved, dv])
-        dh = torch.empty_like(h) if need_hidden else None
+        dh = empty_rows(*h.shape, h.dtype, h.device) if need_hidden else None
         matrices, vectors = head_backward(
             leaves(backend),
             weights,
@@ -280,7 +280,7 @@ def velocity_head_backward(
 
 @velocity_head_backward.register_fake
 def _(dv, h, x_t, time_index, params, saved, time_scale, hidden_scale, need_hidden, need_params, backend):
-    dh = torch.empty_like(h) if need_hidden else h.new_empty(0, 0)
+    dh = h.new_empty(h.shape) if need_hidden else h.new_empty(0, 0)
     return dh, *fake_parameter_grads(h, params, need_params)
 
 
@@ -339,7 +339,7 @@ def velocity_head(
         shape.hidden_scale,
         need_grad,
         backend,
-    )[0]
+    )[0].contiguous()
 
 
 def evaluate_head(head: torch.nn.Module, h: Tensor, x_t: Tensor, times: Tensor, time_index: Tensor) -> Tensor:

@@ -18,17 +18,18 @@ if ON_GPU:
 # sizes
 CONFIGS = {
     "one layer": dict(num_layers=2),
-    "four layers": dict(num_layers=5, width=20),
+    "four layers": dict(num_layers=5, width=24),
     "whole vectors": dict(num_layers=3, width=32),
     "wide": dict(num_layers=3, width=2500),
     "official": dict(preset="official"),
     "one time": dict(num_layers=2, num_times=1),
-    "odd": dict(num_layers=4, target_size=7),  # a sinusoid with a zero at its end, rows of 7 and of 28
 }
 
 
-def case_of(preset="default", target_size=10, **overrides):
-    return make_case(small_config(preset, **overrides), target_size=target_size)
+def case_of(preset="default", length=13, hidden_size=16, target_size=8, **overrides):
+    """Of sizes that the call serves, in 16 bit too."""
+    sizes = dict(length=length, hidden_size=hidden_size, target_size=target_size)
+    return make_case(small_config(preset, **dict(width=16) | overrides), **sizes)
 
 
 def run(case, joint=False):
@@ -66,7 +67,7 @@ def test_bfloat16_as_good_as_the_leaves_one_by_one(name, calls, monkeypatch):
     error, bound, scale = ({}, {}, {})
     serves = leaves.serves_flow_loss
     for length in (13, 16, 19):  # of one draw alone the two differ by more
-        case = make_case(small_config(**CONFIGS[name]), target_size=10, length=length)
+        case = case_of(**CONFIGS[name], length=length)
         exact = evaluate(reference_flow(case), case.inputs())
         monkeypatch.setattr(leaves, "serves_flow_loss", serves)
         whole = evaluate(run(case), case.inputs(torch.bfloat16))
@@ -116,9 +117,10 @@ def test_numbers_of_another_width_are_not_misread(dtype):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("why", ["a float32 head", "float16", "no gradient", "mse"])
+@pytest.mark.parametrize("why", ["a float32 head", "float16", "no gradient", "mse", "odd H", "odd d", "odd D"])
 def test_what_it_does_not_serve_goes_leaf_by_leaf(why, calls):
-    case = case_of(loss="mse") if why == "mse" else case_of()
+    odd = {"odd H": dict(hidden_size=15), "odd d": dict(target_size=7), "odd D": dict(width=18)}
+    case = case_of(**odd.get(why, dict(loss="mse") if why == "mse" else {}))
     dtype = {"float16": torch.float16, "a float32 head": torch.bfloat16}.get(why, torch.float32)
     x = case.inputs(dtype, torch.float32 if why == "a float32 head" else None)
     with torch.set_grad_enabled(why != "no gradient"):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .. import FlowPath, empty_rows
+from .. import ACCESS_BYTES, FlowPath, empty_rows
 from .flow_path import path_arguments
 from .library import DTYPES, library, stream_of, threads_for
 from .norm_act import EPS
@@ -65,15 +65,16 @@ def _room(bytes_of: list[int], device: torch.device) -> tuple[Tensor, list[int]]
 
 
 def serves_flow_loss(h: Tensor, params: list[Tensor], targets: Tensor, num_times: int) -> bool:
-    """Whether `flow_loss` takes them: rows in bfloat16 or float32, parameters that need no cast and no copy, and times
-    few enough to sort by."""
+    """Whether `flow_loss` takes them: rows in bfloat16 or float32, parameters that need no cast and no copy, sizes of
+    which every row starts on 16 bytes, and times few enough to sort by."""
     if h.dtype not in (torch.bfloat16, torch.float32) or h.stride(1) != 1 or h.shape[0] == 0:
         return False
     if num_times > MOST_GROUPS or targets.dtype not in DTYPES:
         return False
     if not all(p.dtype == h.dtype and p.is_contiguous() for p in params):
         return False
-    return _gemm() is not None
+    sizes = h.shape[1], *params[2].shape, params[4].shape[0]
+    return not any(size * h.element_size() % ACCESS_BYTES for size in sizes) and _gemm() is not None
 
 
 def flow_loss(

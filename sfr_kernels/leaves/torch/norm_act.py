@@ -34,7 +34,7 @@ def norm_act(
         wide = torch.add(wide, row_bias[row_index], out=wide if wide is y else None)
         if wide is not y:
             y.copy_(wide)
-    z, mean, rstd = torch.native_layer_norm(wide, gamma.shape, _wide(gamma), _wide(beta), EPS)
+    z, mean, rstd = torch.native_layer_norm(wide, gamma.shape, gamma.to(wide.dtype), beta.to(wide.dtype), EPS)
     out = F.silu(z, inplace=True)
     if residual is not None:
         out.add_(residual)
@@ -54,8 +54,9 @@ def norm_act_backward(
     dy: Tensor | None = None,  # (n, D), where to write dy; may be y or dout itself
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dy (n, D) in y's dtype; dγ, dβ (D,) and d row_bias (M, D) in float32; Σ dy (1, D) where row_index is None."""
-    wide, shape, gamma, beta = _wide(y), gamma.shape, _wide(gamma), _wide(beta)
-    z, mean, rstd = torch.native_layer_norm(wide, shape, gamma, beta, EPS)
+    wide, shape = _wide(y), gamma.shape
+    gamma, beta, mean, rstd = gamma.to(wide.dtype), beta.to(wide.dtype), mean.unsqueeze(1), rstd.unsqueeze(1)
+    z, _, _ = torch.native_layer_norm(wide, shape, gamma, beta, EPS)
     dz = torch.ops.aten.silu_backward(_wide(dout), z)
     wide, dgamma, dbeta = torch.ops.aten.native_layer_norm_backward(
         dz, wide, shape, mean, rstd, gamma, beta, [True, True, True]

@@ -100,7 +100,7 @@ def norm_act(
     """out (n, D) in y's dtype; μ and ρ (n,) in float32."""
     n, width = y.shape
     out = empty_rows(n, width, y.dtype, y.device)
-    mean, rstd = torch.empty(2, n, dtype=torch.float32, device=y.device)
+    mean, rstd = (torch.empty(n, dtype=torch.float32, device=y.device) for _ in range(2))
     gamma, beta = gamma.contiguous(), beta.contiguous()
     if row_bias is not None and row_bias.stride(1) != 1:
         row_bias = row_bias.contiguous()

@@ -86,7 +86,7 @@ def softmax_partials(
         HAS_SOFTCAP=softcap is not None,
         NEED_REST=need_rest,
         NEED_STATS=need_stats,
-        **row_layout(logits, softcap is not None or need_rest or need_stats, need_stats),
+        **row_layout(logits, 2 if need_stats else int(softcap is not None or need_rest)),
     )
     return RowPartials(*out)
 
@@ -123,5 +123,5 @@ def softmax_gradient(
         HAS_SCALE=logit_scale != 1,
         HAS_SOFTCAP=softcap is not None,
         HAS_SMOOTHING=label_smoothing != 0,
-        **row_layout(logits, True, softcap is not None or label_smoothing != 0),
+        **row_layout(logits, 1 + (softcap is not None or label_smoothing != 0)),
     )

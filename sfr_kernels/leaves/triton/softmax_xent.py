@@ -256,22 +256,22 @@ def _softmax_xent_kernel(
         )  # fmt: skip
 
 
-def row_layout(logits: Tensor, has_more: bool, need_stats: bool) -> dict:
-    """LANES, WIDTH, ACCESS and num_warps.
+def row_layout(logits: Tensor, more: int) -> dict:
+    """LANES, WIDTH, ACCESS and num_warps. more: what a thread holds beside logits and sums; 0 nothing, 1 some, 2 much.
 
     A thread has four 16-byte loads in flight: 64 KiB a multiprocessor where it holds 1024 threads, more than an H100's
     memory needs to be busy. It reads about 256 bytes of the row in all. So the rows of the 1024 threads take 256 KiB
     together, 34 MB on the chip, and the second pass finds them in its 50 MB of L2. At V = 128256 in bf16 that is one
     program of 1024 threads with at most 64 registers each, of which a cap or smoothing needs some: two loads.
-    Statistics need more of them: two loads and 512 threads.
+    Statistics, or the gradient alone with either, need much: two loads and 512 threads.
     """
     vocab, size = logits.shape[1], logits.element_size()
-    warps = min(16 if need_stats else 32, max(1, triton.next_power_of_2(triton.cdiv(vocab * size, 32 * 256))))
+    warps = min(16 if more == 2 else 32, max(1, triton.next_power_of_2(triton.cdiv(vocab * size, 32 * 256))))
     how = access(vocab, logits)
     if how == "single":
-        warps = min(warps, 8) if has_more and not need_stats else warps  # more spill
+        warps = min(warps, 8) if more == 1 else warps  # more spill
         return dict(LANES=32 * warps, WIDTH=8, ACCESS=how, num_warps=warps)
-    loads = 2 if has_more else 4
+    loads = 2 if more else 4
     return dict(LANES=loads * 32 * warps, WIDTH=16 // size, ACCESS=how, num_warps=warps)
 
 
@@ -312,6 +312,6 @@ def softmax_xent(
         HAS_Z_LOSS=z_loss != 0,
         NEED_GRAD=need_grad,
         NEED_STATS=need_stats,
-        **row_layout(logits, softcap is not None or label_smoothing != 0 or need_stats, need_stats),
+        **row_layout(logits, 2 if need_stats else int(softcap is not None or label_smoothing != 0)),
     )
     return loss, RowStats(*stats, stats[1] == labels) if need_stats else None
