@@ -154,7 +154,9 @@ def linear_cross_entropy(
     used = labels != ignore_index
     lse = torch.logsumexp(logits, dim=1)
     chosen = logits.gather(1, torch.where(used, labels, 0)[:, None])[:, 0]
-    loss = lse - (1 - label_smoothing) * chosen - label_smoothing * logits.mean(dim=1) + z_loss * lse**2
+    loss = lse - (1 - label_smoothing) * chosen + z_loss * lse**2
+    if label_smoothing:  # 0 times the mean of logits of which one is −∞ would be NaN
+        loss = loss - label_smoothing * logits.mean(dim=1)
     loss = loss if row_weight is None else loss * row_weight
     return torch.where(used, loss, 0.0)
 

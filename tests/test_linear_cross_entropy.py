@@ -154,6 +154,18 @@ def test_shift_predicts_a_later_token_of_the_same_sequence(shift, ahead):
     assert torch.equal(rows != 0, shifted != IGNORE)
 
 
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_a_class_of_no_probability(backend):
+    g = torch.Generator().manual_seed(0)
+    h, w, bias = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((4, 8), (11, 8), (11,)))
+    bias[3], labels = -torch.inf, torch.tensor([1, 2, 0, 5])
+    h.requires_grad_()
+    loss = linear_cross_entropy(h, w, labels, bias=bias, backend=backend)
+    wanted = torch.nn.functional.cross_entropy(torch.addmm(bias, h, w.T), labels)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(x, h)[0] for x in (loss, wanted)))
+
+
 @pytest.mark.parametrize("shape, vocab, hidden_size", [((1,), 2, 1), ((1, 1), 5, 3), ((2, 2, 3), 31, 7)])
 def test_odd_sizes_and_one_row(shape, vocab, hidden_size):
     x = make(shape, hidden_size, vocab, used=1.0)

@@ -136,14 +136,15 @@ def check_memory(
 ) -> None:
     """Errors for what says how the logits and dW are held."""
     dtype = autocast_dtype(hidden)
+    either = " or ".join(dict.fromkeys(map(str, (dtype, wide_dtype(dtype)))))
     if logits_dtype not in (None, dtype, wide_dtype(dtype)):
-        raise ValueError(f"logits_dtype must be {dtype} or {wide_dtype(dtype)}, got {logits_dtype}")
+        raise ValueError(f"logits_dtype must be {either}, got {logits_dtype}")
     if chunk_rows is not None:
         if isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
             raise TypeError(f"chunk_rows must be an int, got {chunk_rows!r}")
         if chunk_rows < 1:
             raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
     if accum_dtype not in (None, dtype, wide_dtype(dtype)):
-        raise ValueError(f"accum_dtype must be {dtype} or {wide_dtype(dtype)}, got {accum_dtype}")
+        raise ValueError(f"accum_dtype must be {either}, got {accum_dtype}")
     if accum_dtype == torch.float16:
         raise ValueError("accum_dtype must not be float16, which has no room for a sum over thousands of rows")
