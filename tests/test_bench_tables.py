@@ -207,6 +207,14 @@ def test_what_is_written_is_up_to_date_until_a_number_changes(root):
     assert readme.differences(root) == []
 
 
+def test_a_run_of_other_cases_alone_is_shown_whole():
+    content = made("cuda")
+    for entry in content["benchmarks"]:
+        entry["extra_info"]["quick"] = False
+    main = {race.title for race in races(content) if race.is_main and race.op == "softmax_xent"}
+    assert all(f"| softmax_xent | {title} |" in accounts.account("x.json", content, {}) for title in main) and main
+
+
 def test_cells_are_the_files_numbers():
     content = made("cuda")
     text = accounts.account("x.json", content, {})

@@ -1,7 +1,7 @@
 """What README says of one result file, in markdown: the benchmarks of kernels, losses and steps, and those of targets.
 
-Every number is read from the file or reckoned from it. Shown are the cases of the five-minute selection; the others,
-and the points of sweeps, are left to the report.
+Every number is read from the file or reckoned from it. Shown is what `shown_by_op` chooses; the rest is left to the
+report.
 """
 
 from sfr_kernels.config import SFRConfig
@@ -10,7 +10,7 @@ from ..harness.work import GRAPH
 from ..step.parts import LOOPS, TARGETS
 from . import words
 from .reading import Race, Result, ceilings, races, troubles
-from .resultfile import WHOLES, described, is_gpu, missed_goals, races_by_op
+from .resultfile import WHOLES, described, is_gpu, missed_goals, shown_by_op
 
 BILLION = 1_000_000_000
 STRIDE = SFRConfig().stride
@@ -44,7 +44,7 @@ def where(name: str, content: dict) -> str:
 
 def account(name: str, content: dict, images: dict[str, str]) -> str:
     """The benchmarks other than those of targets. images: file below the root → what it shows."""
-    by_op = {op: [r for r in found if r.is_main and r.is_quick] for op, found in races_by_op(content).items()}
+    by_op = shown_by_op(content)
     blocks = [where(name, content), LEGEND]
     kernels = {op: found for op, found in by_op.items() if op not in WHOLES}
     if leaves := [race for found in kernels.values() for race in found if not race.flops]:

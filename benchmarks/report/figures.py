@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from .colours import GRID, INK, PARTS
-from .resultfile import WHOLES, races_by_op
+from .resultfile import WHOLES, shown_by_op
 
 DRAWING = 1  # goes up with every change of how the same data is drawn
 STYLE = {
@@ -31,11 +31,11 @@ CHARACTER = 0.07  # inches, of a label: what most fonts need at most
 
 
 def limits(content: dict) -> list[dict]:
-    """The cases with a limit, of the five-minute selection: who of ours, and of the peers, came nearest to it."""
+    """The cases with a limit, of those shown: who of ours, and of the peers, came nearest to it."""
     found = []
-    for op, races in races_by_op(content).items():
+    for op, races in shown_by_op(content).items():
         for race in races:
-            if not (race.is_main and race.is_quick) or not race.limit_ms or op in WHOLES:
+            if not race.limit_ms or op in WHOLES:
                 continue
             fastest = {kind: race.fastest(kind) for kind in ("ours", "peer")}
             row = {k: (r.provider, round(r.ms / race.limit_ms, 4)) for k, r in fastest.items() if r}
@@ -45,11 +45,10 @@ def limits(content: dict) -> list[dict]:
 
 
 def parts(content: dict) -> list[dict]:
-    """The training steps of that selection that were taken apart: milliseconds of their parts."""
+    """The training steps shown that were taken apart: milliseconds of their parts."""
     return [
         dict(case=race.title, provider=r.provider, parts={n: round(ms, 4) for n, ms in r.extra["parts"].items()})
-        for race in races_by_op(content).get("training_step", ())
-        if race.is_quick
+        for race in shown_by_op(content).get("training_step", ())
         for r in race.runners
         if r.extra.get("parts")
     ]

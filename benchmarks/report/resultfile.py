@@ -50,6 +50,13 @@ def races_by_op(content: dict) -> dict[str, list[Race]]:
     return {op: found[op] for op in [*OPS, *found] if op in found}
 
 
+def shown_by_op(content: dict) -> dict[str, list[Race]]:
+    """What README shows, op by op: the cases of the five-minute selection, or of a run without any all main ones."""
+    main = {op: [race for race in found if race.is_main] for op, found in races_by_op(content).items()}
+    any_quick = any(race.is_quick for found in main.values() for race in found)
+    return {op: [race for race in found if race.is_quick or not any_quick] for op, found in main.items()}
+
+
 def missed_goals(content: dict) -> list[str]:
     found = []
     for entry in content["benchmarks"]:
