@@ -30,7 +30,7 @@ OP = "training_step"
 MAIN = SFT_HF, SFT_OURS, PUBLISHED_LOOPS, SFR_STORED
 PARTS_RUNS = 3
 OF_SFT = 1.02  # SFR, with its targets stored, may take so many times what plain fine-tuning takes
-OF_SFT_ON_CPU = 0.90  # of SmolLM2, whose lm_head is a third of the work
+OF_SFT_ON_CPU = 0.90  # of SmolLM2-135M
 OF_PUBLISHED = 3.0  # and must be so many times faster than the published implementation
 SMALL = dict(
     batch=2, length=64, encoder=EncoderShape(64, 2, 4, 128),

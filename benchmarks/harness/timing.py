@@ -3,7 +3,7 @@
 All candidates of a comparison take turns in one run, so that a machine that slows down slows all of them. Every run
 starts from an idle device and a cold L2: a buffer larger than it is written first. While that write runs, about 0.1 ms,
 the CPU issues ahead, as it does in a training step; `issue_ms` says what issuing the work cost the CPU in all. On a CPU
-the same code runs on the wall clock, to try the harness; its numbers mean nothing.
+runs are timed by the wall clock, from whatever its caches hold.
 """
 
 import gc

@@ -43,7 +43,7 @@ class HeadWeights:
         self.shapes = [p.shape for p in params]
         gains = {k for k in range(6, len(params) - 2) if k % 4 >= 2}  # γ and β, of which no product is made
         flat = [p if k in gains else p.to(dtype) for k, p in enumerate(params)]
-        flat = [aligned(p) if p.dim() == 2 and k != 4 else p for k, p in enumerate(flat)]
+        flat = [aligned(p) if p.dim() == 2 and k != 4 else p for k, p in enumerate(flat)]  # of w_in, its parts below
         self.time_scale, self.hidden_scale, self.dtype = time_scale, hidden_scale, dtype
         self.w1, self.b1, self.w2, self.b2, w_in, self.b_in, self.gamma_in, self.beta_in = flat[:8]
         self.size = self.w2.shape[0]  # d

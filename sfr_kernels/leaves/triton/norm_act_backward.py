@@ -132,7 +132,7 @@ def norm_act_backward(
     if blocks > 1:
         moments = mean.new_empty(n, 2)
         launch(_moments_kernel, (n,), *inputs, moments, width, **meta)
-    sum_dy = row_index is None or num_bias == 1
+    sum_dy = row_index is None
     partial = empty_partial(3 if sum_dy else 2, parts, width, y.device)
     launch(
         _norm_act_backward_kernel,
