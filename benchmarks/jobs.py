@@ -145,8 +145,7 @@ def _work(job: Job, pipe) -> None:
     try:
         job.function(lambda content: pipe.send(("told", content)), *job.arguments)
     except Exception as error:
-        text = str(error).strip().splitlines()
-        pipe.send(("error", f"{type(error).__name__}: {text[0]}" if text else type(error).__name__))
+        pipe.send(("error", message(error)))
         raise
 
 
@@ -154,3 +153,9 @@ def _follow() -> None:
     """Ends the job, and what it started, with the parent."""
     multiprocessing.parent_process().join()
     os.killpg(0, signal.SIGKILL)
+
+
+def message(error: Exception) -> str:
+    """One line. The error itself would keep alive what its frames hold, gigabytes if that is what it is about."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
