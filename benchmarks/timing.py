@@ -1,0 +1,153 @@
+"""Times that can be compared, and peak memory.
+
+All candidates take turns in one run, so that a machine that slows down slows all of them. On a GPU every run starts
+from an idle device and a cold L2: a buffer larger than it is written first, as often as it takes the CPU to issue the
+run (within `FLUSH_AT_MOST`), so that the events around the run see the device's work and no gaps between launches; what
+issuing cost is told beside it. What is shorter than its launches is also measured in a CUDA graph. On a CPU runs are
+timed by the wall clock, from whatever its caches hold.
+"""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+ROUNDS, MOST_ROUNDS, WARM_UP = 10, 100, 3
+FLUSH = 256 * 2**20  # bytes at least
+FLUSH_AT_MOST = 20.0  # ms
+
+
+@dataclass(frozen=True)
+class Timing:
+    samples: tuple[float, ...]  # ms of every round
+    issue_ms: float  # median time until the CPU was free again
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.samples)
+
+
+@dataclass
+class Candidate:
+    run: Callable[[], object]
+    prepare: Callable[[], object] | None = None  # before each run, outside the measured time
+    flushes: int = 1
+
+    def time(self, device: torch.device, flush: Tensor) -> tuple[float, float]:
+        """Milliseconds of one run, and those until the CPU was free."""
+        if self.prepare is not None:
+            self.prepare()
+        if device.type != "cuda":
+            start = time.perf_counter()
+            self.run()
+            elapsed = 1e3 * (time.perf_counter() - start)
+            return elapsed, elapsed
+        before, begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda.synchronize(device)
+        before.record()
+        for _ in range(self.flushes):
+            flush.zero_()
+        begin.record()
+        start = time.perf_counter()
+        self.run()
+        issued = 1e3 * (time.perf_counter() - start)
+        end.record()
+        torch.cuda.synchronize(device)
+        one = before.elapsed_time(begin) / self.flushes
+        self.flushes = max(self.flushes, math.ceil(1.5 * min(issued, FLUSH_AT_MOST) / one))
+        return begin.elapsed_time(end), issued
+
+
+def compare(
+    candidates: dict[str, Candidate],
+    device: torch.device,
+    seconds: float = 2.0,  # for all of them together, unless the least rounds take longer
+    rounds: int = ROUNDS,  # at least; fewer where a run takes so long that one suffices to warm up
+    raised: dict[str, Exception] | None = None,  # gets what candidates raise, which then take no further part
+    begin: Callable[[str], object] = lambda name: None,  # told who runs next, outside of anyone's time
+) -> dict[str, Timing]:
+    """Every candidate's time, in rounds of one run each, in turn forwards and backwards."""
+    size = max(FLUSH, 4 * torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+    flush, found = torch.empty(size, dtype=torch.uint8, device=device), {name: [] for name in candidates}
+
+    def once(name: str) -> None:
+        begin(name)
+        try:
+            found[name].append(candidates[name].time(device, flush))
+        except Exception as error:
+            if raised is None:
+                raise
+            raised[name] = error.with_traceback(None)
+            del found[name]
+
+    for name in candidates:
+        for _ in range(WARM_UP if rounds >= ROUNDS else 1):
+            if name in found:
+                once(name)
+    found = {name: [] for name in found}
+    collecting = gc.isenabled()
+    gc.disable()  # a collection would fall into somebody's time
+    try:
+        start = time.perf_counter()
+        for turn in range(MOST_ROUNDS):
+            for name in list(found)[:: 1 if turn % 2 == 0 else -1]:
+                once(name)
+            if turn + 1 >= rounds and time.perf_counter() - start > seconds:
+                break
+    finally:
+        if collecting:
+            gc.enable()
+    pairs = {name: tuple(zip(*samples, strict=True)) for name, samples in found.items()}
+    return {name: Timing(times, statistics.median(issued)) for name, (times, issued) in pairs.items()}
+
+
+class Graph:
+    """A callable captured in a CUDA graph, and the tensors that each replay writes."""
+
+    def __init__(self, run: Callable[[], Iterable[Tensor]]):
+        # kernels compile, and libraries take their workspaces, before the capture and on another stream
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.outputs = list(run())
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+def peak_extra(run: Callable[[], Iterable[Tensor]], device: torch.device) -> int:
+    """Bytes at the peak beyond what was there before and what is left behind, such as the loss and the gradients."""
+    gc.collect()
+    left, peak, _ = allocated(lambda: list(run()), device)  # the results live until here
+    return peak - left
+
+
+def allocated(function: Callable[[], object], device: torch.device) -> tuple[int, int, object]:
+    """Bytes that a call leaves behind, the most it had at once, and what it returned: by the allocator's own account,
+    which a CPU keeps as well as a GPU does."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        out = function()
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device) - before, torch.cuda.max_memory_allocated(device) - before, out
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        out = function()
+    now = peak = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return now, peak, out
