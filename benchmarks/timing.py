@@ -1,12 +1,14 @@
 """Times that can be compared, and peak memory.
 
-All candidates of a comparison take turns in one run, so that a machine that slows down slows all of them. Every run
-starts from an idle device and a cold L2: a buffer larger than it is written first. While that write runs, about 0.1 ms,
-the CPU issues ahead, as it does in a training step; `issue_ms` says what issuing the work cost the CPU in all. On a CPU
-runs are timed by the wall clock, from whatever its caches hold.
+All candidates take turns in one run, so that a machine that slows down slows all of them. On a GPU every run starts
+from an idle device and a cold L2: a buffer larger than it is written first, as often as it takes the CPU to issue the
+run (within `FLUSH_AT_MOST`), so that the events around the run see the device's work and no gaps between launches; what
+issuing cost is told beside it. What is shorter than its launches is also measured in a CUDA graph. On a CPU runs are
+timed by the wall clock, from whatever its caches hold.
 """
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -16,105 +18,93 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-LEAST_RUNS, MOST_RUNS, WARM_UP = 10, 100, 3
-LEAST_FLUSH = 256 * 2**20  # bytes
+ROUNDS, MOST_ROUNDS, WARM_UP = 10, 100, 3
+FLUSH = 256 * 2**20  # bytes at least
+FLUSH_AT_MOST = 20.0  # ms
 
 
 @dataclass(frozen=True)
 class Timing:
-    ms: float  # median
-    spread_ms: float  # between the quartiles
+    samples: tuple[float, ...]  # ms of every round
     issue_ms: float  # median time until the CPU was free again
-    runs: int
-    samples: tuple[float, ...] = ()  # every run's milliseconds
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.samples)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Candidate:
     run: Callable[[], object]
     prepare: Callable[[], object] | None = None  # before each run, outside the measured time
+    flushes: int = 1
 
-
-class Flush:
-    """Writes more than L2 holds."""
-
-    def __init__(self, device: torch.device):
-        size = 0
-        if device.type == "cuda":
-            size = max(LEAST_FLUSH, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
-        self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
-
-    def __call__(self) -> None:
-        self.buffer.zero_()
+    def time(self, device: torch.device, flush: Tensor) -> tuple[float, float]:
+        """Milliseconds of one run, and those until the CPU was free."""
+        if self.prepare is not None:
+            self.prepare()
+        if device.type != "cuda":
+            start = time.perf_counter()
+            self.run()
+            elapsed = 1e3 * (time.perf_counter() - start)
+            return elapsed, elapsed
+        before, begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda.synchronize(device)
+        before.record()
+        for _ in range(self.flushes):
+            flush.zero_()
+        begin.record()
+        start = time.perf_counter()
+        self.run()
+        issued = 1e3 * (time.perf_counter() - start)
+        end.record()
+        torch.cuda.synchronize(device)
+        one = before.elapsed_time(begin) / self.flushes
+        self.flushes = max(self.flushes, math.ceil(1.5 * min(issued, FLUSH_AT_MOST) / one))
+        return begin.elapsed_time(end), issued
 
 
 def compare(
     candidates: dict[str, Candidate],
     device: torch.device,
-    seconds: float = 2.0,  # for all of them together, unless the least runs of each take longer
+    seconds: float = 2.0,  # for all of them together, unless the least rounds take longer
+    rounds: int = ROUNDS,  # at least; fewer where a run takes so long that one suffices to warm up
     raised: dict[str, Exception] | None = None,  # gets what candidates raise, which then take no further part
-    *,
-    least_runs: int = LEAST_RUNS,  # of each; fewer where a run takes so long that one suffices to warm up
     begin: Callable[[str], object] = lambda name: None,  # told who runs next, outside of anyone's time
 ) -> dict[str, Timing]:
     """Every candidate's time, in rounds of one run each, in turn forwards and backwards."""
-    flush, samples = Flush(device), {name: [] for name in candidates}
+    size = max(FLUSH, 4 * torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+    flush, found = torch.empty(size, dtype=torch.uint8, device=device), {name: [] for name in candidates}
 
     def once(name: str) -> None:
         begin(name)
         try:
-            samples[name].append(_once(candidates[name], flush, device))
+            found[name].append(candidates[name].time(device, flush))
         except Exception as error:
             if raised is None:
                 raise
             raised[name] = error.with_traceback(None)
-            del samples[name]
+            del found[name]
 
     for name in candidates:
-        for _ in range(WARM_UP if least_runs >= LEAST_RUNS else 1):
-            if name in samples:
+        for _ in range(WARM_UP if rounds >= ROUNDS else 1):
+            if name in found:
                 once(name)
-    samples = {name: [] for name in samples}
+    found = {name: [] for name in found}
     collecting = gc.isenabled()
     gc.disable()  # a collection would fall into somebody's time
     try:
         start = time.perf_counter()
-        for turn in range(MOST_RUNS):
-            for name in list(samples)[:: 1 if turn % 2 == 0 else -1]:
+        for turn in range(MOST_ROUNDS):
+            for name in list(found)[:: 1 if turn % 2 == 0 else -1]:
                 once(name)
-            if turn + 1 >= least_runs and time.perf_counter() - start > seconds:
+            if turn + 1 >= rounds and time.perf_counter() - start > seconds:
                 break
     finally:
         if collecting:
             gc.enable()
-    return {name: _summary(s) for name, s in samples.items()}
-
-
-def _once(candidate: Candidate, flush: Flush, device: torch.device) -> tuple[float, float]:
-    """Milliseconds of one run, and those until the CPU was free."""
-    if candidate.prepare is not None:
-        candidate.prepare()
-    if device.type != "cuda":
-        start = time.perf_counter()
-        candidate.run()
-        elapsed = 1e3 * (time.perf_counter() - start)
-        return elapsed, elapsed
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    flush()
-    begin.record()
-    start = time.perf_counter()
-    candidate.run()
-    issued = 1e3 * (time.perf_counter() - start)
-    end.record()
-    torch.cuda.synchronize(device)
-    return begin.elapsed_time(end), issued
-
-
-def _summary(samples: list[tuple[float, float]]) -> Timing:
-    times, issued = zip(*samples, strict=True)
-    low, middle, high = statistics.quantiles(times, n=4)
-    return Timing(middle, high - low, statistics.median(issued), len(times), times)
+    pairs = {name: tuple(zip(*samples, strict=True)) for name, samples in found.items()}
+    return {name: Timing(times, statistics.median(issued)) for name, (times, issued) in pairs.items()}
 
 
 class Graph:
@@ -136,11 +126,8 @@ class Graph:
         self.graph.replay()
 
 
-def peak_extra(
-    run: Callable[[], Iterable[Tensor]],  # returns what it leaves behind: the loss and the gradients
-    device: torch.device,
-) -> int:
-    """Bytes allocated at the peak beyond what was there before and what is left behind."""
+def peak_extra(run: Callable[[], Iterable[Tensor]], device: torch.device) -> int:
+    """Bytes at the peak beyond what was there before and what is left behind, such as the loss and the gradients."""
     gc.collect()
     left, peak, _ = allocated(lambda: list(run()), device)  # the results live until here
     return peak - left
