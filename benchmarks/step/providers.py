@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from sfr_kernels import SFRConfig
 from sfr_kernels.rows import IGNORE_INDEX
 
-from ..harness.problems import Shape, make_head
 from ..peers.published_loss import PublishedFlowLoss
 from ..peers.published_targets import TARGETS, Mark, PublishedTargets, unmarked
+from ..problem import make_head
 from .models import ENCODER_VOCAB, SPECIAL, EncoderShape, Trunk, build_model, make_encoder, make_tokenizer
 
 BATCHES = 4  # each run takes the next, so that no provider can keep anything of the last
@@ -76,8 +76,7 @@ class Stage:
         return model
 
     def head(self, config: SFRConfig) -> nn.Module:
-        s, t = self.shape, self.shape.trunk
-        return make_head(Shape(s.batch, s.length, t.hidden_size, target_size=s.encoder.hidden_size), config)
+        return make_head(self.shape.trunk.hidden_size, self.shape.encoder.hidden_size, config, torch.float32)
 
 
 def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
