@@ -38,9 +38,13 @@ def test_case(number: int, case: Case, provider: str, benchmark) -> None:
     benchmark.group = case.name
     benchmark.extra_info |= work.judge(provider, run) | dict(sizes=case.sizes)
 
+    def prepare() -> None:
+        if work.prepare is not None:
+            work.prepare()
+
     def once() -> None:
         run()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.pedantic(once, setup=work.prepare, rounds=case.rounds, warmup_rounds=1)
+    benchmark.pedantic(once, setup=prepare, rounds=case.rounds, warmup_rounds=1)
