@@ -54,7 +54,7 @@ class Case:
     goals: dict[str, dict[str, float]] = field(default_factory=dict)  # provider → what is wanted of it at most:
     # "ms"; "of NAME", times of provider NAME's; "of peer", of the fastest peer's; "lm_heads" of peak memory;
     # "memory of NAME", times of provider NAME's
-    reference: str = LIMIT  # the provider whose time the others are compared with
+    reference: str | None = LIMIT  # the provider whose time the others are compared with
     seconds: float = 2.0  # of timing, for all providers together
     rounds: int = 10  # of each provider at least; fewer where one takes seconds
     on_host: bool = False  # done when it returns: timed by the CPU's clock, on any device

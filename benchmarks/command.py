@@ -1,34 +1,44 @@
 """`python -m sfr_kernels bench`: measures, shows a table and writes a report; compares results, and shows old ones.
 
-    bench                       the five-minute selection, on a GPU if there is one
-    bench --full                every case
-    bench --only softmax_xent   of the selection, those that contain it as a word: op, label, dtype
+    bench                       one main case of each op, the joint loss and a training step: within five minutes
+    bench --full                every case, in the order of their worth
+    bench --only softmax_xent   of all cases, those that contain it as a word: op, label, dtype
     bench compare A B           what got slower from A to B; exit status 1 if something of ours did
     bench report FILE           the table and the report of a result file
-    bench choose FILE           takes the leaves that FILE measured to be fastest for `auto`
+    bench choose FILE           takes the kernels that FILE measured to be fastest for `auto`
 
 Exit status: 0, 1 if something of ours was wrong or failed, 2 if it could not be run.
 """
 
 import argparse
-import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import torch
 
-from .harness.environment import device_of, now
-from .harness.runner import Run, measure, path_in, reported
-from .report import compare, fastest
-from .report.resultfile import load
+from . import loop
 
-FOLDER = Path("runs/bench")
+MINUTES = 5.0  # of the quick selection
 
 
 def main(argv: list[str]) -> int:
-    commands = {"compare": compare.main, "report": _report, "choose": _choose}
-    if argv[:1] and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
+    command, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if command == "compare":
+        from .report import compare
+
+        return compare.main(rest)
+    if command in ("report", "choose"):
+        about = "Shows a result file." if command == "report" else "Writes the kernels that `auto` takes."
+        parser = argparse.ArgumentParser(prog=f"sfr_kernels bench {command}", description=about)
+        parser.add_argument("file", type=Path)
+        path = parser.parse_args(rest).file
+        if command == "report":
+            return show(path)
+        from .report.choose import choose
+
+        choose(path)
+        return 0
     return _bench(argv)
 
 
@@ -37,84 +47,48 @@ def _bench(argv: list[str]) -> int:
         prog="sfr_kernels bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--full", action="store_true", help="every case, not the five-minute selection")
-    add(
-        "--only",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="of the cases, those with these words; again for more",
-    )
+    add("--full", action="store_true", help="every case")
+    add("--only", action="append", default=[], metavar="TEXT", help="those with these words; again for more")
     add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
-    add("--minutes", type=float, help="begin no case after this (default 5, without limit with --full or --only)")
+    add("--minutes", type=float, help="stop after this (default 5; without limit with --full or --only)")
     add("--seconds", type=float, help="of timing for each case, in place of its own")
-    add("--out", type=Path, default=FOLDER, help="folder of the result file and the report (default %(default)s)")
+    add("--out", type=Path, default=Path("runs/bench"), help="folder of the results (default %(default)s)")
     add("--resume", type=Path, metavar="FILE", help="go on with a result file that was not finished")
     args = parser.parse_args(argv)
-    for module in ("pytest", "pytest_benchmark"):
-        if importlib.util.find_spec(module) is None:
-            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
     if args.resume is not None:  # what was selected then
-        own = load(args.resume)["sfr_kernels"]
-        args.full, args.only, args.device = own["full"], own["only"], own["device"]["kind"]
+        head = next(iter(loop.lines_of(args.resume)), {})
+        if head.get("line") != "run":
+            raise ValueError(f"{args.resume} is not a result file")
+        args.full, args.only, args.device = head["full"], head["only"], head["device"]["kind"]
     if args.device == "cuda" and not torch.cuda.is_available():
         print("sfr_kernels bench: torch sees no GPU", file=sys.stderr)
         return 2
-    before = None if args.resume is None else reported(args.resume)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    minutes = args.minutes
-    if minutes is None and not (args.full or args.only):
-        minutes = 5.0
-    path = args.resume or path_in(args.out, device_of(device)["name"], now())
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.minutes is None and not (args.full or args.only):
+        args.minutes = MINUTES
+    head = loop.described(args.device, args.full, tuple(args.only))
+    name, date = re.sub(r"[^a-z0-9]+", "-", head["device"]["name"].lower()), re.sub(r"[-:]|\+.*", "", head["date"])
+    path = args.resume or args.out / f"bench-{name.strip('-')}-{date}.jsonl"
     try:
-        measured = measure(Run(path, device.type, args.full, tuple(args.only), minutes, args.seconds))
+        fine = loop.measure(path, head, args.minutes, args.seconds)
     except KeyboardInterrupt:
         print(f"\nbench --resume {path} goes on from there", file=sys.stderr)
         raise
-    if not path.is_file() or (measured and reported(path) == before):
-        print(measured, file=sys.stderr)
-        return 2
-    return show(path, measured)
+    return max(show(path), 0 if fine else 1)
 
 
-def show(path: Path, problem: str | None = None) -> int:
+def show(path: Path) -> int:
     """Prints the table and writes the report beside the file. What is measured on a machine without the packages for
-    either is shown on one that has them."""
-    content = load(path)
+    it is shown on one that has them."""
     print(f"Kept in {path}")
-    for shown in (_table, _page):
-        try:
-            shown(content, path)
-        except ModuleNotFoundError as error:
-            print(f"{error.name} is not installed: pip install 'sfr_kernels[bench]', then bench report {path}")
-    if problem:
-        print(problem, file=sys.stderr)
-    return 1 if problem or any(row["ours"] for row in content["sfr_kernels"]["failed"]) else 0
+    try:
+        from .report import data, page, tables
 
-
-def _table(content: dict, path: Path) -> None:
-    from .report.terminal import render
-
-    render(content)
-
-
-def _page(content: dict, path: Path) -> None:
-    from .report.page import write_report
-
-    write_report(content, path.with_suffix(".html"))
+        results = data.read(path)
+        print(tables.show(results))
+        page.write(results, path.with_suffix(".html"))
+    except ModuleNotFoundError as error:
+        print(f"{error.name} is not installed: pip install 'sfr_kernels[bench]', then bench report {path}")
+        return 0
     print(f"\nThe report is {path.with_suffix('.html')}")
-
-
-def _report(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="sfr_kernels bench report", description="Shows a result file.")
-    parser.add_argument("file", type=Path)
-    args = parser.parse_args(argv)
-    show(args.file)
-    return 0
-
-
-def _choose(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="sfr_kernels bench choose", description="Writes leaves/fastest.json.")
-    parser.add_argument("file", type=Path)
-    fastest.choose(parser.parse_args(argv).file)
     return 0

@@ -24,8 +24,7 @@ from .case import WHOLE, Case, Suite
 from .jobs import Ended, Job, run
 from .race import MAKING, race
 
-BENCHES = ("ceilings", "kernels", "linear_cross_entropy", "flow_loss", "sfr_loss", "training_step", "targets",
-           "experiments")  # fmt: skip
+BENCHES = ("kernels", "losses", "training_step", "targets", "experiments")
 SILENCE = 120.0  # seconds for which a provider may run before that is called hanging
 SAME = ("version", "revision", "modified", "selection")  # of a run that is gone on with; device and versions, too
 
@@ -34,7 +33,13 @@ def suite_of(bench: str) -> Suite:
     return importlib.import_module(f".bench_{bench}", __package__).SUITE
 
 
-def selected(device: torch.device, full: bool, only: tuple[str, ...]) -> list[tuple[str, Case]]:
+def entered(bench: str, case: Case, device: torch.device) -> dict[str, str | None]:
+    """Providers of a case, and why they cannot run here."""
+    known = suite_of(bench).providers(device)
+    return {name: why for name, why in known.items() if case.providers is None or name in case.providers}
+
+
+def selected(device: torch.device, full: bool = False, only: tuple[str, ...] = ()) -> list[tuple[str, Case]]:
     """Benches and cases by worth. only: those that contain one of these texts as whole words, of all cases."""
     found = [(bench, case) for bench in BENCHES for case in suite_of(bench).cases(device)]
     if only:
@@ -51,48 +56,49 @@ def lines_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def described(device: str, full: bool = False, only: tuple[str, ...] = ()) -> dict:
+    """The first line of a result file. The machine is described by a process of its own: this one is to leave the GPU
+    alone."""
+    selection = f"only {', '.join(only)}" if only else "full" if full else "quick"
+    for _, said in run(deque([Job("machine", _describe, (device,))])):
+        if isinstance(said, Ended):
+            raise RuntimeError(f"the device could not be described: {said.reason}")
+        return dict(line="run", selection=selection, full=full, only=list(only), **said)
+
+
 def measure(
     path: Path,  # of the result file; what it has already is not measured again
-    device: str,
-    full: bool = False,
-    only: tuple[str, ...] = (),
+    head: dict,  # its first line, which says what is selected
     minutes: float | None = None,  # after which no case begins, and the one that runs is stopped
     seconds: float | None = None,  # of timing for a case, in place of its own
 ) -> bool:
     """Whether nothing of ours failed. ValueError where nothing is selected, or the file is of another run."""
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    cases = selected(torch.device(device), full, only)
+    device = head["device"]["kind"]
+    cases = selected(torch.device(device), head["full"], tuple(head["only"]))
     if not cases:
-        raise ValueError(f"no case contains {' or '.join(only)}")
-    selection = f"only {', '.join(only)}" if only else "full" if full else "quick"
-    head = dict(line="run", selection=selection, **_described(device))
+        raise ValueError(f"no case contains {' or '.join(head['only'])}")
     done = _gone_on_with(path, head) if path.exists() else set()
     path.parent.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(cases), unit="case", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10.0)
+    fields, fine = {case.name: case.fields for _, case in cases}, True
+    waiting = deque(
+        Job(case.name, _race, (bench, case.name, device, (), seconds), limit=case.time_limit, silence=SILENCE)
+        for bench, case in cases if case.name not in done
+    )  # fmt: skip
+    bar = tqdm(total=len(waiting), unit="case", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10.0)
     with open(path, "a") as file, contextlib.closing(bar):
-        waiting = deque()
-        for bench, case in cases:
-            if case.name in done:
-                bar.update()
-            else:
-                waiting.append(Job(case.name, _race, (bench, case.name, device, (), seconds), limit=case.time_limit,
-                                   silence=min(SILENCE, case.time_limit)))  # fmt: skip
         _write(file, [head])
-        fields = {case.name: case.fields for _, case in cases}
-        fine = True
-        for name, lines in _raced(waiting, until, bar):
-            lines = [dict(line=line.pop("line"), **fields[name]) | line for line in lines]
+        for lines in _outcomes(waiting, fields, until, bar):
             fine &= not any(line["line"] == "failed" and line["kind"] == "ours" for line in lines)
             _write(file, lines)
             bar.update()
-        reason = f"the time was up ({minutes:g} minutes)" if minutes is not None else ""
-        late = [dict(line="skipped", **fields[job.name], reason=reason) for job in waiting]
+        late = [dict(line="skipped", **fields[job.name], reason=f"the time was up ({minutes} min)") for job in waiting]
         _write(file, late or [dict(line="end")])
     return fine
 
 
-def _raced(waiting: deque[Job], until: float | None, bar: tqdm) -> Iterator[tuple[str, list[dict]]]:
-    """Name and lines of each case that came to its end; those that did not are left in `waiting`."""
+def _outcomes(waiting: deque[Job], fields: dict[str, dict], until: float | None, bar: tqdm) -> Iterator[list[dict]]:
+    """The lines of each case that came to its end; those that did not are left in `waiting`."""
     lines, everyone, who = [], {}, MAKING
     for job, said in run(waiting, until=until):
         if isinstance(said, dict):
@@ -103,20 +109,21 @@ def _raced(waiting: deque[Job], until: float | None, bar: tqdm) -> Iterator[tupl
             continue
         if said.reason is None or (until is not None and time.monotonic() > until):
             if said.reason is None:
-                yield job.name, lines
+                yield lines
             else:
                 waiting.appendleft(job)
             lines, everyone, who = [], {}, MAKING
             continue
         bar.write(f"{job.name}, {who}: {said.reason}", file=sys.stderr)
         culprits = {who: everyone[who]} if who in everyone else everyone or {who: "ours"}
-        lines = [*lines, *(dict(line="failed", provider=n, kind=k, reason=said.reason) for n, k in culprits.items())]
+        about = dict(line="failed", **fields[job.name], reason=said.reason)
+        lines = [*lines, *(about | dict(provider=n, kind=kind) for n, kind in culprits.items())]
         bench, name, device, without, seconds = job.arguments
         if who in everyone:  # the others, once more
             again = (bench, name, device, (*without, who), seconds)
             waiting.appendleft(Job(name, _race, again, limit=job.limit, silence=job.silence))
         else:
-            yield job.name, lines
+            yield lines
             lines = []
         everyone, who = {}, MAKING
 
@@ -127,17 +134,9 @@ def _race(tell, bench: str, name: str, device: str, without: tuple[str, ...], se
     case = next(case for case in suite.cases(device) if case.name == name)
     if seconds is not None:
         object.__setattr__(case, "seconds", seconds)
-    known = [n for n in suite.providers(device) if case.providers is None or n in case.providers]
-    tell(dict(everyone={n: suite.kind(n) for n in known if n not in without}))
-    tell(dict(lines=race(suite, case, device, without, lambda who: tell(dict(begin=who)))))
-
-
-def _described(device: str) -> dict:
-    """Of the machine, by a process of its own: this one is to leave the GPU alone."""
-    for _, said in run(deque([Job("machine", _describe, (device,))])):
-        if isinstance(said, Ended):
-            raise RuntimeError(said.reason or "the device could not be described")
-        return said
+    providers = entered(bench, case, device)
+    tell(dict(everyone={name: suite.kind(name) for name, why in providers.items() if not why and name not in without}))
+    tell(dict(lines=race(suite, case, device, providers, without, lambda who: tell(dict(begin=who)))))
 
 
 def _describe(tell, device: str) -> None:

@@ -28,13 +28,13 @@ def race(
     suite: Suite,
     case: Case,
     device: torch.device,
+    providers: dict[str, str | None],  # name → why it cannot run here, or None
     without: Iterable[str] = (),  # providers that have brought a process of this case down
     begin: Callable[[str], object] = lambda who: None,  # told who is about to run, or MAKING
 ) -> list[dict]:
     """Lines of a result file: "result", "failed" and "absent". Where making the case fails, everyone has."""
-    known = {n: r for n, r in suite.providers(device).items() if case.providers is None or n in case.providers}
-    lines = [_line("absent", suite, case, name, reason=reason) for name, reason in known.items() if reason]
-    entered = [name for name, reason in known.items() if not reason and name not in without]
+    lines = [_line("absent", suite, case, name, reason=why) for name, why in providers.items() if why]
+    entered = [name for name, why in providers.items() if not why and name not in without]
     failed: dict[str, str] = {}
     try:
         results = _raced(suite, case, device, entered, failed, begin, without)

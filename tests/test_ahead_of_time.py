@@ -13,12 +13,13 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+from ahead_of_time import compiled, in_file, recorded, variant  # noqa: E402
+from sass import resources  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from benchmarks.check.ahead_of_time import compiled, in_file, recorded, variant  # noqa: E402
-from benchmarks.check.fused_output import TILES, fused_output  # noqa: E402
-from benchmarks.check.one_read import WARPS, one_read  # noqa: E402
-from benchmarks.check.sass import resources  # noqa: E402
+from benchmarks.bench_experiments import TILES, WARPS  # noqa: E402
+from benchmarks.experiments.fused_output import fused_output  # noqa: E402
+from benchmarks.experiments.one_read import one_read  # noqa: E402
 from sfr_kernels.leaves import FlowPath, empty_rows  # noqa: E402
 from sfr_kernels.leaves import triton as leaves  # noqa: E402
 from sfr_kernels.leaves.triton import index_sum  # noqa: E402
@@ -110,12 +111,12 @@ def cross_entropy_calls(logits: torch.Tensor):
 
 def fused_output_calls(dtype: torch.dtype):
     a = torch.zeros(3, 1024, dtype=dtype)
-    for tile in TILES:
+    for tile in TILES.values():
         fused_output(a, torch.zeros(1024, 1024, dtype=dtype), a[0], a, torch.zeros(3), tile)
 
 
 def one_read_calls(dtype: torch.dtype):
-    for warps in WARPS:
+    for warps in WARPS.values():
         one_read(torch.zeros(2, 32000, dtype=dtype), torch.zeros(2).long(), warps)
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from cases import Case, make_case, small_config
+from cases import LossCase, make_case, small_config
 from torch import Tensor
 
 from sfr_kernels import SupervisedRows, flow_matching_loss, reference
@@ -49,14 +49,14 @@ def test_cka_knows_no_rotation_scale_or_shift_and_is_one_with_itself():
 FIVE = torch.arange(35).view(5, 7)  # responses, each of 6 rows or, as published, 7
 
 
-def cka_case(preset: str, labels: Tensor = FIVE, blank: list[bool] | None = None) -> Case:
+def cka_case(preset: str, labels: Tensor = FIVE, blank: list[bool] | None = None) -> LossCase:
     case = make_case(small_config(preset, loss="cka"), labels=labels, vocab=35)
     if blank is not None:
         case.rows = SupervisedRows.from_labels(labels, case.config, blank=torch.tensor(blank))
     return case
 
 
-def loss_and_gradient(case: Case, **options) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(case: LossCase, **options) -> tuple[Tensor, Tensor]:
     """1 − CKA as it stands in the loss, and its gradient of the hidden states (B, L, H)."""
     hidden = case.hidden.clone().requires_grad_()
     options = dict(seed=0, config=case.config) | options

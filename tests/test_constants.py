@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import Case, make_case, small_config
+from cases import LossCase, make_case, small_config
 from torch.autograd import forward_ad
 
 from sfr_kernels import flow_matching_loss, linear_cross_entropy, sfr_loss
@@ -12,7 +12,7 @@ from sfr_kernels import flow_matching_loss, linear_cross_entropy, sfr_loss
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def entropy(x: SimpleNamespace, case: Case, **given):
+def entropy(x: SimpleNamespace, case: LossCase, **given):
     return linear_cross_entropy(x.hidden, x.weight, case.labels, bias=x.bias, shift=True, **given)
 
 

@@ -6,7 +6,7 @@ from cases import make_case, small_config
 from decoder_cases import IGNORE, LEAVES, again, make
 from operations import Operations
 
-from benchmarks.harness.timing import allocated
+from benchmarks.timing import allocated
 from sfr_kernels import flow_matching_loss, linear_cross_entropy, sfr_loss
 from sfr_kernels.leaves import torch as leaves
 from sfr_kernels.ops import chunks

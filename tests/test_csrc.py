@@ -11,9 +11,9 @@ from pathlib import Path
 
 import emulation
 import pytest
+import sass
 import torch
 
-from benchmarks.check import sass
 from sfr_kernels.leaves.cuda import build, library
 from sfr_kernels.leaves.cuda.flow_loss import Arguments
 from sfr_kernels.leaves.torch import softmax_shard as eager_halves

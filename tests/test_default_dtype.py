@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Case, evaluate, make_case, make_labels, small_config
+from cases import LossCase, evaluate, make_case, make_labels, small_config
 
 from sfr_kernels import SupervisedRows, VelocityHead, flow_matching_loss, linear_cross_entropy, reference, sfr_loss
 from sfr_kernels.ops.times import draw_times
@@ -19,7 +19,7 @@ def default_dtype():
     torch.set_default_dtype(torch.float32)
 
 
-def losses(case: Case, backend: str) -> list[torch.Tensor]:
+def losses(case: LossCase, backend: str) -> list[torch.Tensor]:
     """Values and gradients in two dtypes, with every option that makes tensors of its own."""
     entropy = dict(labels=case.labels, shift=2, row_weight=case.labels % 3, class_weight=case.bias.abs().float())
     smooth = dict(labels=case.labels, label_smoothing=0.1, z_loss=0.1, softcap=3.0, logit_scale=0.3, normalizer=2.5)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from cases import make_case, small_config
 
-from benchmarks.harness.timing import allocated
+from benchmarks.timing import allocated
 from sfr_kernels import SupervisedRows, linear_cross_entropy
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]

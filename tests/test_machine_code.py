@@ -4,9 +4,9 @@ import json
 import shutil
 from dataclasses import asdict
 
+import machine_code
 import pytest
-
-from benchmarks.check import machine_code, sass
+import sass
 
 MOST = 1.1  # times as many instructions as were committed
 # By hand: a prologue, and a loop of 10 instructions, one a call of a slow path; a shorter path does not store.
@@ -154,7 +154,7 @@ def worse(now: dict[str, dict], then: dict[str, dict]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++filt") is None, reason="needs c++filt")
 def test_no_kernel_does_more_than_was_committed(record, compiled):
-    """After a change that is meant: python -m benchmarks.check.machine_code --write."""
+    """After a change that is meant: python tests/machine_code.py --write."""
     pytest.importorskip("triton")
     made = machine_code.versions()
     kernels = {}

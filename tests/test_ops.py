@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch._dynamo.testing
-from cases import Case, assert_same, evaluate, make_case, small_config
+from cases import LossCase, assert_same, evaluate, make_case, small_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfr_kernels import SupervisedRows, flow_matching_loss, linear_cross_entropy, sfr_loss
@@ -19,7 +19,7 @@ from sfr_kernels.ops.velocity_head import velocity_head_op
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run_sfr(x: SimpleNamespace, case: Case, rows: SupervisedRows, targets, seed):
+def run_sfr(x: SimpleNamespace, case: LossCase, rows: SupervisedRows, targets, seed):
     return sfr_loss(x.hidden, x.weight, x.head, rows, targets, seed=seed, config=case.config, bias=x.bias).loss
 
 

@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..case import Run
+from ..problem import Problem
+
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-EAGER, COMPILED, EAGER_ROWS = "eager", "torch.compile", "eager, supervised rows"
+EAGER, COMPILED, EAGER_ROWS, TORCH = "eager", "torch.compile", "eager, supervised rows", "F.linear_cross_entropy"
 
 
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -29,16 +32,14 @@ def torch_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -
     return F.linear_cross_entropy(hidden, weight, labels, options=torch.nn.LinearCrossEntropyOptions())
 
 
-def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor, **options) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return liger_fused_linear_cross_entropy(hidden, weight, labels)
+    return liger_fused_linear_cross_entropy(hidden, weight, labels, **options)
 
 
 def liger_float32(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return liger_fused_linear_cross_entropy(hidden, weight, labels, accum_dtype=torch.float32)
+    return liger(hidden, weight, labels, accum_dtype=torch.float32)
 
 
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -63,28 +64,35 @@ LIBRARIES: dict[str, tuple[str, Loss]] = {
 
 def absent(name: str, device: torch.device) -> str | None:
     """Why a peer cannot be tried on this machine, None if it can."""
-    if name == "F.linear_cross_entropy" and not hasattr(F, "linear_cross_entropy"):
+    if name == TORCH and not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} does not have it (2.13 does)"
     if name == COMPILED and device.type != "cuda":
         return "compiling for a CPU takes longer than all the rest"
-    return library(LIBRARIES[name][0], device) if name in LIBRARIES else None
-
-
-def library(module: str, device: torch.device) -> str | None:
-    """Why a library made for GPUs cannot be tried."""
-    if importlib.util.find_spec(module) is None:
-        return f"{module} is not installed"
-    return None if device.type == "cuda" else f"{module} needs a GPU"
+    if name in LIBRARIES:
+        module = LIBRARIES[name][0]
+        if importlib.util.find_spec(module) is None:
+            return f"{module} is not installed"
+        return None if device.type == "cuda" else f"{module} needs a GPU"
+    return None
 
 
 def reasons(device: torch.device) -> dict[str, str | None]:
     """Every peer, and why it cannot be tried."""
-    return {name: absent(name, device) for name in (EAGER, COMPILED, "F.linear_cross_entropy", *LIBRARIES)}
+    return {name: absent(name, device) for name in (EAGER, COMPILED, TORCH, *LIBRARIES)}
 
 
 def loss_of(name: str) -> Loss:
-    if name in (EAGER, EAGER_ROWS):
-        return eager if name == EAGER else eager_rows
+    own = {EAGER: eager, EAGER_ROWS: eager_rows, TORCH: torch_linear_cross_entropy}
     if name == COMPILED:
         return torch.compile(eager, dynamic=False)
-    return torch_linear_cross_entropy if name == "F.linear_cross_entropy" else LIBRARIES[name][1]
+    return own.get(name) or LIBRARIES[name][1]
+
+
+def run_of(problem: Problem, name: str) -> Run:
+    loss_of_name, leaves, labels = loss_of(name), list(problem.leaves.values()), problem.labels.flatten()
+
+    def run() -> list[Tensor]:
+        loss = loss_of_name(problem.hidden.flatten(0, 1), problem.weight, labels)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    return run

@@ -6,7 +6,7 @@ import triton
 from cases import make_case, small_config
 from device import BACKEND, DEVICE, ON_GPU, sums
 
-from benchmarks.harness.timing import allocated
+from benchmarks.timing import allocated
 from sfr_kernels import flow_matching_loss
 
 

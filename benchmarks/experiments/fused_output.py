@@ -12,17 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfr_kernels.leaves import triton as leaves
 from sfr_kernels.leaves.triton.column_sum import column_sum
 from sfr_kernels.leaves.triton.launch import launch
-
-from ..harness.errors import message
-from ..harness.timing import Candidate, compare
-
-APART = "cuBLAS + flow_mse"
-
-# (rows, columns, depth) of a tile, warps, stages: candidates to be timed
-TILES = ((128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 4, 4), (64, 128, 64, 8, 3))
 
 
 @triton.jit
@@ -61,7 +52,7 @@ def fused_output(
     b_out: Tensor,  # (d,)
     u: Tensor,  # (n, d), contiguous
     coefficient: Tensor,  # (n,) float32
-    tile: tuple[int, int, int, int, int] = TILES[0],
+    tile: tuple[int, int, int, int, int] = (128, 64, 64, 8, 3),  # rows, columns, depth, warps, stages
 ) -> tuple[Tensor, Tensor, Tensor]:
     """ℓ (n,) float32, dv (n, d) in a's dtype, db (d,) float32."""
     (n, width), d = a.shape, w_out.shape[0]
@@ -70,72 +61,7 @@ def fused_output(
     dv = torch.empty(n, d, dtype=a.dtype, device=a.device)
     loss = torch.empty(n, blocks, dtype=torch.float32, device=a.device)
     partial = loss.new_empty(1, parts, d)
-    launch(
-        _fused_output_kernel,
-        (parts * blocks,),
-        a,
-        w_out,
-        b_out,
-        u,
-        dv,
-        loss,
-        partial,
-        coefficient,
-        n,
-        d,
-        width,
-        BLOCK_N=rows,
-        BLOCK_D=columns,
-        BLOCK_K=depth,
-        num_warps=warps,
-        num_stages=stages,
-    )
+    sizes = dict(BLOCK_N=rows, BLOCK_D=columns, BLOCK_K=depth, num_warps=warps, num_stages=stages)
+    grid = (parts * blocks,)
+    launch(_fused_output_kernel, grid, a, w_out, b_out, u, dv, loss, partial, coefficient, n, d, width, **sizes)
     return loss.sum(1), dv, column_sum(partial)[0]
-
-
-def measure(
-    device: torch.device,
-    seconds: float = 2.0,
-    n: int = 6144,
-    width: int = 1024,  # D and d
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[dict]:
-    """Rows of a result file: both ways, every tile, beside the product alone."""
-    g = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape, dtype=dtype):
-        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=g)
-
-    a, w, b, v = normal(n, width), normal(width, width) / 32, normal(width), normal(n, width)
-    u, coefficient = normal(n, width), torch.ones(n, device=device)
-
-    def apart():
-        return leaves.flow_mse(torch.addmm(b, a, w.T, out=v), u, coefficient)
-
-    runs = {
-        "fused {}x{}x{}, {} warps, {} stages".format(*tile): lambda tile=tile: fused_output(
-            a, w, b, u, coefficient, tile
-        )
-        for tile in TILES
-    }
-    common = dict(op="output layer and loss", label=f"n{n} d{width} D{width}", dtype=str(dtype)[6:])
-    found, (loss, db) = {APART: common}, apart()
-    for name, run in list(runs.items()):
-        try:
-            pairs = zip(run(), (loss, v, db), strict=True)
-            wrong = max(
-                ((ours.double() - other.double()).norm() / other.double().norm()).item() for ours, other in pairs
-            )
-        except Exception as error:  # one tile that does not compile must not hide the others
-            found[name] = common | dict(failure=message(error))
-            del runs[name]
-            continue
-        found[name] = common if wrong <= 2.0**-7 else common | dict(failure=f"differs from {APART} by {wrong:.1e}")
-    candidates = {APART: Candidate(apart)} | {name: Candidate(run) for name, run in runs.items()}
-    candidates["floor"] = Candidate(lambda: torch.mm(a, w.T, out=v))
-    times = compare(candidates, device, seconds)
-    floor = times.pop("floor")
-    for name, time in times.items():
-        values = dict(ms=time.ms, spread_ms=time.spread_ms, issue_ms=time.issue_ms, floor_ms=floor.ms)
-        found[name] = found[name] | {key: round(ms, 5) for key, ms in values.items()}
-    return [dict(failure=None) | row | dict(candidate=name, ok="failure" not in row) for name, row in found.items()]

@@ -1,7 +1,7 @@
 """What every hot kernel is in machine code for sm_90, without a GPU.
 
-    python -m benchmarks.check.machine_code            prints the table
-    python -m benchmarks.check.machine_code --write    keeps it in benchmarks/results and writes it into csrc/README.md
+    python tests/machine_code.py            prints the table
+    python tests/machine_code.py --write    keeps it in benchmarks/results and writes it into csrc/README.md
 
 `SOURCES` says which kernels: in bf16, vectors and targets too, as the leaves' benchmarks call them, with rows of 1024
 numbers or 128256 logits. Where a kernel was changed, adapt its line. A pattern that finds no kernel, or several, is an
@@ -19,15 +19,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import sass
 import torch
 
 from sfr_kernels.atomic import write_atomically
 from sfr_kernels.leaves import FlowPath
 from sfr_kernels.leaves.cuda import build
 
-from . import sass
-
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/machine-code-sm90.json"
 README, BEGIN, END = ROOT / "csrc/README.md", "<!-- machine code -->", "<!-- /machine code -->"
 ROWS, WIDTH, VOCAB, CLUSTER = 8192, 1024, 128256, 4
@@ -200,9 +199,9 @@ def cuda_kernels(library: Path) -> dict[str, Kernel]:
 
 
 def triton_kernels() -> dict[str, Kernel]:
-    from sfr_kernels.leaves import triton as leaves
+    import ahead_of_time
 
-    from . import ahead_of_time
+    from sfr_kernels.leaves import triton as leaves
 
     found = {}
     for name, source in SOURCES.items():

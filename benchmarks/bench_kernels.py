@@ -1,0 +1,247 @@
+"""The kernels between the products, bounded by the bytes they must read and write at the rate of a copy.
+
+One of ours may err 1.5 times as much as the torch kernel does in the same dtype, against float64, in every result. A
+peer need only compute the same thing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor
+
+from sfr_kernels import reference
+from sfr_kernels.leaves import FlowPath, fastest
+from sfr_kernels.ops.dispatch import leaves, unavailable
+
+from .case import LIMIT, MAIN, MORE, OURS, Case, Run, Suite, Work
+from .oracle import Oracle
+from .peers.cross_entropy import COMPILED, EAGER, absent
+
+OPS = SOFTMAX, PATH, MSE, NORM, NORM_BACKWARD = "softmax_xent", "flow_path", "flow_mse", "norm_act", "norm_act_backward"
+LIBRARIES = {"Liger": (SOFTMAX, NORM, NORM_BACKWARD), "quack": (SOFTMAX,)}  # the ops that each has
+OF_COPY = dict(cuda={"of limit": 1.25})  # 0.8 of a copy's bandwidth is wanted of the cuda backend
+EPS = 1e-5
+
+
+def cases(device: torch.device) -> list[Case]:
+    """Rows of the head, many and so few that a launch is what they cost, and rows of logits; on a CPU those of
+    SmolLM2-135M with half of 512 or 2048 tokens supervised."""
+    rows = [PATH, MSE, NORM, NORM_BACKWARD]
+    if device.type != "cuda":
+        sizes = [(op, n, 1024 if op in (NORM, NORM_BACKWARD) else 384) for op in rows for n in (1024, 256)]
+        sizes += [(SOFTMAX, n, 49152) for n in (1024, 256)]
+        main = [*((op, 1024) for op in rows), (SOFTMAX, 256)]
+        return [_case(*size, torch.float32, worth=MAIN if size[:2] in main else MORE) for size in sizes]
+    bf16, others = torch.bfloat16, (torch.float16, torch.float32)
+    found = [_case(SOFTMAX, 4096, 128256, bf16, worth=MAIN, goals=dict(cuda={"ms": 0.85}))]
+    found += [_case(op, 8192, 1024, bf16, worth=MAIN, goals=OF_COPY) for op in rows]
+    found += [_case(SOFTMAX, n, vocab, bf16, goals=OF_COPY) for n, vocab in ((4096, 32000), (1024, 256000))]
+    found += [_case(SOFTMAX, 64, 32000, bf16), *(_case(op, 512, 1024, bf16) for op in rows)]
+    found += [_case(op, 8192, 1024, dtype) for op in rows for dtype in others]
+    return found + [_case(SOFTMAX, 4096, 32000, dtype) for dtype in others]
+
+
+def _case(op: str, n: int, width: int, dtype: torch.dtype, **options) -> Case:
+    sizes = dict(model=None, rows=n, width=width)
+    libraries = [name for name, ops in LIBRARIES.items() if op in ops]
+    return Case(op, f"{n} rows, width {width}", sizes, dtype, (n, width), seconds=0.5,
+                providers=(*OURS, EAGER, COMPILED, *libraries), **options)  # fmt: skip
+
+
+def providers(device: torch.device) -> dict[str, str | None]:
+    found = {name: unavailable(name, device) for name in OURS} | {EAGER: None}
+    return found | {name: absent(name, device) for name in (COMPILED, *LIBRARIES)}
+
+
+@dataclass
+class Inputs:
+    """The same numbers for every dtype, rounded to `rounded` first."""
+
+    n: int
+    width: int
+    device: torch.device
+    rounded: torch.dtype
+    dtype: torch.dtype
+
+    def __post_init__(self):
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.wide = torch.promote_types(self.dtype, torch.float32)
+
+    def normal(self, *shape: int) -> Tensor:
+        drawn = torch.empty(shape, dtype=self.rounded, device=self.device).normal_(generator=self.generator)
+        return drawn.to(self.dtype)
+
+    def integers(self, most: int, dtype: torch.dtype) -> Tensor:
+        return torch.randint(most, (self.n,), dtype=dtype, device=self.device, generator=self.generator)
+
+
+@dataclass
+class Call:
+    """A call of a kernel on tensors of its own, and what people would write in its place on the same tensors."""
+
+    run: Callable[[object], list[Tensor]]  # of the kernels of a backend; its results
+    names: tuple[str, ...]  # of the results
+    bytes: int  # that must be read or written
+    first: object  # the argument that says in which class of size it is
+    peer: Callable[[str], Run]  # of a provider
+    restore: Callable[[], object] | None = None  # puts back what the call writes over
+    judged: Run | None = None  # of peers that draw noise of their own: the same with ours
+
+
+def make(case: Case, device: torch.device) -> Work:
+    build = globals()[case.op]
+    call = build(Inputs(*case.shape, device, case.dtype, case.dtype))
+    oracle = []
+
+    def judge(provider: str, run: Run) -> dict:
+        if not oracle:
+            exact, eager = (build(Inputs(*case.shape, device, case.dtype, dtype)).run(leaves("torch"))
+                            for dtype in (torch.float64, case.dtype))  # fmt: skip
+            oracle.append(Oracle(call.names, exact, eager))
+        if call.restore is not None:
+            call.restore()
+        if provider in OURS:
+            return oracle[0].verdict(run())
+        return oracle[0].peer_verdict((call.judged or run)())
+
+    return Work(
+        run=lambda name: partial(call.run, leaves(name)) if name in OURS else call.peer(name),
+        judge=judge, judged=oracle.clear, bytes=call.bytes, prepare=call.restore,
+        fields=dict(size=fastest.size_of(call.first)),
+    )  # fmt: skip
+
+
+def softmax_xent(x: Inputs) -> Call:
+    """Cross-entropy of rows of logits, and its gradient written over them."""
+    source, labels = x.normal(x.n, x.width), x.integers(x.width, torch.int64)
+    logits = source.clone()
+
+    def eager(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z.float(), y, reduction="sum")
+
+    def peer(name: str) -> Run:
+        function = torch.compile(eager, dynamic=False) if name == COMPILED else eager
+        if name == "Liger":
+            from liger_kernel.transformers.functional import liger_cross_entropy
+
+            function = partial(liger_cross_entropy, reduction="sum")
+        elif name == "quack":
+            from quack.cross_entropy import cross_entropy
+
+            function = partial(cross_entropy, reduction="sum", inplace_backward=True)  # as ours
+
+        def run() -> list[Tensor]:
+            given = logits.detach().requires_grad_()  # the same memory: Liger writes over it
+            loss = function(given, labels)
+            return [loss, *torch.autograd.grad(loss, given)]
+
+        return run
+
+    return Call(lambda k: [k.softmax_xent(logits, labels)[0], logits], ("loss", "dlogits"), 2 * logits.nbytes, logits,
+                peer, restore=lambda: logits.copy_(source))  # fmt: skip
+
+
+def flow_path(x: Inputs) -> Call:
+    """Noise from a counter, x_t between it and the target, and the velocity; eager torch's with its own generator."""
+    anchors = max(1, x.n // 32)
+    targets = x.normal(anchors, x.width) / x.width**0.5
+    anchor, index = (x.integers(k, torch.int32) for k in (anchors, 256))
+    times = torch.arange(0.5, 256, device=x.device, dtype=x.wide) / 256
+    identity, seed = torch.arange(x.n, device=x.device), torch.ones(1, dtype=torch.int64, device=x.device)
+    path = FlowPath(targets, times, identity, anchor, index, seed, x.width**0.5, 1.0)
+
+    def eager(noise: Tensor | None = None) -> list[Tensor]:
+        x_1 = path.target_scale * targets[anchor].float()
+        x_0 = torch.randn_like(x_1) if noise is None else noise
+        t = times[index].unsqueeze(1)
+        return [((1 - t) * x_0 + t * x_1).to(x.dtype), (x_1 - x_0).to(x.dtype)]
+
+    return Call(lambda k: [*k.flow_path(path, x.dtype)], ("x_t", "u"),
+                (2 * x.n + anchors) * x.width * x.dtype.itemsize, path,
+                lambda name: torch.compile(eager, dynamic=False) if name == COMPILED else eager,
+                judged=lambda: eager(reference.gaussian_noise(seed, identity, x.width).float()))  # fmt: skip
+
+
+def flow_mse(x: Inputs) -> Call:
+    """The matching loss of every row and its gradient, in one read of the prediction and the velocity."""
+    u, source, coefficient = x.normal(x.n, x.width), x.normal(x.n, x.width), x.normal(x.n).to(x.wide)
+    v = source.clone()
+
+    def eager(v: Tensor) -> tuple[Tensor, Tensor]:
+        loss = F.mse_loss(v, u, reduction="none").float().mean(dim=1)
+        return loss, (loss * coefficient).sum()
+
+    def peer(name: str) -> Run:
+        given = source.detach().clone().requires_grad_()
+        function = torch.compile(eager, dynamic=False) if name == COMPILED else eager
+
+        def run() -> list[Tensor]:
+            loss, total = function(given)
+            (dv,) = torch.autograd.grad(total, given)
+            return [loss, dv.sum(0, dtype=torch.float32), dv]
+
+        return run
+
+    return Call(lambda k: [*k.flow_mse(v, u, coefficient), v], ("loss", "db", "dv"), 3 * v.nbytes, v, peer,
+                restore=lambda: v.copy_(source))  # fmt: skip
+
+
+def _norm(name: str) -> Callable[..., Tensor]:
+    """What LayerNorm, SiLU and the residual sum are to a peer."""
+
+    def eager(y: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor) -> Tensor:
+        return F.silu(F.layer_norm(y, y.shape[1:], gamma, beta, EPS)) + residual
+
+    if name == "Liger":
+        from liger_kernel.transformers.functional import liger_layer_norm
+
+        return lambda y, gamma, beta, residual: F.silu(liger_layer_norm(y, gamma, beta, EPS)) + residual
+    return torch.compile(eager, dynamic=False) if name == COMPILED else eager
+
+
+def _norm_inputs(x: Inputs) -> list[Tensor]:
+    """y, residual or dout (n, D); γ, β (D,); μ, ρ (n,)."""
+    y, other = (x.normal(x.n, x.width) for _ in range(2))
+    wide = y.to(x.wide)
+    return [y, other, x.normal(x.width), x.normal(x.width), wide.mean(1), wide.var(1, correction=0).add(EPS).rsqrt()]
+
+
+def norm_act(x: Inputs) -> Call:
+    """LayerNorm, SiLU and the residual sum. Peers keep their statistics to themselves."""
+    y, residual, gamma, beta, mean, rstd = _norm_inputs(x)
+
+    def peer(name: str) -> Run:
+        function = _norm(name)
+        return torch.no_grad()(lambda: [function(y, gamma, beta, residual), mean, rstd])
+
+    return Call(lambda k: list(k.norm_act(y, gamma, beta, residual=residual)), ("out", "mean", "rstd"), 3 * y.nbytes, y,
+                peer)  # fmt: skip
+
+
+def norm_act_backward(x: Inputs) -> Call:
+    """Its backward, with the sums over rows for γ, β and the bias."""
+    y, dout, gamma, beta, mean, rstd = _norm_inputs(x)
+    dy = torch.empty_like(y)
+
+    def peer(name: str) -> Run:
+        inputs = [t.detach().clone().requires_grad_() for t in (y, gamma, beta)]
+        # a graph that is gone through many times must keep its buffers
+        with torch._functorch.config.patch(donated_buffer=False):
+            out = _norm(name)(*inputs, torch.zeros_like(y))
+
+            def run() -> list[Tensor]:
+                grads = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+                return [*grads, grads[0].sum(0, keepdim=True, dtype=torch.float32)]
+
+            run()  # compiles
+        return run
+
+    return Call(lambda k: list(k.norm_act_backward(dout, y, gamma, beta, mean, rstd, dy=dy)),
+                ("dy", "dgamma", "dbeta", "dbias"), 3 * y.nbytes, dout, peer)  # fmt: skip
+
+
+SUITE = Suite(cases, make, providers, bounds=(LIMIT,))
