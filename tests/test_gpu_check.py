@@ -1,4 +1,4 @@
-"""`make gpu-check` on planted test files: what crashes, hangs or kills the GPU is named, and costs nothing but itself."""
+"""`make gpu-check` on planted test files: what crashes, hangs or kills the GPU is named, and costs only itself."""
 
 import json
 import os
@@ -12,10 +12,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import jobs
-from benchmarks.check import gpu_check, plugin, sanitize
+from benchmarks import problem
+from benchmarks.check import gpu_check, sanitize
 
-CPU = torch.device("cpu")
 HEAD = "import os, signal, time\nimport pytest, torch\npytestmark = pytest.mark.gpu\n"
 CRASH = "os.kill(os.getpid(), signal.SIGSEGV)"
 PLANTED = {
@@ -29,11 +28,11 @@ def broken():
     raise OSError("while clearing up")
 def test_twice(broken): assert False, "first"
 """,
-    "test_gpu_dead.py": """from benchmarks.check import plugin
+    "test_gpu_dead.py": """def die(): raise RuntimeError("CUDA error: planted")
 def test_kills():
-    plugin.gpu_error = lambda: "CUDA error: planted"
+    torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, die
     assert False, "a wrong number"
-def test_lives(): assert plugin.gpu_error() is None
+def test_lives(): assert torch.cuda.synchronize is not die
 """,
     "test_import.py": "import no_such_module\n",
     "test_hang.py": "def test_hangs(): time.sleep(60)\ndef test_rest(): pass\n",
@@ -61,17 +60,23 @@ def checked(tmp_path, monkeypatch, planted, *options, silence=4.0) -> tuple[int,
 
 def test_each_fault_costs_its_own_test_and_the_rest_goes_on(tmp_path, monkeypatch, capfd):
     status, tests, lines = checked(tmp_path, monkeypatch, PLANTED)
-    outcomes = {name: test["outcome"] for name, test in tests.items()}
-    passed, failed = (sorted(n for n, outcome in outcomes.items() if outcome == which) for which in ("passed", "failed"))
-    assert status == 1
-    assert passed == ["test_a", "test_c", "test_lives", "test_rest", "test_stumbles"]
-    assert failed == ["test_b", "test_d", "test_hangs", "test_import.py", "test_kills", "test_twice", "test_wrong"]
-    assert tests["test_away"]["reason"] == "not here" and tests["test_whole.py"]["reason"] == "all of it"
+    of = {which: sorted(n for n, test in tests.items() if test["outcome"] == which) for which in ("passed", "failed")}
+    assert status == 1 and of["passed"] == ["test_a", "test_c", "test_lives", "test_rest", "test_stumbles"]
+    assert of["failed"] == [
+        "test_b",
+        "test_d",
+        "test_hangs",
+        "test_import.py",
+        "test_kills",
+        "test_twice",
+        "test_wrong",
+    ]
+    assert "not here" in tests["test_away"]["reason"] and "all of it" in tests["test_whole.py"]["reason"]
     assert {n for n, t in tests.items() if t.get("culprit")} == {"test_b", "test_d", "test_hangs", "test_kills"}
     reasons = {
-        "test_b": ["ended by SIGSEGV"], "test_hangs": ["no word for 4 s"], "test_wrong": ["planted", "assert (1 + 1) == 3"],
+        "test_b": ["ended by SIGSEGV"], "test_hangs": ["no word for 4 s"], "test_wrong": ["planted", "(1 + 1) == 3"],
         "test_twice": ["first", "while clearing up"], "test_import.py": ["no_such_module"],
-        "test_kills": ["a wrong number", "leaves the GPU dead: CUDA error: planted"],
+        "test_kills": ["a wrong number", "leaves the GPU dead: RuntimeError: CUDA error: planted"],
     }  # fmt: skip
     said = capfd.readouterr().out
     for name, words in reasons.items():
@@ -95,10 +100,9 @@ def test_known(slow): assert False, "known by then"
 def test_later(): pass
 """
     began = time.monotonic()
-    status, tests, lines = checked(
-        tmp_path, monkeypatch, {"test_slow.py": text, "test_z.py": "def test_z(): pass"}, "--only", "tests", "--minutes",
-        "0.15", "--workers", "1", silence=60.0,
-    )  # fmt: skip
+    planted = {"test_slow.py": text, "test_z.py": "def test_z(): pass"}
+    options = "--only", "tests", "--minutes", "0.15", "--workers", "1"
+    status, tests, lines = checked(tmp_path, monkeypatch, planted, *options, silence=60.0)
     assert status == 1 and time.monotonic() - began < 30
     assert tests["test_first"]["outcome"] == "passed" and tests["test_known"]["outcome"] == "failed"
     assert "known by then" in tests["test_known"]["reason"] and "the deadline" in tests["test_known"]["reason"]
@@ -113,16 +117,24 @@ def test_timing_tests_run_alone_after_the_others(tmp_path, monkeypatch):
 
 
 def test_nothing_survives_a_parent_that_is_killed(tmp_path):
-    (tmp_path / "tests").mkdir()
-    pids = tmp_path / "pids"
-    text = f"import subprocess\ndef test_child():\n    child = subprocess.Popen(['sleep', '100'])\n    open({str(pids)!r}, 'w')"
-    text += ".write(f'{os.getpid()} {child.pid} ')\n    time.sleep(100)\n"
-    (tmp_path / "tests/test_child.py").write_text(HEAD + text)
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"from pathlib import Path\nfrom benchmarks.check import gpu_check\ngpu_check.FOLDER = Path({str(tmp_path / 'tests')!r})\n"
-        f"if __name__ == '__main__': gpu_check.main(['--device', 'cpu', '--only', 'tests', '--out', {str(tmp_path / 'out')!r}])\n"
+    folder, pids = tmp_path / "tests", tmp_path / "pids"
+    folder.mkdir()
+    (folder / "test_child.py").write_text(
+        HEAD
+        + f"""import subprocess
+def test_child():
+    child = subprocess.Popen(["sleep", "100"])
+    open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}} ")
+    time.sleep(100)
+"""
     )
+    script = tmp_path / "script.py"
+    script.write_text(f"""from pathlib import Path
+from benchmarks.check import gpu_check
+gpu_check.FOLDER = Path({str(folder)!r})
+if __name__ == "__main__":
+    gpu_check.main(["--device", "cpu", "--only", "tests", "--out", {str(tmp_path / "out")!r}])
+""")
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     parent = subprocess.Popen([sys.executable, str(script)], env=os.environ | {"PYTHONPATH": path})
     wait_for(lambda: pids.exists() and pids.read_text().endswith(" "), 60)
@@ -144,3 +156,58 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.parametrize("fault", [None, "value", "gradient", "nan"])
+def test_a_wrong_row_fails_with_its_reason(fault, monkeypatch):
+    import test_gpu_errors
+
+    right, told = problem.linear_cross_entropy, {}
+
+    def op(hidden, *arguments, backend, **options):
+        loss = right(hidden, *arguments, backend=backend, **options)
+        if backend == "reference" or fault is None:
+            return loss
+        wrong = 0.01 * (hidden.sum() - hidden.sum().detach())
+        return dict(value=loss * 1.02, gradient=loss + wrong, nan=loss * float("nan"))[fault]
+
+    monkeypatch.setattr(problem, "linear_cross_entropy", op)
+    monkeypatch.setattr(test_gpu_errors, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(test_gpu_errors, "ON_GPU", False)
+    row = "linear_cross_entropy", test_gpu_errors.TINY, torch.bfloat16, 6, "torch", told.__setitem__
+    if fault is None:
+        test_gpu_errors.test_errors(*row)
+        assert 0 < told["errors"][told["worst"]]["ratio"] <= 1
+    else:
+        words = dict(value="error", gradient="hidden: error", nan="not finite")[fault]
+        with pytest.raises(AssertionError, match=words):
+            test_gpu_errors.test_errors(*row)
+
+
+def test_what_the_sanitizers_watch(monkeypatch):
+    assert len(sanitize.watched("torch", "cpu")) == len(sanitize.SHAPES) * 2 * len(problem.OPS)
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: f"/opt/{name}")
+    found = {job.name: job for job in sanitize.jobs()}
+    assert list(found) == [f"sanitizers {tool} {b}" for b in ("cuda", "triton") for tool in ("memcheck", "racecheck")]
+    assert found["sanitizers memcheck cuda"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for backend, kernel in (("cuda", "cluster_kernel"), ("triton", "_softmax_xent_kernel")):
+        (command,) = found[f"sanitizers racecheck {backend}"].arguments
+        assert command[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"] and f"kns={kernel}" in command
+        assert command.count("--kernel-name") > 10 and f"watched('{backend}')" in command[-1]
+    monkeypatch.setattr(sanitize.shutil, "which", lambda name: None)
+    assert sanitize.jobs() == []
+
+
+def test_a_sanitizer_informs_and_fails_nothing(tmp_path, monkeypatch):
+    wrong = gpu_check.Job("sanitizers planted", sanitize.watch, ([sys.executable, "-S", "-c", "raise SystemExit(3)"],))
+    monkeypatch.setattr(sanitize, "jobs", lambda: [wrong])
+    status, _, (line,) = checked(tmp_path, monkeypatch, {}, "--only", "sanitizers")
+    assert status == 0 and line["outcome"] == "failed" and "exit status 3" in line["reason"]
+
+
+def test_without_a_gpu_it_says_so(capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main([])
+    said = capfd.readouterr()
+    assert "needs an NVIDIA GPU" in said.err and said.err.count("\n") == 1 and not said.out

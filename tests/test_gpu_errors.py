@@ -1,4 +1,4 @@
-"""Errors of every op, dtype and backend against float64, launched and in a CUDA graph; without a GPU, of tiny problems."""
+"""Errors of every op, dtype and backend against float64, launched and in a CUDA graph; without a GPU, tiny ones."""
 
 from dataclasses import replace
 from functools import partial

@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections import Counter, defaultdict, deque
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -37,17 +36,16 @@ LATE, INTERRUPTED = "the deadline, stopped", "interrupted"  # no fault of the te
 
 def jobs_of(phase: str) -> list[Job]:
     """Test files: those with tests of that mark, and those of the kernels, once for each backend."""
-    job = partial(Job, function=run_tests, silence=SILENCE)
     if phase == "rows":
-        return [job(f"{ROWS} {group}", arguments=(str(FOLDER / ROWS), "gpu", f"[{group}")) for group in GROUPS]
+        return [Job(f"{ROWS} {g}", run_tests, (str(FOLDER / ROWS), "gpu", f"[{g}"), silence=SILENCE) for g in GROUPS]
     mark, marks = ("gpu", "gpu and not timing") if phase == "tests" else (phase, phase)
-    found = [job(f"{file.name} {mark}", arguments=(str(file), marks, "")) for file in sorted(FOLDER.glob("test_*.py"))
-             if f"mark.{mark}" in file.read_text() and file.name != ROWS]  # fmt: skip
-    for backend in (b for b in ("cuda", "triton") if phase == "tests" and unavailable(b) is None):
-        found = [job(f"{file.name} {backend}", arguments=(str(file), "not timing", ""),
-                     environment={"SFR_TEST_LEAVES": backend})
-                 for file in sorted(FOLDER.glob("triton_leaves/test_*.py"))] + found  # fmt: skip
-    return found
+    backends = [backend for backend in ("triton", "cuda") if phase == "tests" and unavailable(backend) is None]
+    kernels = sorted(FOLDER.glob("triton_leaves/test_*.py"))
+    found = [(file, b, "not timing", {"SFR_TEST_LEAVES": b}) for b in backends for file in kernels]
+    found += [(file, mark, marks, {}) for file in sorted(FOLDER.glob("test_*.py"))
+              if f"mark.{mark}" in file.read_text() and file.name != ROWS]  # fmt: skip
+    return [Job(f"{file.name} {name}", run_tests, (str(file), marks, ""), environment, silence=SILENCE)
+            for file, name, marks, environment in found]  # fmt: skip
 
 
 class Check:
@@ -140,8 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     start, device, chosen = time.monotonic(), options.device, options.only or phases[:4]
     if device == "cuda" and not torch.cuda.is_available():
-        print("gpu_check: needs an NVIDIA GPU, and torch sees none (--device cpu tries the harness)", file=sys.stderr)
-        return 2
+        parser.exit(2, "gpu_check: needs an NVIDIA GPU, and torch sees none (--device cpu tries the harness)\n")
     with contextlib.suppress(Exception):  # who needs the CUDA kernels says what is wrong with them
         _ = unavailable("cuda", device) or find()  # compiles them, once
     with tempfile.TemporaryDirectory() as folder:

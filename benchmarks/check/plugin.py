@@ -11,8 +11,7 @@ from ..jobs import message
 
 
 def run_tests(tell, file: str, marks: str, only: str = "", done: tuple[str, ...] = ()) -> None:
-    """A file's tests with these marks and `only` in their name, less those that are done. Nothing is captured: what a
-    test printed before it crashed would be lost."""
+    """Tests with these marks and `only` in their name; uncaptured, since a crash would lose what was captured."""
     options = ["-v", "-s", "--tb=short", "-rfE", "-p", "no:cacheprovider", "-m", marks]
     if pytest.main([file, *options], plugins=[Plugin(tell, only, done)]) in (3, 4):
         raise RuntimeError("pytest itself failed, see log.txt")

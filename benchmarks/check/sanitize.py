@@ -17,11 +17,10 @@ SHAPES = (Shape(2, 40, 72, 0.7, vocab=331, target_size=34, width=50, num_layers=
 KERNELS = dict(cuda=("csrc/*.cu", r"(\w+_kernel)\("), triton=("sfr_kernels/leaves/triton/*.py", r"^@kernel\ndef (\w+)"))
 
 
-def watched(backend: str, device: str = "cuda") -> int:
-    """What is watched, in a process of its own. The number of calls."""
-    found = [Problem(op, shape, dtype, torch.device(device)).run(backend)[0].item()
-             for shape in SHAPES for dtype in (torch.bfloat16, torch.float32) for op in OPS]  # fmt: skip
-    return len(found)
+def watched(backend: str, device: str = "cuda") -> list[float]:
+    """The losses of what is watched, in a process of its own."""
+    return [Problem(op, shape, dtype, torch.device(device)).run(backend)[0].item()
+            for shape in SHAPES for dtype in (torch.bfloat16, torch.float32) for op in OPS]  # fmt: skip
 
 
 def jobs() -> list[Job]:
@@ -42,6 +41,5 @@ def jobs() -> list[Job]:
 
 
 def watch(tell, command: list[str]) -> None:
-    """In a job's process."""
     if status := subprocess.call(command, cwd=ROOT):
         raise RuntimeError(f"exit status {status}, see log.txt")
