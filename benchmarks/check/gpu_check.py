@@ -18,17 +18,17 @@ from xml.etree import ElementTree
 
 import torch
 
-from sfr_kernels.leaves.cuda.build import find
 from sfr_kernels.ops.dispatch import unavailable
 
-from .. import loop, machine
-from ..jobs import Ended, Job, run
+from .. import loop
+from ..jobs import Ended, Job, message, run
+from ..machine import ROOT
 from . import sanitize
 from .plugin import run_tests
 
 # Phases, those of a line side by side, and the share of the time after which they are stopped.
 PHASES = {("rows", "tests"): 0.75, ("timing",): 0.85, ("experiments",): 1.0, ("sanitizers",): 1.0}
-FOLDER = machine.ROOT / "tests"
+FOLDER = ROOT / "tests"
 ROWS, GROUPS = "test_gpu_errors.py", ("large", "small", "flow", "odd", "tiny")  # a process each
 SILENCE = 60.0  # seconds that a test may take
 LATE, INTERRUPTED = "the deadline, stopped", "interrupted"  # no fault of the test that runs
@@ -139,11 +139,10 @@ def main(argv: list[str] | None = None) -> int:
     start, device, chosen = time.monotonic(), options.device, options.only or phases[:4]
     if device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "gpu_check: needs an NVIDIA GPU, and torch sees none (--device cpu tries the harness)\n")
-    with contextlib.suppress(Exception):  # who needs the CUDA kernels says what is wrong with them
-        _ = unavailable("cuda", device) or find()  # compiles them, once
     with tempfile.TemporaryDirectory() as folder:
         check, experiments = Check(options.out, Path(folder)), Path(folder) / "experiments"
-        check.add("run", selection=", ".join(chosen), **machine.described(torch.device(device)))
+        head = loop.described(device, only=("one_read", "fused_output"))  # compiles the CUDA kernels, once
+        check.add(**head | dict(selection=", ".join(chosen)))
         try:
             for group, share in PHASES.items():
                 until = start + 60 * options.minutes * (1.0 if options.only else share)
@@ -152,14 +151,14 @@ def main(argv: list[str] | None = None) -> int:
                     check.run(sanitize.jobs(), options.workers, until)
                 elif found == ["experiments"]:
                     left = max(0.0, until - time.monotonic()) / 60
-                    loop.measure(experiments, device, only=("one_read", "fused_output"), minutes=left)
+                    loop.measure(experiments, head, minutes=left)
                     for line in loop.lines_of(experiments)[1:]:
                         check.add(**line)
                 else:
                     jobs = [job for phase in found for job in jobs_of(phase)]
                     check.run(jobs, 1 if found == ["timing"] else options.workers, until)
-        except KeyboardInterrupt:
-            check.add("job", job="gpu_check", name="", outcome="failed", reason=INTERRUPTED)
+        except (KeyboardInterrupt, Exception) as error:
+            check.add("job", job="gpu_check", name="", outcome="failed", reason=message(error))
         check.write()
     counts = Counter(f"{line['line']}s {line['outcome']}" for line in check.lines if "outcome" in line)
     print("", *check.failed, ", ".join(f"{number} {what}" for what, number in counts.items()), sep="\n")
