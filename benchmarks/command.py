@@ -11,6 +11,7 @@ Exit status: 0, 1 if something of ours was wrong or failed, 2 if it could not be
 """
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -56,21 +57,18 @@ def _bench(argv: list[str]) -> int:
     add("--resume", type=Path, metavar="FILE", help="go on with a result file that was not finished")
     args = parser.parse_args(argv)
     if args.resume is not None:  # what was selected then
-        head = next(iter(loop.lines_of(args.resume)), {})
-        if head.get("line") != "run":
-            raise ValueError(f"{args.resume} is not a result file")
+        head = loop.lines_of(args.resume)[0]
         args.full, args.only, args.device = head["full"], head["only"], head["device"]["kind"]
     if args.device == "cuda" and not torch.cuda.is_available():
         print("sfr_kernels bench: torch sees no GPU", file=sys.stderr)
         return 2
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.minutes is None and not (args.full or args.only):
-        args.minutes = MINUTES
+    minutes = args.minutes if args.minutes is not None else math.inf if args.full or args.only else MINUTES
     head = loop.described(args.device, args.full, tuple(args.only))
     name, date = re.sub(r"[^a-z0-9]+", "-", head["device"]["name"].lower()), re.sub(r"[-:]|\+.*", "", head["date"])
     path = args.resume or args.out / f"bench-{name.strip('-')}-{date}.jsonl"
     try:
-        fine = loop.measure(path, head, args.minutes, args.seconds)
+        fine = loop.measure(path, head, minutes, args.seconds)
     except KeyboardInterrupt:
         print(f"\nbench --resume {path} goes on from there", file=sys.stderr)
         raise

@@ -1,12 +1,13 @@
 """Jobs side by side, each in a process of its own: what kills one of them ends no other, and nothing survives the
 parent.
 
-A process is forked from a server that has imported torch and has not touched the GPU, so it starts at once and brings a
-fresh context. What a job tells comes through a pipe: what it told before it died is there. A job that is to be stopped
-gets SIGINT, then a few seconds, so that it can still tell, and then SIGKILL together with all it has started.
+A process is forked from a server that has imported torch and our package but has not touched the GPU, so it starts at
+once and brings a fresh context. What a job told before it died is there. A job that is to be stopped gets SIGINT, then
+a few seconds, so that it can still tell, and then SIGKILL together with all it has started.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -30,7 +31,7 @@ class Job:
     arguments: tuple = ()
     environment: dict[str, str] = field(default_factory=dict)
     limit: float = 600.0  # seconds in all
-    silence: float | None = None  # seconds without telling anything
+    silence: float = 600.0  # seconds without telling anything, after its first word
     log: Path | None = None  # file of what it prints
 
 
@@ -41,43 +42,42 @@ class Ended:
     reason: str | None
 
 
-class _Running:
+class _Process:
     def __init__(self, job: Job, context):
-        self.job, self.error, self.why, self.kill_at = job, None, None, 0.0
-        self.listening = True
+        self.job, self.listening, self.raised, self.stopped, self.kill_at = job, True, None, None, 0.0
         self.pipe, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=_work, args=(job, theirs), name=job.name)
         self.process.start()
         theirs.close()
-        self.began = self.heard = time.monotonic()
+        self.began, self.heard = time.monotonic(), math.inf
 
-    def told(self) -> Iterator[dict]:
+    def told(self) -> Iterator[tuple[Job, dict]]:
         try:
             while self.listening and self.pipe.poll():
-                kind, content = self.pipe.recv()
+                content = self.pipe.recv()
                 self.heard = time.monotonic()
-                if kind == "told":
-                    yield content
+                if isinstance(content, str):
+                    self.raised = content
                 else:
-                    self.error = content
+                    yield self.job, content
         except (EOFError, OSError):
             self.listening = False
 
-    def check(self, until: float | None) -> None:
+    def check(self, until: float) -> None:
         """Stops it where its time is up."""
-        now = time.monotonic()
-        if self.why is not None:
+        now, job = time.monotonic(), self.job
+        if self.stopped is not None:
             if now > self.kill_at:
                 self.signal(signal.SIGKILL)
-        elif until is not None and now > until:
+        elif now > until:
             self.stop("the deadline, stopped")
-        elif now - self.began > self.job.limit:
-            self.stop(f"time limit of {self.job.limit:g} s, stopped")
-        elif self.job.silence is not None and now - self.heard > self.job.silence:
-            self.stop(f"no word for {self.job.silence:g} s, stopped")
+        elif now - self.began > job.limit:
+            self.stop(f"time limit of {job.limit:g} s, stopped")
+        elif now - self.heard > job.silence:
+            self.stop(f"no word for {job.silence:g} s, stopped")
 
     def stop(self, why: str) -> None:
-        self.why, self.kill_at = why, time.monotonic() + GRACE
+        self.stopped, self.kill_at = why, time.monotonic() + GRACE
         self.signal(signal.SIGINT)
 
     def signal(self, number: int) -> None:
@@ -89,36 +89,31 @@ class _Running:
         self.signal(signal.SIGKILL)  # what it has left behind
         self.pipe.close()
         code = self.process.exitcode
-        if self.why is None and self.error is None and code:
-            self.why = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-        return Ended(self.why or self.error)
+        died = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}" if code else None
+        return Ended(self.stopped or self.raised or died)
 
 
 def run(
     waiting: deque[Job],  # the caller may append while it iterates
     workers: int = 1,
-    until: float | None = None,  # time.monotonic() at which no job begins any more, and those that run are stopped
+    until: float = math.inf,  # time.monotonic() after which no job begins, and those that run are stopped
 ) -> Iterator[tuple[Job, dict | Ended]]:
     """Everything that each job tells, as it comes, and at last its `Ended`. Jobs that were not begun stay in
     `waiting`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    running: dict[int, _Running] = {}  # by the sentinel of its process
+    context.set_forkserver_preload(["torch", f"{__package__}.race"])  # what cannot be imported, it leaves out
+    running: dict[int, _Process] = {}  # by the sentinel of its process
     try:
-        while waiting or running:
-            while waiting and len(running) < workers and (until is None or time.monotonic() < until):
-                one = _Running(waiting.popleft(), context)
+        while running or (waiting and time.monotonic() < until):
+            while waiting and len(running) < workers and time.monotonic() < until:
+                one = _Process(waiting.popleft(), context)
                 running[one.process.sentinel] = one
-            if not running:
-                return
             ready = wait([*running, *(one.pipe for one in running.values() if one.listening)], POLL)
             for sentinel, one in list(running.items()):
-                for content in one.told():
-                    yield one.job, content
+                yield from one.told()
                 if sentinel in ready:
                     del running[sentinel]
-                    for content in one.told():
-                        yield one.job, content
+                    yield from one.told()
                     yield one.job, one.ended()
                 else:
                     one.check(until)
@@ -128,7 +123,7 @@ def run(
         for one in running.values():
             one.process.join(max(0.0, one.kill_at - time.monotonic()))
             one.signal(signal.SIGKILL)
-            one.process.join()
+            one.ended()
 
 
 def _work(job: Job, pipe) -> None:
@@ -143,9 +138,9 @@ def _work(job: Job, pipe) -> None:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
     try:
-        job.function(lambda content: pipe.send(("told", content)), *job.arguments)
+        job.function(pipe.send, *job.arguments)
     except Exception as error:
-        pipe.send(("error", message(error)))
+        pipe.send(message(error))
         raise
 
 

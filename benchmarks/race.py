@@ -6,7 +6,8 @@ go on. Where it has left the GPU unusable nothing in this process can go on: Dea
 
 import gc
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,7 +18,7 @@ from .limit import bounds
 from .timing import Candidate, Graph, Timing, compare, peak_extra
 
 MAKING = "making the case"  # in the place of a provider
-LOADED_MS = 400  # of work in the queue while the clocks are read
+LOADED_MS = 400  # of work in the queue while the clock is read
 
 
 class DeadGPUError(RuntimeError):
@@ -32,71 +33,55 @@ def race(
     without: Iterable[str] = (),  # providers that have brought a process of this case down
     begin: Callable[[str], object] = lambda who: None,  # told who is about to run, or MAKING
 ) -> list[dict]:
-    """Lines of a result file: "result", "failed" and "absent". Where making the case fails, everyone has."""
-    lines = [_line("absent", suite, case, name, reason=why) for name, why in providers.items() if why]
+    """Lines of a result file: "result", "failed" and "absent"."""
+    failed, runs, fields, times = {}, {}, {}, {}
     entered = [name for name, why in providers.items() if not why and name not in without]
-    failed: dict[str, str] = {}
-    try:
-        results = _raced(suite, case, device, entered, failed, begin, without)
-    except DeadGPUError:
-        raise
-    except Exception as error:
-        failed |= dict.fromkeys([*entered, *suite.bounds], _reason(error, device))
-        results = []
-    return [*lines, *results, *(_line("failed", suite, case, name, reason=why) for name, why in failed.items())]
 
-
-def _line(kind: str, suite: Suite, case: Case, provider: str, **fields) -> dict:
-    return dict(line=kind, **case.fields, provider=provider, kind=suite.kind(provider)) | fields
-
-
-def _raced(suite: Suite, case: Case, device: torch.device, entered: list[str], failed: dict[str, str],
-           begin: Callable[[str], object], without: Iterable[str]) -> list[dict]:  # fmt: skip
-    begin(MAKING)
-    work = suite.make(case, device)
-    runs: dict[str, Run | Graph] = {}
-    fields: dict[str, dict] = {}
-    for name in entered:
-        begin(name)
+    @contextmanager
+    def trying(who: str, *names: str) -> Iterator[None]:
+        begin(who)
         try:
-            base = name.removesuffix(GRAPH)
-            if base != name and (base in failed or base in without):
-                raise RuntimeError("the launched calls failed")
-            runs[name], fields[name] = _judged(work, name, runs.get(base), device)
-        except Exception as error:  # one that fails must not hide the others
-            failed[name] = _reason(error, device)
-    if work.judged is not None:
-        work.judged()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # of what the eager ones have cut up
-    candidates = {name: Candidate(run, work.prepare) for name, run in runs.items() if not isinstance(run, Graph)}
-    candidates |= {name: Candidate(run.replay, work.draw) for name, run in runs.items() if isinstance(run, Graph)}
-    if suite.bounds:
-        begin(LIMIT)
-        try:
-            candidates |= {n: c for n, c in bounds(work, case.dtype, device).items() if n in suite.bounds}
-        except Exception as error:
-            failed |= dict.fromkeys(suite.bounds, _reason(error, device))
-    raised: dict[str, Exception] = {}
-    clock = torch.device("cpu") if case.on_host else device
-    times = compare(candidates, clock, case.seconds, case.rounds, raised, begin)
-    failed |= {name: _reason(error, device) for name, error in raised.items()}
-    common = dict(work.fields) | ({} if clock.type == "cuda" else dict(threads=torch.get_num_threads()))
-    if device.type == "cuda" and LIMIT in times:
-        common["sm_mhz"] = _loaded_clock(candidates[LIMIT], times[LIMIT].ms)
-    for name in [n for n in times if work.extra is not None and n in runs]:
-        begin(name)
-        try:
-            fields[name] |= work.extra(name, times[name].ms)
-        except Exception as error:
-            failed[name] = _reason(error, device)
-    return [
-        _line("result", suite, case, name, reference=case.reference if case.reference in times else None,
-              worth=case.worth, axes=list(case.axes), sizes=case.sizes, goals=case.goals.get(name, {}),
-              clock=_clock(name, clock), **_measured(work, case, name, time), **common | fields.get(name, {}))
-        for name, time in times.items() if name not in failed
-    ]  # fmt: skip
+            yield
+        except Exception as error:  # what fails must not hide the others
+            failed.update(dict.fromkeys(names or (who,), _reason(error, device)))
+
+    with trying(MAKING, *entered, *suite.bounds):  # where this fails, everyone has
+        work = suite.make(case, device)
+        for name in entered:
+            with trying(name):
+                base = name.removesuffix(GRAPH)
+                if base != name and base not in runs:
+                    raise RuntimeError("the launched calls failed")
+                runs[name], fields[name] = _judged(work, name, runs.get(base), device)
+        if work.judged is not None:
+            work.judged()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # of what the eager ones have cut up
+        candidates = {name: _candidate(work, run) for name, run in runs.items()}
+        if suite.bounds:
+            with trying(LIMIT, *suite.bounds):
+                candidates |= {n: c for n, c in bounds(work, case.dtype, device).items() if n in suite.bounds}
+        raised, clock = {}, torch.device("cpu") if case.on_host else device
+        times = compare(candidates, clock, case.seconds, case.rounds, raised, begin)
+        failed |= {name: _reason(error, device) for name, error in raised.items()}
+        common = dict(work.fields) | ({} if clock.type == "cuda" else dict(threads=torch.get_num_threads()))
+        if device.type == "cuda" and LIMIT in times:
+            common["sm_mhz"] = _loaded_clock(candidates[LIMIT], times[LIMIT].ms)
+        for name in [n for n in times if work.extra is not None and n in runs]:
+            with trying(name):
+                fields[name] |= work.extra(name, times[name].ms)
+
+    def line(kind: str, name: str, **more) -> dict:
+        return dict(line=kind, **case.fields, provider=name, kind=suite.kind(name), **more)
+
+    about = dict(reference=case.reference if case.reference in times else None, worth=case.worth, axes=list(case.axes),
+                 sizes=case.sizes)  # fmt: skip
+    lines = [line("absent", name, reason=why) for name, why in providers.items() if why]
+    for name in [n for n in times if n not in failed]:
+        measured = _measured(work, case, name, times[name], clock) | common | fields.get(name, {})
+        lines.append(line("result", name, **about, goals=case.goals.get(name, {}), **measured))
+    return lines + [line("failed", name, reason=why) for name, why in failed.items()]
 
 
 def _judged(work: Work, name: str, launched: Run | None, device: torch.device) -> tuple[Run | Graph, dict]:
@@ -116,18 +101,16 @@ def _judged(work: Work, name: str, launched: Run | None, device: torch.device) -
     return run, fields
 
 
-def _clock(name: str, clock: torch.device) -> str:
-    if clock.type != "cuda":
-        return "perf_counter"
-    return "CUDA graph, events" if name.endswith(GRAPH) or name == PRODUCTS else "CUDA events"
+def _candidate(work: Work, run: Run | Graph) -> Candidate:
+    return Candidate(run.replay, work.draw) if isinstance(run, Graph) else Candidate(run, work.prepare)
 
 
-def _measured(work: Work, case: Case, name: str, time: Timing) -> dict:
+def _measured(work: Work, case: Case, name: str, time: Timing, clock: torch.device) -> dict:
     """Times, and what the work amounts to: bytes are those besides the products, traffic is all that must move."""
-    besides = 0 if name == PRODUCTS else work.bytes
+    besides, by = 0 if name == PRODUCTS else work.bytes, "CUDA events" if clock.type == "cuda" else "perf_counter"
     return dict(
         ms=round(time.ms, 6), samples_ms=[round(ms, 6) for ms in time.samples], issue_ms=round(time.issue_ms, 6),
-        flops=sum(gemm.flops for gemm in work.gemms), bytes=besides,
+        clock=by, flops=sum(gemm.flops for gemm in work.gemms), bytes=besides,
         traffic=besides + case.dtype.itemsize * sum(gemm.numbers for gemm in work.gemms),
     )  # fmt: skip
 
@@ -142,11 +125,12 @@ def _loaded_clock(candidate: Candidate, ms: float) -> float | None:
 
 
 def _reason(error: Exception, device: torch.device) -> str:
-    """Why a provider failed, in a line. DeadGPUError if the GPU went with it."""
-    reason = message(error)
+    """Why something failed, in a line. DeadGPUError if the GPU went with it."""
+    if isinstance(error, DeadGPUError):
+        raise error
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
         except Exception:
-            raise DeadGPUError(f"{reason}; the GPU answered nothing after that") from None
-    return reason
+            raise DeadGPUError(f"{message(error)}; the GPU answered nothing after that") from None
+    return message(error)

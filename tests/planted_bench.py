@@ -1,36 +1,28 @@
-"""Providers that do what providers should not, as the environment says: for the tests of the run around them.
+"""A suite whose providers do what providers should not, as planted.json in the working directory says: provider (or
+"making") → what it does at the first case."""
 
-PLANTED is "provider=what,…" at the first case, or "making=what": crash, hang, dead (the GPU answers nothing after it),
-assert (the same, on a real one), interrupt, wrong, or late and late-dead (while all take turns).
-"""
-
+import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 
-from benchmarks.harness import race as racing
-from benchmarks.harness.work import Case, Suite, Work, WrongResultError
+from benchmarks import race
+from benchmarks.case import MAIN, MORE, WHOLE, Case, Suite, Work, WrongResultError
 
-PLANTED = dict(part.split("=") for part in os.environ.get("PLANTED", "").split(",") if part)
+FILE = Path("planted.json")
 WARM = 6  # calls before all take turns
-LATE = {"late": "crash", "late-dead": "dead"}
 
 
 def cases(device: torch.device) -> list[Case]:
-    def case(label: str, quick: bool = True) -> Case:
-        return Case("planted", label, dict(model=None), torch.float32, seconds=0.0, quick=quick)
-
-    return [case("first"), case("second"), case("third", quick=False)]
+    worth = dict(third=MORE, second=WHOLE, first=MAIN)
+    return [Case("planted", name, {}, torch.float32, worth=w, seconds=0.0, reference=None) for name, w in worth.items()]
 
 
-def providers(device: torch.device) -> dict[str, str | None]:
-    return {"triton": None, "torch": None, "eager": None, "quack": "quack is not installed"}
-
-
-def illegal(provider: str, error: Exception, device: torch.device) -> str:
-    raise racing.DeadGPUError(provider, str(error))
+def dead(error: Exception, device: torch.device) -> str:
+    raise race.DeadGPUError(f"{error}; the GPU answered nothing after that")
 
 
 def do(what: str | None) -> None:
@@ -39,19 +31,18 @@ def do(what: str | None) -> None:
     elif what == "hang":
         time.sleep(600)
     elif what == "dead":
-        racing._reason = illegal
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-    elif what == "assert":
-        torch.zeros(1, device="cuda")[torch.tensor([7], device="cuda")].sum().item()
-    elif what == "interrupt":
-        os.kill(os.getppid(), signal.SIGINT)
-        time.sleep(600)
+        race._reason = dead
+        raise RuntimeError("illegal memory access")
+    elif what == "memory":
+        raise torch.OutOfMemoryError("planted\nand much more")
     elif what == "wrong":
         raise WrongResultError("hidden: error 1.0e+00")
+    elif what == "slow":
+        time.sleep(0.5)
 
 
 def make(case: Case, device: torch.device) -> Work:
-    planted = PLANTED if case.label == "first" else {}
+    planted = json.loads(FILE.read_text()) if case.label == "first" else {}
     do(planted.get("making"))
     calls = dict.fromkeys(planted, 0)
 
@@ -61,9 +52,10 @@ def make(case: Case, device: torch.device) -> Work:
 
     def run_of(provider: str):
         def run() -> list:
-            if planted.get(provider) in LATE:
+            what = planted.get(provider, "")
+            if what.startswith("late-"):
                 calls[provider] += 1
-                do(LATE[planted[provider]] if calls[provider] > WARM else None)
+                do(what.removeprefix("late-") if calls[provider] > WARM else None)
             return []
 
         return run
@@ -71,8 +63,4 @@ def make(case: Case, device: torch.device) -> Work:
     return Work(run_of, judge, bytes=1000)
 
 
-SUITE = Suite("planted", cases, make, providers)
-
-
-def test_planted(race):
-    race()
+SUITE = Suite(cases, make, lambda device: {"triton": None, "torch": None, "eager": None, "quack": "not installed"})
