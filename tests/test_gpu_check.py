@@ -1,12 +1,8 @@
 """`make gpu-check` on planted test files: what crashes, hangs or kills the GPU is named, and costs only itself."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -61,16 +57,9 @@ def checked(tmp_path, monkeypatch, planted, *options, silence=4.0) -> tuple[int,
 def test_each_fault_costs_its_own_test_and_the_rest_goes_on(tmp_path, monkeypatch, capfd):
     status, tests, lines = checked(tmp_path, monkeypatch, PLANTED)
     of = {which: sorted(n for n, test in tests.items() if test["outcome"] == which) for which in ("passed", "failed")}
-    assert status == 1 and of["passed"] == ["test_a", "test_c", "test_lives", "test_rest", "test_stumbles"]
-    assert of["failed"] == [
-        "test_b",
-        "test_d",
-        "test_hangs",
-        "test_import.py",
-        "test_kills",
-        "test_twice",
-        "test_wrong",
-    ]
+    assert of["passed"] == ["test_a", "test_c", "test_lives", "test_rest", "test_stumbles"]
+    wrong = ["test_b", "test_d", "test_hangs", "test_import.py", "test_kills", "test_twice", "test_wrong"]
+    assert status == 1 and of["failed"] == wrong
     assert "not here" in tests["test_away"]["reason"] and "all of it" in tests["test_whole.py"]["reason"]
     assert {n for n, t in tests.items() if t.get("culprit")} == {"test_b", "test_d", "test_hangs", "test_kills"}
     reasons = {
@@ -101,7 +90,7 @@ def test_later(): pass
 """
     began = time.monotonic()
     planted = {"test_slow.py": text, "test_z.py": "def test_z(): pass"}
-    options = "--only", "tests", "--minutes", "0.15", "--workers", "1"
+    options = "--only", "tests", "--minutes", "0.25", "--workers", "1"
     status, tests, lines = checked(tmp_path, monkeypatch, planted, *options, silence=60.0)
     assert status == 1 and time.monotonic() - began < 30
     assert tests["test_first"]["outcome"] == "passed" and tests["test_known"]["outcome"] == "failed"
@@ -114,48 +103,6 @@ def test_timing_tests_run_alone_after_the_others(tmp_path, monkeypatch):
     text = "@pytest.mark.timing\ndef test_times(): pass\ndef test_else(): pass\n"
     status, _, lines = checked(tmp_path, monkeypatch, {"test_t.py": text}, "--only", "timing", "--only", "tests")
     assert status == 0 and [line["name"] for line in lines if line["name"]] == ["test_else", "test_times"]
-
-
-def test_nothing_survives_a_parent_that_is_killed(tmp_path):
-    folder, pids = tmp_path / "tests", tmp_path / "pids"
-    folder.mkdir()
-    (folder / "test_child.py").write_text(
-        HEAD
-        + f"""import subprocess
-def test_child():
-    child = subprocess.Popen(["sleep", "100"])
-    open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}} ")
-    time.sleep(100)
-"""
-    )
-    script = tmp_path / "script.py"
-    script.write_text(f"""from pathlib import Path
-from benchmarks.check import gpu_check
-gpu_check.FOLDER = Path({str(folder)!r})
-if __name__ == "__main__":
-    gpu_check.main(["--device", "cpu", "--only", "tests", "--out", {str(tmp_path / "out")!r}])
-""")
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    parent = subprocess.Popen([sys.executable, str(script)], env=os.environ | {"PYTHONPATH": path})
-    wait_for(lambda: pids.exists() and pids.read_text().endswith(" "), 60)
-    parent.send_signal(signal.SIGKILL)
-    parent.wait()
-    for pid in map(int, pids.read_text().split()):
-        wait_for(lambda pid=pid: not running(pid), 20)
-
-
-def wait_for(condition, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("fault", [None, "value", "gradient", "nan"])
