@@ -31,7 +31,6 @@ PHASES = {("rows", "tests"): 0.75, ("timing",): 0.85, ("experiments",): 1.0, ("s
 FOLDER = ROOT / "tests"
 ROWS, GROUPS = "test_gpu_errors.py", ("large", "small", "flow", "odd", "tiny")  # a process each
 SILENCE = 60.0  # seconds that a test may take
-LATE, INTERRUPTED = "the deadline, stopped", "interrupted"  # no fault of the test that runs
 
 
 def jobs_of(phase: str) -> list[Job]:
@@ -61,8 +60,8 @@ class Check:
         self.lines.append(dict(line=line) | fields)
         self.file.write(json.dumps(self.lines[-1], allow_nan=False) + "\n")
         if fields.get("outcome") == "failed":
-            process = ", and its process with it" if fields.get("culprit") else ""
-            self.failed.append(f"FAILED{process}: {fields['job']} {fields['name']}: {fields['reason']}")
+            culprit = " (the end of its process)" if "culprit" in fields else ""
+            self.failed.append("FAILED{}: {job} {name}: {reason}".format(culprit, **fields))
             print(self.failed[-1], flush=True)
 
     def run(self, jobs: list[Job], workers: int, until: float) -> None:
@@ -76,7 +75,7 @@ class Check:
                         waiting.appendleft(replace(job, arguments=(*job.arguments[:3], tuple(self.done[job.name]))))
         finally:
             for job, *_ in list(self.open.values()):
-                self.ended(job, INTERRUPTED)
+                self.ended(job, "interrupted")
             for job in waiting:
                 self.add("job", job=job.name, name="", outcome="failed", reason="not come to")
 
@@ -99,7 +98,7 @@ class Check:
 
     def ended(self, job: Job, reason: str | None) -> bool:
         """Whether a culprit has left tests that are to go on in a new process."""
-        culprit, late = job.name in self.open, reason in (LATE, INTERRUPTED)
+        culprit, late = job.name in self.open, reason in ("the deadline, stopped", "interrupted")
         if culprit:
             self.open[job.name][2].append(reason or "its process ended")
             self.close(job, **{} if late else dict(culprit=True))
@@ -136,7 +135,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: try the harness, nothing more")
     options = parser.parse_args(argv)
-    start, device, chosen = time.monotonic(), options.device, options.only or phases[:4]
+    start, device = time.monotonic(), options.device
+    chosen = options.only or phases[: 4 if device == "cuda" else 3]  # the experiments need a GPU
     if device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "gpu_check: needs an NVIDIA GPU, and torch sees none (--device cpu tries the harness)\n")
     with tempfile.TemporaryDirectory() as folder:
@@ -150,8 +150,7 @@ def main(argv: list[str] | None = None) -> int:
                 if found == ["sanitizers"]:
                     check.run(sanitize.jobs(), options.workers, until)
                 elif found == ["experiments"]:
-                    left = max(0.0, until - time.monotonic()) / 60
-                    loop.measure(experiments, head, minutes=left)
+                    loop.measure(experiments, head, minutes=max(0.0, until - time.monotonic()) / 60)
                     for line in loop.lines_of(experiments)[1:]:
                         check.add(**line)
                 else:
@@ -160,8 +159,9 @@ def main(argv: list[str] | None = None) -> int:
         except (KeyboardInterrupt, Exception) as error:
             check.add("job", job="gpu_check", name="", outcome="failed", reason=message(error))
         check.write()
-    counts = Counter(f"{line['line']}s {line['outcome']}" for line in check.lines if "outcome" in line)
-    print("", *check.failed, ", ".join(f"{number} {what}" for what, number in counts.items()), sep="\n")
+    words = {"passed": "{line}s passed", "failed": "{line}s failed", "skipped": "{line}s {reason}"}
+    counts = Counter(words[line["outcome"]].format(**line) for line in check.lines if "outcome" in line)
+    print("", *check.failed, *(f"{number} {what}" for what, number in counts.items()), sep="\n")
     return int(any(not text.startswith("FAILED: sanitizers") for text in check.failed))  # which inform
 
 

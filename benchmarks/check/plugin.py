@@ -12,6 +12,7 @@ from ..jobs import message
 
 def run_tests(tell, file: str, marks: str, only: str = "", done: tuple[str, ...] = ()) -> None:
     """Tests with these marks and `only` in their name; uncaptured, since a crash would lose what was captured."""
+    sys.stdout.reconfigure(line_buffering=True)
     options = ["-v", "-s", "--tb=short", "-rfE", "-p", "no:cacheprovider", "-m", marks]
     if pytest.main([file, *options], plugins=[Plugin(tell, only, done)]) in (3, 4):
         raise RuntimeError("pytest itself failed, see log.txt")
@@ -43,7 +44,7 @@ class Plugin:
             errors = [line[1:].strip() for line in report.longreprtext.splitlines() if line[:1] == "E"]
             self.tell(dict(fail=" ".join(errors)[:400] or report.longreprtext[-400:]))
         elif report.skipped:
-            self.fields["skipped"] = report.longrepr[2] if isinstance(report.longrepr, tuple) else "as expected"
+            self.fields["skipped"] = report.longrepr[2] if isinstance(report.longrepr, tuple) else "xfail"
 
     def pytest_runtest_logfinish(self) -> None:
         try:
@@ -51,6 +52,5 @@ class Plugin:
                 torch.cuda.synchronize()  # a kernel's error is met by whoever next waits for the GPU, and stays
         except Exception as error:
             self.tell(dict(fail=f"it leaves the GPU dead: {message(error)}"))
-            sys.stdout.flush()
             os._exit(1)  # a test that has not ended is the culprit
         self.tell(dict(end=self.fields))
