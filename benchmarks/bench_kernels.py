@@ -30,26 +30,26 @@ EPS = 1e-5
 def cases(device: torch.device) -> list[Case]:
     """Rows of the head, many and so few that a launch is what they cost, and rows of logits; on a CPU those of
     SmolLM2-135M with half of 512 or 2048 tokens supervised."""
-    rows = [PATH, MSE, NORM, NORM_BACKWARD]
+    rows, fp32 = [PATH, MSE, NORM, NORM_BACKWARD], torch.float32
     if device.type != "cuda":
-        sizes = [(op, n, 1024 if op in (NORM, NORM_BACKWARD) else 384) for op in rows for n in (1024, 256)]
-        sizes += [(SOFTMAX, n, 49152) for n in (1024, 256)]
-        main = [*((op, 1024) for op in rows), (SOFTMAX, 256)]
-        return [_case(*size, torch.float32, worth=MAIN if size[:2] in main else MORE) for size in sizes]
-    bf16, others = torch.bfloat16, (torch.float16, torch.float32)
-    found = [_case(SOFTMAX, 4096, 128256, bf16, worth=MAIN, goals=dict(cuda={"ms": 0.85}))]
-    found += [_case(op, 8192, 1024, bf16, worth=MAIN, goals=OF_COPY) for op in rows]
-    found += [_case(SOFTMAX, n, vocab, bf16, goals=OF_COPY) for n, vocab in ((4096, 32000), (1024, 256000))]
-    found += [_case(SOFTMAX, 64, 32000, bf16), *(_case(op, 512, 1024, bf16) for op in rows)]
-    found += [_case(op, 8192, 1024, dtype) for op in rows for dtype in others]
-    return found + [_case(SOFTMAX, 4096, 32000, dtype) for dtype in others]
+        found = [_case(SOFTMAX, 256, 49152, fp32, MAIN), _case(SOFTMAX, 1024, 49152, fp32)]
+        for op in rows:
+            width = 1024 if op in (NORM, NORM_BACKWARD) else 384
+            found += [_case(op, 1024, width, fp32, MAIN), _case(op, 256, width, fp32)]
+        return found
+    found = [_case(SOFTMAX, 4096, 128256, worth=MAIN, goals=dict(cuda={"ms": 0.85}))]
+    found += [_case(op, 8192, 1024, worth=MAIN, goals=OF_COPY) for op in rows]
+    found += [_case(SOFTMAX, n, vocab, goals=OF_COPY) for n, vocab in ((4096, 32000), (1024, 256000))]
+    found += [_case(SOFTMAX, 64, 32000), *(_case(op, 512, 1024) for op in rows)]
+    sizes = [*((op, 8192, 1024) for op in rows), (SOFTMAX, 4096, 32000)]
+    return found + [_case(*size, dtype) for size in sizes for dtype in (torch.float16, fp32)]
 
 
-def _case(op: str, n: int, width: int, dtype: torch.dtype, **options) -> Case:
+def _case(op: str, n: int, width: int, dtype: torch.dtype = torch.bfloat16, worth: int = MORE, **options) -> Case:
+    names = (*OURS, EAGER, COMPILED, *(name for name, ops in LIBRARIES.items() if op in ops))
     sizes = dict(model=None, rows=n, width=width)
-    libraries = [name for name, ops in LIBRARIES.items() if op in ops]
-    return Case(op, f"{n} rows, width {width}", sizes, dtype, (n, width), seconds=0.5,
-                providers=(*OURS, EAGER, COMPILED, *libraries), **options)  # fmt: skip
+    label, options = f"{n} rows, width {width}", options | dict(seconds=0.5, providers=names)
+    return Case(op, label, sizes, dtype, (n, width), worth, **options)
 
 
 def providers(device: torch.device) -> dict[str, str | None]:
@@ -57,19 +57,13 @@ def providers(device: torch.device) -> dict[str, str | None]:
     return found | {name: absent(name, device) for name in (COMPILED, *LIBRARIES)}
 
 
-@dataclass
 class Inputs:
     """The same numbers for every dtype, rounded to `rounded` first."""
 
-    n: int
-    width: int
-    device: torch.device
-    rounded: torch.dtype
-    dtype: torch.dtype
-
-    def __post_init__(self):
-        self.generator = torch.Generator(self.device).manual_seed(0)
-        self.wide = torch.promote_types(self.dtype, torch.float32)
+    def __init__(self, n: int, width: int, device: torch.device, rounded: torch.dtype, dtype: torch.dtype):
+        self.n, self.width, self.device, self.rounded, self.dtype = n, width, device, rounded, dtype
+        self.wide = torch.promote_types(dtype, torch.float32)
+        self.generator = torch.Generator(device).manual_seed(0)
 
     def normal(self, *shape: int) -> Tensor:
         drawn = torch.empty(shape, dtype=self.rounded, device=self.device).normal_(generator=self.generator)
@@ -93,26 +87,20 @@ class Call:
 
 
 def make(case: Case, device: torch.device) -> Work:
-    build = globals()[case.op]
-    call = build(Inputs(*case.shape, device, case.dtype, case.dtype))
-    oracle = []
+    dtypes = case.dtype, torch.float64, case.dtype
+    call, exact, eager = (CALLS[case.op](Inputs(*case.shape, device, case.dtype, dtype)) for dtype in dtypes)
+    oracle = Oracle(call.names, exact.run(leaves("torch")), eager.run(leaves("torch")))
 
     def judge(provider: str, run: Run) -> dict:
-        if not oracle:
-            exact, eager = (build(Inputs(*case.shape, device, case.dtype, dtype)).run(leaves("torch"))
-                            for dtype in (torch.float64, case.dtype))  # fmt: skip
-            oracle.append(Oracle(call.names, exact, eager))
         if call.restore is not None:
             call.restore()
-        if provider in OURS:
-            return oracle[0].verdict(run())
-        return oracle[0].peer_verdict((call.judged or run)())
+        return oracle.verdict(run()) if provider in OURS else oracle.peer_verdict((call.judged or run)())
 
-    return Work(
-        run=lambda name: partial(call.run, leaves(name)) if name in OURS else call.peer(name),
-        judge=judge, judged=oracle.clear, bytes=call.bytes, prepare=call.restore,
-        fields=dict(size=fastest.size_of(call.first)),
-    )  # fmt: skip
+    def run(name: str) -> Run:
+        return partial(call.run, leaves(name)) if name in OURS else call.peer(name)
+
+    size = dict(size=fastest.size_of(call.first))
+    return Work(run, judge, judged=oracle.forget, bytes=call.bytes, prepare=call.restore, fields=size)
 
 
 def softmax_xent(x: Inputs) -> Call:
@@ -191,8 +179,6 @@ def flow_mse(x: Inputs) -> Call:
 
 
 def _norm(name: str) -> Callable[..., Tensor]:
-    """What LayerNorm, SiLU and the residual sum are to a peer."""
-
     def eager(y: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor) -> Tensor:
         return F.silu(F.layer_norm(y, y.shape[1:], gamma, beta, EPS)) + residual
 
@@ -244,4 +230,5 @@ def norm_act_backward(x: Inputs) -> Call:
                 ("dy", "dgamma", "dbeta", "dbias"), 3 * y.nbytes, dout, peer)  # fmt: skip
 
 
+CALLS = {SOFTMAX: softmax_xent, PATH: flow_path, MSE: flow_mse, NORM: norm_act, NORM_BACKWARD: norm_act_backward}
 SUITE = Suite(cases, make, providers, bounds=(LIMIT,))

@@ -130,7 +130,7 @@ def providers(device: torch.device) -> dict[str, str | None]:
     found = {name: unavailable(name, device) for name in ("triton", "cuda")}
     found |= {name + GRAPH: why if cuda else "a CUDA graph needs a GPU" for name, why in list(found.items())}
     found |= {"torch": "on a GPU it is the others' oracle, not a way to train" if cuda else None, APART: None}
-    peers = cross_entropy.reasons(device)
+    peers = {name: cross_entropy.absent(name, device) for name in (EAGER, COMPILED, TORCH, *LIBRARIES)}
     found |= peers | {EAGER_ROWS: "on a GPU it waits for the number of rows" if cuda else None}
     return found | {name + WITH_HEAD: why for name, why in peers.items()}
 
@@ -150,15 +150,13 @@ def make(case: Case, device: torch.device) -> Work:
         if name in (*OURS, APART):
             loss = loss_of(name)
             return lambda: problem.with_gradients(loss(False))
-        if case.op == CE:
-            return cross_entropy.run_of(problem, name)
-        return (flow.flow_run if case.op == FLOW else flow.joint_run)(problem, name)
+        return (cross_entropy if case.op == CE else flow).run_of(problem, name)
 
     def judge(name: str, run: Run) -> dict:
         if not oracles:
             oracles["judged"] = Oracle.of(problem)
         if name not in (*OURS, APART):  # a peer that draws noise of its own is given ours
-            found = run() if case.op == CE else flow.judged(problem, name)
+            found = run() if case.op == CE else flow.run_of(problem, name, judged=True)()
             return oracles["judged"].peer_verdict(found, UPSTREAM if case.op == CE else 1.0)
         if "timed" not in oracles:  # at the times that the call draws
             problem.redraw(0)

@@ -13,6 +13,7 @@ Exit status: 0, 1 if something of ours was wrong or failed, 2 if it could not be
 import argparse
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,17 +25,15 @@ MINUTES = 5.0  # of the quick selection
 
 
 def main(argv: list[str]) -> int:
-    command, rest = (argv[0], argv[1:]) if argv else ("", [])
-    if command == "compare":
+    if argv[:1] == ["compare"]:
         from .report import compare
 
-        return compare.main(rest)
-    if command in ("report", "choose"):
-        about = "Shows a result file." if command == "report" else "Writes the kernels that `auto` takes."
-        parser = argparse.ArgumentParser(prog=f"sfr_kernels bench {command}", description=about)
+        return compare.main(argv[1:])
+    if argv[:1] in (["report"], ["choose"]):
+        parser = argparse.ArgumentParser(prog=f"sfr_kernels bench {argv[0]}")
         parser.add_argument("file", type=Path)
-        path = parser.parse_args(rest).file
-        if command == "report":
+        path = parser.parse_args(argv[1:]).file
+        if argv[0] == "report":
             return show(path)
         from .report.choose import choose
 
@@ -83,7 +82,7 @@ def show(path: Path) -> int:
         from .report import data, page, tables
 
         results = data.read(path)
-        print(tables.show(results))
+        print(tables.show(results, shutil.get_terminal_size().columns))
         page.write(results, path.with_suffix(".html"))
     except ModuleNotFoundError as error:
         print(f"{error.name} is not installed: pip install 'sfr_kernels[bench]', then bench report {path}")

@@ -22,6 +22,9 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
+from sfr_kernels.leaves.cuda.build import find
+from sfr_kernels.ops.dispatch import unavailable
+
 from . import machine
 from .case import WHOLE, Case, Suite
 from .jobs import Job, run
@@ -64,13 +67,10 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def described(device: str, full: bool = False, only: tuple[str, ...] = ()) -> dict:
-    """The first line of a result file. The machine is described by a process of its own: this one is to leave the GPU
-    alone."""
+    """The first line of a result file."""
     selection = f"only {', '.join(only)}" if only else "full" if full else "quick"
-    *said, ended = (said for _, said in run(deque([Job("machine", _describe, (device,))])))
-    if not said:
-        raise RuntimeError(f"the device could not be described: {ended.reason}")
-    return dict(line="run", selection=selection, full=full, only=list(only), **said[0])
+    where = machine.described(torch.device(device))
+    return dict(line="run", selection=selection, full=full, only=list(only), **where)
 
 
 def measure(
@@ -90,6 +90,9 @@ def measure(
         case = case if seconds is None else replace(case, seconds=seconds)
         if case.name not in done:
             waiting.append(Job(case.name, _race, (bench, case, device), limit=case.time_limit, silence=SILENCE))
+    if device.type == "cuda" and unavailable("cuda", device) is None:
+        with contextlib.suppress(Exception):  # who needs them says what is wrong
+            find()  # compiles the CUDA kernels, once, in nobody's time
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(waiting), unit="case", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10.0)
     fine, reason = True, f"the time was up (--minutes {minutes:g})"
@@ -137,16 +140,6 @@ def _race(tell: Callable[[dict], object], bench: str, case: Case, device: torch.
     suite, providers = suite_of(bench), entered(bench, case, device)
     tell(dict(everyone={name: suite.kind(name) for name, why in providers.items() if not why and name not in without}))
     tell(dict(lines=race(suite, case, device, providers, without, lambda who: tell(dict(begin=who)))))
-
-
-def _describe(tell: Callable[[dict], object], device: str) -> None:
-    from sfr_kernels.leaves.cuda.build import find
-    from sfr_kernels.ops.dispatch import unavailable
-
-    if device == "cuda" and unavailable("cuda", torch.device(device)) is None:
-        with contextlib.suppress(Exception):  # who needs them says what is wrong
-            find()  # compiles the CUDA kernels, once, in nobody's time
-    tell(machine.described(torch.device(device)))
 
 
 def _gone_on_with(path: Path, head: dict) -> set[str]:

@@ -27,7 +27,8 @@ def described(device: torch.device) -> dict:
         sha = _output("git", "rev-parse", "HEAD")
         modified = bool(_output("git", "status", "--porcelain", "--untracked-files=no")) if sha else None
     versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
-    versions |= {name.removesuffix("-kernels").replace("-", "_"): _version(name) for name in PACKAGES}
+    there = {d.name: d.version for d in metadata.distributions()}
+    versions |= {name.removesuffix("-kernels").replace("-", "_"): there.get(name) for name in PACKAGES}
     date = datetime.now(UTC).isoformat(timespec="seconds")
     return dict(date=date, version=__version__, revision=sha, modified=modified, device=device_of(device),
                 versions=versions)  # fmt: skip
@@ -54,10 +55,8 @@ def clocks() -> dict[str, float | None] | None:
 
 
 def _cpu_name() -> str:
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.M)
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
@@ -65,13 +64,6 @@ def _query(fields: str) -> str | None:
     index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     line = _output("nvidia-smi", f"--id={index}", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
     return line.splitlines()[0].strip() if line else None
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _output(*command: str) -> str | None:

@@ -71,13 +71,17 @@ class Oracle:
     def of(cls, problem: Problem, draw: int = 0) -> "Oracle":
         """Of a problem at one draw. The loss is a mean of n rows, each rounded: it may err by eps / √n besides."""
         problem.redraw(draw)
-        exact = problem.exact()
+        exact, rows = problem.exact(), problem.num_flow if problem.weight is None else problem.num_ce
         try:
             eager = problem.judged("reference")
         except torch.OutOfMemoryError:  # at shapes that are not meant for it
             eager = None
-        return cls(["loss", *problem.leaves], exact, eager,
-                   dict(loss=torch.finfo(problem.dtype).eps / problem.num_rows**0.5))  # fmt: skip
+        slack = torch.finfo(problem.dtype).eps / max(1, rows) ** 0.5
+        return cls(["loss", *problem.leaves], exact, eager, dict(loss=slack))
+
+    def forget(self) -> None:
+        """Frees the results."""
+        self.exact = []
 
     def _squares(self, found: list[Tensor]) -> list[float]:
         return [_square_error(f, e) for f, e in zip(found, self.exact, strict=True)]

@@ -59,15 +59,16 @@ class Problem:
     """Inputs of `op` in `dtype` on `device`, each sequence a prompt without loss and then a response. `run` is forward
     and backward through the public function."""
 
-    def __init__(self, op: str, shape: Shape, dtype: torch.dtype, device: torch.device, *,
-                 small: bool = False,  # what keeps least memory: small chunks, and dW accumulated in its own dtype
-                 published: bool = False,  # what the published head does: h unscaled, a time per sequence
-                 ):  # fmt: skip
+    def __init__(
+        self, op: str, shape: Shape, dtype: torch.dtype, device: torch.device, *, small=False, published=False
+    ):
+        """small: what keeps least memory, small chunks and dW accumulated in its own dtype. published: what the
+        published head does, h unscaled and a time per sequence."""
         self.op, self.shape, self.dtype, self.device = op, shape, dtype, device
         self.memory = dict(chunk_rows=shape.hidden_size // 8, accum_dtype=dtype) if small else {}
         self.config = shape.config(**dict(hidden_scale=1.0) if published else {})
-        generator = torch.Generator().manual_seed(0)
-        self.labels = torch.randint(shape.vocab or 2, (shape.batch, shape.length), generator=generator)
+        size, g = (shape.batch, shape.length), torch.Generator().manual_seed(0)
+        self.labels = torch.randint(shape.vocab or 2, size, generator=g)
         self.labels[:, : shape.length - round(shape.supervised * shape.length)] = -100
         rows = SupervisedRows.from_labels(self.labels, self.config)
         index = rows.rows // shape.length if published else torch.arange(len(rows))
@@ -80,7 +81,7 @@ class Problem:
         self.normalizer = torch.tensor(float(self.num_ce), dtype=torch.float32, device=device)
 
         g = torch.Generator(device).manual_seed(1)
-        self.hidden = torch.empty(shape.batch, shape.length, shape.hidden_size, dtype=dtype, device=device)
+        self.hidden = torch.empty(*size, shape.hidden_size, dtype=dtype, device=device)
         self.redraw(0)
         self.hidden.requires_grad_()
         self.weight = self.head = self.targets = None
@@ -104,11 +105,6 @@ class Problem:
         named |= {} if self.head is None else dict(self.head.named_parameters())
         return {name: t for name, t in named.items() if t is not None and t.requires_grad}
 
-    @property
-    def num_rows(self) -> int:
-        """n, of which the loss is a mean."""
-        return max(1, self.num_flow if self.op == "flow_matching_loss" else self.num_ce)
-
     def in_float64(self) -> "Problem":
         """The same values, as rounded as they are, as new leaves."""
         twin = copy(self)
@@ -125,27 +121,26 @@ class Problem:
             return self._cross_entropy(self.labels, backend)
         if self.op == "flow_matching_loss":
             return self._flow(backend, judged)
-        rows, times, options = self._options(backend, judged)
-        return sfr_loss(self.hidden, self.weight, self.head, rows, self.targets, times, **options, **self.memory).loss
+        return sfr_loss(self.hidden, self.weight, **self._options(backend, judged), **self.memory).loss
 
     def apart(self, backend: str, *, judged: bool = False) -> Tensor:
         """The joint loss as its two parts, one after the other."""
         return self._cross_entropy(self.rows, backend) + self.config.flow_weight * self._flow(backend, judged)
 
-    def _options(self, backend: str, judged: bool) -> tuple:
-        options = dict(seed=self.seed, config=self.config, normalizer=self.normalizer, backend=backend)
-        return (self.timed_rows, self.times, options) if judged else (self.rows, None, options)
+    def _options(self, backend: str, judged: bool) -> dict:
+        times = dict(rows=self.timed_rows, times=self.times) if judged else dict(rows=self.rows)
+        common = dict(seed=self.seed, config=self.config, normalizer=self.normalizer, backend=backend)
+        return dict(head=self.head, targets=self.targets) | times | common
 
     def _cross_entropy(self, labels: Tensor | SupervisedRows, backend: str) -> Tensor:
         options = dict(normalizer=self.normalizer, backend=backend) | self.memory
         return linear_cross_entropy(self.hidden, self.weight, labels, **options)
 
     def _flow(self, backend: str, judged: bool) -> Tensor:
-        rows, times, options = self._options(backend, judged)
-        return flow_matching_loss(self.hidden, self.head, rows, self.targets, times, **options)
+        return flow_matching_loss(self.hidden, **self._options(backend, judged))
 
-    def pieces(self, judged: bool) -> Iterator[Callable[[], Tensor]]:
-        """The value as the sum of what these return: the reference, on as many rows at a time as its logits fit."""
+    def _pieces(self, judged: bool) -> Iterator[Tensor]:
+        """The reference, a loss that is their sum: on as many rows at a time as its logits fit."""
         if self.op != "flow_matching_loss":
             rows, labels = torch.arange(self.labels.numel(), device=self.device), self.labels.flatten()
             if self.op == "sfr_loss":
@@ -153,10 +148,9 @@ class Problem:
             step = max(1, CHUNK // self.shape.vocab)
             options = dict(normalizer=self.normalizer, backend="reference")
             for some, y in zip(rows.split(step), labels.split(step), strict=True):
-                yield lambda i=some, y=y: linear_cross_entropy(self.hidden.flatten(0, 1)[i], self.weight, y, **options)
+                yield linear_cross_entropy(self.hidden.flatten(0, 1)[some], self.weight, y, **options)
         if self.op != "linear_cross_entropy":
-            factor = self.config.flow_weight if self.op == "sfr_loss" else 1.0
-            yield lambda: factor * self._flow("reference", judged)
+            yield self._flow("reference", judged) * (self.config.flow_weight if self.op == "sfr_loss" else 1.0)
 
     def exact(self, judged: bool = True) -> list[Tensor]:
         """The reference's loss and UPSTREAM times every gradient in float64, piece after piece."""
@@ -164,8 +158,7 @@ class Problem:
         leaves = list(twin.leaves.values())
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         sums = [torch.zeros_like(p) for p in leaves]
-        for piece in twin.pieces(judged):
-            loss = piece()
+        for loss in twin._pieces(judged):
             if loss.requires_grad:
                 found = torch.autograd.grad(loss * UPSTREAM, leaves, allow_unused=True)
                 sums = [s if g is None else s.add_(g) for s, g in zip(sums, found, strict=True)]
@@ -176,6 +169,7 @@ class Problem:
         return self.with_gradients(self.loss(backend))
 
     def judged(self, backend: str) -> list[Tensor]:
+        """As `exact` has it."""
         return self.with_gradients(self.loss(backend, judged=True), UPSTREAM)
 
     def with_gradients(self, loss: Tensor, upstream: float = 1.0) -> list[Tensor]:

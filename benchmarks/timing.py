@@ -25,12 +25,9 @@ FLUSH_AT_MOST = 20.0  # ms
 
 @dataclass(frozen=True)
 class Timing:
+    ms: float  # median
     samples: tuple[float, ...]  # ms of every round
     issue_ms: float  # median time until the CPU was free again
-
-    @property
-    def ms(self) -> float:
-        return statistics.median(self.samples)
 
 
 @dataclass
@@ -90,21 +87,18 @@ def compare(
         for _ in range(WARM_UP if rounds >= ROUNDS else 1):
             if name in found:
                 once(name)
-    found = {name: [] for name in found}
-    collecting = gc.isenabled()
+    found, start = {name: [] for name in found}, time.perf_counter()
+    gc.collect()
     gc.disable()  # a collection would fall into somebody's time
-    try:
-        start = time.perf_counter()
-        for turn in range(MOST_ROUNDS):
-            for name in list(found)[:: 1 if turn % 2 == 0 else -1]:
-                once(name)
-            if turn + 1 >= rounds and time.perf_counter() - start > seconds:
-                break
-    finally:
-        if collecting:
-            gc.enable()
+    for turn in range(MOST_ROUNDS):
+        for name in list(found)[:: 1 if turn % 2 == 0 else -1]:
+            once(name)
+        if turn + 1 >= rounds and time.perf_counter() - start > seconds:
+            break
+    gc.enable()
     pairs = {name: tuple(zip(*samples, strict=True)) for name, samples in found.items()}
-    return {name: Timing(times, statistics.median(issued)) for name, (times, issued) in pairs.items()}
+    median = statistics.median
+    return {name: Timing(median(times), times, median(issued)) for name, (times, issued) in pairs.items()}
 
 
 class Graph:

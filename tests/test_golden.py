@@ -25,7 +25,7 @@ from golden_cases import (
 )
 
 from benchmarks.peers.published_loss import PublishedFlowLoss
-from benchmarks.peers.published_targets import LoopedSuffixTargets, SuffixTargets
+from benchmarks.peers.published_targets import PublishedTargets
 from sfr_kernels import SFRConfig, VelocityHead, flow_matching_loss, reference
 from sfr_kernels.targets.segments import rows_and_texts, segments_of
 
@@ -130,12 +130,11 @@ def test_the_copied_loss():
     assert_golden(evaluate_loss(problem, loss), problem.wanted, problem.tolerance)
 
 
-@pytest.mark.parametrize("kind", [SuffixTargets, LoopedSuffixTargets])
 @pytest.mark.parametrize("case", TARGETS, ids=lambda case: case["name"])
-def test_the_copied_targets(case, kind):
+def test_the_copied_targets(case):
     config = SFRConfig.official(**{name: case[name] for name in ("segment_tokens", "stride", "min_tokens")})
     numbers, labels = Numbers(case["blank_tokens"]), labels_of(case)
-    x_1, weight = kind(numbers, numbers, config, torch.float64)(labels)
+    x_1, weight = PublishedTargets(numbers, numbers, config, torch.float64)(labels)
     wanted, wanted_weight = torch.zeros_like(x_1), torch.zeros_like(weight)
     for b, p, target, w in case["rows"]:
         wanted[b, p], wanted_weight[b, p] = torch.tensor(target or [0, 0, 0]), w

@@ -5,9 +5,6 @@ It draws noise and times of its own. To be judged, it is given those of the prob
 per sequence, hidden states unscaled. What is compiled is judged before it is compiled.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,40 +55,27 @@ class Published:
         return loss * self.weight.sum().clamp(min=1.0) / p.normalizer
 
 
-def _results(loss: Callable[[], Tensor], leaves: list[Tensor], upstream: float = 1.0) -> list[Tensor]:
-    value = loss()
-    return [value.detach(), *torch.autograd.grad(value, leaves, torch.full_like(value, upstream))]
-
-
-def flow_run(problem: Problem, name: str) -> Run:
-    own = Published(problem)
-    module = torch.compile(own.module, dynamic=False) if name == COMPILED else own.module
-    return partial(_results, lambda: module(problem.hidden, own.x_1, own.weight), own.leaves)
-
-
-def joint_run(problem: Problem, name: str) -> Run:
-    """Eager torch's, both compiled as one, and ways of others beside the head, compiled on a GPU."""
-    own = Published(problem)
-    function, head = _cross_entropy(problem, name), own.module
+def run_of(problem: Problem, name: str, judged: bool = False) -> Run:
+    """Eager torch's, both losses compiled as one, and ways of others beside the head, compiled on a GPU. judged: with
+    the problem's noise and times, and gradients UPSTREAM times as large; the head as it is."""
+    own, head, ce = Published(problem), None, lambda: 0.0
     if name.endswith(WITH_HEAD) and problem.device.type == "cuda":
-        head = torch.compile(head, dynamic=False)
+        head = torch.compile(own.module, dynamic=False)
+    factor = 1.0
+    if problem.op == "sfr_loss":
+        labels = F.pad(problem.labels[:, 1:], (0, 1), value=-100).flatten()
+        function = eager if name in (EAGER, COMPILED) else loss_of(name.removesuffix(WITH_HEAD))
+        ce, factor = lambda: function(problem.hidden.flatten(0, 1), problem.weight, labels), problem.config.flow_weight
 
     def loss() -> Tensor:
-        return function() + problem.config.flow_weight * head(problem.hidden, own.x_1, own.weight)
+        flow = own.judged() if judged else (head or own.module)(problem.hidden, own.x_1, own.weight)
+        return ce() + factor * flow
 
-    return partial(_results, torch.compile(loss, dynamic=False) if name == COMPILED else loss, own.leaves)
+    whole = torch.compile(loss, dynamic=False) if name == COMPILED and not judged else loss
 
+    def run() -> list[Tensor]:
+        value = whole()
+        upstream = torch.full_like(value, UPSTREAM if judged else 1.0)
+        return [value.detach(), *torch.autograd.grad(value, own.leaves, upstream)]
 
-def _cross_entropy(problem: Problem, name: str) -> Callable[[], Tensor]:
-    function = loss_of(name.removesuffix(WITH_HEAD)) if name not in (EAGER, COMPILED) else eager
-    labels = F.pad(problem.labels[:, 1:], (0, 1), value=-100).flatten()
-    return lambda: function(problem.hidden.flatten(0, 1), problem.weight, labels)
-
-
-def judged(problem: Problem, name: str) -> list[Tensor]:
-    """The loss and UPSTREAM times every gradient, with the problem's noise and times."""
-    own = Published(problem)
-    if problem.op == "flow_matching_loss":
-        return _results(own.judged, own.leaves, UPSTREAM)
-    function, factor = _cross_entropy(problem, name), problem.config.flow_weight
-    return _results(lambda: function() + factor * own.judged(), own.leaves, UPSTREAM)
+    return run

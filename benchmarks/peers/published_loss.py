@@ -1,8 +1,7 @@
 """The published way to compute the flow loss, in eager torch: what ours is compared with.
 
-It works on all B·L positions and masks afterwards, copies [x_t, τ, h] into one tensor, holds noise and targets for
-every position, and draws one time per sequence (DESIGN section 1, `SFRConfig.official`). Parameters have the names of
-`VelocityHead`, so that either loads the other's.
+It works on all B·L positions and masks afterwards, copies [x_t, τ, h] into one tensor, and draws one time per sequence
+(DESIGN section 1, `SFRConfig.official`). Parameters have the names of `VelocityHead`: either loads the other's.
 """
 
 import torch
@@ -53,12 +52,8 @@ class PublishedFlowLoss(nn.Module):
         self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(num_layers - 2))
         self.output_proj = nn.Linear(width, target_size)
 
-    def velocity(
-        self,
-        x_t: Tensor,  # (B, L, d)
-        t: Tensor,  # (B,)
-        hidden: Tensor,  # (B, L, H)
-    ) -> Tensor:  # (B, L, d)
+    def velocity(self, x_t: Tensor, t: Tensor, hidden: Tensor) -> Tensor:
+        """(B, L, d) of x_t (B, L, d), t (B,) and h (B, L, H)."""
         tau = self.time_embed(t).unsqueeze(1).expand_as(x_t)
         a = self.input_proj(torch.cat([x_t, tau, hidden], dim=-1))
         for block in self.res_blocks:
@@ -77,12 +72,8 @@ class PublishedFlowLoss(nn.Module):
         error = F.mse_loss(self.velocity(x_t, t, hidden), u, reduction="none").mean(dim=-1)
         return (error * weight).sum() / weight.sum().clamp(min=1.0)
 
-    def forward(
-        self,
-        hidden: Tensor,  # (B, L, H)
-        x_1: Tensor,  # (B, L, d)
-        weight: Tensor,  # (B, L)
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, x_1: Tensor, weight: Tensor) -> Tensor:
+        """Of h (B, L, H), x_1 (B, L, d) and weight (B, L)."""
         x_0 = self.source_std * torch.randn_like(x_1)
         t = torch.rand(hidden.shape[0], dtype=hidden.dtype, device=hidden.device)
         s = t[:, None, None]

@@ -1,1 +1,1 @@
-"""What is made of result files: tables, plots, comparisons, README."""
+"""What a result file says: as tables, as a page, and against another one."""

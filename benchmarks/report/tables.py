@@ -1,164 +1,160 @@
-"""Tables of the report: what is read, and what a column is sorted by."""
+"""Tables of text: their rows, and their three forms, for a terminal, as HTML and as Markdown."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from html import escape
 
-from ..step.providers import PUBLISHED_LOOPS
-from . import words
-from .reading import Race, Result, Trouble
+import numpy as np
+from pandas import DataFrame
+
+from ..case import SWEEP
+from .data import KEY, Results
+
+LEGEND = """\
+★: the fastest. Time: the median; IQR: in % of it. × reference, × products: the median of the rounds' ratios to the \
+case's reference, with a 99% bootstrap interval, and to its matrix products. Limit: the products, and a copy of the \
+bytes that must move besides. Peak memory: beyond inputs and results; of a training step, with model and optimizer. \
+Error: relative L2, against float64; of bound: in units of what is allowed."""
+EMPTY = "–"
 
 
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    order: float | str | None = None  # None: at the end
-    bad: bool = False
+def number(value: float | None, unit: str = "") -> str:
+    """Three digits: 1,234, 19.5, 1.09, 0.0123."""
+    if value is None or value != value:
+        return EMPTY
+    return (f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:#.3g}" if value else "0") + unit
+
+
+def scaled(value: float, base: int, units: tuple[str, ...], at: int = 0) -> str:  # value is in units[at]
+    power = max(-at, min(len(units) - 1 - at, math.floor(math.log(value, base)))) if value > 0 else 0
+    return number(value / base**power, f" {units[at + power]}")
+
+
+size = partial(scaled, base=1024, units=("B", "KiB", "MiB", "GiB", "TiB"))
+duration = partial(scaled, base=1000, units=("µs", "ms", "s"), at=1)
 
 
 @dataclass(frozen=True)
 class Table:
-    columns: list[str]
-    rows: list[list[Cell]]
-    ours: list[bool]  # of each row
-    texts: int = 0  # so many columns at the left are text
+    title: str
+    rows: list[dict[str, str]]  # column → cell; the least important columns last
+    texts: int  # so many columns, from the first, are words; of two or more, the first groups the rows
+    about: str = ""
 
 
-def numeric(value: float | None, form=words.number, bad: bool = False) -> Cell:
-    return Cell(form(value), value, bad)
+def render(table: Table, form: str, width: int = 120, columns: tuple[str, ...] = ()) -> str:
+    """form: "text", without the last columns where they do not fit, "html" or "markdown". columns: those to show, or
+    all; never those whose cells are empty."""
+    shown = [(c, *(row[c] for row in table.rows)) for c in (table.rows or [{}])[0] if c in (columns or table.rows[0])]
+    shown = [cells for cells in shown if {*cells[1:]} != {EMPTY}]
+    rows, first, texts, lines = [*zip(*shown, strict=True)], int(table.texts > 1), table.texts, []
+    if form == "text":
+        widths = [max(map(len, cells)) + 2 for cells in shown]
+        while sum(widths[first:]) > width and len(widths) > texts + 1:
+            widths.pop()
+        for i, row in enumerate(rows):
+            lines += [row[0]] if first and i and row[0] != rows[i - 1][0] else []
+            cells = [f"  {row[j]:<{w - 2}}" if j < texts else f"{row[j]:>{w}}" for j, w in enumerate(widths)]
+            lines.append("".join(cells[first:]).rstrip())
+        return "\n".join(filter(None, [table.title, table.about, *lines]))
+    if first:
+        rows = [("" if i > 1 and row[0] == rows[i - 1][0] else row[0], *row[1:]) for i, row in enumerate(rows)]
+    if form == "html":
+        lines = [f"<tr{' class=first' * bool(r[0])}>{''.join(f'<td>{escape(c)}</td>' for c in r)}</tr>" for r in rows]
+        return "\n".join([f"<p>{escape(table.about)}</p><div><table class=words{texts}>", *lines, "</table></div>"])
+    rows = [[escape(c, quote=False).replace("|", "\\|").replace("*", "\\*") for c in row] for row in rows]
+    rows[1:1] = [["---" if i < texts else "---:" for i, _ in enumerate(row)] for row in rows[:1]]
+    lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n\n".join(filter(None, [f"**{table.title}**", table.about, lines]))
 
 
-def text(value: str) -> Cell:
-    return Cell(value, value)
+def races(frame: DataFrame) -> Iterator[tuple]:
+    """(op, case, its rows, the fastest of ours, the fastest peer), None where there is none."""
+    for (op, label, dtype), case in frame.groupby(KEY[:3], sort=False):
+        rows = [*case.itertuples()]
+        fastest = {row.kind: row for row in sorted(rows, key=lambda row: -row.ms)}
+        yield op, f"{label}, {dtype}", rows, fastest.get("ours"), fastest.get("peer")
 
 
-def drop_empty(table: Table) -> Table:
-    """Without the columns that nothing fills."""
-    kept = [i for i in range(len(table.columns)) if any(row[i].text not in ("", words.EMPTY) for row in table.rows)]
-    texts = sum(i < table.texts for i in kept)
-    return Table([table.columns[i] for i in kept], [[row[i] for i in kept] for row in table.rows], table.ours, texts)
+def of_op(op: str, frame: DataFrame) -> Table:
+    rows, references = [], frame[frame.op == op].reference.dropna().unique()
+    for _, name, case, ours, peer in races(frame[frame.op == op]):
+        fastest = min(filter(None, (ours, peer)), key=lambda r: r.ms, default=None)
+        for r in case:
+            interval = "" if r.provider == r.reference else f" [{r.low:.2f}, {r.high:.2f}]"
+            share, per = 100 * r.parts.get("targets", math.nan) / sum(r.parts.values() or [1]), 1e-9 / r.ms
+            rows.append({
+                "case": name, "": r.provider + " ★" * (r is fastest), "time": duration(r.ms),
+                "± IQR": f"{np.ptp(np.quantile(r.samples_ms, (0.25, 0.75))) / r.ms:.1%}",
+                "× reference": EMPTY if math.isnan(r.of_reference) else f"{r.of_reference:.2f}{interval}",
+                "× products": number(r.of_products), "tokens/s": number(r.tokens_per_s),
+                "segments/s": number(r.segments_per_s), "bytes a token": number(r.bytes_per_token),
+                "peak memory": size(r.held_bytes), "targets' share": number(share, "%"), "of bound": number(r.of_bound),
+                "error": number(r.error), "TB/s": number(per * r.traffic or None),
+                "TFLOP/s": number(per * r.flops or None),
+            })  # fmt: skip
+    return Table(op, rows, 2, f"Reference: {', '.join(references)}." if len(references) else "")
 
 
-RESULTS = [
-    "case", "dtype", "provider", "median ms", "q1", "q3", "rounds", "× limit", "× best of ours", "× baseline",
-    "issue ms", "peak memory", "TFLOP/s", "TB/s", "error", "of bound", "at",
-]  # fmt: skip
+def summary(results: Results) -> Table:
+    def spread(values: list[float]) -> str:
+        known = sorted(value for value in values if value == value)
+        return " to ".join(dict.fromkeys(f"{value:.2f}" for value in known[:1] + known[-1:])) or EMPTY
+
+    rows, missed = [], [row["case"] for row in goals(results.frame).rows]
+    failed = [line["op"] for line in results.gone if line["line"] == "failed" and line["kind"] == "ours"]
+    for op in dict.fromkeys([*results.frame.op, *(line["op"] for line in results.gone)]):
+        frame = results.frame[results.frame.op == op]
+        found = [(ours, peer) for *_, ours, peer in races(frame) if ours]
+        rows.append({
+            "op": op, "cases": str(len(found)), "best × reference": spread([x.of_reference for x, _ in found]),
+            "fastest peer / best": spread([peer.ms / x.ms for x, peer in found if peer]),
+            "ours failed": str(failed.count(op)), "goals missed": str(sum(x.startswith(f"{op}, ") for x in missed)),
+            "worst of bound": number(frame[frame.kind == "ours"].of_bound.max()),
+        })  # fmt: skip
+    return Table("Summary", rows, 1, "Best: the fastest of ours at a case.")
 
 
-def of_baseline(races: list[Race]) -> str:
-    """Head of the column of times in units of the baseline's."""
-    names = dict.fromkeys(race.baseline for race in races if race.baseline)
-    return f"× {' or '.join(names) or 'baseline'}"
-
-
-def results(races: list[Race]) -> Table | None:
-    """Every provider at every case, the limits too; None if there is none."""
-    rows, ours = [], []
-    for race in races:
-        best = None if race.baseline else race.fastest("ours")
-        for r in [*race.runners, *race.of("limit")]:
-            rows.append([text(race.label), text(race.dtype), text(r.provider), *_numbers(race, r, best)])
-            ours.append(r.kind == "ours")
-    columns = [of_baseline(races) if name == "× baseline" else name for name in RESULTS]
-    return drop_empty(Table(columns, rows, ours, 3)) if rows else None
-
-
-def _numbers(race: Race, r: Result, best: Result | None) -> list[Cell]:
-    e, worst = r.extra, r.worst or {}
-    return [
-        *(numeric(v) for v in (r.ms, r.q1, r.q3)),
-        numeric(r.rounds or None, str),
-        numeric(r.ms / race.limit_ms if race.limit_ms else None),
-        numeric(r.ms / best.ms if best else None),
-        numeric(race.times_of(r, race.baseline)),
-        numeric(e.get("issue_ms")),
-        numeric(e.get("peak_bytes"), words.size),
-        numeric(e.get("tflop_per_s")),
-        numeric(e.get("tb_per_s")),
-        numeric(r.error, words.error),
-        numeric(worst.get("ratio")),
-        text((e.get("worst") if worst else "") or ""),
-    ]
-
-
-ERRORS = ["op", "case", "dtype", "provider", "worst at", "error", "eager's", "of bound"]
-
-
-def errors(races: list[Race]) -> Table | None:
-    """The worst output of every case of ours; None if nothing was recorded."""
+def goals(frame: DataFrame) -> Table:
+    """Those that were missed; what was not measured is."""
     rows = []
-    for race in races:
-        for r in race.of("ours"):
-            if (worst := r.worst) is not None:
-                names = [text(name) for name in (race.op, race.label, race.dtype, r.provider, r.extra["worst"])]
-                ratio = numeric(worst["ratio"], bad=worst["ratio"] is None or worst["ratio"] > 1)
-                rows.append([*names, *(numeric(worst[key], words.error) for key in ("ours", "eager")), ratio])
-    return Table(ERRORS, rows, [True] * len(rows), 5) if rows else None
+    for op, case, providers, _, peer in races(frame):
+        named = {r.provider: r for r in providers} | {"peer": peer}
+        for row, goal, most in [(r, *wanted) for r in providers for wanted in r.goals.items()]:
+            what, _, name = goal.partition("of ")
+            field = "ms" if what in ("", "ms") else "held_bytes"
+            unit = {"ms": 1, "lm_heads": row.weight_bytes}.get(goal) or getattr(named.get(name), field, math.nan)
+            if not (value := getattr(row, field) / unit) <= most:
+                words = {"goal": goal, "at most": number(most), "measured": number(value)}
+                rows.append({"case": f"{op}, {case}", "": row.provider, **words})
+    return Table("Goals missed", rows, 3, "–: not measured." if rows else "None, of those that this selection tests.")
 
 
-STEPS = ["case", "provider", "step ms", "× baseline", "tokens/s", "peak memory", "resident"]
+def missing(results: Results) -> Table:
+    found = {}
+    for x in results.gone:
+        whose = x.get("provider", "all") + " (ours)" * (x.get("kind") == "ours")
+        found.setdefault(f"{whose} {x['line']}: {x['reason']}", []).append(f"{x['op']}, {x['label']}, {x['dtype']}")
+    rows = [{"what": why, "cases": "; ".join(x[:3]) + f"; … ({len(x)})" * (len(x) > 3)} for why, x in found.items()]
+    return Table("Failed, absent, skipped", rows, 2, "" if rows else "Nothing failed, is absent or was skipped.")
 
 
-def steps(races: list[Race]) -> Table | None:
-    """What a step takes and holds, and its parts in milliseconds; None if none was measured."""
-    runs = [(race, r) for race in races for r in race.runners]
-    parts = list(dict.fromkeys(name for _, r in runs for name in r.extra.get("parts") or ()))
-    rows = []
-    for race, r in runs:
-        e = r.extra
-        cells = [text(race.heading), text(r.provider), numeric(r.ms), numeric(race.times_of(r, race.baseline))]
-        cells.append(numeric(e.get("tokens_per_s")))
-        cells += [numeric(e.get(key), words.size) for key in ("peak_bytes", "resident_bytes")]
-        rows.append(cells + [numeric((e.get("parts") or {}).get(name)) for name in parts])
-    columns = [of_baseline(races) if name == "× baseline" else name for name in STEPS]
-    return drop_empty(Table(columns + parts, rows, [r.kind == "ours" for _, r in runs], 2)) if rows else None
+def curves(frame: DataFrame) -> tuple[Table, DataFrame]:
+    """The exponents, and the points: curve (op, axis, and the other sizes), provider, x, ms, in order."""
+    points = [(f"{r.op} over {x}; {', '.join(f'{k} {v}' for k, v in r.sizes.items() if k != x)}, {r.dtype}",
+               r.provider, r.sizes[x], r.ms) for r in frame.itertuples() for x in r.axes if r.sizes.get(x)]  # fmt: skip
+    found = DataFrame(points, columns=["curve", "provider", "x", "ms"]).sort_values("x", kind="stable")
+    found = found[found.groupby(["curve", "provider"]).x.transform("nunique") > 1]
+    rows = [{"curve": curve, "": provider, "p": f"{np.polyfit(np.log(c.x), np.log(c.ms), 1)[0]:.2f}",
+             "from": number(c.x.min()), "to": number(c.x.max())}
+            for (curve, provider), c in found.groupby(["curve", "provider"], sort=False)]  # fmt: skip
+    return Table("Curves: p of time ∝ sizeᵖ", rows, 2), found
 
 
-def against(races: list[Race]) -> Table | None:
-    """Every step in units of the baseline and of what was published, ranges over the cases; None without a baseline."""
-    races = [race for race in races if race.baseline]
-    kinds = {r.provider: r.kind for kind in ("ours", "peer") for race in races for r in race.of(kind)}
-    rows = []
-    for name in kinds:
-        mine = [(race, r) for race in races for r in race.results if r.provider == name]
-        units = [[race.times_of(r, unit or race.baseline) for race, r in mine] for unit in (None, PUBLISHED_LOOPS)]
-        cells = [Cell(words.spread(values), min((v for v in values if v), default=None)) for values in units]
-        rows.append([text(name), numeric(len(mine), str), *cells])
-    columns = ["step", "cases", of_baseline(races), f"× {PUBLISHED_LOOPS}"]
-    return drop_empty(Table(columns, rows, [kind == "ours" for kind in kinds.values()], 1)) if rows else None
-
-
-SUMMARY = ["op", "cases", "best of ours, × limit", "fastest peer / best of ours", "fastest peers",
-           "worst error / bound", "goals missed", "failed, ours"]  # fmt: skip
-
-
-def summary(by_op: dict[str, list[Race]], failed: list[Trouble]) -> Table:
-    """A row for each op: ranges over its cases. Where there is a baseline, `against` compares."""
-    rows = []
-    for op, races in by_op.items():
-        leads, limits = [race.lead for race in races], [race.of_limit for race in races]
-        peers = dict.fromkeys(race.fastest("peer").provider for race in races if race.lead)
-        compared = ", ".join(peers) or "none measured"
-        if any(race.baseline for race in races):
-            compared = "see the steps below"
-        ratios = [r.worst["ratio"] for race in races for r in race.of("ours") if r.worst]
-        worst = max((r for r in ratios if r is not None), default=None)
-        missed = sum(len(r.extra.get("goals") or ()) for race in races for r in race.of("ours"))
-        wrong = sum(op in t.ops for t in failed if t.ours)
-        known = [lead for lead in leads if lead]
-        slower = sum(lead < 1 for lead in known)
-        rows.append(
-            [
-                text(op),
-                numeric(len(races), str),
-                Cell(words.spread(limits), min((v for v in limits if v), default=None)),
-                Cell(
-                    words.spread(leads) + (f", a peer wins {slower}" if slower else ""),
-                    min(known, default=None),
-                    slower > 0,
-                ),
-                text(compared),
-                numeric(worst, bad=None in ratios or (worst or 0) > 1),
-                numeric(missed, str, missed > 0),
-                numeric(wrong, str, wrong > 0),
-            ]
-        )
-    return Table(SUMMARY, rows, [False] * len(rows), 1)
+def show(results: Results, width: int = 100) -> str:
+    """For a terminal: the summary last, the points of curves only in the page."""
+    found = [of_op(op, results.frame[results.frame.worth < SWEEP]) for op in dict.fromkeys(results.frame.op)]
+    found += [curves(results.frame)[0], goals(results.frame), missing(results), summary(results)]
+    return "\n\n".join([results.about, *(render(t, "text", width) for t in found), LEGEND, *results.warnings])

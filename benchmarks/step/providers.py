@@ -1,235 +1,202 @@
-"""The providers of the training-step benchmark: each a whole step, on the same weights and the same batches.
-
-    next batch → targets → forward → backward → optimizers, gradients freed
-
-Ours are used as README says: `attach`, and then the model is called. What a collator does, mostly in processes beside
-the training, is done within the step here, and counted.
-"""
+"""Providers of a training step, on the same weights and batches: next batch, targets, forward, backward, optimizers.
+What a collator does, mostly in processes beside the training, is counted in the step."""
 
 import functools
+import tempfile
+import time
+from collections import namedtuple
 from collections.abc import Callable
-from types import SimpleNamespace
+from copy import deepcopy
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfr_kernels import SFRConfig
 from sfr_kernels.rows import IGNORE_INDEX
 
-from ..harness.problems import Shape, make_head
 from ..peers.published_loss import PublishedFlowLoss
-from ..peers.published_targets import LoopedSuffixTargets, SuffixTargets
-from .data import Batch, Batches
-from .encoder import make_encoder, make_tokenizer
-from .models import StepShape, build_model, build_optimizer, bytes_of, share, state_of
-from .parts import BACKWARD, FORWARD, LOSS, OPTIMIZER, TARGETS, unmarked
+from ..peers.published_targets import TARGETS, Mark, PublishedTargets, unmarked
+from ..problem import make_head
+from .models import ENCODER_VOCAB, SPECIAL, EncoderShape, Trunk, build_model, make_encoder, make_tokenizer
 
-SFT_HF, SFT_OURS = "SFT, HF's loss", "SFT, ours"
-PUBLISHED, PUBLISHED_LOOPS = "SFR, as published", "SFR, as published, with its loops"
-PUBLISHED_GIVEN = "SFR, as published, targets given"
-SFR_STORED, SFR_ONLINE = "SFR, ours, stored targets", "SFR, ours, online targets"
+BATCHES = 4  # each run takes the next, so that no provider can keep anything of the last
+FORWARD, BACKWARD = "trunk forward", "backward"
+# `host` has input_ids, attention_mask and labels, (B, L), pinned where there is a GPU; `inputs` the same on the device
+Batch = namedtuple("Batch", "index host inputs")
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What is trained, on how much."""
+
+    trunk: Trunk
+    encoder: EncoderShape
+    batch: int
+    length: int
+    supervised: float  # share of the tokens, the last ones of each sequence
+    lora: bool = True  # else every weight is trained
+    checkpointing: bool = False
+    segments: dict = field(default_factory=dict)  # fields of SFRConfig for sequences shorter than its defaults are for
 
 
 class Stage:
-    """What the steps of a case share: the weights, their optimizer, the batches, and the encoder once one needs it."""
+    """What the steps of a case share."""
 
     def __init__(self, shape: StepShape, dtype: torch.dtype, device: torch.device):
-        self.shape, self.dtype, self.device = shape, dtype, device
-        self.model = build_model(shape, dtype, device)
+        self.shape, self.dtype, self.device, self.position = shape, dtype, device, 0
+        self.config, self.official = SFRConfig(**shape.segments), SFRConfig.official(**shape.segments)
+        self.model, self.tokenizer = build_model(shape.trunk, shape.lora, dtype, device), make_tokenizer()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = build_optimizer(shape.optimizer, self.trained, device)
-        self.batches = Batches(shape, device)
+        self.optimizer = adamw(self.trained)
+        self.make_encoder = functools.partial(make_encoder, shape.encoder, dtype, device)
+        most, size = min(shape.trunk.vocab_size, ENCODER_VOCAB), (BATCHES, shape.batch, shape.length)
+        ids = torch.randint(len(SPECIAL), most, size, generator=torch.Generator().manual_seed(0))
+        labels = ids.clone()
+        labels[..., : shape.length - round(shape.supervised * shape.length)] = IGNORE_INDEX  # the prompt
+        columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        self.columns = {n: t.pin_memory() if device.type == "cuda" else t for n, t in columns.items()}
 
-    @property
-    def encoder(self):
-        return make_encoder(self.shape.encoder, self.dtype, self.device)
+    def next(self) -> Batch:
+        index, self.position = self.position % BATCHES, self.position + 1
+        host = {name: column[index] for name, column in self.columns.items()}
+        return Batch(index, host, {name: t.to(self.device, non_blocking=True) for name, t in host.items()})
 
-    @functools.cached_property
-    def tokenizer(self):
-        return make_tokenizer(self.shape.encoder.vocab)
+    def copy(self, *objective, **options) -> nn.Module:
+        """Modules of its own, attached where there is an objective, around the same parameters and buffers: memory
+        holds them, and the optimizer's states, once."""
+        model = deepcopy(self.model, {id(t): t for t in (*self.model.parameters(), *self.model.buffers())})
+        if self.shape.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if objective or options:
+            from sfr_kernels import attach
+            from sfr_kernels.training.guard import unwatch
 
-    def copy(self) -> nn.Module:
-        return share(self.model, self.shape.checkpointing)
+            unwatch(attach(model, *objective, **options))  # the others train the same parameters
+        return model
 
-    def head(self, config) -> nn.Module:
-        """A float32 velocity head on the CPU, as in mid-training."""
-        s, t = self.shape, self.shape.trunk
-        sizes = Shape(s.batch, s.length, t.hidden_size, target_size=s.encoder.hidden_size, width=config.width)
-        return make_head(sizes, config)
+    def head(self, config: SFRConfig) -> nn.Module:
+        return make_head(self.shape.trunk.hidden_size, self.shape.encoder.hidden_size, config, torch.float32)
 
 
+def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """Without a learning rate: it does all its work, and all runs have the same losses."""
+    return torch.optim.AdamW(parameters, lr=0.0, fused=parameters[0].is_cuda)
+
+
+@dataclass
 class Step:
-    """A provider's step. `head` is its own, and trained by an optimizer of its own."""
+    """A provider's step. A head is its own, and so is the head's optimizer."""
 
-    config = encoder = None
+    stage: Stage
+    model: nn.Module
+    loss: Callable  # (batch, its targets) → [loss], of SFR [loss, L_CE, L_flow]
+    targets: Callable = lambda batch, mark: None  # (batch, mark) → targets; marks its own parts
+    head: nn.Module | None = None
+    config: SFRConfig | None = None
+    encoder: nn.Module | None = None
+    embed: Callable | None = None  # texts → (A, d), where it is done in the step
 
-    def __init__(self, stage: Stage, model: nn.Module, head: nn.Module | None = None):
-        self.stage, self.model, self.head = stage, model, head
-        self.lm_head = model.get_output_embeddings()
-        self.optimizers = [stage.optimizer]
-        if head is not None:
-            self.optimizers.append(build_optimizer("AdamW", head.parameters(), stage.device))
+    def __post_init__(self):
+        self.optimizers = [self.stage.optimizer, *([adamw(list(self.head.parameters()))] if self.head else [])]
 
-    def targets(self, batch: Batch, mark: Callable[[str], None] = unmarked) -> object:
-        """What the loss needs of the batch besides; marks its own parts."""
-
-    def loss(self, batch: Batch, targets: object) -> list[Tensor]:
-        """The loss; of SFR also its parts, L_CE and L_flow, detached."""
-        return [self.model(**batch.inputs).loss]
-
-    def run(self, mark: Callable[[str], None] = unmarked) -> list[Tensor]:
-        """One step; what `loss` returned. The gradients are freed at its end, not at the next one's beginning: they
-        belong to this step's memory, not to what the next provider finds allocated."""
-        batch = self.stage.batches.next()
+    def run(self, mark: Mark = unmarked) -> list[Tensor]:
+        """What `loss` returned, detached."""
+        batch = self.stage.next()
         mark(FORWARD)
-        targets = self.targets(batch, mark)
-        found = self.loss(batch, targets)
-        del targets
-        mark(LOSS)
+        found = self.loss(batch, self.targets(batch, mark))
+        mark("loss")
         found[0].backward()
         mark(BACKWARD)
         for optimizer in self.optimizers:
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        mark(OPTIMIZER)
+            optimizer.zero_grad(set_to_none=True)  # here, not before the next step: they are this one's memory
+        mark("optimizer")
         return [t.detach() for t in found]
 
-    def resident(self) -> list[Tensor]:
-        """What stays in memory between its steps, where it is the only one."""
-        modules = [m for m in (self.stage.model, self.head, self.encoder) if m is not None]
-        held = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-        return held + [t for optimizer in self.optimizers for t in state_of(optimizer)]
+    def parts(self) -> dict[str, float]:
+        """Milliseconds of the parts of one more step, at whose ends the device is waited for. Ours compute gradients of
+        the hidden states with the loss: only the sum of "loss" and "backward" can be compared."""
+        found, times = {}, []
 
-    @property
-    def resident_bytes(self) -> int:
-        return bytes_of(self.resident())
+        def mark(part: str) -> None:
+            if self.stage.device.type == "cuda":
+                torch.cuda.synchronize(self.stage.device)
+            times.append(time.perf_counter())
+            found[part] = found.get(part, 0.0) + 1e3 * (times[-1] - times[-2])
 
-
-class OursStored(Step):
-    """Rows and targets as `SFRCollator` makes them, from a store, moved to the device."""
-
-    def __init__(self, stage: Stage):
-        from sfr_kernels import SFRLoss, attach
-        from sfr_kernels.training.guard import unwatch
-
-        self.config = stage.shape.config
-        model, head = stage.copy(), stage.head(self.config)
-        self.source = self._source(stage)
-        unwatch(attach(model, SFRLoss(self.config, head), self.source))
-        super().__init__(stage, model, head)
-
-    def _source(self, stage: Stage):
-        return stage.batches.store
-
-    def _collated(self, batch: Batch, sample_ids: list[int] | None) -> dict:
-        from sfr_kernels.targets.collator import sfr_inputs
-
-        shape = self.stage.shape
-        lengths = [shape.length] * shape.batch
-        rows = sfr_inputs(batch.host, sample_ids, self.config, self.source, lengths=lengths)["rows"]
-        rows = rows.pin_memory() if self.stage.device.type == "cuda" else rows
-        return {"rows": rows.to(self.stage.device)}
-
-    def targets(self, batch: Batch, mark: Callable[[str], None] = unmarked) -> dict:
-        found = self._collated(batch, batch.sample_ids)
-        mark(TARGETS)
+        with self.model.get_output_embeddings().register_forward_pre_hook(lambda module, args: mark(FORWARD)):
+            times.append(time.perf_counter())
+            self.run(mark)
         return found
 
-    def loss(self, batch: Batch, targets: dict) -> list[Tensor]:
-        out = self.model(**batch.inputs, **targets, seed=batch.index)
+    def resident_bytes(self) -> int:
+        """What stays in memory between its steps, where it is the only one; what is shared, once."""
+        held = [m.state_dict() for m in (self.stage.model, self.head, self.encoder) if m is not None]
+        held += [state for optimizer in self.optimizers for state in optimizer.state.values()]
+        storages = [t.untyped_storage() for tensors in held for t in tensors.values()]
+        return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def sft(stage: Stage, **objective) -> Step:
+    model = stage.copy(**objective)
+    return Step(stage, model, lambda batch, targets: [model(**batch.inputs).loss])
+
+
+def ours(stage: Stage, online: bool = False) -> Step:
+    """Rows and targets as `SFRCollator` makes them, moved to the device; online its texts, embedded beside the forward.
+    One text alone is remembered: in training every one is new, here the batches come again."""
+    from sfr_kernels import SFRLoss
+    from sfr_kernels.targets import OnlineTargets, build_targets
+    from sfr_kernels.targets.collator import sfr_inputs
+
+    encoder, config, (_, b, length) = stage.make_encoder(), stage.config, stage.columns["labels"].shape
+    if online:
+        source = OnlineTargets(encoder, stage.tokenizer, capacity=1)
+    else:
+        stage.folder = tempfile.TemporaryDirectory()  # goes with the stage
+        samples = [{"labels": row.tolist()} for row in stage.columns["labels"].flatten(0, 1)]
+        source = build_targets(samples, config, stage.tokenizer, encoder, folder=stage.folder.name, progress=False)
+    head = stage.head(config)
+    model = stage.copy(SFRLoss(config, head), source)
+
+    def targets(batch: Batch, mark: Mark = unmarked):
+        ids = None if online else list(range(batch.index * b, (batch.index + 1) * b))
+        rows = sfr_inputs(batch.host, ids, config, source, lengths=[length] * b)["rows"]
+        rows = (rows.pin_memory() if stage.device.type == "cuda" else rows).to(stage.device)
+        mark(TARGETS)
+        return rows
+
+    def loss(batch: Batch, rows) -> list[Tensor]:
+        out = model(**batch.inputs, rows=rows, seed=batch.index)
         return [out.loss, out.ce_loss, out.flow_loss]
 
-    def embeddings(self, targets: dict) -> Tensor:
-        """(A, d), for the reference."""
-        return targets["rows"].targets
+    embed = (lambda texts: source.start(texts, stage.device).wait()) if online else None
+    return Step(stage, model, loss, targets, head, config, encoder if online else None, embed)
 
 
-class OursOnline(OursStored):
-    """Texts as `SFRCollator` makes them, embedded beside the decoder's forward. It remembers a single segment: in
-    training every text is new, here the batches come again."""
+def published(stage: Stage) -> Step:
+    """It sees the lm_head's input: asking the model for all hidden states would keep every layer's alive, and is not
+    held against it."""
+    model, config, encoder, seen = stage.copy(), stage.official, stage.make_encoder(), []
+    make = PublishedTargets(encoder, stage.tokenizer, config, stage.dtype)
+    sizes = stage.shape.trunk.hidden_size, stage.shape.encoder.hidden_size, config.width, config.num_layers
+    head = PublishedFlowLoss(*sizes).to(stage.device, stage.dtype)
+    head.load_state_dict(stage.head(config).state_dict())
+    model.get_output_embeddings().register_forward_pre_hook(lambda module, args: seen.append(args[0]))
 
-    def _source(self, stage: Stage):
-        from sfr_kernels.targets import OnlineTargets
+    def targets(batch: Batch, mark: Mark = unmarked) -> tuple[Tensor, Tensor]:
+        return make(batch.inputs["labels"], mark)
 
-        self.encoder = stage.encoder
-        return OnlineTargets(self.encoder, stage.tokenizer, capacity=1)
+    def loss(batch: Batch, targets: tuple[Tensor, Tensor]) -> list[Tensor]:
+        ce = model(**batch.inputs).loss
+        flow = head(seen.pop(), *targets)
+        return [ce + config.flow_weight * flow, ce, flow]
 
-    def targets(self, batch: Batch, mark: Callable[[str], None] = unmarked) -> dict:
-        found = self._collated(batch, None)
-        mark(TARGETS)
-        return found
-
-    def embeddings(self, targets: dict) -> Tensor:
-        return self.source.start(targets["rows"].targets, self.stage.device).wait()
-
-
-class Published(Step):
-    """The published loss, its targets made by `make`. It sees the lm_head's input: asking the model for all hidden
-    states would keep every layer's alive, and is not held against it."""
-
-    def __init__(self, stage: Stage, make: SuffixTargets | None):
-        self.config, self.make = stage.shape.official, make
-        self.encoder = None if make is None else make.encoder
-        ours, s = stage.head(self.config), stage.shape
-        head = PublishedFlowLoss(s.trunk.hidden_size, s.encoder.hidden_size, self.config.width, self.config.num_layers)
-        head.load_state_dict(ours.state_dict())
-        super().__init__(stage, stage.copy(), head.to(stage.device, stage.dtype))
-        self.seen = SimpleNamespace(hidden=None)
-        self.lm_head.register_forward_pre_hook(lambda module, args, seen=self.seen: setattr(seen, "hidden", args[0]))
-
-    def targets(self, batch: Batch, mark: Callable[[str], None] = unmarked) -> tuple[Tensor, Tensor]:
-        return self.make(batch.inputs["labels"], mark)
-
-    def loss(self, batch: Batch, targets: tuple[Tensor, Tensor]) -> list[Tensor]:
-        ce = self.model(**batch.inputs).loss
-        hidden, self.seen.hidden = self.seen.hidden, None
-        flow = self.head(hidden, *targets)
-        return [ce + self.config.flow_weight * flow, ce.detach(), flow.detach()]
+    return Step(stage, model, loss, targets, head, config, encoder, lambda texts: make.embed(texts, stage.device))
 
 
-class PublishedGiven(Published):
-    """Its targets are there, the same random ones for every batch."""
-
-    def __init__(self, stage: Stage):
-        super().__init__(stage, None)
-        labels = stage.batches.hosts[0]["labels"]  # all batches are supervised at the same places
-        size = *labels.shape, stage.shape.encoder.hidden_size
-        x_1 = F.normalize(torch.randn(size, generator=torch.Generator().manual_seed(3)), dim=-1)
-        x_1 *= (labels != IGNORE_INDEX).unsqueeze(-1)
-        weight = SuffixTargets(None, None, self.config, stage.dtype).weights(labels)
-        self.given = x_1.to(stage.device, stage.dtype), weight.to(stage.device)
-
-    def targets(self, batch: Batch, mark: Callable[[str], None] = unmarked) -> tuple[Tensor, Tensor]:
-        return self.given
-
-    def resident(self) -> list[Tensor]:
-        return [*super().resident(), *self.given]
-
-
-def _sft_ours(stage: Stage) -> Step:
-    from sfr_kernels import attach
-    from sfr_kernels.training.guard import unwatch
-
-    model = attach(stage.copy(), objective="ce")
-    unwatch(model)
-    return Step(stage, model)
-
-
-def _published(kind: type[SuffixTargets]) -> Callable[[Stage], Published]:
-    def build(stage: Stage) -> Published:
-        return Published(stage, kind(stage.encoder, stage.tokenizer, stage.shape.official, stage.dtype))
-
-    return build
-
-
-STEPS: dict[str, Callable[[Stage], Step]] = {
-    SFT_HF: lambda stage: Step(stage, stage.copy()),
-    SFT_OURS: _sft_ours,
-    PUBLISHED: _published(SuffixTargets),
-    PUBLISHED_LOOPS: _published(LoopedSuffixTargets),
-    PUBLISHED_GIVEN: PublishedGiven,
-    SFR_STORED: OursStored,
-    SFR_ONLINE: OursOnline,
-}
-OURS = SFT_OURS, SFR_STORED, SFR_ONLINE
-ENCODING = PUBLISHED, PUBLISHED_LOOPS, SFR_ONLINE  # in the step
+SFT_HF, SFT_OURS, PUBLISHED = "SFT, HF's loss", "SFT, ours", "SFR, as published"
+SFR_STORED, SFR_ONLINE = "SFR, ours, stored targets", "SFR, ours, online targets"
+fused, online = functools.partial(sft, objective="ce"), functools.partial(ours, online=True)
+STEPS = {SFT_HF: sft, SFT_OURS: fused, PUBLISHED: published, SFR_STORED: ours, SFR_ONLINE: online}
