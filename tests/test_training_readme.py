@@ -15,6 +15,8 @@ def test_every_error_of_the_guard_is_explained():
 
 
 def test_the_table_of_settings_is_what_the_tests_show():
+    for package in ("datasets", "trl", "lightning"):
+        pytest.importorskip(package)
     assert settings.main(["--check"]) == 0
 
 

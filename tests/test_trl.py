@@ -7,6 +7,10 @@ import sys
 
 import pytest
 import torch
+
+pytest.importorskip("datasets")
+pytest.importorskip("trl")
+
 from corpora import HashEncoder
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model

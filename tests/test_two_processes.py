@@ -7,6 +7,9 @@ from dataclasses import fields
 
 import pytest
 import torch
+
+pytest.importorskip("trl")
+
 from accelerate.state import AcceleratorState
 from tiny import CONFIG, SIZES, pad, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments

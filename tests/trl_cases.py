@@ -5,7 +5,12 @@ import itertools
 import math
 import random
 
+import pytest
 import torch
+
+pytest.importorskip("datasets")
+pytest.importorskip("trl")
+
 from corpora import HashEncoder
 from datasets import Dataset
 from operations import Operations
