@@ -4,7 +4,7 @@ Ours are judged at times and with an upstream gradient that make errors show; an
 same as float64 to a sixteenth. They are bounded by their matrix products and by what lies between them (limit.py).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +16,7 @@ from sfr_kernels.rows import IGNORE_INDEX
 
 from .case import GRAPH, LIMIT, MAIN, MORE, OURS, PRODUCTS, SWEEP, WHOLE, Case, Gemm, Run, Suite, Work
 from .limit import bytes_of, gemms_of
-from .oracle import FACTOR, Oracle
+from .oracle import Oracle
 from .peers import cross_entropy, flow
 from .peers.cross_entropy import COMPILED, EAGER, EAGER_ROWS, LIBRARIES, TORCH
 from .peers.flow import WITH_HEAD
@@ -27,8 +27,6 @@ MODELS = {  # H and V of the public configurations
     "Llama-3-8B": (4096, 128256), "Qwen3-0.6B": (1024, 151936), "Qwen3-1.7B": (2048, 151936),
     "Gemma-3-4B": (2560, 262208), "SmolLM2-135M": (576, 49152),
 }  # fmt: skip
-LITTLE = "little memory"
-LITTLE_FACTOR = 3.0  # of eager's error, where dW is accumulated in 16 bit: every chunk rounds it once more
 APART = "one after the other"  # our two losses in turn
 LIBRARIES_WITH_HEAD = tuple(name + WITH_HEAD for name in (TORCH, *LIBRARIES))
 ENTERED = {
@@ -61,7 +59,6 @@ def _on_gpu() -> Iterable[Case]:
         joint = {"of products": 1.10, f"of {APART}": 1.0}
         yield _case(JOINT, llama, 8192, frozen=frozen, goals=joint, worth=MORE if frozen else WHOLE)
         yield _case(JOINT, "Qwen3-0.6B", 8192, frozen=frozen, goals=joint)
-    yield _case(CE, llama, 8192, note=LITTLE, goals={"of products": 1.25, "lm_heads": 0.3}, providers=OURS)
     yield _case(FLOW, (4096, 0), 8192, 0.75, worth=MAIN)
     yield _case(FLOW, (4096, 0), 1024, 0.75, length=512, goals={"ms": 0.25})  # launching is what it costs
     yield _case(FLOW, (4096, 0), 8192, 1.0)
@@ -89,10 +86,9 @@ def _on_cpu() -> Iterable[Case]:
             main = not frozen and n == 512
             yield _case(CE, **own, goals=fast, providers=("torch", EAGER, EAGER_ROWS), worth=MAIN if main else MORE)
             yield _case(JOINT, **own, goals={"of peer": 1.0}, providers=("torch", EAGER), worth=WHOLE if main else MORE)
+        own = small | dict(tokens=512, length=256, frozen=frozen, goals={"of eager": 1.0})
         for share in (0.1, 0.25, 0.5, 1.0):
-            yield _curve("supervised", CE, **small | dict(tokens=512, length=256, frozen=frozen), supervised=share,
-                         goals={} if share == 0.25 else {"of eager": 1.0},
-                         providers=("torch", EAGER, EAGER_ROWS))  # fmt: skip
+            yield _curve("supervised", CE, **own, supervised=share, providers=("torch", EAGER, EAGER_ROWS))
     for n in (512, 2048):
         for share in (0.5, 1.0):
             yield _case(FLOW, **small | dict(tokens=n, length=n // 2, supervised=share), goals={"of peer": 1.0},
@@ -104,24 +100,22 @@ def _curve(axis: str, op: str, model, tokens: int, supervised: float = 0.5, **op
     return _case(op, model, tokens, supervised, axes=(axis,), worth=SWEEP, **options)
 
 
-def _case(
-    op: str, model: str | tuple[int, int], tokens: int, supervised: float = 0.5, *, frozen: bool = False,
-    length: int = 2048, target_size: int = 1024, dtype: torch.dtype = BF16, note: str = "",
-    goals: dict | None = None, providers: tuple[str, ...] | None = None, **options,
-) -> Case:  # fmt: skip
+def _case(op: str, model: str | tuple[int, int], tokens: int, supervised: float = 0.5, *, frozen: bool = False,
+          length: int = 2048, target_size: int = 1024, dtype: torch.dtype = BF16, goals: dict | None = None,
+          providers: tuple[str, ...] | None = None, **options) -> Case:  # fmt: skip
     name, (hidden_size, vocab) = (model, MODELS[model]) if isinstance(model, str) else (None, model)
     vocab, length = 0 if op == FLOW else vocab, min(length, tokens)
     shape = Shape(tokens // length, length, hidden_size, supervised, vocab, frozen, target_size)
-    words = [name] if name else [f"H {hidden_size}", *([f"V {vocab}"] if vocab else [])]
-    words += [
+    words = [
+        name or f"H {hidden_size}" + f", V {vocab}" * bool(vocab),
         f"{tokens} tokens",
         f"{supervised:.0%} supervised",
-        *(["frozen" if frozen else "trained"] if vocab else []),
     ]
+    label = ", ".join(words + ["frozen" if frozen else "trained"] * bool(vocab))
     sizes = dict(model=name, tokens=tokens, hidden_size=hidden_size, vocab=vocab, supervised=supervised, frozen=frozen,
-                 target_size=target_size, width=shape.width, note=note)  # fmt: skip
-    return Case(op, ", ".join(words), sizes, dtype, shape,
-                goals=dict.fromkeys(OURS, goals or {}), providers=providers or ENTERED[op], **options)  # fmt: skip
+                 target_size=target_size, width=shape.width)  # fmt: skip
+    options |= dict(goals=dict.fromkeys((*OURS, APART), goals or {}), providers=providers or ENTERED[op])
+    return Case(op, label, sizes, dtype, shape, **options)
 
 
 def providers(device: torch.device) -> dict[str, str | None]:
@@ -136,36 +130,31 @@ def providers(device: torch.device) -> dict[str, str | None]:
 
 
 def make(case: Case, device: torch.device) -> Work:
-    small, op = case.sizes["note"] == LITTLE, "flow_matching_loss" if case.op == FLOW else case.op
-    problem = Problem(op, case.shape, case.dtype, device, small=small, published=case.op != CE)
-    apart = "triton" if device.type == "cuda" else "torch"
+    op, on_its_own = "flow_matching_loss" if case.op == FLOW else case.op, case.op == CE  # draws nothing
+    problem = Problem(op, case.shape, case.dtype, device, published=not on_its_own)
     oracles: dict[str, Oracle] = {}
 
-    def loss_of(name: str) -> Callable[[bool], Tensor]:  # of ours: (judged) → loss
+    def ours(name: str, judged: bool) -> Tensor:
         if name == APART:
-            return lambda judged: problem.apart(apart, judged=judged)
-        return lambda judged: problem.loss(name, judged=judged)
+            return problem.apart("triton" if device.type == "cuda" else "torch", judged=judged)
+        return problem.loss(name, judged=judged)
 
     def run_of(name: str) -> Run:
         if name in (*OURS, APART):
-            loss = loss_of(name)
-            return lambda: problem.with_gradients(loss(False))
-        return (cross_entropy if case.op == CE else flow).run_of(problem, name)
+            return lambda: problem.with_gradients(ours(name, False))
+        return (cross_entropy if on_its_own else flow).run_of(problem, name)
 
     def judge(name: str, run: Run) -> dict:
         if not oracles:
             oracles["judged"] = Oracle.of(problem)
         if name not in (*OURS, APART):  # a peer that draws noise of its own is given ours
-            found = run() if case.op == CE else flow.run_of(problem, name, judged=True)()
-            return oracles["judged"].peer_verdict(found, UPSTREAM if case.op == CE else 1.0)
+            found = run() if on_its_own else flow.run_of(problem, name, judged=True)()
+            return oracles["judged"].peer_verdict(found, UPSTREAM if on_its_own else 1.0)
         if "timed" not in oracles:  # at the times that the call draws
             problem.redraw(0)
-            drawn = case.op != CE
-            oracles["timed"] = (
-                Oracle(["loss", *problem.leaves], problem.exact(judged=False), None) if drawn else oracles["judged"]
-            )
-        judged = problem.with_gradients(loss_of(name)(True), UPSTREAM)
-        fields = oracles["judged"].verdict(judged, LITTLE_FACTOR if small else FACTOR)
+            drawn = None if on_its_own else Oracle(["loss", *problem.leaves], problem.exact(judged=False), None)
+            oracles["timed"] = drawn or oracles["judged"]
+        fields = oracles["judged"].verdict(problem.with_gradients(ours(name, True), UPSTREAM))
         oracles["timed"].peer_verdict(run(), UPSTREAM)
         return fields
 
@@ -182,10 +171,11 @@ def factors_of(problem: Problem) -> dict[Gemm, tuple[Tensor, Tensor]]:
     if problem.weight is None:
         return {}
     with torch.no_grad():
-        rows = problem.rows.rows[problem.rows.ce_start :] if problem.op == JOINT else None
-        labels = problem.labels.flatten() if rows is None else problem.rows.labels[problem.rows.ce_start :]
-        rows = (labels != IGNORE_INDEX).nonzero().squeeze(1) if rows is None else rows
-        labels = labels[labels != IGNORE_INDEX]
+        labels, joint = problem.labels.flatten(), problem.rows
+        rows = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+        labels = labels[rows]
+        if problem.op == JOINT:  # which predicts the next token
+            rows, labels = joint.rows[joint.ce_start :], joint.labels[joint.ce_start :]
         h, w = problem.hidden.detach().flatten(0, 1)[rows], problem.weight.detach()
         dlogits = h @ w.T
         weight = torch.full((len(labels),), 1.0 / len(labels), dtype=torch.float32, device=h.device)

@@ -64,9 +64,8 @@ class Copy:
         half = size // 2
         self.bytes = 2 * half
         self.times, self.rest = divmod(half, ROOM)
-        self.source, self.target = (
-            torch.randint(256, (min(half, ROOM),), dtype=torch.uint8, device=device) for _ in range(2)
-        )
+        self.source = torch.randint(256, (min(half, ROOM),), dtype=torch.uint8, device=device)
+        self.target = torch.empty_like(self.source)
 
     def __call__(self) -> None:
         for _ in range(self.times):

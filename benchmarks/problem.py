@@ -59,13 +59,9 @@ class Problem:
     """Inputs of `op` in `dtype` on `device`, each sequence a prompt without loss and then a response. `run` is forward
     and backward through the public function."""
 
-    def __init__(
-        self, op: str, shape: Shape, dtype: torch.dtype, device: torch.device, *, small=False, published=False
-    ):
-        """small: what keeps least memory, small chunks and dW accumulated in its own dtype. published: what the
-        published head does, h unscaled and a time per sequence."""
+    def __init__(self, op: str, shape: Shape, dtype: torch.dtype, device: torch.device, published: bool = False):
+        """published: as the published head does it, h unscaled and a time per sequence."""
         self.op, self.shape, self.dtype, self.device = op, shape, dtype, device
-        self.memory = dict(chunk_rows=shape.hidden_size // 8, accum_dtype=dtype) if small else {}
         self.config = shape.config(**dict(hidden_scale=1.0) if published else {})
         size, g = (shape.batch, shape.length), torch.Generator().manual_seed(0)
         self.labels = torch.randint(shape.vocab or 2, size, generator=g)
@@ -121,7 +117,7 @@ class Problem:
             return self._cross_entropy(self.labels, backend)
         if self.op == "flow_matching_loss":
             return self._flow(backend, judged)
-        return sfr_loss(self.hidden, self.weight, **self._options(backend, judged), **self.memory).loss
+        return sfr_loss(self.hidden, self.weight, **self._options(backend, judged)).loss
 
     def apart(self, backend: str, *, judged: bool = False) -> Tensor:
         """The joint loss as its two parts, one after the other."""
@@ -133,7 +129,7 @@ class Problem:
         return dict(head=self.head, targets=self.targets) | times | common
 
     def _cross_entropy(self, labels: Tensor | SupervisedRows, backend: str) -> Tensor:
-        options = dict(normalizer=self.normalizer, backend=backend) | self.memory
+        options = dict(normalizer=self.normalizer, backend=backend)
         return linear_cross_entropy(self.hidden, self.weight, labels, **options)
 
     def _flow(self, backend: str, judged: bool) -> Tensor:

@@ -57,7 +57,7 @@ class Candidate:
         end.record()
         torch.cuda.synchronize(device)
         one = before.elapsed_time(begin) / self.flushes
-        self.flushes = max(self.flushes, math.ceil(1.5 * min(issued, FLUSH_AT_MOST) / one))
+        self.flushes = max(1, math.ceil(1.5 * min(issued, FLUSH_AT_MOST) / one))  # next time
         return begin.elapsed_time(end), issued
 
 
