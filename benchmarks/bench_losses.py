@@ -106,12 +106,8 @@ def _case(op: str, model: str | tuple[int, int], tokens: int, supervised: float 
     name, (hidden_size, vocab) = (model, MODELS[model]) if isinstance(model, str) else (None, model)
     vocab, length = 0 if op == FLOW else vocab, min(length, tokens)
     shape = Shape(tokens // length, length, hidden_size, supervised, vocab, frozen, target_size)
-    words = [
-        name or f"H {hidden_size}" + f", V {vocab}" * bool(vocab),
-        f"{tokens} tokens",
-        f"{supervised:.0%} supervised",
-    ]
-    label = ", ".join(words + ["frozen" if frozen else "trained"] * bool(vocab))
+    label = name or f"H {hidden_size}" + f", V {vocab}" * bool(vocab)
+    label += f", {tokens} tokens, {supervised:.0%} supervised" + (", frozen" if frozen else ", trained") * bool(vocab)
     sizes = dict(model=name, tokens=tokens, hidden_size=hidden_size, vocab=vocab, supervised=supervised, frozen=frozen,
                  target_size=target_size, width=shape.width)  # fmt: skip
     options |= dict(goals=dict.fromkeys((*OURS, APART), goals or {}), providers=providers or ENTERED[op])

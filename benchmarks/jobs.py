@@ -44,7 +44,7 @@ class Ended:
 
 class _Process:
     def __init__(self, job: Job, context):
-        self.job, self.listening, self.raised, self.stopped, self.kill_at = job, True, None, None, 0.0
+        self.job, self.listening, self.raised, self.stopped, self.kill_at = job, True, None, None, math.inf
         self.pipe, theirs = context.Pipe(duplex=False)
         self.process = context.Process(target=_work, args=(job, theirs), name=job.name)
         self.process.start()
@@ -54,22 +54,22 @@ class _Process:
     def told(self) -> Iterator[tuple[Job, dict]]:
         try:
             while self.listening and self.pipe.poll():
-                content = self.pipe.recv()
-                self.heard = time.monotonic()
-                if isinstance(content, str):
-                    self.raised = content
-                else:
+                content, self.heard = self.pipe.recv(), time.monotonic()
+                if isinstance(content, dict):
                     yield self.job, content
+                else:
+                    self.raised = content
         except (EOFError, OSError):
             self.listening = False
 
     def check(self, until: float) -> None:
         """Stops it where its time is up."""
         now, job = time.monotonic(), self.job
+        if now > self.kill_at:
+            self.signal(signal.SIGKILL)
         if self.stopped is not None:
-            if now > self.kill_at:
-                self.signal(signal.SIGKILL)
-        elif now > until:
+            return
+        if now > until:
             self.stop("the deadline, stopped")
         elif now - self.began > job.limit:
             self.stop(f"time limit of {job.limit:g} s, stopped")

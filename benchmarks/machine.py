@@ -26,38 +26,32 @@ def described(device: torch.device) -> dict:
     if (ROOT / ".git").exists():
         sha = _output("git", "rev-parse", "HEAD")
         modified = bool(_output("git", "status", "--porcelain", "--untracked-files=no")) if sha else None
+    there = {found.name: found.version for found in metadata.distributions()}
     versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
-    there = {d.name: d.version for d in metadata.distributions()}
     versions |= {name.removesuffix("-kernels").replace("-", "_"): there.get(name) for name in PACKAGES}
-    date = datetime.now(UTC).isoformat(timespec="seconds")
-    return dict(date=date, version=__version__, revision=sha, modified=modified, device=device_of(device),
-                versions=versions)  # fmt: skip
+    return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), version=__version__, revision=sha,
+                modified=modified, device=device_of(device), versions=versions)  # fmt: skip
 
 
 def device_of(device: torch.device) -> dict:
     """Name, capability, memory, driver and clocks; of a CPU its name and threads."""
-    found = dict(name=_cpu_name(), kind="cpu", capability=None, memory_bytes=None, driver=None, clocks=None)
-    found["threads"] = torch.get_num_threads()
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found |= dict(name=properties.name, kind="cuda", capability=f"{properties.major}.{properties.minor}")
-        found |= dict(memory_bytes=properties.total_memory, driver=_query("driver_version"), clocks=clocks())
-    return found
+        it = torch.cuda.get_device_properties(device)
+        found = dict(name=it.name, capability=f"{it.major}.{it.minor}", memory_bytes=it.total_memory)
+        found |= dict(driver=_query("driver_version"), clocks=clocks())
+    else:
+        info = Path("/proc/cpuinfo")
+        name = re.search(r"^model name\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.M)
+        name = name[1].strip() if name else platform.processor() or platform.machine()
+        found = dict(name=name, capability=None, memory_bytes=None, driver=None, clocks=None)
+    return found | dict(kind=device.type, threads=torch.get_num_threads())
 
 
 def clocks() -> dict[str, float | None] | None:
     """What the GPU runs at this moment, and what it may; None where nvidia-smi does not say."""
     line = _query(",".join(CLOCKS.values()))
-    if line is None:
-        return None
-    numbers = [float(text) if re.fullmatch(r"\s*[\d.]+\s*", text) else None for text in line.split(",")]
-    return dict(zip(CLOCKS, numbers, strict=False))
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text() if info.exists() else "", re.M)
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    numbers = [float(text) if re.fullmatch(r"\s*[\d.]+\s*", text) else None for text in (line or "").split(",")]
+    return dict(zip(CLOCKS, numbers, strict=False)) if line else None
 
 
 def _query(fields: str) -> str | None:
