@@ -112,7 +112,7 @@ def softmax_xent(x: Inputs) -> Call:
         return F.cross_entropy(z.float(), y, reduction="sum")
 
     def peer(name: str) -> Run:
-        function = torch.compile(eager, dynamic=False) if name == COMPILED else eager
+        function = compiled(name, eager)
         if name == "Liger":
             from liger_kernel.transformers.functional import liger_cross_entropy
 
@@ -148,9 +148,8 @@ def flow_path(x: Inputs) -> Call:
         t = times[index].unsqueeze(1)
         return [((1 - t) * x_0 + t * x_1).to(x.dtype), (x_1 - x_0).to(x.dtype)]
 
-    return Call(lambda k: [*k.flow_path(path, x.dtype)], ("x_t", "u"),
-                (2 * x.n + anchors) * x.width * x.dtype.itemsize, path,
-                lambda name: torch.compile(eager, dynamic=False) if name == COMPILED else eager,
+    size = (2 * x.n + anchors) * x.width * x.dtype.itemsize
+    return Call(lambda k: [*k.flow_path(path, x.dtype)], ("x_t", "u"), size, path, lambda name: compiled(name, eager),
                 judged=lambda: eager(reference.gaussian_noise(seed, identity, x.width).float()))  # fmt: skip
 
 
@@ -164,8 +163,7 @@ def flow_mse(x: Inputs) -> Call:
         return loss, (loss * coefficient).sum()
 
     def peer(name: str) -> Run:
-        given = source.detach().clone().requires_grad_()
-        function = torch.compile(eager, dynamic=False) if name == COMPILED else eager
+        given, function = source.detach().clone().requires_grad_(), compiled(name, eager)
 
         def run() -> list[Tensor]:
             loss, total = function(given)
@@ -178,57 +176,49 @@ def flow_mse(x: Inputs) -> Call:
                 restore=lambda: v.copy_(source))  # fmt: skip
 
 
-def _norm(name: str) -> Callable[..., Tensor]:
+def norm_act(x: Inputs, backward: bool = False) -> Call:
+    """LayerNorm, SiLU and the residual sum, forward; or backward, with the sums over rows for γ, β and the bias. Peers
+    keep their statistics to themselves."""
+    y, other, gamma, beta = x.normal(x.n, x.width), x.normal(x.n, x.width), x.normal(x.width), x.normal(x.width)
+    mean, rstd = y.to(x.wide).mean(1), y.to(x.wide).var(1, correction=0).add(EPS).rsqrt()
+    dy = torch.empty_like(y)
+
     def eager(y: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor) -> Tensor:
         return F.silu(F.layer_norm(y, y.shape[1:], gamma, beta, EPS)) + residual
 
-    if name == "Liger":
-        from liger_kernel.transformers.functional import liger_layer_norm
-
-        return lambda y, gamma, beta, residual: F.silu(liger_layer_norm(y, gamma, beta, EPS)) + residual
-    return torch.compile(eager, dynamic=False) if name == COMPILED else eager
-
-
-def _norm_inputs(x: Inputs) -> list[Tensor]:
-    """y, residual or dout (n, D); γ, β (D,); μ, ρ (n,)."""
-    y, other = (x.normal(x.n, x.width) for _ in range(2))
-    wide = y.to(x.wide)
-    return [y, other, x.normal(x.width), x.normal(x.width), wide.mean(1), wide.var(1, correction=0).add(EPS).rsqrt()]
-
-
-def norm_act(x: Inputs) -> Call:
-    """LayerNorm, SiLU and the residual sum. Peers keep their statistics to themselves."""
-    y, residual, gamma, beta, mean, rstd = _norm_inputs(x)
-
     def peer(name: str) -> Run:
-        function = _norm(name)
-        return torch.no_grad()(lambda: [function(y, gamma, beta, residual), mean, rstd])
+        function = compiled(name, eager)
+        if name == "Liger":
+            from liger_kernel.transformers.functional import liger_layer_norm
 
-    return Call(lambda k: list(k.norm_act(y, gamma, beta, residual=residual)), ("out", "mean", "rstd"), 3 * y.nbytes, y,
+            def function(y: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor) -> Tensor:
+                return F.silu(liger_layer_norm(y, gamma, beta, EPS)) + residual
+
+        if not backward:
+            return torch.no_grad()(lambda: [function(y, gamma, beta, other), mean, rstd])
+        inputs = [t.detach().clone().requires_grad_() for t in (y, gamma, beta)]
+
+        def run() -> list[Tensor]:
+            grads = torch.autograd.grad(out, inputs, other, retain_graph=True)
+            return [*grads, grads[0].sum(0, keepdim=True, dtype=torch.float32)]
+
+        # a graph that is gone through many times must keep its buffers; the first time compiles
+        with torch._functorch.config.patch(donated_buffer=False):
+            out = function(*inputs, torch.zeros_like(y))
+            run()
+        return run
+
+    if backward:
+        return Call(lambda k: list(k.norm_act_backward(other, y, gamma, beta, mean, rstd, dy=dy)),
+                    ("dy", "dgamma", "dbeta", "dbias"), 3 * y.nbytes, other, peer)  # fmt: skip
+    return Call(lambda k: list(k.norm_act(y, gamma, beta, residual=other)), ("out", "mean", "rstd"), 3 * y.nbytes, y,
                 peer)  # fmt: skip
 
 
-def norm_act_backward(x: Inputs) -> Call:
-    """Its backward, with the sums over rows for γ, β and the bias."""
-    y, dout, gamma, beta, mean, rstd = _norm_inputs(x)
-    dy = torch.empty_like(y)
-
-    def peer(name: str) -> Run:
-        inputs = [t.detach().clone().requires_grad_() for t in (y, gamma, beta)]
-        # a graph that is gone through many times must keep its buffers
-        with torch._functorch.config.patch(donated_buffer=False):
-            out = _norm(name)(*inputs, torch.zeros_like(y))
-
-            def run() -> list[Tensor]:
-                grads = torch.autograd.grad(out, inputs, dout, retain_graph=True)
-                return [*grads, grads[0].sum(0, keepdim=True, dtype=torch.float32)]
-
-            run()  # compiles
-        return run
-
-    return Call(lambda k: list(k.norm_act_backward(dout, y, gamma, beta, mean, rstd, dy=dy)),
-                ("dy", "dgamma", "dbeta", "dbias"), 3 * y.nbytes, dout, peer)  # fmt: skip
+def compiled(name: str, function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False) if name == COMPILED else function
 
 
-CALLS = {SOFTMAX: softmax_xent, PATH: flow_path, MSE: flow_mse, NORM: norm_act, NORM_BACKWARD: norm_act_backward}
+CALLS = {SOFTMAX: softmax_xent, PATH: flow_path, MSE: flow_mse, NORM: norm_act,
+         NORM_BACKWARD: partial(norm_act, backward=True)}  # fmt: skip
 SUITE = Suite(cases, make, providers, bounds=(LIMIT,))

@@ -32,7 +32,7 @@ from .race import MAKING, race
 
 BENCHES = tuple(f"{__package__}.bench_{what}" for what in ("kernels", "losses", "training_step", "targets",
                                                            "experiments"))  # fmt: skip
-SILENCE = 120.0  # seconds for which a provider may run before that is called hanging
+SILENCE = 300.0  # seconds for which a provider may run before that is called hanging
 
 
 def suite_of(bench: str) -> Suite:
