@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import (
     SEED,
-    Case,
+    LossCase,
     assert_same,
     embed,
     evaluate,
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = pytest.mark.parametrize("preset", ["default", "official"])
 
 
-def our_flow(case: Case, **overrides):
+def our_flow(case: LossCase, **overrides):
     """x → the library's loss on the case."""
 
     def run(x):
@@ -39,7 +39,7 @@ def our_flow(case: Case, **overrides):
     return run
 
 
-def check(case: Case, **overrides) -> dict[str, torch.Tensor]:
+def check(case: LossCase, **overrides) -> dict[str, torch.Tensor]:
     exact = evaluate(reference_flow(case, **overrides), case.inputs(), upstream=-1.7)
     assert_same(evaluate(our_flow(case, **overrides), case.inputs(), upstream=-1.7), exact)
     return exact
@@ -100,7 +100,7 @@ def test_no_rows_is_an_exact_zero_still_connected(loss, preset):
             assert p.grad is not None and p.grad.shape == p.shape and not p.grad.any()
 
 
-def sixteen_bit_case(preset: str) -> Case:
+def sixteen_bit_case(preset: str) -> LossCase:
     """Enough rows for errors to be statistics, and times and angles that 16 bit can hold, or eager would drown in t."""
     case = make_case(
         small_config(preset, time_scale=1.0, width=40), length=41, hidden_size=32, target_size=24, vocab=23

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import (
     LEAVES,
-    Case,
+    LossCase,
     assert_same,
     embed,
     evaluate,
@@ -29,17 +29,17 @@ KINDS = [(loss, preset) for loss in ("flow", "mse", "cosine", "cka") for preset 
 KINDS = pytest.mark.parametrize("loss, preset", [*KINDS, ("mtp", "default")])
 
 
-def output(case: Case, x: SimpleNamespace, **overrides):
+def output(case: LossCase, x: SimpleNamespace, **overrides):
     options = dict(bias=x.bias, seed=case.seed, config=case.config) | case.options | overrides
     return sfr_loss(x.hidden, x.weight, x.head, case.rows, case.targets, **options)
 
 
-def ours(case: Case, **overrides):
+def ours(case: LossCase, **overrides):
     """x → the library's loss on the case."""
     return lambda x: output(case, x, **overrides).loss
 
 
-def check(case: Case, **overrides) -> dict[str, torch.Tensor]:
+def check(case: LossCase, **overrides) -> dict[str, torch.Tensor]:
     exact = evaluate(reference_sfr(case, **overrides), case.inputs(), upstream=-1.7)
     assert_same(evaluate(ours(case, **overrides), case.inputs(), upstream=-1.7), exact)
     return exact
@@ -60,7 +60,7 @@ def test_every_kind_in_float64(loss, preset):
     check(case, bias=None, flow_weight=torch.tensor(0.0, dtype=torch.float64), normalizer=torch.tensor(31.0).double())
 
 
-def sized_case(preset: str, **options) -> Case:
+def sized_case(preset: str, **options) -> LossCase:
     """Enough rows for errors to be statistics, and times and angles that 16 bit can hold, or eager would drown in t."""
     config = small_config(preset, time_scale=1.0, width=40, flow_weight=0.5)
     case = make_case(config, length=41, hidden_size=32, target_size=24, vocab=83)
@@ -175,7 +175,7 @@ def test_statistics_are_of_the_rows_with_cross_entropy_and_change_nothing(loss):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-def multi_token_prediction(case: Case, x: SimpleNamespace) -> torch.Tensor:
+def multi_token_prediction(case: LossCase, x: SimpleNamespace) -> torch.Tensor:
     """Plain multi-token prediction: cross-entropy of head(0, 0, h) with the label mtp_offset ahead in the response."""
     labels = torch.full_like(case.labels, -100)
     ahead = case.config.mtp_offset

@@ -134,14 +134,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="a folder (default %(default)s)")
     parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: try the harness, nothing more")
-    options = parser.parse_args(argv)
-    start, device = time.monotonic(), options.device
-    chosen = options.only or phases[: 4 if device == "cuda" else 3]  # the experiments need a GPU
-    if device == "cuda" and not torch.cuda.is_available():
+    options, start = parser.parse_args(argv), time.monotonic()
+    chosen = options.only or phases[: 4 if options.device == "cuda" else 3]  # the experiments need a GPU
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.workers)))
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "gpu_check: needs an NVIDIA GPU, and torch sees none (--device cpu tries the harness)\n")
     with tempfile.TemporaryDirectory() as folder:
         check, experiments = Check(options.out, Path(folder)), Path(folder) / "experiments"
-        head = loop.described(device, only=("one_read", "fused_output"))  # compiles the CUDA kernels, once
+        head = loop.described(options.device, only=("one_read", "fused_output"))  # compiles the CUDA kernels, once
         check.add(**head | dict(selection=", ".join(chosen)))
         try:
             for group, share in PHASES.items():
