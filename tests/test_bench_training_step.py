@@ -9,9 +9,9 @@ import torch
 from corpora import HashEncoder, Words, random_samples
 
 from benchmarks import bench_targets, bench_training_step
-from benchmarks.bench_targets import ALONE, BUILD, COLLATOR, STORE
+from benchmarks.bench_targets import ALONE, BUILD, COLLATOR
 from benchmarks.case import MAIN, MORE, WHOLE, Case, WrongResultError
-from benchmarks.peers.published_targets import PublishedTargets
+from benchmarks.peers.published import PublishedTargets
 from benchmarks.step.judge import judge
 from benchmarks.step.models import EncoderShape, Trunk
 from benchmarks.step.providers import PUBLISHED, SFR_ONLINE, SFR_STORED, SFT_HF, SFT_OURS, STEPS, Stage, StepShape
@@ -132,10 +132,10 @@ def test_what_cannot_run_says_what_it_lacks(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sentence_transformers" else name)
     reason = "sentence_transformers is not installed"
     assert bench_training_step.providers(CPU) == {n: reason if n.startswith("SFR") else None for n in STEPS}
-    assert bench_targets.providers(CPU) == {BUILD: reason, ALONE: reason, COLLATOR: None, STORE: None}
+    assert bench_targets.providers(CPU) == {BUILD: reason, ALONE: reason, COLLATOR: None}
 
 
-@pytest.mark.parametrize("op, provider", [("targets", BUILD), ("collation", COLLATOR), ("collation", STORE)])
+@pytest.mark.parametrize("op, provider", [("targets", BUILD), ("collation", COLLATOR)])
 def test_a_wrong_store_is_refused(op, provider, monkeypatch):
     monkeypatch.setattr("sfr_kernels.targets.load_encoder", lambda *a: HashEncoder())
     monkeypatch.setattr("sfr_kernels.training.models.load_tokenizer", lambda *a: (Words(), None))

@@ -24,8 +24,7 @@ from golden_cases import (
     wanted_of_head,
 )
 
-from benchmarks.peers.published_loss import PublishedFlowLoss
-from benchmarks.peers.published_targets import PublishedTargets
+from benchmarks.peers.published import PublishedFlowLoss, PublishedTargets
 from sfr_kernels import SFRConfig, VelocityHead, flow_matching_loss, reference
 from sfr_kernels.targets.segments import rows_and_texts, segments_of
 

@@ -14,7 +14,7 @@ from sfr_kernels import reference
 from ..case import Run
 from ..problem import TIMES, UPSTREAM, Problem
 from .cross_entropy import COMPILED, EAGER, eager, loss_of
-from .published_loss import PublishedFlowLoss
+from .published import PublishedFlowLoss
 
 WITH_HEAD = " + published head"  # after the name of a way to the cross-entropy
 

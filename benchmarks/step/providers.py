@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from sfr_kernels import SFRConfig
 from sfr_kernels.rows import IGNORE_INDEX
 
-from ..peers.published_loss import PublishedFlowLoss
-from ..peers.published_targets import TARGETS, Mark, PublishedTargets, unmarked
+from ..peers.published import TARGETS, Mark, PublishedFlowLoss, PublishedTargets, unmarked
 from ..problem import make_head
 from .models import ENCODER_VOCAB, SPECIAL, EncoderShape, Trunk, build_model, make_encoder, make_tokenizer
 
