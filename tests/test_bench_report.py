@@ -49,8 +49,7 @@ def sample(**fields) -> list[dict]:
     wrong = dict(CASE, provider="cuda", kind="ours", reason="loss: 3.0 × its bound")
     built = [result(name, kind, ms, op="targets", label="100 samples", reference="encoder", segments_per_s=rate)
              for name, kind, ms, rate in (("build", "ours", 4e4, 90.0), ("encoder", "limit", 3e4, 100.0))]  # fmt: skip
-    lookup = result("store", "ours", 0.009, op="collation", label="lookup", reference=None, bytes_per_token=65.6)
-    return [run(**fields), *case(2.0, label="main"), *curve, *steps(), *built, lookup,
+    return [run(**fields), *case(2.0, label="main"), *curve, *steps(), *built,
             result(HOSTILE, "peer", 3.0, label="main"), dict(line="absent", **lost), dict(line="failed", **wrong),
             dict(line="end")]  # fmt: skip
 
@@ -245,7 +244,7 @@ def test_readme_shows_the_newest_complete_file_of_a_gpu(root, file, capsys):
     assert "Goals missed" in manual and "Goals missed" not in text
     file([run(device=CPU), sample()[-5], dict(line="end")], "benchmarks/results/bench-targets.jsonl")
     readme.main([], root)
-    assert "65.6" in (root / "README.md").read_text().split("<!-- /targets -->")[0]
+    assert "90.0" in (root / "README.md").read_text().split("<!-- /targets -->")[0]
 
 
 def test_readme_without_its_marks_is_refused(root):

@@ -9,7 +9,7 @@ import torch
 from corpora import HashEncoder, Words, random_samples
 
 from benchmarks import bench_targets, bench_training_step
-from benchmarks.bench_targets import ALONE, BUILD, COLLATOR
+from benchmarks.bench_targets import ALONE, BUILD
 from benchmarks.case import MAIN, MORE, WHOLE, Case, WrongResultError
 from benchmarks.peers.published import PublishedTargets
 from benchmarks.step.judge import judge
@@ -132,19 +132,16 @@ def test_what_cannot_run_says_what_it_lacks(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sentence_transformers" else name)
     reason = "sentence_transformers is not installed"
     assert bench_training_step.providers(CPU) == {n: reason if n.startswith("SFR") else None for n in STEPS}
-    assert bench_targets.providers(CPU) == {BUILD: reason, ALONE: reason, COLLATOR: None}
+    assert bench_targets.providers(CPU) == {BUILD: reason, ALONE: reason}
 
 
-@pytest.mark.parametrize("op, provider", [("targets", BUILD), ("collation", COLLATOR)])
-def test_a_wrong_store_is_refused(op, provider, monkeypatch):
+def test_a_wrong_store_is_refused(monkeypatch):
     monkeypatch.setattr("sfr_kernels.targets.load_encoder", lambda *a: HashEncoder())
     monkeypatch.setattr("sfr_kernels.training.models.load_tokenizer", lambda *a: (Words(), None))
     few, right = SimpleNamespace(samples=random_samples(9, longest=200)), TargetStore.lookup
     monkeypatch.setattr("sfr_kernels.training.data.tokenize", lambda *a: few)
-    for case in [c for c in bench_targets.SUITE.cases(CPU) if c.op == op and provider in c.providers]:
-        monkeypatch.setattr(TargetStore, "lookup", right)
-        work = bench_targets.make(case, CPU)
-        assert work.judge(provider, work.run(provider))["errors"]["targets"]["ratio"] < 0.5
-        monkeypatch.setattr(TargetStore, "lookup", lambda self, ids: right(self, ids).roll(1, 0))
-        with pytest.raises(WrongResultError, match="targets off by"):
-            work.judge(provider, work.run(provider))
+    work = bench_targets.make(bench_targets.SUITE.cases(CPU)[0], CPU)
+    assert work.judge(BUILD, work.run(BUILD))["errors"]["targets"]["ratio"] < 0.5
+    monkeypatch.setattr(TargetStore, "lookup", lambda self, ids: right(self, ids).roll(1, 0))
+    with pytest.raises(WrongResultError, match="targets off by"):
+        work.judge(BUILD, work.run(BUILD))

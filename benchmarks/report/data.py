@@ -15,7 +15,7 @@ RESULT = [*KEY, "kind", "ms", "samples_ms", "sizes", "axes", "worth"]
 NEEDED = {"run": ["date", "version", "selection", "versions"], "result": RESULT, "failed": [*KEY, "kind", "reason"],
           "absent": [*KEY, "kind", "reason"], "skipped": [*KEY[:3], "reason"], "end": []}  # fmt: skip
 COLUMNS = [*RESULT, "reference", "ratios", "issue_ms", "flops", "traffic", "peak_bytes", "weight_bytes", "held_bytes",
-           "goals", "error", "of_bound", "size", "parts", "tokens_per_s", "segments_per_s", "bytes_per_token",
+           "goals", "error", "of_bound", "size", "parts", "tokens_per_s", "segments_per_s",
            "of_reference", "low", "high", "of_products"]  # fmt: skip
 DRAWS, EFFECTIVE_ROUNDS = 2000, 30  # neighbouring rounds are not independent: no more of them count
 

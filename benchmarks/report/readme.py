@@ -12,8 +12,8 @@ from .data import read
 from .tables import LEGEND, goals, missing, of_op, render, summary
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS, MAIN = ("targets", "collation"), ("training_step", "linear_cross_entropy", "flow_loss", "sfr_loss")
-SHORT = "case", "", "time", "× reference", "tokens/s", "segments/s", "bytes a token", "peak memory", "targets' share"
+TARGETS, MAIN = ("targets",), ("training_step", "linear_cross_entropy", "flow_loss", "sfr_loss")
+SHORT = "case", "", "time", "× reference", "tokens/s", "segments/s", "peak memory", "targets' share"
 SECTIONS = [("", "bench", MAIN, WHOLE), ("", "targets", TARGETS, MORE), ("benchmarks/", "bench", (), MORE)]  # folder, …
 
 

@@ -90,7 +90,7 @@ def of_op(op: str, frame: DataFrame) -> Table:
                 "± IQR": f"{np.ptp(np.quantile(r.samples_ms, (0.25, 0.75))) / r.ms:.1%}",
                 "× reference": EMPTY if math.isnan(r.of_reference) else f"{r.of_reference:.2f}{interval}",
                 "× products": number(r.of_products), "tokens/s": number(r.tokens_per_s),
-                "segments/s": number(r.segments_per_s), "bytes a token": number(r.bytes_per_token),
+                "segments/s": number(r.segments_per_s),
                 "peak memory": size(r.held_bytes), "targets' share": number(share, "%"), "of bound": number(r.of_bound),
                 "error": number(r.error), "TB/s": number(per * r.traffic or None),
                 "TFLOP/s": number(per * r.flops or None),
