@@ -124,7 +124,7 @@ def test_the_cases():
         first, *others = bench_training_step.SUITE.cases(device)
         assert (first.worth, first.sizes["model"], first.shape.lora) == (WHOLE, model, True)
         assert {c.worth for c in others} == {MORE} and len({c.name for c in others} - {first.name}) == len(others) < 8
-        assert [c.op for c in bench_targets.SUITE.cases(device) if c.worth == MAIN] == ["targets", "collation"]
+        assert [c.op for c in bench_targets.SUITE.cases(device) if c.worth == MAIN] == ["targets"]
     assert first.goals[SFR_STORED] == {f"of {SFT_HF}": 1.02, f"of {PUBLISHED}": 1 / 3, f"memory of {SFT_HF}": 1.0}
 
 
