@@ -50,7 +50,7 @@ readme: $(VENV)/.test
 	$(BIN)/python -m benchmarks.report.readme
 
 gpu-check:
-	$(GPU_PYTHON) -m benchmarks.check.gpu_check $(ARGS)
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(GPU_PYTHON) -m check.gpu_check $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -61,7 +61,7 @@ class WithSources(build_py):
         super().run()
         if not self.editable_mode:
             package = Path(self.build_lib) / "sfr_kernels"
-            without = shutil.ignore_patterns("results", "check", "__pycache__")  # which are a checkout's
+            without = shutil.ignore_patterns("results", "__pycache__")  # which are a checkout's
             for folder in ("csrc", "benchmarks"):
                 shutil.rmtree(package / folder, ignore_errors=True)  # of an earlier build
                 shutil.copytree(ROOT / folder, package / folder, ignore=without)

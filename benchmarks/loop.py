@@ -30,8 +30,7 @@ from .case import WHOLE, Case, Suite
 from .jobs import Job, run
 from .race import MAKING, race
 
-BENCHES = tuple(f"{__package__}.bench_{what}" for what in ("kernels", "losses", "training_step", "targets",
-                                                           "experiments"))  # fmt: skip
+BENCHES = tuple(f"{__package__}.bench_{what}" for what in ("kernels", "losses", "training_step", "targets"))
 SILENCE = 300.0  # seconds for which a provider may run before that is called hanging
 
 
@@ -45,9 +44,11 @@ def entered(bench: str, case: Case, device: torch.device) -> dict[str, str | Non
     return {name: why for name, why in known.items() if case.providers is None or name in case.providers}
 
 
-def selected(device: torch.device, full: bool = False, only: tuple[str, ...] = ()) -> list[tuple[str, Case]]:
+def selected(
+    device: torch.device, full: bool = False, only: tuple[str, ...] = (), benches: tuple[str, ...] | None = None
+) -> list[tuple[str, Case]]:
     """Benches and cases by worth. only: those that contain one of these texts as whole words, of all cases."""
-    found = [(bench, case) for bench in BENCHES for case in suite_of(bench).cases(device)]
+    found = [(bench, case) for bench in benches or BENCHES for case in suite_of(bench).cases(device)]
     if only:
         words = re.compile("|".join(rf"(?<!\w){re.escape(text)}(?!\w)" for text in only))
         found = [pair for pair in found if words.search(pair[1].name)]
@@ -73,15 +74,23 @@ def described(device: str, full: bool = False, only: tuple[str, ...] = ()) -> di
     return dict(line="run", selection=selection, full=full, only=list(only), **where)
 
 
+def compile_kernels(device: torch.device) -> None:
+    """Those of csrc/, once, in nobody's time."""
+    if device.type == "cuda" and unavailable("cuda", device) is None:
+        with contextlib.suppress(Exception):  # who needs them says what is wrong
+            find()
+
+
 def measure(
     path: Path,  # of the result file; what it has already is not measured again
     head: dict,  # its first line, which says what is selected
     minutes: float = math.inf,  # after which no case begins, and the one that runs is stopped
     seconds: float | None = None,  # of timing for a case, in place of its own
+    benches: tuple[str, ...] | None = None,  # modules with a SUITE each; None: BENCHES
 ) -> bool:
     """Whether nothing of ours failed. ValueError where nothing is selected, or the file is of another run."""
     until, device = time.monotonic() + 60 * minutes, torch.device(head["device"]["kind"])
-    cases = selected(device, head["full"], tuple(head["only"]))
+    cases = selected(device, head["full"], tuple(head["only"]), benches)
     if not cases:
         raise ValueError(f"no case contains {' or '.join(head['only'])}")
     done = _gone_on_with(path, head) if path.exists() else set()
@@ -90,9 +99,7 @@ def measure(
         case = case if seconds is None else replace(case, seconds=seconds)
         if case.name not in done:
             waiting.append(Job(case.name, _race, (bench, case, device), limit=case.time_limit, silence=SILENCE))
-    if device.type == "cuda" and unavailable("cuda", device) is None:
-        with contextlib.suppress(Exception):  # who needs them says what is wrong
-            find()  # compiles the CUDA kernels, once, in nobody's time
+    compile_kernels(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(waiting), unit="case", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10.0)
     fine, reason = True, f"the time was up (--minutes {minutes:g})"

@@ -14,12 +14,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 from ahead_of_time import compiled, in_file, recorded, variant  # noqa: E402
+from check.experiments import TILES, WARPS  # noqa: E402
+from check.fused_output import fused_output  # noqa: E402
+from check.one_read import one_read  # noqa: E402
 from sass import resources  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from benchmarks.bench_experiments import TILES, WARPS  # noqa: E402
-from benchmarks.experiments.fused_output import fused_output  # noqa: E402
-from benchmarks.experiments.one_read import one_read  # noqa: E402
 from sfr_kernels.leaves import FlowPath, empty_rows  # noqa: E402
 from sfr_kernels.leaves import triton as leaves  # noqa: E402
 from sfr_kernels.leaves.triton import index_sum  # noqa: E402

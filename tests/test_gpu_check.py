@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from check import gpu_check, sanitize
 
 from benchmarks import problem
-from benchmarks.check import gpu_check, sanitize
 
 HEAD = "import os, signal, time\nimport pytest, torch\npytestmark = pytest.mark.gpu\n"
 CRASH = "os.kill(os.getpid(), signal.SIGSEGV)"

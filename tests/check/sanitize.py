@@ -7,9 +7,9 @@ import sys
 
 import torch
 
-from ..jobs import Job
-from ..machine import ROOT
-from ..problem import OPS, Problem, Shape
+from benchmarks.jobs import Job
+from benchmarks.machine import ROOT
+from benchmarks.problem import OPS, Problem, Shape
 
 # Widths that no block divides, so that every mask is in use; one that fills blocks, with rows of logits for a cluster.
 SHAPES = (Shape(2, 40, 72, 0.7, vocab=331, target_size=34, width=50, num_layers=3),
@@ -34,7 +34,7 @@ def jobs() -> list[Job]:
         for tool, options in dict(memcheck=["--report-api-errors", "no"], racecheck=ours).items():
             command = [program, "--tool", tool, *options, "--error-exitcode", "1", "--launch-timeout", "120", "--port",
                        str(49152 + 100 * len(found)), sys.executable, "-c",
-                       f"from benchmarks.check import sanitize; print(sanitize.watched({backend!r}))"]  # fmt: skip
+                       f"from check import sanitize; print(sanitize.watched({backend!r}))"]  # fmt: skip
             environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
             found.append(Job(f"sanitizers {tool} {backend}", watch, (command,), environment))
     return found

@@ -18,11 +18,11 @@ from xml.etree import ElementTree
 
 import torch
 
+from benchmarks import loop
+from benchmarks.jobs import Ended, Job, message, run
+from benchmarks.machine import ROOT
 from sfr_kernels.ops.dispatch import unavailable
 
-from .. import loop
-from ..jobs import Ended, Job, message, run
-from ..machine import ROOT
 from . import sanitize
 from .plugin import run_tests
 
@@ -141,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(2, "gpu_check: needs an NVIDIA GPU, and torch sees none (--device cpu tries the harness)\n")
     with tempfile.TemporaryDirectory() as folder:
         check, experiments = Check(options.out, Path(folder)), Path(folder) / "experiments"
-        head = loop.described(options.device, only=("one_read", "fused_output"))  # compiles the CUDA kernels, once
+        head = loop.described(options.device, full=True)
+        loop.compile_kernels(torch.device(options.device))
         check.add(**head | dict(selection=", ".join(chosen)))
         try:
             for group, share in PHASES.items():
@@ -150,7 +151,8 @@ def main(argv: list[str] | None = None) -> int:
                 if found == ["sanitizers"]:
                     check.run(sanitize.jobs(), options.workers, until)
                 elif found == ["experiments"]:
-                    loop.measure(experiments, head, minutes=max(0.0, until - time.monotonic()) / 60)
+                    minutes = max(0.0, until - time.monotonic()) / 60
+                    loop.measure(experiments, head, minutes, benches=("check.experiments",))
                     for line in loop.lines_of(experiments)[1:]:
                         check.add(**line)
                 else:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ..jobs import message
+from benchmarks.jobs import message
 
 
 def run_tests(tell, file: str, marks: str, only: str = "", done: tuple[str, ...] = ()) -> None:

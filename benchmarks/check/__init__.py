@@ -1,1 +1,0 @@
-"""The check of the kernels on a GPU, and experiments with what they might be instead."""
