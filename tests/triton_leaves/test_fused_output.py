@@ -6,7 +6,7 @@ from device import DEVICE, DTYPES, assert_as_good, only_triton
 
 only_triton()
 
-from benchmarks.check.fused_output import TILES, fused_output, measure  # noqa: E402
+from benchmarks.experiments.fused_output import fused_output  # noqa: E402
 from sfr_kernels.leaves import torch as eager  # noqa: E402
 
 
@@ -26,9 +26,3 @@ def test_fused_output(n, width, d, dtype):
     found = fused_output(*(t.to(DEVICE) for t in (a, w, b, u)), coefficient.to(DEVICE), (16, 32, 16, 1, 1))
     for mine, theirs, exact in zip(found, in_torch(dtype), in_torch(torch.float64), strict=True):
         assert_as_good(mine, theirs, exact)
-
-
-def test_measure_says_whether_the_ways_agree_and_how_long_they_take():
-    rows = measure(torch.device(DEVICE), 0.01, n=5, width=64, dtype=torch.float16)
-    assert len(rows) == 1 + len(TILES)
-    assert all(row["ok"] and row["failure"] is None and row["ms"] > 0 and row["floor_ms"] > 0 for row in rows)

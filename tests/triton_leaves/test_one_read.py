@@ -7,7 +7,7 @@ from test_softmax_xent import make
 
 only_triton()
 
-from benchmarks.check.one_read import WIDEST, measure, one_read  # noqa: E402
+from benchmarks.experiments.one_read import WIDEST, one_read  # noqa: E402
 from sfr_kernels.leaves import torch as eager  # noqa: E402
 
 
@@ -25,9 +25,3 @@ def test_one_read(vocab, dtype):
 def test_a_row_too_wide_is_refused():
     with pytest.raises(ValueError, match="columns"):
         one_read(torch.zeros(1, WIDEST + 1), torch.zeros(1).long())
-
-
-def test_measure_says_whether_the_ways_agree_and_how_long_they_take():
-    rows = measure(torch.device(DEVICE), 0.01, ((5, 320), (2, WIDEST + 8)), torch.float16)
-    assert [row["label"] for row in rows] == ["n5 V320"] * 3 + [f"n2 V{WIDEST + 8}"]
-    assert all(row["ok"] and row["ms"] > 0 and row["floor_ms"] > 0 for row in rows)
