@@ -19,7 +19,7 @@ from sfr_kernels.ops.dispatch import leaves, unavailable
 
 from .case import LIMIT, MAIN, MORE, OURS, Case, Run, Suite, Work
 from .oracle import Oracle
-from .peers.cross_entropy import COMPILED, EAGER, absent
+from .peers.cross_entropy import COMPILED, EAGER, absent, compiled
 
 OPS = SOFTMAX, PATH, MSE, NORM, NORM_BACKWARD = "softmax_xent", "flow_path", "flow_mse", "norm_act", "norm_act_backward"
 LIBRARIES = {"Liger": (SOFTMAX, NORM, NORM_BACKWARD), "quack": (SOFTMAX,)}  # the ops that each has
@@ -100,7 +100,7 @@ def make(case: Case, device: torch.device) -> Work:
         return partial(call.run, leaves(name)) if name in OURS else call.peer(name)
 
     size = dict(size=fastest.size_of(call.first))
-    return Work(run, judge, judged=oracle.forget, bytes=call.bytes, prepare=call.restore, fields=size)
+    return Work(run, judge, judged=oracle.exact.clear, bytes=call.bytes, prepare=call.restore, fields=size)
 
 
 def softmax_xent(x: Inputs) -> Call:
@@ -213,10 +213,6 @@ def norm_act(x: Inputs, backward: bool = False) -> Call:
                     ("dy", "dgamma", "dbeta", "dbias"), 3 * y.nbytes, other, peer)  # fmt: skip
     return Call(lambda k: list(k.norm_act(y, gamma, beta, residual=other)), ("out", "mean", "rstd"), 3 * y.nbytes, y,
                 peer)  # fmt: skip
-
-
-def compiled(name: str, function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False) if name == COMPILED else function
 
 
 CALLS = {SOFTMAX: softmax_xent, PATH: flow_path, MSE: flow_mse, NORM: norm_act,

@@ -34,7 +34,7 @@ ENTERED = {
     FLOW: (*OURS, f"triton{GRAPH}", f"cuda{GRAPH}", EAGER, COMPILED),
     JOINT: (*OURS, APART, EAGER, COMPILED, *LIBRARIES_WITH_HEAD),
 }
-NOT_IN_CURVES = (COMPILED, "Liger, float32 dW", *LIBRARIES_WITH_HEAD)  # compiling would take longer than all the rest
+NOT_IN_CURVES = (COMPILED, *LIBRARIES_WITH_HEAD)  # compiling would take longer than all the rest
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 

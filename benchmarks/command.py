@@ -39,19 +39,13 @@ def main(argv: list[str]) -> int:
 
         choose(path)
         return 0
-    return _bench(argv)
-
-
-def _bench(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="sfr_kernels bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="sfr_kernels bench", description=__doc__, formatter_class=raw)
     add = parser.add_argument
     add("--full", action="store_true", help="every case")
     add("--only", action="append", default=[], metavar="TEXT", help="those with these words; again for more")
     add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
     add("--minutes", type=float, help="stop after this (default 5; without limit with --full or --only)")
-    add("--seconds", type=float, help="of timing for each case, in place of its own")
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the results (default %(default)s)")
     add("--resume", type=Path, metavar="FILE", help="go on with a result file that was not finished")
     args = parser.parse_args(argv)
@@ -67,7 +61,7 @@ def _bench(argv: list[str]) -> int:
     name, date = re.sub(r"[^a-z0-9]+", "-", head["device"]["name"].lower()), re.sub(r"[-:]|\+.*", "", head["date"])
     path = args.resume or args.out / f"bench-{name.strip('-')}-{date}.jsonl"
     try:
-        fine = loop.measure(path, head, minutes, args.seconds)
+        fine = loop.measure(path, head, minutes)
     except KeyboardInterrupt:
         print(f"\nbench --resume {path} goes on from there", file=sys.stderr)
         raise

@@ -1,9 +1,8 @@
-"""Jobs side by side, each in a process of its own: what kills one of them ends no other, and nothing survives the
-parent.
+"""Jobs side by side, each in a process of its own: what kills one ends no other, and nothing survives the parent.
 
-A process is forked from a server that has imported torch and our package but has not touched the GPU, so it starts at
-once and brings a fresh context. What a job told before it died is there. A job that is to be stopped gets SIGINT, then
-a few seconds, so that it can still tell, and then SIGKILL together with all it has started.
+A process is forked from a server that has imported torch but not touched the GPU: it starts at once, with a context of
+its own. What a job told before it died is there. To stop it, it gets SIGINT, then a few seconds, so that it can still
+tell, and then SIGKILL together with all it has started.
 """
 
 import contextlib
@@ -128,9 +127,14 @@ def run(
 
 def _work(job: Job, pipe) -> None:
     """In the process of a job."""
+
+    def follow() -> None:  # ends the job, and what it started, with the parent
+        multiprocessing.parent_process().join()
+        os.killpg(0, signal.SIGKILL)
+
     os.setsid()  # a group of its own, for what it starts, and out of the terminal's reach
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_follow, daemon=True).start()
+    threading.Thread(target=follow, daemon=True).start()
     os.environ.update(job.environment)
     if job.log is not None:
         with open(job.log, "a") as log:
@@ -142,12 +146,6 @@ def _work(job: Job, pipe) -> None:
     except Exception as error:
         pipe.send(message(error))
         raise
-
-
-def _follow() -> None:
-    """Ends the job, and what it started, with the parent."""
-    multiprocessing.parent_process().join()
-    os.killpg(0, signal.SIGKILL)
 
 
 def message(error: Exception) -> str:

@@ -96,13 +96,12 @@ class Products:
 
 def random_factors(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Both, stored as the op stores them."""
-
-    def normal(rows: int, columns: int, transposed: bool) -> Tensor:
-        shape = (columns, rows) if transposed else (rows, columns)
+    found = []
+    for name, rows, columns in (("a", gemm.m, gemm.k), ("b", gemm.k, gemm.n)):
+        shape = (columns, rows) if gemm.transposed == name else (rows, columns)
         t = torch.empty(shape, dtype=dtype, device=device).normal_()
-        return t.T if transposed else t
-
-    return normal(gemm.m, gemm.k, gemm.transposed == "a"), normal(gemm.k, gemm.n, gemm.transposed == "b")
+        found.append(t.T if gemm.transposed == name else t)
+    return tuple(found)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, blocks: int) -> None:

@@ -85,7 +85,6 @@ def measure(
     path: Path,  # of the result file; what it has already is not measured again
     head: dict,  # its first line, which says what is selected
     minutes: float = math.inf,  # after which no case begins, and the one that runs is stopped
-    seconds: float | None = None,  # of timing for a case, in place of its own
     benches: tuple[str, ...] | None = None,  # modules with a SUITE each; None: BENCHES
 ) -> bool:
     """Whether nothing of ours failed. ValueError where nothing is selected, or the file is of another run."""
@@ -96,7 +95,6 @@ def measure(
     done = _gone_on_with(path, head) if path.exists() else set()
     waiting = deque()
     for bench, case in cases:
-        case = case if seconds is None else replace(case, seconds=seconds)
         if case.name not in done:
             waiting.append(Job(case.name, _race, (bench, case, device), limit=case.time_limit, silence=SILENCE))
     compile_kernels(device)

@@ -59,10 +59,8 @@ class Error:
 class Oracle:
     """Results in float64, and how far from them eager torch comes in the dtype that is judged."""
 
-    def __init__(self, names: Iterable[str], exact: list[Tensor],
-                 eager: list[Tensor] | None,  # None: it ran out of memory, and bounds nothing
-                 slack: dict[str, float] | None = None,  # relative, by name
-                 ):  # fmt: skip
+    def __init__(self, names: Iterable[str], exact: list[Tensor], eager: list[Tensor] | None, slack=None):
+        """eager: None where it ran out of memory, and bounds nothing. slack: relative, by name."""
         self.names, self.exact, self.slack = list(names), exact, slack or {}
         self.norms = [_square(t) for t in exact]
         self.eager = [math.inf] * len(exact) if eager is None else self._squares(eager)
@@ -79,10 +77,6 @@ class Oracle:
         slack = torch.finfo(problem.dtype).eps / max(1, rows) ** 0.5
         return cls(["loss", *problem.leaves], exact, eager, dict(loss=slack))
 
-    def forget(self) -> None:
-        """Frees the results."""
-        self.exact = []
-
     def _squares(self, found: list[Tensor]) -> list[float]:
         return [_square_error(f, e) for f, e in zip(found, self.exact, strict=True)]
 
@@ -91,7 +85,6 @@ class Oracle:
         return {name: Error(*squares, factor, self.slack.get(name, 0.0) ** 2 * squares[2]) for name, *squares in rows}
 
     def verdict(self, found: list[Tensor], factor: float = FACTOR) -> dict:
-        """Of ours, fields of a result: every error, and the name of the worst. WrongResultError if it is too large."""
         return verdict(self.errors(found, factor))
 
     def peer_verdict(self, found: list[Tensor], gradients: float = 1.0) -> dict:
@@ -126,6 +119,7 @@ def judge(problem: Problem, backend: str, draws: int, factor: float = FACTOR) ->
 
 
 def verdict(errors: dict[str, Error]) -> dict:
+    """Fields of a result of ours: every error, and the name of the worst. WrongResultError if that is too large."""
     worst = max(errors, key=lambda name: errors[name].ratio)
     found = {name: error.to_dict() for name, error in errors.items()}
     if not errors[worst].ratio <= 1:

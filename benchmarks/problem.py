@@ -182,8 +182,8 @@ def check_replay(problem: Problem, graph, run: Callable[[], list[Tensor]]) -> No
         graph.replay()
         losses.append(graph.outputs[0].item())
         for replayed, launched in zip(graph.outputs, run(), strict=True):
-            # cuBLAS may choose another kernel under capture: the same up to rounding
             wrong = (replayed.double() - launched.double()).norm() / launched.double().norm().clamp(min=1e-30)
+            # cuBLAS may choose another kernel under capture: the same up to rounding
             if not wrong <= 4 * torch.finfo(problem.dtype).eps + 1e-5:
                 raise WrongResultError(f"a graph replay differs from the launched call by {wrong:.1e}")
     if losses[0] == losses[1]:

@@ -15,7 +15,7 @@ from . import machine
 from .case import GRAPH, LIMIT, PRODUCTS, Case, Run, Suite, Work
 from .jobs import message
 from .limit import bounds
-from .timing import Candidate, Graph, Timing, compare, peak_extra
+from .timing import Candidate, Graph, Timing, allocated, compare
 
 MAKING = "making the case"  # in the place of a provider
 LOADED_MS = 400  # of work in the queue while the clock is read
@@ -58,7 +58,8 @@ def race(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # of what the eager ones have cut up
-        candidates = {name: _candidate(work, run) for name, run in runs.items()}
+        captured = {name: Candidate(run.replay, work.draw) for name, run in runs.items() if isinstance(run, Graph)}
+        candidates = {name: captured.get(name) or Candidate(run, work.prepare) for name, run in runs.items()}
         if suite.bounds:
             with trying(LIMIT, *suite.bounds):
                 candidates |= {n: c for n, c in bounds(work, case.dtype, device).items() if n in suite.bounds}
@@ -97,12 +98,10 @@ def _judged(work: Work, name: str, launched: Run | None, device: torch.device) -
         prepare()
         run()  # may compile, and try out
         prepare()
-        fields["peak_bytes"] = peak_extra(run, device)
+        gc.collect()
+        left, peak, _ = allocated(lambda: list(run()), device)  # the results, which are left, live until here
+        fields["peak_bytes"] = peak - left
     return run, fields
-
-
-def _candidate(work: Work, run: Run | Graph) -> Candidate:
-    return Candidate(run.replay, work.draw) if isinstance(run, Graph) else Candidate(run, work.prepare)
 
 
 def _measured(work: Work, case: Case, name: str, time: Timing, clock: torch.device) -> dict:

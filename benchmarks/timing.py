@@ -2,9 +2,8 @@
 
 All candidates take turns in one run, so that a machine that slows down slows all of them. On a GPU every run starts
 from an idle device and a cold L2: a buffer larger than it is written first, as often as it takes the CPU to issue the
-run (within `FLUSH_AT_MOST`), so that the events around the run see the device's work and no gaps between launches; what
-issuing cost is told beside it. What is shorter than its launches is also measured in a CUDA graph. On a CPU runs are
-timed by the wall clock, from whatever its caches hold.
+run (within `FLUSH_AT_MOST`): the events around the run see no gaps between launches; what issuing cost is told apart.
+What is shorter than its launches is also measured in a CUDA graph. A CPU's times are those of the wall clock.
 """
 
 import gc
@@ -66,7 +65,7 @@ def compare(
     device: torch.device,
     seconds: float = 2.0,  # for all of them together, unless the least rounds take longer
     rounds: int = ROUNDS,  # at least; fewer where a run takes so long that one suffices to warm up
-    raised: dict[str, Exception] | None = None,  # gets what candidates raise, which then take no further part
+    raised: dict[str, Exception] | None = None,  # gets what candidates raise, who then take no further part
     begin: Callable[[str], object] = lambda name: None,  # told who runs next, outside of anyone's time
 ) -> dict[str, Timing]:
     """Every candidate's time, in rounds of one run each, in turn forwards and backwards."""
@@ -118,13 +117,6 @@ class Graph:
 
     def replay(self) -> None:
         self.graph.replay()
-
-
-def peak_extra(run: Callable[[], Iterable[Tensor]], device: torch.device) -> int:
-    """Bytes at the peak beyond what was there before and what is left behind, such as the loss and the gradients."""
-    gc.collect()
-    left, peak, _ = allocated(lambda: list(run()), device)  # the results live until here
-    return peak - left
 
 
 def allocated(function: Callable[[], object], device: torch.device) -> tuple[int, int, object]:

@@ -17,11 +17,7 @@ from ..problem import Problem
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 EAGER, COMPILED, EAGER_ROWS, TORCH = "eager", "torch.compile", "eager, supervised rows", "F.linear_cross_entropy"
-# provider → module
-LIBRARIES = {
-    "Liger": "liger_kernel", "Liger, float32 dW": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy",
-    "quack": "quack",
-}  # fmt: skip
+LIBRARIES = {"Liger": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy", "quack": "quack"}  # and their modules
 
 
 def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -34,11 +30,15 @@ def eager_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return eager(hidden[kept], weight, labels[kept])
 
 
+def compiled(name: str, function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False) if name == COMPILED else function
+
+
 def loss_of(name: str) -> Loss:
-    if name in (EAGER, EAGER_ROWS):
-        return eager if name == EAGER else eager_rows
-    if name == COMPILED:
-        return torch.compile(eager, dynamic=False)
+    if name in (EAGER, COMPILED):
+        return compiled(name, eager)
+    if name == EAGER_ROWS:
+        return eager_rows
     if name == TORCH:
         return partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
     if name == "cut-cross-entropy":
@@ -49,9 +49,9 @@ def loss_of(name: str) -> Loss:
         from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
         return chunked_linear_cross_entropy
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return liger if name == "Liger" else partial(liger, accum_dtype=torch.float32)
+    return liger_fused_linear_cross_entropy
 
 
 def absent(name: str, device: torch.device) -> str | None:

@@ -13,7 +13,7 @@ from sfr_kernels import reference
 
 from ..case import Run
 from ..problem import TIMES, UPSTREAM, Problem
-from .cross_entropy import COMPILED, EAGER, eager, loss_of
+from .cross_entropy import COMPILED, EAGER, compiled, eager, loss_of
 from .published import PublishedFlowLoss
 
 WITH_HEAD = " + published head"  # after the name of a way to the cross-entropy
@@ -58,20 +58,19 @@ class Published:
 def run_of(problem: Problem, name: str, judged: bool = False) -> Run:
     """Eager torch's, both losses compiled as one, and ways of others beside the head, compiled on a GPU. judged: with
     the problem's noise and times, and gradients UPSTREAM times as large; the head as it is."""
-    own, head, ce = Published(problem), None, lambda: 0.0
-    if name.endswith(WITH_HEAD) and problem.device.type == "cuda":
-        head = torch.compile(own.module, dynamic=False)
-    factor = 1.0
+    own, ce, factor = Published(problem), lambda: 0.0, 1.0
+    compile_head = name.endswith(WITH_HEAD) and problem.device.type == "cuda"
+    head = compiled(COMPILED, own.module) if compile_head else own.module
     if problem.op == "sfr_loss":
         labels = F.pad(problem.labels[:, 1:], (0, 1), value=-100).flatten()
         function = eager if name in (EAGER, COMPILED) else loss_of(name.removesuffix(WITH_HEAD))
         ce, factor = lambda: function(problem.hidden.flatten(0, 1), problem.weight, labels), problem.config.flow_weight
 
     def loss() -> Tensor:
-        flow = own.judged() if judged else (head or own.module)(problem.hidden, own.x_1, own.weight)
+        flow = own.judged() if judged else head(problem.hidden, own.x_1, own.weight)
         return ce() + factor * flow
 
-    whole = torch.compile(loss, dynamic=False) if name == COMPILED and not judged else loss
+    whole = loss if judged else compiled(name, loss)
 
     def run() -> list[Tensor]:
         value = whole()

@@ -50,7 +50,7 @@ def make_tokenizer():
 
 
 @functools.lru_cache(maxsize=1)
-def make_encoder(shape: EncoderShape, dtype: torch.dtype, device: torch.device, tokenizer=None):
+def make_encoder(shape: EncoderShape, dtype: torch.dtype, device: torch.device):
     """A SentenceTransformer around a BERT, with mean pooling, which the published code has of every encoder."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
@@ -61,7 +61,7 @@ def make_encoder(shape: EncoderShape, dtype: torch.dtype, device: torch.device, 
         torch.manual_seed(1)
         with device:
             BertModel(config).to(dtype).save_pretrained(folder)
-        (tokenizer or make_tokenizer()).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
         body = Transformer(folder, max_seq_length=MOST_TOKENS, model_kwargs={"dtype": dtype})
         encoder = SentenceTransformer(modules=[body, Pooling(shape.hidden_size, "mean")], device=str(device))
     return encoder.eval().requires_grad_(False)
