@@ -135,7 +135,8 @@ def test_what_the_sanitizers_watch(monkeypatch):
     assert len(sanitize.watched("torch", "cpu")) == len(sanitize.SHAPES) * 2 * len(problem.OPS)
     monkeypatch.setattr(sanitize.shutil, "which", lambda name: f"/opt/{name}")
     found = {job.name: job for job in sanitize.jobs()}
-    assert list(found) == [f"sanitizers {tool} {b}" for b in ("cuda", "triton") for tool in ("memcheck", "racecheck")]
+    tools = dict(cuda=("memcheck", "racecheck", "initcheck"), triton=("memcheck", "racecheck"))
+    assert list(found) == [f"sanitizers {tool} {backend}" for backend, of in tools.items() for tool in of]
     assert found["sanitizers memcheck cuda"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for backend, kernel in (("cuda", "cluster_kernel"), ("triton", "_softmax_xent_kernel")):
         (command,) = found[f"sanitizers racecheck {backend}"].arguments

@@ -48,6 +48,6 @@ def test_a_browser_draws_every_plot_and_asks_for_nothing(file, tmp_path):  # noq
     html = (tmp_path / "report.html").read_text()
     found = probe(tmp_path, html)
     assert not found["problems"] and not found["cut"] and not found["requests"]
-    assert len(found["drawn"]) == 11 and all(found["drawn"]) and HOSTILE in found["texts"]
+    assert len(found["drawn"]) == 9 and all(found["drawn"]) and HOSTILE in found["texts"]
     for planted in ("<script>throw new Error('x')</script>", "<img src='https://example.org/x.png'>"):
         assert probe(tmp_path, html.replace("</body>", planted + "</body>"))["problems"]

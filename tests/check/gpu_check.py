@@ -28,6 +28,7 @@ from .plugin import run_tests
 
 # Phases, those of a line side by side, and the share of the time after which they are stopped.
 PHASES = {("rows", "tests"): 0.75, ("timing",): 0.85, ("experiments",): 1.0, ("sanitizers",): 1.0}
+SANITIZERS = 5.0  # minutes for them
 FOLDER = ROOT / "tests"
 ROWS, GROUPS = "test_gpu_errors.py", ("large", "small", "flow", "odd", "tiny")  # a process each
 SILENCE = 60.0  # seconds that a test may take
@@ -129,13 +130,13 @@ class Check:
 def main(argv: list[str] | None = None) -> int:
     phases = [phase for group in PHASES for phase in group]
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", action="append", choices=phases, help="default: all but sanitizers, which take long")
-    parser.add_argument("--minutes", type=float, default=2.5, help="when it has to be done (default %(default)g)")
+    parser.add_argument("--only", action="append", choices=phases, help="of its phases, again for more; default: all")
+    parser.add_argument("--minutes", type=float, default=2.5, help="for all but the sanitizers (default %(default)g)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="a folder (default %(default)s)")
     parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: try the harness, nothing more")
     options, start = parser.parse_args(argv), time.monotonic()
-    chosen = options.only or phases[: 4 if options.device == "cuda" else 3]  # the experiments need a GPU
+    chosen = options.only or phases[: 5 if options.device == "cuda" else 3]  # the last two need a GPU
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.workers)))
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "gpu_check: needs an NVIDIA GPU, and torch sees none (--device cpu tries the harness)\n")
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
                 until = start + 60 * options.minutes * (1.0 if options.only else share)
                 found = [phase for phase in group if phase in chosen]
                 if found == ["sanitizers"]:
-                    check.run(sanitize.jobs(), options.workers, until)
+                    check.run(sanitize.jobs(), options.workers, time.monotonic() + 60 * SANITIZERS)
                 elif found == ["experiments"]:
                     minutes = max(0.0, until - time.monotonic()) / 60
                     loop.measure(experiments, head, minutes, benches=("check.experiments",))

@@ -30,12 +30,14 @@ def jobs() -> list[Job]:
         names = re.findall(kernel, "\n".join(file.read_text() for file in sorted(ROOT.glob(files))), re.M)
         ours = [part for name in names for part in ("--kernel-name", f"kns={name}")]
         # memcheck: torch asks the driver things that it may refuse, and without the caching allocator a read past the
-        # end of a tensor leaves the allocation. racecheck: our kernels alone, not cuBLAS's ways to synchronise.
-        for tool, options in dict(memcheck=["--report-api-errors", "no"], racecheck=ours).items():
+        # end of a tensor leaves the allocation. The others: our kernels alone, not cuBLAS's ways to synchronise, nor
+        # what torch leaves unwritten.
+        tools = dict(memcheck=["--report-api-errors", "no"], racecheck=ours, initcheck=ours)
+        for tool, options in tools.items() if backend == "cuda" else list(tools.items())[:2]:
             command = [program, "--tool", tool, *options, "--error-exitcode", "1", "--launch-timeout", "120", "--port",
                        str(49152 + 100 * len(found)), sys.executable, "-c",
                        f"from check import sanitize; print(sanitize.watched({backend!r}))"]  # fmt: skip
-            environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool == "memcheck" else {}
+            environment = {} if tool == "racecheck" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             found.append(Job(f"sanitizers {tool} {backend}", watch, (command,), environment))
     return found
 
