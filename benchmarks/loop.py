@@ -93,10 +93,10 @@ def measure(
     if not cases:
         raise ValueError(f"no case contains {' or '.join(head['only'])}")
     done = _gone_on_with(path, head) if path.exists() else set()
-    waiting = deque()
+    waiting, log = deque(), path.with_suffix(".log")  # of what the cases print
     for bench, case in cases:
         if case.name not in done:
-            waiting.append(Job(case.name, _race, (bench, case, device), limit=case.time_limit, silence=SILENCE))
+            waiting.append(Job(case.name, _race, (bench, case, device), {}, case.time_limit, SILENCE, log))
     compile_kernels(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(waiting), unit="case", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10.0)

@@ -1,5 +1,5 @@
-"""A suite whose providers do what providers should not, as planted.json in the working directory says: provider (or
-"making") → what it does at the first case."""
+"""A suite whose providers do what none should, as planted.json in the working directory says: provider (or "making") →
+what it does at the first case; after "late-" once it takes its turns."""
 
 import json
 import os
@@ -12,7 +12,6 @@ import torch
 from benchmarks import race
 from benchmarks.case import MAIN, MORE, WHOLE, Case, Suite, Work, WrongResultError
 
-FILE = Path("planted.json")
 WARM = 6  # calls before all take turns
 
 
@@ -26,41 +25,30 @@ def dead(error: Exception, device: torch.device) -> str:
 
 
 def do(what: str | None) -> None:
+    errors = dict(memory=torch.OutOfMemoryError("planted\nand much more"), dead=RuntimeError("illegal memory access"),
+                  wrong=WrongResultError("hidden: error 1.0e+00"))  # fmt: skip
     if what == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
-    elif what == "hang":
-        time.sleep(600)
-    elif what == "dead":
+    if what in ("hang", "slow"):
+        time.sleep(600 if what == "hang" else 0.5)
+    if what == "dead":
         race._reason = dead
-        raise RuntimeError("illegal memory access")
-    elif what == "memory":
-        raise torch.OutOfMemoryError("planted\nand much more")
-    elif what == "wrong":
-        raise WrongResultError("hidden: error 1.0e+00")
-    elif what == "slow":
-        time.sleep(0.5)
+    if what in errors:
+        raise errors[what]
 
 
 def make(case: Case, device: torch.device) -> Work:
-    planted = json.loads(FILE.read_text()) if case.label == "first" else {}
+    planted = json.loads(Path("planted.json").read_text()) if case.label == "first" else {}
     do(planted.get("making"))
-    calls = dict.fromkeys(planted, 0)
+    calls = dict.fromkeys(("triton", "torch", "eager"), 0)
 
-    def judge(provider: str, run) -> dict:
-        do(planted.get(provider))
-        return {}
+    def run(provider: str) -> list:
+        calls[provider] += 1
+        what = planted.get(provider, "")
+        do(what.removeprefix("late-") if what.startswith("late-") and calls[provider] > WARM else None)
+        return []
 
-    def run_of(provider: str):
-        def run() -> list:
-            what = planted.get(provider, "")
-            if what.startswith("late-"):
-                calls[provider] += 1
-                do(what.removeprefix("late-") if calls[provider] > WARM else None)
-            return []
-
-        return run
-
-    return Work(run_of, judge, bytes=1000)
+    return Work(lambda name: lambda: run(name), lambda name, run: do(planted.get(name)) or {}, bytes=1000)
 
 
 SUITE = Suite(cases, make, lambda device: {"triton": None, "torch": None, "eager": None, "quack": "not installed"})

@@ -16,7 +16,10 @@ from benchmarks.race import race
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 CUDA = torch.device("cuda")
 LOSS = dict(batch=2, length=128, hidden_size=128, target_size=64, width=64)
-SMALL = {"kernels": (66, 1032), "experiments": (66, 1024), "training_step": LORA, "losses": None}  # shapes
+SMALL = {  # shapes
+    "benchmarks.bench_kernels": (66, 1032), "benchmarks.bench_losses": None, "benchmarks.bench_training_step": LORA,
+    "check.experiments": (66, 1024),
+}  # fmt: skip
 
 
 def raced(runs: dict) -> dict[str, dict]:
@@ -47,11 +50,11 @@ def test_a_kernel_that_waits_takes_as_long_as_it_waits():
     assert found["long"]["ms"] / found["short"]["ms"] == pytest.approx(3.0, rel=0.1)
 
 
-@pytest.mark.parametrize("what", SMALL)
-def test_every_op_of_every_provider(what, device=CUDA):
-    suite = loop.suite_of(bench := f"benchmarks.bench_{what}")
+@pytest.mark.parametrize("bench", SMALL)
+def test_every_op_of_every_provider(bench, device=CUDA):
+    suite = loop.suite_of(bench)
     for case in {case.op: case for case in reversed(suite.cases(device))}.values():
-        shape = SMALL[what] or replace(case.shape, **LOSS, vocab=512 * (case.op != "flow_loss"))
+        shape = SMALL[bench] or replace(case.shape, **LOSS, vocab=512 * (case.op != "flow_loss"))
         small = replace(case, shape=shape, seconds=0.0, rounds=2)
         providers = loop.entered(bench, small, device)
         lines = race(suite, small, device, providers)
