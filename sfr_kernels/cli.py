@@ -158,11 +158,8 @@ def _benchmarks():
     """The command of benchmarks/: a part of an installed package, beside it in a checkout."""
     name = f"{__package__}.benchmarks"
     if importlib.util.find_spec(name) is None:
-        name, folder = "benchmarks", Path(__file__).resolve().parents[1] / "benchmarks"
-        if name not in sys.modules:  # from that folder, whatever else is of that name
-            spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
-            sys.modules[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(sys.modules[name])
+        name = "benchmarks"
+        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the processes that it starts, too
     return importlib.import_module(f"{name}.command")
 
 

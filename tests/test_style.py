@@ -1,6 +1,7 @@
 """The tree keeps its own rules: short files, imports that run one way, and an import that brings nothing along."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,26 @@ def test_every_file_is_short():
     assert len(files) > 20
     long = {f.relative_to(ROOT).as_posix(): n for f in files if (n := len(f.read_text().splitlines())) > MOST_LINES}
     assert not long, f"longer than {MOST_LINES} lines: {long}"
+
+
+def test_the_benchmarks_are_read_in_half_an_hour():
+    lines = {f.name: len(f.read_text().splitlines()) for f in source_files() if f.is_relative_to(ROOT / "benchmarks")}
+    assert len(lines) > 20 and max(lines.values()) <= 300
+    assert sum(lines.values()) + len((ROOT / "benchmarks/report/page.html").read_text().splitlines()) <= 3000
+
+
+def test_the_benchmarks_import_each_other_without_a_circle():
+    folder, graph = ROOT / "benchmarks", {}
+    for file in folder.rglob("*.py"):
+        package = file.relative_to(folder).parts[:-1]
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = "/".join((*package[: len(package) + 1 - node.level], *(node.module or "").split("."))).strip("/")
+                names = [base, *(f"{base}/{alias.name}".strip("/") for alias in node.names)]
+                found = {name for name in names if (folder / f"{name}.py").is_file()}
+                graph.setdefault(file.relative_to(folder).with_suffix("").as_posix(), set()).update(found)
+    assert {"case", "problem"} <= graph["limit"] and "peers/published" in graph["step/providers"]
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 def part_of(path: Path) -> str:
