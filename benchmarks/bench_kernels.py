@@ -82,7 +82,7 @@ class Call:
     bytes: int  # that must be read or written
     first: object  # the argument that says in which class of size it is
     peer: Callable[[str], Run]  # of a provider
-    restore: Callable[[], object] | None = None  # puts back what the call writes over
+    restore: Callable[[], object] = lambda: None  # puts back what the call writes over
     judged: Run | None = None  # of peers that draw noise of their own: the same with ours
 
 
@@ -92,8 +92,7 @@ def make(case: Case, device: torch.device) -> Work:
     oracle = Oracle(call.names, exact.run(leaves("torch")), eager.run(leaves("torch")))
 
     def judge(provider: str, run: Run) -> dict:
-        if call.restore is not None:
-            call.restore()
+        call.restore()
         return oracle.verdict(run()) if provider in OURS else oracle.peer_verdict((call.judged or run)())
 
     def run(name: str) -> Run:

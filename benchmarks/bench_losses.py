@@ -43,6 +43,7 @@ def cases(device: torch.device) -> list[Case]:
     found: dict[str, Case] = {}
     for case in _on_gpu() if device.type == "cuda" else _on_cpu():
         same = found.get(case.name, case)
+        assert same.shape == case.shape, "one name, one shape"
         found[case.name] = replace(same, axes=tuple(dict.fromkeys((*same.axes, *case.axes))))
     return list(found.values())
 
@@ -52,20 +53,23 @@ def _on_gpu() -> Iterable[Case]:
     for frozen, goals in heads.items():  # times of the products alone and of the fastest peer that are wanted
         fast = {"of products": 1.10 if frozen else 1.09, "of peer": 1 / 1.9}
         yield _case(CE, llama, 8192, frozen=frozen, goals=goals | fast, worth=MORE if frozen else MAIN)
-        yield _case(CE, llama, 8192, 1.0, frozen=frozen, goals=goals | {"of products": 1.10, "of peer": 1.0})
-        yield _case(CE, qwen, 4096, frozen=frozen, goals=goals | {"of products": 1.15 if frozen else 1.12})
+        full, small = {"of products": 1.10}, {"of products": 1.15 if frozen else 1.12}
+        if not frozen:
+            full["of peer"], small["of peer"] = 1.0, 1 / 1.9
+        yield _case(CE, llama, 8192, 1.0, frozen=frozen, goals=goals | full)
+        yield _case(CE, qwen, 4096, frozen=frozen, goals=goals | small)
         yield _case(CE, (2048, 248320), 16384, frozen=frozen, goals=goals | {"of products": 1.15 if frozen else 1.2})
         yield _case(CE, "Gemma-3-4B", 8192, frozen=frozen, goals=goals)
         joint = {"of products": 1.10, f"of {APART}": 1.0}
         yield _case(JOINT, llama, 8192, frozen=frozen, goals=joint, worth=MORE if frozen else WHOLE)
         yield _case(JOINT, "Qwen3-0.6B", 8192, frozen=frozen, goals=joint)
     yield _case(FLOW, (4096, 0), 8192, 0.75, worth=MAIN)
-    yield _case(FLOW, (4096, 0), 1024, 0.75, length=512, goals={"ms": 0.25})  # launching is what it costs
+    yield _case(FLOW, (4096, 0), 1024, 0.75, goals={"ms": 0.25})  # launching is what it costs
     yield _case(FLOW, (4096, 0), 8192, 1.0)
     yield _case(FLOW, (5120, 0), 16384, 0.75)
     for dtype in (FP16, FP32):
         yield _case(CE, "Qwen3-0.6B", 8192, dtype=dtype)
-        yield _case(FLOW, (4096, 0), 1024, 0.75, length=512, dtype=dtype)
+        yield _case(FLOW, (4096, 0), 1024, 0.75, dtype=dtype)
         yield _case(JOINT, "Qwen3-0.6B", 4096, dtype=dtype)
     shares, tokens = (0.1, 0.25, 0.5, 0.75, 1.0), [1024 * 2**i for i in range(6)]
     for op, model, share in ((CE, qwen, 0.5), (JOINT, qwen, 0.5), (FLOW, (4096, 0), 0.75)):
@@ -110,7 +114,8 @@ def _case(op: str, model: str | tuple[int, int], tokens: int, supervised: float 
     label += f", {tokens} tokens, {supervised:.0%} supervised" + (", frozen" if frozen else ", trained") * bool(vocab)
     sizes = dict(model=name, tokens=tokens, hidden_size=hidden_size, vocab=vocab, supervised=supervised, frozen=frozen,
                  target_size=target_size, width=shape.width)  # fmt: skip
-    options |= dict(goals=dict.fromkeys((*OURS, APART), goals or {}), providers=providers or ENTERED[op])
+    whose = ("cuda",) if goals and "ms" in goals else OURS
+    options |= dict(goals=dict.fromkeys(whose, goals or {}), providers=providers or ENTERED[op])
     return Case(op, label, sizes, dtype, shape, **options)
 
 
@@ -143,11 +148,11 @@ def make(case: Case, device: torch.device) -> Work:
     def judge(name: str, run: Run) -> dict:
         if not oracles:
             oracles["judged"] = Oracle.of(problem)
+        problem.redraw(0)
         if name not in (*OURS, APART):  # a peer that draws noise of its own is given ours
             found = run() if on_its_own else flow.run_of(problem, name, judged=True)()
             return oracles["judged"].peer_verdict(found, UPSTREAM if on_its_own else 1.0)
         if "timed" not in oracles:  # at the times that the call draws
-            problem.redraw(0)
             drawn = None if on_its_own else Oracle(["loss", *problem.leaves], problem.exact(judged=False), None)
             oracles["timed"] = drawn or oracles["judged"]
         fields = oracles["judged"].verdict(problem.with_gradients(ours(name, True), UPSTREAM))

@@ -58,7 +58,7 @@ class Case:
     rounds: int = 10  # of each provider at least; fewer where one takes seconds
     on_host: bool = False  # done when it returns: timed by the CPU's clock, on any device
     providers: tuple[str, ...] | None = None  # those of the suite that take part; None: all
-    time_limit: float = 120.0  # seconds, after which the case is stopped
+    time_limit: float = 600.0  # seconds, after which the case is stopped
 
     @property
     def dtype_name(self) -> str:
@@ -83,10 +83,10 @@ class Work:
     gemms: list[Gemm] = field(default_factory=list)  # the matrix products that cannot be avoided
     factors: Callable[[], dict[Gemm, tuple[Tensor, Tensor]]] | None = None  # those that have tensors of their own
     bytes: int = 0  # that must be read or written besides
-    prepare: Callable[[], object] | None = None  # before every run, outside the measured time
+    prepare: Callable[[], object] = lambda: None  # before every run, outside the measured time
     judged: Callable[[], object] | None = None  # after the last judgement: frees what judged
     check_graph: Callable[[object, Run], None] | None = None  # (graph, run): raises if a replay is not the run
-    draw: Callable[[], object] | None = None  # before every replay of a graph: fresh noise
+    draw: Callable[[], object] = lambda: None  # before every replay of a graph: fresh noise
     measure_memory: bool = True
     extra: Callable[[str, float], dict] | None = None  # (provider, median ms) → further fields of its result
     fields: dict = field(default_factory=dict)  # further fields of every result

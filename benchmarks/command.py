@@ -14,6 +14,7 @@ import argparse
 import math
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
         parser.add_argument("file", type=Path)
         path = parser.parse_args(argv[1:]).file
         if argv[0] == "report":
-            return show(path)
+            return 0 if show(path) else 2
         from .report.choose import choose
 
         choose(path)
@@ -49,7 +50,10 @@ def main(argv: list[str]) -> int:
     add("--out", type=Path, default=Path("runs/bench"), help="folder of the results (default %(default)s)")
     add("--resume", type=Path, metavar="FILE", help="go on with a result file that was not finished")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & would have it ignore
     if args.resume is not None:  # what was selected then
+        if args.full or args.only or args.device:
+            parser.error("--resume goes on with what was selected: without --full, --only and --device")
         head = loop.lines_of(args.resume)[0]
         args.full, args.only, args.device = head["full"], head["only"], head["device"]["kind"]
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -65,21 +69,24 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nbench --resume {path} goes on from there", file=sys.stderr)
         raise
-    return max(show(path), 0 if fine else 1)
+    show(path)
+    return 0 if fine else 1
 
 
-def show(path: Path) -> int:
+def show(path: Path) -> bool:
     """Prints the table and writes the report beside the file. What is measured on a machine without the packages for
     it is shown on one that has them."""
     print(f"Kept in {path}")
     try:
-        from .report import data, page, tables
+        from .report import data, tables
 
         results = data.read(path)
         print(tables.show(results, shutil.get_terminal_size().columns))
+        from .report import page
+
         page.write(results, path.with_suffix(".html"))
     except ModuleNotFoundError as error:
         print(f"{error.name} is not installed: pip install 'sfr_kernels[bench]', then bench report {path}")
-        return 0
+        return False
     print(f"\nThe report is {path.with_suffix('.html')}")
-    return 0
+    return True

@@ -20,13 +20,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 GRACE = 5.0  # seconds between SIGINT and SIGKILL
-POLL = 0.05
+POLL = 0.1
 
 
 @dataclass(frozen=True)
 class Job:
     name: str
-    function: Callable  # called as function(tell, *arguments); tell takes a dict that can be pickled
+    function: Callable  # called as function(tell, *arguments), tell a `Tell`
     arguments: tuple = ()
     environment: dict[str, str] = field(default_factory=dict)
     limit: float = 600.0  # seconds in all
@@ -36,21 +36,41 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """The last that comes of a job. reason: None if its function returned, else why it did not."""
+    """The last that comes of a job."""
 
-    reason: str | None
+    reason: str | None  # None if its function returned, else why it did not
+    late: bool = False  # stopped at the deadline or by an interrupt, and no fault of its own
+
+
+class Tell:
+    """What a job's function tells: `tell(content)` at once; `tell.begin(who)` for the parent to see when it next looks,
+    which wakes nobody up while times are taken."""
+
+    def __init__(self, pipe, status, at):
+        self.send, self.status, self.at = pipe.send, status, at
+
+    def __call__(self, content: dict) -> None:
+        self.send(content)
+
+    def begin(self, who: str) -> None:
+        self.status.value, self.at.value = who.encode(), time.monotonic()
 
 
 class _Process:
     def __init__(self, job: Job, context):
         self.job, self.listening, self.raised, self.stopped, self.kill_at = job, True, None, None, math.inf
+        self.late, self.heard, self.status, self.at = False, 0.0, context.RawArray("c", 500), context.RawValue("d")
         self.pipe, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=_work, args=(job, theirs), name=job.name)
+        arguments = job, theirs, self.status, self.at
+        self.process = context.Process(target=_work, args=arguments, name=job.name)
         self.process.start()
         theirs.close()
-        self.began, self.heard = time.monotonic(), math.inf
+        self.began = time.monotonic()
 
     def told(self) -> Iterator[tuple[Job, dict]]:
+        if self.at.value > self.heard:
+            self.heard = self.at.value
+            yield self.job, dict(begin=self.status.value.decode())
         try:
             while self.listening and self.pipe.poll():
                 content, self.heard = self.pipe.recv(), time.monotonic()
@@ -69,10 +89,11 @@ class _Process:
         if self.stopped is not None:
             return
         if now > until:
+            self.late = True
             self.stop("the deadline, stopped")
         elif now - self.began > job.limit:
             self.stop(f"time limit of {job.limit:g} s, stopped")
-        elif now - self.heard > job.silence:
+        elif self.heard and now - self.heard > job.silence:
             self.stop(f"no word for {job.silence:g} s, stopped")
 
     def stop(self, why: str) -> None:
@@ -89,7 +110,7 @@ class _Process:
         self.pipe.close()
         code = self.process.exitcode
         died = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}" if code else None
-        return Ended(self.stopped or self.raised or died)
+        return Ended(self.stopped or self.raised or died, self.late)
 
 
 def run(
@@ -98,8 +119,8 @@ def run(
     until: float = math.inf,  # time.monotonic() after which no job begins, and those that run are stopped
 ) -> Iterator[tuple[Job, dict | Ended]]:
     """Everything that each job tells, as it comes, and at last its `Ended`. Jobs that were not begun stay in
-    `waiting`."""
-    context = multiprocessing.get_context("forkserver")
+    `waiting`. An interrupt is a deadline, and raised when all have ended."""
+    context, interrupted = multiprocessing.get_context("forkserver"), False
     context.set_forkserver_preload(["torch", f"{__package__}.race"])  # what cannot be imported, it leaves out
     running: dict[int, _Process] = {}  # by the sentinel of its process
     try:
@@ -107,14 +128,17 @@ def run(
             while waiting and len(running) < workers and time.monotonic() < until:
                 one = _Process(waiting.popleft(), context)
                 running[one.process.sentinel] = one
-            ready = wait([*running, *(one.pipe for one in running.values() if one.listening)], POLL)
+            try:
+                ready = wait([*running, *(one.pipe for one in running.values() if one.listening)], POLL)
+            except KeyboardInterrupt:
+                ready, until, interrupted = [], -math.inf, True
             for sentinel, one in list(running.items()):
-                yield from one.told()
                 if sentinel in ready:
                     del running[sentinel]
                     yield from one.told()
                     yield one.job, one.ended()
                 else:
+                    yield from one.told()
                     one.check(until)
     finally:
         for one in running.values():
@@ -123,9 +147,11 @@ def run(
             one.process.join(max(0.0, one.kill_at - time.monotonic()))
             one.signal(signal.SIGKILL)
             one.ended()
+    if interrupted:
+        raise KeyboardInterrupt
 
 
-def _work(job: Job, pipe) -> None:
+def _work(job: Job, pipe, status, at) -> None:
     """In the process of a job."""
 
     def follow() -> None:  # ends the job, and what it started, with the parent
@@ -142,7 +168,7 @@ def _work(job: Job, pipe) -> None:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
     try:
-        job.function(pipe.send, *job.arguments)
+        job.function(Tell(pipe, status, at), *job.arguments)
     except Exception as error:
         pipe.send(message(error))
         raise

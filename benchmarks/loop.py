@@ -14,24 +14,23 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from tqdm import tqdm
 
 from sfr_kernels.leaves.cuda.build import find
 from sfr_kernels.ops.dispatch import unavailable
 
 from . import machine
 from .case import WHOLE, Case, Suite
-from .jobs import Job, run
+from .jobs import Job, Tell, run
 from .race import MAKING, race
 
 BENCHES = tuple(f"{__package__}.bench_{what}" for what in ("kernels", "losses", "training_step", "targets"))
-SILENCE = 300.0  # seconds for which a provider may run before that is called hanging
+SILENCE = dict(cuda=90.0, cpu=300.0)  # seconds for which one provider may run before that is called hanging
 
 
 def suite_of(bench: str) -> Suite:
@@ -61,7 +60,10 @@ def lines_of(path: Path) -> list[dict]:
     """Those of a result file; half a line at its end, of a process that was killed, is none. ValueError if it is no
     such file."""
     *lines, _ = path.read_text().split("\n")
-    found = [json.loads(line) for line in lines]
+    try:
+        found = [json.loads(line) for line in lines]
+    except ValueError:
+        found = []
     if not found or found[0].get("line") != "run":
         raise ValueError(f"{path} is not a result file")
     return found
@@ -82,21 +84,23 @@ def compile_kernels(device: torch.device) -> None:
 
 
 def measure(
-    path: Path,  # of the result file; what it has already is not measured again
+    path: Path,  # of the result file; what it has already is not measured again. Beside it a .log of what cases print
     head: dict,  # its first line, which says what is selected
     minutes: float = math.inf,  # after which no case begins, and the one that runs is stopped
     benches: tuple[str, ...] | None = None,  # modules with a SUITE each; None: BENCHES
 ) -> bool:
     """Whether nothing of ours failed. ValueError where nothing is selected, or the file is of another run."""
+    from tqdm import tqdm  # which not every machine that runs the check has
+
     until, device = time.monotonic() + 60 * minutes, torch.device(head["device"]["kind"])
     cases = selected(device, head["full"], tuple(head["only"]), benches)
     if not cases:
         raise ValueError(f"no case contains {' or '.join(head['only'])}")
     done = _gone_on_with(path, head) if path.exists() else set()
-    waiting, log = deque(), path.with_suffix(".log")  # of what the cases print
+    waiting, log, silence = deque(), path.with_suffix(".log"), SILENCE[device.type]
     for bench, case in cases:
         if case.name not in done:
-            waiting.append(Job(case.name, _race, (bench, case, device), {}, case.time_limit, SILENCE, log))
+            waiting.append(Job(case.name, _race, (bench, case, device), {}, case.time_limit, silence, log))
     compile_kernels(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(waiting), unit="case", dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10.0)
@@ -106,45 +110,45 @@ def measure(
         for lines in _outcomes(waiting, until, bar):
             fine &= not any(line["line"] == "failed" and line["kind"] == "ours" for line in lines)
             _write(file, lines)
-            bar.update()
+            bar.update(lines[-1]["line"] == "case")
         skipped = [dict(line="skipped", **job.arguments[1].fields, reason=reason) for job in waiting]
         _write(file, skipped or [dict(line="end")])
     return fine
 
 
-def _outcomes(waiting: deque[Job], until: float, bar: tqdm) -> Iterator[list[dict]]:
-    """The lines of each case that came to its end; those that did not are left in `waiting`."""
+def _outcomes(waiting: deque[Job], until: float, bar) -> Iterator[list[dict]]:
+    """Lines of the cases as they come to an end, a "case" after all of one; those that do not are left in `waiting`."""
     lines, everyone, who = [], {}, MAKING
     for job, said in run(waiting, until=until):
+        case = job.arguments[1]
         if isinstance(said, dict):
-            who, everyone = said.get("begin", who), said.get("everyone", everyone)
-            lines += said.get("lines", [])
+            who, everyone, lines = said.get("begin", who), said.get("everyone", everyone), said.get("lines", lines)
             bar.set_description_str(job.name, refresh=False)
             bar.set_postfix_str(who, refresh=sys.stderr.isatty())
             continue
-        again = False
-        if said.reason is not None and time.monotonic() > until:
+        closing = [dict(line="case", **case.fields)]
+        if lines:  # all was measured, however the process ended
+            yield lines + closing
+        elif said.late:
             waiting.appendleft(job)
-        elif said.reason is not None:
-            bar.write(f"{job.name}, {who}: {said.reason}", file=sys.stderr)
-            case = job.arguments[1]
-            culprits = {who: everyone[who]} if who in everyone else everyone or {who: "ours"}
+        else:
+            bar.write(f"{job.name}, {who}: {said.reason} (see {job.log})", file=sys.stderr)
+            hung = not said.reason.startswith("time limit")  # who runs when that is reached need not be who was slow
+            culprits = {who: everyone[who]} if hung and who in everyone else everyone or {who: "ours"}
             about = dict(line="failed", **case.fields, reason=said.reason)
-            lines += [about | dict(provider=name, kind=kind) for name, kind in culprits.items()]
-            if again := who in everyone:  # the others, once more
+            lost = [about | dict(provider=name, kind=kind) for name, kind in culprits.items()]
+            if again := len(culprits) < len(everyone):  # the others, once more
                 waiting.appendleft(replace(job, arguments=(*job.arguments, who)))
-        if not again:
-            if job not in waiting:
-                yield lines
-            lines = []
-        everyone, who = {}, MAKING
+            yield lost if again else lost + closing
+        lines, everyone, who = [], {}, MAKING
 
 
-def _race(tell: Callable[[dict], object], bench: str, case: Case, device: torch.device, *without: str) -> None:
+def _race(tell: Tell, bench: str, case: Case, device: torch.device, *without: str) -> None:
     """In a process of its own: a case."""
     suite, providers = suite_of(bench), entered(bench, case, device)
-    tell(dict(everyone={name: suite.kind(name) for name, why in providers.items() if not why and name not in without}))
-    tell(dict(lines=race(suite, case, device, providers, without, lambda who: tell(dict(begin=who)))))
+    able = [name for name, why in providers.items() if not why]
+    tell(dict(everyone={name: suite.kind(name) for name in (*able, *suite.bounds) if name not in without}))
+    tell(dict(lines=race(suite, case, device, providers, without, tell.begin)))
 
 
 def _gone_on_with(path: Path, head: dict) -> set[str]:
@@ -160,7 +164,7 @@ def _gone_on_with(path: Path, head: dict) -> set[str]:
         raise ValueError(f"{path} cannot be gone on with: {', '.join(differing)}")
     text = path.read_bytes()
     os.truncate(path, text.rfind(b"\n") + 1)
-    return {f"{x['op']}: {x['label']}, {x['dtype']}" for x in lines if x["line"] in ("result", "failed")}
+    return {f"{x['op']}: {x['label']}, {x['dtype']}" for x in lines if x["line"] == "case"}
 
 
 def _write(file: TextIO, lines: list[dict]) -> None:

@@ -26,9 +26,8 @@ def described(device: torch.device) -> dict:
     if (ROOT / ".git").exists():
         sha = _output("git", "rev-parse", "HEAD")
         modified = bool(_output("git", "status", "--porcelain", "--untracked-files=no")) if sha else None
-    there = {found.name: found.version for found in metadata.distributions()}
     versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
-    versions |= {name.removesuffix("-kernels").replace("-", "_"): there.get(name) for name in PACKAGES}
+    versions |= {name.removesuffix("-kernels").replace("-", "_"): _version(name) for name in PACKAGES}
     return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), version=__version__, revision=sha,
                 modified=modified, device=device_of(device), versions=versions)  # fmt: skip
 
@@ -52,6 +51,13 @@ def clocks() -> dict[str, float | None] | None:
     line = _query(",".join(CLOCKS.values()))
     numbers = [float(text) if re.fullmatch(r"\s*[\d.]+\s*", text) else None for text in (line or "").split(",")]
     return dict(zip(CLOCKS, numbers, strict=False)) if line else None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _query(fields: str) -> str | None:

@@ -60,12 +60,15 @@ def race(
             torch.cuda.empty_cache()  # of what the eager ones have cut up
         captured = {name: Candidate(run.replay, work.draw) for name, run in runs.items() if isinstance(run, Graph)}
         candidates = {name: captured.get(name) or Candidate(run, work.prepare) for name, run in runs.items()}
-        if suite.bounds:
+        if suite.bounds and not {*suite.bounds} & {*without}:
             with trying(LIMIT, *suite.bounds):
                 candidates |= {n: c for n, c in bounds(work, case.dtype, device).items() if n in suite.bounds}
-        raised, clock = {}, torch.device("cpu") if case.on_host else device
-        times = compare(candidates, clock, case.seconds, case.rounds, raised, begin)
-        failed |= {name: _reason(error, device) for name, error in raised.items()}
+
+        def fail(name: str, error: Exception) -> None:
+            failed[name] = _reason(error, device)
+
+        clock = torch.device("cpu") if case.on_host else device
+        times = compare(candidates, clock, case.seconds, case.rounds, fail, begin)
         common = dict(work.fields) | ({} if clock.type == "cuda" else dict(threads=torch.get_num_threads()))
         if device.type == "cuda" and LIMIT in times:
             common["sm_mhz"] = _loaded_clock(candidates[LIMIT], times[LIMIT].ms)
@@ -92,7 +95,7 @@ def _judged(work: Work, name: str, launched: Run | None, device: torch.device) -
         if work.check_graph is not None:
             work.check_graph(graph, launched)
         return graph, {}
-    run, prepare = work.run(name), work.prepare or (lambda: None)
+    run, prepare = work.run(name), work.prepare
     fields = dict(work.judge(name, run))
     if work.measure_memory:
         prepare()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from . import loop
-from .case import MAIN, Case
+from .case import GRAPH, MAIN, Case
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -16,6 +16,7 @@ def tests() -> list:
     found = []
     for bench, case in [(bench, case) for bench, case in loop.selected(DEVICE) if case.worth == MAIN]:
         for name, why in loop.entered(bench, case, DEVICE).items():
+            why = why or ("the loop captures graphs" if name.endswith(GRAPH) else None)
             marks = [pytest.mark.skip(reason=why)] if why else []
             found.append(pytest.param(bench, case, name, id=f"{case.name}: {name}", marks=marks))
     return found
@@ -29,8 +30,7 @@ def test_case(bench: str, case: Case, provider: str, benchmark) -> None:
     benchmark.extra_info |= work.judge(provider, run) | dict(sizes=case.sizes)
 
     def prepare() -> None:
-        if work.prepare is not None:
-            work.prepare()
+        work.prepare()
 
     def once() -> None:
         run()

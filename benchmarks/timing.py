@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 ROUNDS, MOST_ROUNDS, WARM_UP = 10, 100, 3
 FLUSH = 256 * 2**20  # bytes at least
-FLUSH_AT_MOST = 20.0  # ms
+FLUSH_AT_MOST = 3.0  # ms; who issues for longer, or waits for the device, has gaps in any case
 
 
 @dataclass(frozen=True)
@@ -32,32 +32,56 @@ class Timing:
 @dataclass
 class Candidate:
     run: Callable[[], object]
-    prepare: Callable[[], object] | None = None  # before each run, outside the measured time
-    flushes: int = 1
+    prepare: Callable[[], object] = lambda: None  # before each run, outside the measured time
+    issued: float = FLUSH_AT_MOST  # least ms of the warm-up's runs until the CPU was free
 
-    def time(self, device: torch.device, flush: Tensor) -> tuple[float, float]:
+    def warm(self, device: torch.device) -> None:
+        self.prepare()
+        start = time.perf_counter()
+        self.run()
+        self.issued = min(self.issued, 1e3 * (time.perf_counter() - start))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def time(self, device: torch.device, flush: Callable[[float], None]) -> tuple[float, float]:
         """Milliseconds of one run, and those until the CPU was free."""
-        if self.prepare is not None:
-            self.prepare()
+        self.prepare()
         if device.type != "cuda":
             start = time.perf_counter()
             self.run()
             elapsed = 1e3 * (time.perf_counter() - start)
             return elapsed, elapsed
-        before, begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        before.record()
-        for _ in range(self.flushes):
-            flush.zero_()
+        flush(self.issued)
         begin.record()
         start = time.perf_counter()
         self.run()
         issued = 1e3 * (time.perf_counter() - start)
         end.record()
         torch.cuda.synchronize(device)
-        one = before.elapsed_time(begin) / self.flushes
-        self.flushes = max(1, math.ceil(1.5 * min(issued, FLUSH_AT_MOST) / one))  # next time
         return begin.elapsed_time(end), issued
+
+
+def flusher(device: torch.device) -> Callable[[float], None]:
+    """Writes more than L2 holds, for half as long again as the given milliseconds at least."""
+    if device.type != "cuda":
+        return lambda ms: None
+    size = max(FLUSH, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
+    buffer, events = torch.empty(size, dtype=torch.uint8, device=device), []
+    for _ in range(3):  # the last of them is warm
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        buffer.zero_()
+        events[1].record()
+        torch.cuda.synchronize(device)
+    one = events[0].elapsed_time(events[1])
+
+    def flush(ms: float) -> None:
+        for _ in range(max(1, math.ceil(1.5 * ms / one))):
+            buffer.zero_()
+
+    return flush
 
 
 def compare(
@@ -65,38 +89,38 @@ def compare(
     device: torch.device,
     seconds: float = 2.0,  # for all of them together, unless the least rounds take longer
     rounds: int = ROUNDS,  # at least; fewer where a run takes so long that one suffices to warm up
-    raised: dict[str, Exception] | None = None,  # gets what candidates raise, who then take no further part
+    fail: Callable[[str, Exception], object] | None = None,  # told what a candidate raised, which then is out
     begin: Callable[[str], object] = lambda name: None,  # told who runs next, outside of anyone's time
 ) -> dict[str, Timing]:
     """Every candidate's time, in rounds of one run each, in turn forwards and backwards."""
-    size = max(FLUSH, 4 * torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
-    flush, found = torch.empty(size, dtype=torch.uint8, device=device), {name: [] for name in candidates}
+    flush, found = flusher(device), {name: [] for name in candidates}
 
-    def once(name: str) -> None:
+    def attempt(name: str, act: Callable[[Candidate], object]) -> None:
         begin(name)
         try:
-            found[name].append(candidates[name].time(device, flush))
+            found[name].append(act(candidates[name]))
         except Exception as error:
-            if raised is None:
+            if fail is None:
                 raise
-            raised[name] = error.with_traceback(None)
             del found[name]
+            fail(name, error.with_traceback(None))
 
     for name in candidates:
         for _ in range(WARM_UP if rounds >= ROUNDS else 1):
             if name in found:
-                once(name)
+                attempt(name, lambda candidate: candidate.warm(device))
     found, start = {name: [] for name in found}, time.perf_counter()
     gc.collect()
     gc.disable()  # a collection would fall into somebody's time
-    for turn in range(MOST_ROUNDS):
-        for name in list(found)[:: 1 if turn % 2 == 0 else -1]:
-            once(name)
-        if turn + 1 >= rounds and time.perf_counter() - start > seconds:
-            break
-    gc.enable()
-    pairs = {name: tuple(zip(*samples, strict=True)) for name, samples in found.items()}
-    median = statistics.median
+    try:
+        for turn in range(MOST_ROUNDS):
+            for name in list(found)[:: 1 if turn % 2 == 0 else -1]:
+                attempt(name, lambda candidate: candidate.time(device, flush))
+            if turn + 1 >= rounds and time.perf_counter() - start > seconds:
+                break
+    finally:
+        gc.enable()
+    pairs, median = {name: tuple(zip(*samples, strict=True)) for name, samples in found.items()}, statistics.median
     return {name: Timing(median(times), times, median(issued)) for name, (times, issued) in pairs.items()}
 
 

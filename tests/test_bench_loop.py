@@ -66,14 +66,15 @@ ILLEGAL = "DeadGPUError: illegal memory access; the GPU answered nothing after t
     "planned",
     [
         dict(eager=("crash", "ended by SIGSEGV"), triton=("wrong", "WrongResultError: hidden: error 1.0e+00")),
-        dict(torch=("dead", ILLEGAL), eager=("late-memory", "OutOfMemoryError: planted")),
+        dict(torch=("late-dead", ILLEGAL), eager=("late-memory", "OutOfMemoryError: planted")),
+        dict(eager=("dead", ILLEGAL)),
         dict(torch=("memory", "OutOfMemoryError: planted"), eager=("late-crash", "ended by SIGSEGV")),
         dict(eager=("hang", "no word for 8 s")),
     ],
     ids=lambda planned: ", ".join(how for how, _ in planned.values()),
 )
 def test_what_kills_or_fails_a_provider_costs_it_one_case_and_nobody_else(planned, planted, monkeypatch):
-    monkeypatch.setattr(loop, "SILENCE", 8.0)
+    monkeypatch.setattr(loop, "SILENCE", dict(cpu=8.0))
     path = planted(**{who: how for who, (how, _) in planned.items()})
     assert measure(path) == (set(planned) == {"eager"}), "a peer's failure is not ours"
     assert found(path, "result") == {"first": EVERYONE - set(planned), "second": EVERYONE}

@@ -41,9 +41,9 @@ def compare(a: Results, b: Results, threshold: float) -> tuple[Table, list[str],
             continue
         unit = "ratios" if len(x.ratios) and len(y.ratios) else "samples_ms"
         alone, ratio = (change(getattr(x, of), getattr(y, of), errors, rng) for of in ("samples_ms", unit))
-        memory = f"{size(x.peak_bytes)} -> {size(y.peak_bytes)}"
+        memory = f"{size(x.held_bytes)} -> {size(y.held_bytes)}"
         problems = {f"{ratio[0]:.2f} × the time": ratio[0] > 1 + threshold and min(ratio[1], alone[1]) > 1,
-                    f"memory {memory}": y.peak_bytes > (1 + threshold) * x.peak_bytes + 2**20,
+                    f"memory {memory}": y.held_bytes > (1 + threshold) * x.held_bytes + 2**20,
                     "error over its bound": y.of_bound > 1}  # fmt: skip
         worse += [f"{name}: {problem}" for problem, is_so in problems.items() if is_so]
         rows.append({"case": ", ".join(key[:3]), "": key[3] + " !" * any(problems.values()), "ratio": f"{ratio[0]:.3f}",

@@ -13,7 +13,7 @@ from ..case import PRODUCTS
 KEY, GONE = ["op", "label", "dtype", "provider"], ["failed", "absent", "skipped"]
 RESULT = [*KEY, "kind", "ms", "samples_ms", "sizes", "axes", "worth"]
 NEEDED = {"run": ["date", "version", "selection", "versions"], "result": RESULT, "failed": [*KEY, "kind", "reason"],
-          "absent": [*KEY, "kind", "reason"], "skipped": [*KEY[:3], "reason"], "end": []}  # fmt: skip
+          "absent": [*KEY, "kind", "reason"], "skipped": [*KEY[:3], "reason"], "case": KEY[:3], "end": []}  # fmt: skip
 COLUMNS = [*RESULT, "reference", "ratios", "issue_ms", "flops", "traffic", "peak_bytes", "weight_bytes", "held_bytes",
            "goals", "error", "of_bound", "size", "parts", "tokens_per_s", "segments_per_s",
            "of_reference", "low", "high", "of_products"]  # fmt: skip

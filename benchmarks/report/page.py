@@ -27,7 +27,7 @@ def text(name: str) -> str:  # as plotly shows it: tags are formatting there
 def drawn(plot, frame: DataFrame, x: str, y: str, title: str, height: int, **looks) -> str:
     if (frame := frame[frame[x].notna()]).empty:
         return ""
-    figure = plot(frame, x, y, "name", **looks).update_xaxes(title=title).update_yaxes(ticklabelstandoff=6)
+    figure = plot(frame, x=x, y=y, color="name", **looks).update_xaxes(title=title).update_yaxes(ticklabelstandoff=6)
     figure.update_layout(template="plotly_white", height=height, margin=dict(l=8, r=8, t=8, b=8),
                          legend=dict(title="", orientation="h", y=1, yanchor="bottom"))  # fmt: skip
     if plot is px.bar:

@@ -1,8 +1,8 @@
 """`OnlineTargets`: targets of data that cannot be encoded ahead, such as the model's own answers.
 
 It stands where a `TargetStore` stands. The collator, in whatever process it runs, makes the texts; the attached model
-has them embedded on its own device, by a thread and on a stream beside the decoder's, and waits for them where the loss
-needs them.
+has them embedded on its own device, on a GPU by a thread and on a stream beside the decoder's, and waits for them where
+the loss needs them.
 """
 
 import copy
@@ -75,9 +75,14 @@ class OnlineTargets:
         """Begins to embed the texts: (A, d) float16, unit norm, zero where the text is None."""
         if self.encoder is None:
             raise RuntimeError("the encoder stays in the process that made OnlineTargets: embed there")
+        device = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
+        if device.type == "cpu":  # the cores are the decoder's, too, and a second thread's OpenMP team slows every op
+            done = Future()
+            with torch.autocast("cpu", enabled=False):
+                done.set_result(self._run(list(texts), device))
+            return PendingTargets(done)
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="targets")
-        device = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
         return PendingTargets(self._thread.submit(self._run, list(texts), device))
 
     @torch.no_grad()
