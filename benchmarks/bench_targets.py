@@ -57,7 +57,7 @@ def make(case: Case, device: torch.device) -> Work:
 
     runs = {BUILD: build, ALONE: lambda: [encode(encoder, of_shard) for of_shard in texts]}
     fields = dict(extra=lambda provider, ms: dict(segments=count, segments_per_s=count / ms * 1e3))
-    return Work(runs.__getitem__, judge, measure_memory=False, **fields)
+    return Work(runs.__getitem__, judge, **fields)
 
 
 SUITE = Suite(cases, make, providers, ours=(BUILD,), limits=(ALONE,))

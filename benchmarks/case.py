@@ -30,15 +30,6 @@ class Gemm:
     n: int
     transposed: str  # "", "a" or "b"
 
-    @property
-    def flops(self) -> int:
-        return 2 * self.m * self.k * self.n
-
-    @property
-    def numbers(self) -> int:
-        """In its factors and its product."""
-        return self.m * self.k + self.k * self.n + self.m * self.n
-
 
 @dataclass(frozen=True)
 class Case:
@@ -61,17 +52,13 @@ class Case:
     time_limit: float = 600.0  # seconds, after which the case is stopped
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
+    def fields(self) -> dict:
+        """What identifies the case in a result file."""
+        return dict(op=self.op, label=self.label, dtype=str(self.dtype).removeprefix("torch."))
 
     @property
     def name(self) -> str:
-        return f"{self.op}: {self.label}, {self.dtype_name}"
-
-    @property
-    def fields(self) -> dict:
-        """What identifies the case in a result file."""
-        return dict(op=self.op, label=self.label, dtype=self.dtype_name)
+        return "{op}: {label}, {dtype}".format(**self.fields)
 
 
 @dataclass
@@ -87,7 +74,6 @@ class Work:
     judged: Callable[[], object] | None = None  # after the last judgement: frees what judged
     check_graph: Callable[[object, Run], None] | None = None  # (graph, run): raises if a replay is not the run
     draw: Callable[[], object] = lambda: None  # before every replay of a graph: fresh noise
-    measure_memory: bool = True
     extra: Callable[[str, float], dict] | None = None  # (provider, median ms) → further fields of its result
     fields: dict = field(default_factory=dict)  # further fields of every result
 

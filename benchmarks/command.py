@@ -1,4 +1,4 @@
-"""`python -m sfr_kernels bench`: measures, shows a table and writes a report; compares results, and shows old ones.
+"""Measures, shows a table and writes a report; compares results, and shows old ones (benchmarks/README.md).
 
     bench                       one main case of each op, the joint loss and a training step: within five minutes
     bench --full                every case, in the order of their worth
@@ -74,8 +74,7 @@ def main(argv: list[str]) -> int:
 
 
 def show(path: Path) -> bool:
-    """Prints the table and writes the report beside the file. What is measured on a machine without the packages for
-    it is shown on one that has them."""
+    """The table, and the report beside the file: whether this machine has the packages for both."""
     print(f"Kept in {path}")
     try:
         from .report import data, tables

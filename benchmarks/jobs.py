@@ -1,8 +1,7 @@
 """Jobs side by side, each in a process of its own: what kills one ends no other, and nothing survives the parent.
 
 A process is forked from a server that has imported torch but not touched the GPU: it starts at once, with a context of
-its own. What a job told before it died is there. To stop it, it gets SIGINT, then a few seconds, so that it can still
-tell, and then SIGKILL together with all it has started.
+its own. To stop it, it gets SIGINT, a few seconds to tell what it has, and SIGKILL with all it has started.
 """
 
 import contextlib
@@ -43,8 +42,8 @@ class Ended:
 
 
 class Tell:
-    """What a job's function tells: `tell(content)` at once; `tell.begin(who)` for the parent to see when it next looks,
-    which wakes nobody up while times are taken."""
+    """`tell(content)` tells at once; `tell.begin(who)` when the parent next looks: it wakes nobody while times are
+    taken."""
 
     def __init__(self, pipe, status, at):
         self.send, self.status, self.at = pipe.send, status, at
@@ -82,7 +81,6 @@ class _Process:
             self.listening = False
 
     def check(self, until: float) -> None:
-        """Stops it where its time is up."""
         now, job = time.monotonic(), self.job
         if now > self.kill_at:
             self.signal(signal.SIGKILL)

@@ -1,19 +1,7 @@
-"""The limit of an op: its matrix products through cuBLAS, then a copy of the bytes that must move besides.
+"""The limit of an op: its matrix products through cuBLAS, then a copy of the bytes that must move besides (README.md).
 
-Who multiplies with cuBLAS can hardly be faster: what his kernels do between two products reads and writes these bytes,
-at best as fast as a copy does, unless they are so few that they stay in L2. Both are timed in the run of what they
-bound. Bytes, per op, by the rows n of N tokens that carry loss (s bytes a number):
-
-    gather, scatter     h read and written, dh read, dh of all N tokens written                 s (3 n H + N H)
-                        (none where n is nearly N: to multiply all of them would cost less)
-    cross-entropy       logits read, their gradients written                                    s 2 n V
-    path, loss          x_t written; v read, dv written                                         s 3 n d
-    first layer         y read, a written; da and y read, dy written                            s 5 n D
-    every block         the same, and a read for the residual sum                               s 6 n D
-
-Each product's rows are in 1, 2 or 4 blocks, whichever is fastest (cuBLAS chooses badly for some row counts); all
-products are timed as one chain, in a CUDA graph, so that no launch is counted. Those of the time embedding, of one row
-for each time, are left out.
+Each product's rows are in 1, 2 or 4 blocks, whichever is fastest (cuBLAS chooses badly for some row counts); all are
+timed as one chain, in a CUDA graph, so that no launch is counted.
 """
 
 from functools import partial
@@ -50,8 +38,9 @@ def gemms_of(problem: Problem) -> list[Gemm]:
 
 def bytes_of(problem: Problem) -> int:
     s, flow = problem.shape, problem.num_flow if problem.head is not None else 0
+    tokens = s.batch * s.length
     n = max(flow, problem.num_ce if problem.weight is not None else 0)
-    numbers = 0 if n > NEARLY_ALL * s.tokens else s.hidden_size * (3 * n + s.tokens)
+    numbers = 0 if n > NEARLY_ALL * tokens else s.hidden_size * (3 * n + tokens)
     numbers += 2 * problem.num_ce * s.vocab if problem.weight is not None else 0
     numbers += flow * (3 * s.target_size + s.width * (5 + 6 * (s.num_layers - 2)))
     return problem.dtype.itemsize * numbers
@@ -116,9 +105,4 @@ def bounds(work: Work, dtype: torch.dtype, device: torch.device) -> dict[str, Ca
     if not work.gemms:
         return {LIMIT: Candidate(copy)}
     products = Products(work.gemms, dtype, device, work.factors() if work.factors else None)
-
-    def limit() -> None:
-        products.run()
-        copy()
-
-    return {PRODUCTS: Candidate(products.run), LIMIT: Candidate(limit)}
+    return {PRODUCTS: Candidate(products.run), LIMIT: Candidate(lambda: (products.run(), copy()))}

@@ -1,5 +1,4 @@
-"""The loop over the cases: each in a process of its own, in the order of their worth, its lines appended to the result
-file when it is done.
+"""The loop over the cases: each in a process of its own, by worth, its lines appended to the file when it is done.
 
 A crash, a hang or a dead GPU costs whoever was running its place in the case: it is put down as failed, and the others
 race again without it. A run that was stopped has written what it had, and is gone on with.
@@ -43,9 +42,7 @@ def entered(bench: str, case: Case, device: torch.device) -> dict[str, str | Non
     return {name: why for name, why in known.items() if case.providers is None or name in case.providers}
 
 
-def selected(
-    device: torch.device, full: bool = False, only: tuple[str, ...] = (), benches: tuple[str, ...] | None = None
-) -> list[tuple[str, Case]]:
+def selected(device: torch.device, full=False, only=(), benches=None) -> list[tuple[str, Case]]:
     """Benches and cases by worth. only: those that contain one of these texts as whole words, of all cases."""
     found = [(bench, case) for bench in benches or BENCHES for case in suite_of(bench).cases(device)]
     if only:
@@ -57,8 +54,7 @@ def selected(
 
 
 def lines_of(path: Path) -> list[dict]:
-    """Those of a result file; half a line at its end, of a process that was killed, is none. ValueError if it is no
-    such file."""
+    """Of a result file, else ValueError; half a line at its end, of a process that was killed, is none."""
     *lines, _ = path.read_text().split("\n")
     try:
         found = [json.loads(line) for line in lines]

@@ -27,7 +27,9 @@ def described(device: torch.device) -> dict:
         sha = _output("git", "rev-parse", "HEAD")
         modified = bool(_output("git", "status", "--porcelain", "--untracked-files=no")) if sha else None
     versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
-    versions |= {name.removesuffix("-kernels").replace("-", "_"): _version(name) for name in PACKAGES}
+    there = [(found.name.lower().replace("_", "-"), found.version) for found in metadata.distributions()]
+    there = dict(reversed(there))  # of two, the one that is imported
+    versions |= {name.removesuffix("-kernels").replace("-", "_"): there.get(name) for name in PACKAGES}
     return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), version=__version__, revision=sha,
                 modified=modified, device=device_of(device), versions=versions)  # fmt: skip
 
@@ -53,21 +55,13 @@ def clocks() -> dict[str, float | None] | None:
     return dict(zip(CLOCKS, numbers, strict=False)) if line else None
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _query(fields: str) -> str | None:
     index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     line = _output("nvidia-smi", f"--id={index}", f"--query-gpu={fields}", "--format=csv,noheader,nounits")
     return line.splitlines()[0].strip() if line else None
 
 
-def _output(*command: str) -> str | None:
-    """What a command prints, None if it is not there or fails."""
+def _output(*command: str) -> str | None:  # what it prints, None if it is not there or fails
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):

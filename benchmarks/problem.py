@@ -34,10 +34,6 @@ class Shape:
     width: int = 1024
     num_layers: int = 3
 
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.length
-
     def config(self, **options) -> SFRConfig:
         short = {} if self.length >= 256 else dict(stride=8, min_tokens=4, segment_tokens=16)
         return SFRConfig(width=self.width, num_layers=self.num_layers, time_scale=1.0, **short, **options)
@@ -57,10 +53,9 @@ def make_head(hidden_size: int, target_size: int, config: SFRConfig, dtype=torch
 
 class Problem:
     """Inputs of `op` in `dtype` on `device`, each sequence a prompt without loss and then a response. `run` is forward
-    and backward through the public function."""
+    and backward through the public function. published: as the published head has it, a time per sequence, h as is."""
 
     def __init__(self, op: str, shape: Shape, dtype: torch.dtype, device: torch.device, published: bool = False):
-        """published: as the published head does it, h unscaled and a time per sequence."""
         self.op, self.shape, self.dtype, self.device = op, shape, dtype, device
         self.config = shape.config(**dict(hidden_scale=1.0) if published else {})
         size, g = (shape.batch, shape.length), torch.Generator().manual_seed(0)
@@ -165,7 +160,6 @@ class Problem:
         return self.with_gradients(self.loss(backend))
 
     def judged(self, backend: str) -> list[Tensor]:
-        """As `exact` has it."""
         return self.with_gradients(self.loss(backend, judged=True), UPSTREAM)
 
     def with_gradients(self, loss: Tensor, upstream: float = 1.0) -> list[Tensor]:

@@ -52,7 +52,7 @@ def race(
                 base = name.removesuffix(GRAPH)
                 if base != name and base not in runs:
                     raise RuntimeError("the launched calls failed")
-                runs[name], fields[name] = _judged(work, name, runs.get(base), device)
+                runs[name], fields[name] = _judged(work, case, name, runs.get(base), device)
         if work.judged is not None:
             work.judged()
         gc.collect()
@@ -63,11 +63,8 @@ def race(
         if suite.bounds and not {*suite.bounds} & {*without}:
             with trying(LIMIT, *suite.bounds):
                 candidates |= {n: c for n, c in bounds(work, case.dtype, device).items() if n in suite.bounds}
-
-        def fail(name: str, error: Exception) -> None:
-            failed[name] = _reason(error, device)
-
         clock = torch.device("cpu") if case.on_host else device
+        fail = lambda name, error: failed.update({name: _reason(error, device)})  # noqa: E731
         times = compare(candidates, clock, case.seconds, case.rounds, fail, begin)
         common = dict(work.fields) | ({} if clock.type == "cuda" else dict(threads=torch.get_num_threads()))
         if device.type == "cuda" and LIMIT in times:
@@ -88,7 +85,7 @@ def race(
     return lines + [line("failed", name, reason=why) for name, why in failed.items()]
 
 
-def _judged(work: Work, name: str, launched: Run | None, device: torch.device) -> tuple[Run | Graph, dict]:
+def _judged(work: Work, case: Case, name: str, launched: Run | None, device: torch.device) -> tuple[Run | Graph, dict]:
     """A provider's run, or the graph of one, and what its judgement and its memory say of it."""
     if name.endswith(GRAPH):
         graph = Graph(launched)
@@ -97,7 +94,7 @@ def _judged(work: Work, name: str, launched: Run | None, device: torch.device) -
         return graph, {}
     run, prepare = work.run(name), work.prepare
     fields = dict(work.judge(name, run))
-    if work.measure_memory:
+    if not case.on_host:
         prepare()
         run()  # may compile, and try out
         prepare()
@@ -109,11 +106,12 @@ def _judged(work: Work, name: str, launched: Run | None, device: torch.device) -
 
 def _measured(work: Work, case: Case, name: str, time: Timing, clock: torch.device) -> dict:
     """Times, and what the work amounts to: bytes are those besides the products, traffic is all that must move."""
-    besides, by = 0 if name == PRODUCTS else work.bytes, "CUDA events" if clock.type == "cuda" else "perf_counter"
+    besides, gemms = 0 if name == PRODUCTS else work.bytes, work.gemms
+    numbers = sum(g.m * g.k + g.k * g.n + g.m * g.n for g in gemms)  # of factors and products
     return dict(
         ms=round(time.ms, 6), samples_ms=[round(ms, 6) for ms in time.samples], issue_ms=round(time.issue_ms, 6),
-        clock=by, flops=sum(gemm.flops for gemm in work.gemms), bytes=besides,
-        traffic=besides + case.dtype.itemsize * sum(gemm.numbers for gemm in work.gemms),
+        clock="CUDA events" if clock.type == "cuda" else "perf_counter", flops=sum(2 * g.m * g.k * g.n for g in gemms),
+        bytes=besides, traffic=besides + case.dtype.itemsize * numbers,
     )  # fmt: skip
 
 

@@ -1,9 +1,7 @@
 """Times that can be compared, and peak memory.
 
-All candidates take turns in one run, so that a machine that slows down slows all of them. On a GPU every run starts
-from an idle device and a cold L2: a buffer larger than it is written first, as often as it takes the CPU to issue the
-run (within `FLUSH_AT_MOST`): the events around the run see no gaps between launches; what issuing cost is told apart.
-What is shorter than its launches is also measured in a CUDA graph. A CPU's times are those of the wall clock.
+All candidates take turns, so that a machine that slows down slows all of them. On a GPU every run starts from an idle
+device and a cold L2: a buffer larger than it is written first, as often as it takes the CPU to issue the run.
 """
 
 import gc
@@ -34,6 +32,7 @@ class Candidate:
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None  # before each run, outside the measured time
     issued: float = FLUSH_AT_MOST  # least ms of the warm-up's runs until the CPU was free
+    flushes: int = 1
 
     def warm(self, device: torch.device) -> None:
         self.prepare()
@@ -43,45 +42,26 @@ class Candidate:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def time(self, device: torch.device, flush: Callable[[float], None]) -> tuple[float, float]:
-        """Milliseconds of one run, and those until the CPU was free."""
+    def time(self, device: torch.device, flush: Tensor) -> tuple[float, float]:  # ms of one run, and until issued
         self.prepare()
         if device.type != "cuda":
             start = time.perf_counter()
             self.run()
             elapsed = 1e3 * (time.perf_counter() - start)
             return elapsed, elapsed
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before, begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         torch.cuda.synchronize(device)
-        flush(self.issued)
+        before.record()
+        for _ in range(self.flushes):
+            flush.zero_()
         begin.record()
         start = time.perf_counter()
         self.run()
         issued = 1e3 * (time.perf_counter() - start)
         end.record()
         torch.cuda.synchronize(device)
+        self.flushes = max(1, math.ceil(1.5 * self.issued * self.flushes / before.elapsed_time(begin)))  # next time
         return begin.elapsed_time(end), issued
-
-
-def flusher(device: torch.device) -> Callable[[float], None]:
-    """Writes more than L2 holds, for half as long again as the given milliseconds at least."""
-    if device.type != "cuda":
-        return lambda ms: None
-    size = max(FLUSH, 4 * torch.cuda.get_device_properties(device).L2_cache_size)
-    buffer, events = torch.empty(size, dtype=torch.uint8, device=device), []
-    for _ in range(3):  # the last of them is warm
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
-        buffer.zero_()
-        events[1].record()
-        torch.cuda.synchronize(device)
-    one = events[0].elapsed_time(events[1])
-
-    def flush(ms: float) -> None:
-        for _ in range(max(1, math.ceil(1.5 * ms / one))):
-            buffer.zero_()
-
-    return flush
 
 
 def compare(
@@ -93,7 +73,8 @@ def compare(
     begin: Callable[[str], object] = lambda name: None,  # told who runs next, outside of anyone's time
 ) -> dict[str, Timing]:
     """Every candidate's time, in rounds of one run each, in turn forwards and backwards."""
-    flush, found = flusher(device), {name: [] for name in candidates}
+    size = max(FLUSH, 4 * torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
+    flush, found = torch.empty(size, dtype=torch.uint8, device=device), {name: [] for name in candidates}
 
     def attempt(name: str, act: Callable[[Candidate], object]) -> None:
         begin(name)
@@ -138,9 +119,7 @@ class Graph:
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.outputs = list(run())
-
-    def replay(self) -> None:
-        self.graph.replay()
+        self.replay = self.graph.replay
 
 
 def allocated(function: Callable[[], object], device: torch.device) -> tuple[int, int, object]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def large():
+    """For tests that need most of a GPU's memory: one at a time, of whatever process."""
+    with open(Path(tempfile.gettempdir()) / "sfr-large-test.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        torch.cuda.empty_cache()
+        yield
+        torch.cuda.empty_cache()
 
 
 def _once(tmp_path_factory, name: str, make: Callable[[Path], Path]) -> Path:

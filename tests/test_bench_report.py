@@ -154,6 +154,7 @@ def test_the_page_and_the_tables_of_what_there_is(lines, file, tmp_path):
     shown = html.split("</style>")[1].rsplit("</script>", 1)[1]
     assert "<b>" not in shown and "<script>alert" not in html and "\\u003cscript\\u003ealert" not in html
     assert ("&lt;script&gt;alert(1)&lt;/script&gt;&lt;b&gt;|*" in html) == (len(lines) > 2)
+    assert ('"name":"triton"' in html.split("<h2>Curves")[1]) == (len(lines) > 2), "a curve's legend names it"
 
 
 def noisy(ours: float = 1.0, limit: float = 1.0, seed: int = 0, **fields) -> list[dict]:
@@ -233,12 +234,13 @@ def test_readme_shows_the_newest_complete_file_of_a_gpu(root, file, capsys):
                  new=(dict(date="2026-02-01T"), 7.0))  # fmt: skip
     for name, (fields, ms) in files.items():
         file([run(**fields), *case(ms), *steps(), dict(line="end")], f"benchmarks/results/bench-{name}.jsonl")
-    file([run(date="2026-03-01T"), *case(7000.0)], "benchmarks/results/bench-cut.jsonl")
+    file([run(date="2026-01-02T"), *case(7000.0), *case(7.7, label="other")], "benchmarks/results/bench-cut.jsonl")
     assert readme.main(["--check"], root) == 1 and "README.md" in capsys.readouterr().out
     assert readme.main([], root) == 0 and readme.main(["--check"], root) == 0
     text, manual = ((root / path).read_text() for path in ("README.md", "benchmarks/README.md"))
     for shown in (text, manual):
         assert "7.00 ms" in shown and "70.0 ms" not in shown and "700 ms" not in shown and "CPU" not in shown
+        assert "7.70 ms" in shown and "7.00 s" not in shown, "of a run that was cut, the cases that no other has"
     assert text.startswith("a\n<!-- targets -->\nNothing of this") and text.endswith("<!-- /bench -->\nc\n")
     assert "SFR, ours, stored targets" in text and "TFLOP/s" in manual and "TFLOP/s" not in text
     assert "Goals missed" in manual and "Goals missed" not in text

@@ -169,7 +169,7 @@ def needs(gib: float) -> None:
 
 
 @pytest.mark.parametrize("backend", KERNELS)
-def test_offsets_past_two_to_the_31(backend):
+def test_offsets_past_two_to_the_31(backend, large):
     """The last rows of a large tensor are those of a small one with the same identities."""
     needs(24)
     leaves = leaves_of(backend)

@@ -19,7 +19,7 @@ def needs(gib: float) -> None:
         pytest.skip(f"needs {gib} GiB of free GPU memory")
 
 
-def test_logits_past_two_to_the_31():
+def test_logits_past_two_to_the_31(large):
     needs(16)
     from sfr_kernels.leaves import triton as leaves
 
@@ -32,7 +32,7 @@ def test_logits_past_two_to_the_31():
     assert torch.equal(loss[-last:], wanted) and torch.equal(logits[-last:], small)
 
 
-def test_a_call_with_more_than_two_to_the_31_logits_at_once():
+def test_a_call_with_more_than_two_to_the_31_logits_at_once(large):
     """The last rows of a large call are those of a small one."""
     needs(16)
     n, vocab, last = 17000, 128256, 8
@@ -78,6 +78,21 @@ def test_peak_memory_in_units_of_the_weight(options, frozen, n, most):
     given = sum(g.numel() * g.element_size() for g in grads)
     unit = weight.numel() * weight.element_size()
     assert peak - given <= most * unit, f"{(peak - given) / unit:.2f} units"
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_little_memory_costs_a_rounding_for_every_chunk(backend):
+    hidden, weight = torch.randn(600, 256, device="cuda"), torch.randn(4096, 256, device="cuda") / 16
+    labels = torch.randint(4096, (600,), device="cuda")
+    found = []
+    for dtype, options in ((torch.float64, {}), (torch.bfloat16, {}), (torch.bfloat16, MEMORY["small"][0])):
+        leaves = [t.bfloat16().to(dtype).requires_grad_() for t in (hidden, weight)]
+        of = "reference" if dtype == torch.float64 else backend
+        loss = linear_cross_entropy(*leaves, labels, backend=of, **options)
+        found.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
+    for exact, whole, little in zip(*found, strict=True):
+        error, bound = ((t.double() - exact).norm() for t in (little, whole))
+        assert error <= 3 * bound + 2**-8 * exact.norm() / 8
 
 
 def test_a_label_outside_the_vocabulary():

@@ -40,6 +40,13 @@ def cases():
                 yield pytest.param(op, s, dtype, draws, backend, id=f"{name}, {backend}")
 
 
+@pytest.fixture
+def room(request):
+    if request.node.callspec.params["shape"].vocab > 100_000:
+        request.getfixturevalue("large")
+
+
+@pytest.mark.usefixtures("room")
 @pytest.mark.parametrize("op, shape, dtype, draws, backend", [*cases()])
 def test_errors(op, shape, dtype, draws, backend, record_property):
     if ON_GPU:

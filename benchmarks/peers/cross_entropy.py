@@ -25,8 +25,7 @@ def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def eager_rows(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """As one would spare the other rows by hand; on a GPU it waits for their number."""
-    kept = labels != -100
+    kept = labels != -100  # as one would spare the other rows by hand; on a GPU it waits for their number
     return eager(hidden[kept], weight, labels[kept])
 
 

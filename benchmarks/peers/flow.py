@@ -39,7 +39,7 @@ class Published:
     def everywhere(self, values: Tensor) -> Tensor:
         """(B, L, …): what flow rows have, and zero at every other position."""
         s = self.problem.shape
-        whole = values.new_zeros(s.tokens, values.shape[1])
+        whole = values.new_zeros(s.batch * s.length, values.shape[1])
         whole[self.index] = values
         return whole.view(s.batch, s.length, -1)
 

@@ -1,12 +1,10 @@
 """SFR as published, in eager torch: what ours is compared with.
 
-Targets, made within the training step. The supervised labels of a sequence are its response. An anchor stands at every
-`stride`-th of them; its text is the supervised labels at the next `segment_tokens` positions, decoded. It is kept if
-they are `min_tokens` at least and the text is not blank, and then embedded. Every supervised position is given the
-embedding of the nearest anchor kept, of two the earlier one, and with a stride of 1 of its own alone; where there is
-none, zero. With `segment_tokens` 0 the text of the whole response serves all its positions. There is a target and a
-weight, (m − i)/m for the i-th of m, for every position, zero where there is no loss. The code goes token by token: one
-`.item()` for each label, one write of each position's target and weight.
+Targets, made within the step, token by token: one `.item()` for each label, one write of each position's target. An
+anchor stands at every `stride`-th label of a response; its text is the labels at the next `segment_tokens` positions.
+It is kept if they are `min_tokens` at least and not blank. Every position is given the embedding of the nearest anchor
+kept, of two the earlier one (with a stride of 1 its own alone; with `segment_tokens` 0 the text of the whole
+response), or zero, and the weight (m − i)/m, the i-th of m.
 
 The loss works on all B·L positions and masks afterwards, copies [x_t, τ, h] into one tensor, and draws one time per
 sequence (`SFRConfig.official`). Parameters have the names of `VelocityHead`: either loads the other's.

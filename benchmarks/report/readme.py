@@ -3,12 +3,13 @@ which are not current, with exit status 1."""
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from sfr_kernels.atomic import write_atomically
 
 from ..case import MORE, WHOLE
-from .data import read
+from .data import KEY, read
 from .tables import LEGEND, goals, missing, of_op, render, summary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,16 +19,18 @@ SECTIONS = [("", "bench", MAIN, WHOLE), ("", "targets", TARGETS, MORE), ("benchm
 
 
 def account(root: Path, ops: tuple[str, ...], worth: int) -> str:
-    """Of every GPU the newest complete file that has ops of targets, or others; else of every CPU. No ops: all."""
-    found = [read(path) for path in (root / "benchmarks/results").glob("bench-*.jsonl")]
-    found = [x for x in found if x.complete and (x.frame.op.isin(TARGETS) == (ops == TARGETS)).any()]
-    newest, parts = {x.facts["device"]: x for x in sorted(found, key=lambda x: x.run["date"])}.values(), []
-    for x in [x for x in newest if x.run["device"]["kind"] == "cuda"] or newest:
-        frame = x.frame[x.frame.worth <= worth]
-        listed = [of_op(op, frame) for op in dict.fromkeys(frame.op) if op in ops or not ops]
-        listed += [] if ops else [summary(x), missing(x), goals(x.frame)]
-        parts += [f"{x.about} ({x.name}).", *(f"**{warning}**" for warning in x.warnings)]
-        parts += [render(table, "markdown", columns=SHORT if ops else ()) for table in listed]
+    """Of every GPU, else of every CPU, the newest result of each case of these ops (none: of all), file by file."""
+    found = sorted(map(read, (root / "benchmarks/results").glob("bench-*.jsonl")), key=lambda x: x.run["date"])
+    found, parts = [x for x in found if x.run["device"]["kind"] == "cuda"] or found, []
+    newest = {(x.facts["device"], *case): x.name for x in found for case in x.frame[KEY[:3]].itertuples(index=False)}
+    for x in reversed(found):
+        of = [newest[x.facts["device"], *case] == x.name for case in x.frame[KEY[:3]].itertuples(index=False)]
+        frame = x.frame[of & (x.frame.worth <= worth) & (x.frame.op.isin(ops) if ops else True)]
+        listed = [of_op(op, frame) for op in dict.fromkeys(frame.op)]
+        listed += [] if ops else [summary(replace(x, frame=frame)), missing(x), goals(frame)]
+        about = [f"{x.about} ({x.name}).", *(f"**{warning}**" for warning in x.warnings)]
+        tables = [render(table, "markdown", columns=SHORT if ops else ()) for table in listed]
+        parts += [*about, *tables] if len(frame) else []
     return "\n\n".join([*parts, LEGEND] if parts else ["Nothing of this has been measured yet."])
 
 

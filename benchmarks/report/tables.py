@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 from pandas import DataFrame
 
-from ..case import SWEEP
+from ..case import GRAPH, SWEEP
 from .data import KEY, Results
 
 LEGEND = """\
@@ -71,10 +71,10 @@ def render(table: Table, form: str, width: int = 120, columns: tuple[str, ...] =
 
 
 def races(frame: DataFrame) -> Iterator[tuple]:
-    """(op, case, its rows, the fastest of ours, the fastest peer), None where there is none."""
+    """(op, case, its rows, the fastest of ours, the fastest peer), None where there is none; no graph is."""
     for (op, label, dtype), case in frame.groupby(KEY[:3], sort=False):
         rows = [*case.itertuples()]
-        fastest = {row.kind: row for row in sorted(rows, key=lambda row: -row.ms)}
+        fastest = {r.kind: r for r in sorted(rows, key=lambda r: -r.ms) if not r.provider.endswith(GRAPH)}
         yield op, f"{label}, {dtype}", rows, fastest.get("ours"), fastest.get("peer")
 
 

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -65,6 +66,12 @@ class Check:
             self.failed.append("FAILED{}: {job} {name}: {reason}".format(culprit, **fields))
             print(self.failed[-1], flush=True)
 
+    def add_experiments(self, path: Path) -> None:
+        for line in loop.lines_of(path)[1:]:
+            lost = line["line"] in ("failed", "skipped")
+            name = f"{line.get('op')} {line.get('provider', '')}".strip()
+            self.add(**line, **dict(job="experiments", name=name, outcome=line["line"]) if lost else {})
+
     def run(self, jobs: list[Job], workers: int, until: float) -> None:
         waiting = deque(replace(job, log=self.logs / job.name) for job in jobs)
         try:
@@ -72,20 +79,20 @@ class Check:
                 for job, said in told:
                     if not isinstance(said, Ended):
                         self.hear(job, **said)
-                    elif self.ended(job, said.reason):
+                    elif self.ended(job, said.reason, said.late):
                         waiting.appendleft(replace(job, arguments=(*job.arguments[:3], tuple(self.done[job.name]))))
         finally:
             for job, *_ in list(self.open.values()):
-                self.ended(job, "interrupted")
+                self.ended(job, "interrupted", late=True)
             for job in waiting:
                 self.add("job", job=job.name, name="", outcome="failed", reason="not come to")
 
     def hear(self, job: Job, items=None, begin=None, fail=None, end=None) -> None:
         if begin:
             self.open[job.name] = job, begin, []
-        elif fail:
+        elif fail is not None:
             self.open[job.name][2].append(fail)
-        elif end:
+        elif end is not None:
             self.close(job, **end)
         else:
             self.items[job.name] = items
@@ -97,9 +104,9 @@ class Check:
                  name=name.partition("::")[2] or Path(name).name, reason="; ".join(reasons) or skipped,
                  outcome="failed" if reasons else "skipped" if skipped else "passed", **fields)  # fmt: skip
 
-    def ended(self, job: Job, reason: str | None) -> bool:
+    def ended(self, job: Job, reason: str | None, late: bool = False) -> bool:
         """Whether a culprit has left tests that are to go on in a new process."""
-        culprit, late = job.name in self.open, reason in ("the deadline, stopped", "interrupted")
+        culprit = job.name in self.open
         if culprit:
             self.open[job.name][2].append(reason or "its process ended")
             self.close(job, **{} if late else dict(culprit=True))
@@ -134,8 +141,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=2.5, help="for all but the sanitizers (default %(default)g)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="a folder (default %(default)s)")
     parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: try the harness, nothing more")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the check itself")
     options, start = parser.parse_args(argv), time.monotonic()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & would have it ignore
     chosen = options.only or phases[: 5 if options.device == "cuda" else 3]  # the last two need a GPU
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.workers)))
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -145,17 +153,25 @@ def main(argv: list[str] | None = None) -> int:
         head = loop.described(options.device, full=True)
         loop.compile_kernels(torch.device(options.device))
         check.add(**head | dict(selection=", ".join(chosen)))
+        for backend in ("triton", "cuda") if options.device == "cuda" else ():
+            if why := unavailable(backend):
+                check.add("job", job=f"{backend} kernels", name="", outcome="skipped", reason=why)
         try:
             for group, share in PHASES.items():
-                until = start + 60 * options.minutes * (1.0 if options.only else share)
+                most = max(share for group, share in PHASES.items() if {*group} & {*chosen})
+                until = start + 60 * options.minutes * share / most
                 found = [phase for phase in group if phase in chosen]
                 if found == ["sanitizers"]:
-                    check.run(sanitize.jobs(), options.workers, time.monotonic() + 60 * SANITIZERS)
+                    jobs = sanitize.jobs()
+                    check.run(jobs, options.workers, time.monotonic() + 60 * SANITIZERS)
+                    if not jobs:
+                        check.add("job", job="sanitizers", name="", outcome="skipped", reason="no compute-sanitizer")
                 elif found == ["experiments"]:
                     minutes = max(0.0, until - time.monotonic()) / 60
-                    loop.measure(experiments, head, minutes, benches=("check.experiments",))
-                    for line in loop.lines_of(experiments)[1:]:
-                        check.add(**line)
+                    try:
+                        loop.measure(experiments, head, minutes, benches=("check.experiments",))
+                    finally:
+                        check.add_experiments(experiments)
                 else:
                     jobs = [job for phase in found for job in jobs_of(phase)]
                     check.run(jobs, 1 if found == ["timing"] else options.workers, until)

@@ -10,6 +10,7 @@ import torch
 from benchmarks.jobs import Job
 from benchmarks.machine import ROOT
 from benchmarks.problem import OPS, Problem, Shape
+from sfr_kernels.ops.dispatch import unavailable
 
 # Widths that no block divides, so that every mask is in use; one that fills blocks, with rows of logits for a cluster.
 SHAPES = (Shape(2, 40, 72, 0.7, vocab=331, target_size=34, width=50, num_layers=3),
@@ -27,6 +28,8 @@ def jobs() -> list[Job]:
     """One for each backend and tool; none where compute-sanitizer is not installed."""
     program, found = shutil.which("compute-sanitizer"), []
     for backend, (files, kernel) in KERNELS.items() if program else ():
+        if unavailable(backend):
+            continue
         names = re.findall(kernel, "\n".join(file.read_text() for file in sorted(ROOT.glob(files))), re.M)
         ours = [part for name in names for part in ("--kernel-name", f"kns={name}")]
         # memcheck: torch asks the driver things that it may refuse, and without the caching allocator a read past the
@@ -34,8 +37,8 @@ def jobs() -> list[Job]:
         # what torch leaves unwritten.
         tools = dict(memcheck=["--report-api-errors", "no"], racecheck=ours, initcheck=ours)
         for tool, options in tools.items() if backend == "cuda" else list(tools.items())[:2]:
-            command = [program, "--tool", tool, *options, "--error-exitcode", "1", "--launch-timeout", "120", "--port",
-                       str(49152 + 100 * len(found)), sys.executable, "-c",
+            command = [program, "--tool", tool, "--target-processes", "application-only", *options, "--error-exitcode",
+                       "1", "--launch-timeout", "120", "--port", str(49152 + 100 * len(found)), sys.executable, "-c",
                        f"from check import sanitize; print(sanitize.watched({backend!r}))"]  # fmt: skip
             environment = {} if tool == "racecheck" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             found.append(Job(f"sanitizers {tool} {backend}", watch, (command,), environment))
