@@ -1,7 +1,6 @@
 """What is measured: a suite has cases, a case becomes work on a device, and every provider does that work.
 
-A provider is a way to compute the op: one of our backends, or what people would use instead (a peer). Each file
-`bench_<op>.py` holds a `SUITE`; `race.py` judges and times the providers of a case, `loop.py` goes through the cases.
+A provider is one of our backends, or what people would use instead (a peer). Each file `bench_<op>.py` holds a `SUITE`.
 """
 
 from collections.abc import Callable
@@ -71,7 +70,7 @@ class Work:
     factors: Callable[[], dict[Gemm, tuple[Tensor, Tensor]]] | None = None  # those that have tensors of their own
     bytes: int = 0  # that must be read or written besides
     prepare: Callable[[], object] = lambda: None  # before every run, outside the measured time
-    judged: Callable[[], object] | None = None  # after the last judgement: frees what judged
+    judged: Callable[[], object] = lambda: None  # after the last judgement: frees what judged
     check_graph: Callable[[object, Run], None] | None = None  # (graph, run): raises if a replay is not the run
     draw: Callable[[], object] = lambda: None  # before every replay of a graph: fresh noise
     extra: Callable[[str, float], dict] | None = None  # (provider, median ms) → further fields of its result

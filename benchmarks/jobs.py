@@ -42,8 +42,7 @@ class Ended:
 
 
 class Tell:
-    """`tell(content)` tells at once; `tell.begin(who)` when the parent next looks: it wakes nobody while times are
-    taken."""
+    """`tell(content)` tells at once; `tell.begin(who)` when the parent next looks, and wakes nobody."""
 
     def __init__(self, pipe, status, at):
         self.send, self.status, self.at = pipe.send, status, at
@@ -58,7 +57,8 @@ class Tell:
 class _Process:
     def __init__(self, job: Job, context):
         self.job, self.listening, self.raised, self.stopped, self.kill_at = job, True, None, None, math.inf
-        self.late, self.heard, self.status, self.at = False, 0.0, context.RawArray("c", 500), context.RawValue("d")
+        self.late, self.heard, self.seen = False, 0.0, 0.0
+        self.status, self.at = context.RawArray("c", 500), context.RawValue("d")
         self.pipe, theirs = context.Pipe(duplex=False)
         arguments = job, theirs, self.status, self.at
         self.process = context.Process(target=_work, args=arguments, name=job.name)
@@ -67,9 +67,6 @@ class _Process:
         self.began = time.monotonic()
 
     def told(self) -> Iterator[tuple[Job, dict]]:
-        if self.at.value > self.heard:
-            self.heard = self.at.value
-            yield self.job, dict(begin=self.status.value.decode())
         try:
             while self.listening and self.pipe.poll():
                 content, self.heard = self.pipe.recv(), time.monotonic()
@@ -79,6 +76,9 @@ class _Process:
                     self.raised = content
         except (EOFError, OSError):
             self.listening = False
+        if self.at.value > self.seen:
+            self.seen, self.heard = self.at.value, time.monotonic()
+            yield self.job, dict(begin=self.status.value.decode())
 
     def check(self, until: float) -> None:
         now, job = time.monotonic(), self.job

@@ -83,8 +83,7 @@ class Products:
         return []
 
 
-def random_factors(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Both, stored as the op stores them."""
+def random_factors(gemm: Gemm, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:  # as the op has them
     found = []
     for name, rows, columns in (("a", gemm.m, gemm.k), ("b", gemm.k, gemm.n)):
         shape = (columns, rows) if gemm.transposed == name else (rows, columns)

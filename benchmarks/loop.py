@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
@@ -72,8 +71,7 @@ def described(device: str, full: bool = False, only: tuple[str, ...] = ()) -> di
     return dict(line="run", selection=selection, full=full, only=list(only), **where)
 
 
-def compile_kernels(device: torch.device) -> None:
-    """Those of csrc/, once, in nobody's time."""
+def compile_kernels(device: torch.device) -> None:  # those of csrc/, once, in nobody's time
     if device.type == "cuda" and unavailable("cuda", device) is None:
         with contextlib.suppress(Exception):  # who needs them says what is wrong
             find()
@@ -163,7 +161,7 @@ def _gone_on_with(path: Path, head: dict) -> set[str]:
     return {f"{x['op']}: {x['label']}, {x['dtype']}" for x in lines if x["line"] == "case"}
 
 
-def _write(file: TextIO, lines: list[dict]) -> None:
+def _write(file, lines: list[dict]) -> None:
     file.write("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
     file.flush()
     os.fsync(file.fileno())

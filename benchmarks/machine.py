@@ -27,8 +27,7 @@ def described(device: torch.device) -> dict:
         sha = _output("git", "rev-parse", "HEAD")
         modified = bool(_output("git", "status", "--porcelain", "--untracked-files=no")) if sha else None
     versions = dict(python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda)
-    there = [(found.name.lower().replace("_", "-"), found.version) for found in metadata.distributions()]
-    there = dict(reversed(there))  # of two, the one that is imported
+    there = {d.name.lower().replace("_", "-"): d.version for d in reversed([*metadata.distributions()])}
     versions |= {name.removesuffix("-kernels").replace("-", "_"): there.get(name) for name in PACKAGES}
     return dict(date=datetime.now(UTC).isoformat(timespec="seconds"), version=__version__, revision=sha,
                 modified=modified, device=device_of(device), versions=versions)  # fmt: skip

@@ -33,8 +33,7 @@ class Error:
 
     @property
     def ratio(self) -> float:
-        """The error over its bound; above 1 is wrong, and so is what is not a number. Where eager torch overflowed, or
-        ran out of memory, the bound is a coarse one."""
+        """Over its bound; above 1 is wrong. Where eager torch overflowed or ran out of memory, the bound is coarse."""
         if not (math.isfinite(self.ours) and math.isfinite(self.exact)):
             return math.inf
         if self.ours == 0:

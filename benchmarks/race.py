@@ -36,41 +36,41 @@ def race(
     """Lines of a result file: "result", "failed" and "absent"."""
     failed, runs, fields, times = {}, {}, {}, {}
     entered = [name for name, why in providers.items() if not why and name not in without]
+    bounded = suite.bounds if not {*suite.bounds} & {*without} else ()
 
     @contextmanager
-    def trying(who: str, *names: str) -> Iterator[None]:
+    def trying(who: str, names: Iterable[str]) -> Iterator[None]:
         begin(who)
         try:
             yield
         except Exception as error:  # what fails must not hide the others
-            failed.update(dict.fromkeys(names or (who,), _reason(error, device)))
+            failed.update(dict.fromkeys(names, _reason(error, device)))
 
-    with trying(MAKING, *entered, *suite.bounds):  # where this fails, everyone has
+    with trying(MAKING, (*entered, *bounded)):  # where this fails, everyone has
         work = suite.make(case, device)
         for name in entered:
-            with trying(name):
+            with trying(name, [name]):
                 base = name.removesuffix(GRAPH)
                 if base != name and base not in runs:
                     raise RuntimeError("the launched calls failed")
                 runs[name], fields[name] = _judged(work, case, name, runs.get(base), device)
-        if work.judged is not None:
-            work.judged()
+        work.judged()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # of what the eager ones have cut up
         captured = {name: Candidate(run.replay, work.draw) for name, run in runs.items() if isinstance(run, Graph)}
         candidates = {name: captured.get(name) or Candidate(run, work.prepare) for name, run in runs.items()}
-        if suite.bounds and not {*suite.bounds} & {*without}:
-            with trying(LIMIT, *suite.bounds):
-                candidates |= {n: c for n, c in bounds(work, case.dtype, device).items() if n in suite.bounds}
+        if bounded:
+            with trying(LIMIT, bounded):
+                candidates |= {n: c for n, c in bounds(work, case.dtype, device).items() if n in bounded}
         clock = torch.device("cpu") if case.on_host else device
         fail = lambda name, error: failed.update({name: _reason(error, device)})  # noqa: E731
         times = compare(candidates, clock, case.seconds, case.rounds, fail, begin)
         common = dict(work.fields) | ({} if clock.type == "cuda" else dict(threads=torch.get_num_threads()))
-        if device.type == "cuda" and LIMIT in times:
+        if device.type == "cuda" and LIMIT in times and times[LIMIT].ms > LOADED_MS / 1000:
             common["sm_mhz"] = _loaded_clock(candidates[LIMIT], times[LIMIT].ms)
         for name in [n for n in times if work.extra is not None and n in runs]:
-            with trying(name):
+            with trying(name, [name]):
                 fields[name] |= work.extra(name, times[name].ms)
 
     def line(kind: str, name: str, **more) -> dict:
@@ -117,7 +117,7 @@ def _measured(work: Work, case: Case, name: str, time: Timing, clock: torch.devi
 
 def _loaded_clock(candidate: Candidate, ms: float) -> float | None:
     """The SM clock while the GPU is at work, MHz."""
-    for _ in range(min(100, math.ceil(LOADED_MS / ms))):
+    for _ in range(math.ceil(LOADED_MS / ms)):
         candidate.run()
     found = machine.clocks() or {}
     torch.cuda.synchronize()

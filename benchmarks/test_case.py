@@ -28,6 +28,7 @@ def test_case(bench: str, case: Case, provider: str, benchmark) -> None:
     run = work.run(provider)
     benchmark.group = case.name
     benchmark.extra_info |= work.judge(provider, run) | dict(sizes=case.sizes)
+    work.judged()
 
     def prepare() -> None:
         work.prepare()

@@ -34,13 +34,18 @@ class Candidate:
     issued: float = FLUSH_AT_MOST  # least ms of the warm-up's runs until the CPU was free
     flushes: int = 1
 
-    def warm(self, device: torch.device) -> None:
+    def warm(self, device: torch.device, flush: Tensor) -> None:
         self.prepare()
         start = time.perf_counter()
         self.run()
         self.issued = min(self.issued, 1e3 * (time.perf_counter() - start))
         if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            flush.zero_()
+            end.record()
             torch.cuda.synchronize(device)
+            self.flushes = max(1, math.ceil(1.5 * self.issued / begin.elapsed_time(end)))
 
     def time(self, device: torch.device, flush: Tensor) -> tuple[float, float]:  # ms of one run, and until issued
         self.prepare()
@@ -49,9 +54,8 @@ class Candidate:
             self.run()
             elapsed = 1e3 * (time.perf_counter() - start)
             return elapsed, elapsed
-        before, begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
-        before.record()
         for _ in range(self.flushes):
             flush.zero_()
         begin.record()
@@ -60,7 +64,6 @@ class Candidate:
         issued = 1e3 * (time.perf_counter() - start)
         end.record()
         torch.cuda.synchronize(device)
-        self.flushes = max(1, math.ceil(1.5 * self.issued * self.flushes / before.elapsed_time(begin)))  # next time
         return begin.elapsed_time(end), issued
 
 
@@ -89,7 +92,7 @@ def compare(
     for name in candidates:
         for _ in range(WARM_UP if rounds >= ROUNDS else 1):
             if name in found:
-                attempt(name, lambda candidate: candidate.warm(device))
+                attempt(name, lambda candidate: candidate.warm(device, flush))
     found, start = {name: [] for name in found}, time.perf_counter()
     gc.collect()
     gc.disable()  # a collection would fall into somebody's time

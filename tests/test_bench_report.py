@@ -77,7 +77,7 @@ def test_a_result_stands_beside_its_reference_by_rounds(file):
 def test_a_resumed_file_and_half_a_line(file):
     other = dict(CASE, label="other")
     skips = [dict(line="skipped", reason="the time was up", **key) for key in (CASE, other)]
-    path = file([run(), *skips, run(selection="full"), *case(2.0)])
+    path = file([run(), *skips, run(selection="full"), *case(2.0), dict(line="case", **CASE)])
     with open(path, "a") as half:
         half.write('{"line": "resul')
     results = data.read(path)

@@ -8,10 +8,10 @@ import torch
 from test_bench_training_step import LORA
 
 from benchmarks import loop
+from benchmarks.bench_losses import NOT_IN_CURVES
 from benchmarks.case import LIMIT, Case, Suite, Work
 from benchmarks.jobs import Ended, Job, run
 from benchmarks.limit import Copy
-from benchmarks.peers.cross_entropy import COMPILED
 from benchmarks.race import race
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -56,11 +56,11 @@ OPS = {(case.op, bench): case for bench in SMALL for case in reversed(loop.suite
 
 @pytest.mark.parametrize("case, bench", [pytest.param(case, bench, id=op) for (op, bench), case in OPS.items()])
 def test_every_op_of_every_provider(case, bench, device=CUDA):
-    """All but torch.compile, which takes long."""
+    """All but what compiles with torch, which takes long."""
     suite = loop.suite_of(bench)
     shape = SMALL[bench] or replace(case.shape, **LOSS, vocab=512 * (case.op != "flow_loss"))
     small = replace(case, shape=shape, seconds=0.0, rounds=2)
-    providers = {name: why for name, why in loop.entered(bench, small, device).items() if name != COMPILED}
+    providers = {name: why for name, why in loop.entered(bench, small, device).items() if name not in NOT_IN_CURVES}
     lines = race(suite, small, device, providers)
     assert not [line for line in lines if line["line"] == "failed"]
     able = {name for name, why in providers.items() if why is None}

@@ -59,8 +59,7 @@ def run_of(problem: Problem, name: str, judged: bool = False) -> Run:
     """Eager torch's, both losses compiled as one, and ways of others beside the head, compiled on a GPU. judged: with
     the problem's noise and times, and gradients UPSTREAM times as large; the head as it is."""
     own, ce, factor = Published(problem), lambda: 0.0, 1.0
-    compile_head = name.endswith(WITH_HEAD) and problem.device.type == "cuda"
-    head = compiled(COMPILED, own.module) if compile_head else own.module
+    head = compiled(COMPILED if name.endswith(WITH_HEAD) and problem.device.type == "cuda" else EAGER, own.module)
     if problem.op == "sfr_loss":
         labels = F.pad(problem.labels[:, 1:], (0, 1), value=-100).flatten()
         function = eager if name in (EAGER, COMPILED) else loss_of(name.removesuffix(WITH_HEAD))

@@ -47,8 +47,7 @@ def read(path: Path | str) -> Results:
             raise ValueError(f"{path}, line {number} is not one of a result file: {error!r}") from None
         found[tuple(line.get(name) for name in KEY)] = line  # a resumed run's outcome replaces what was there
     results = {key: line for key, line in found.items() if line["line"] == "result"}
-    done = {key[:3] for key, line in found.items() if line["line"] in ("result", "failed")}
-    gone = [x for key, x in found.items() if x["line"] in GONE and (x["line"] != "skipped" or key[:3] not in done)]
+    gone = [x for x in found.values() if x["line"] in GONE]
     gone.sort(key=lambda x: (x.get("kind") != "ours", GONE.index(x["line"])))
     frame = pd.DataFrame([_related(*item, results) for item in results.items()], columns=COLUMNS)
     device, is_gpu = run["device"], run["device"]["kind"] == "cuda"

@@ -22,15 +22,18 @@ def account(root: Path, ops: tuple[str, ...], worth: int) -> str:
     """Of every GPU, else of every CPU, the newest result of each case of these ops (none: of all), file by file."""
     found = sorted(map(read, (root / "benchmarks/results").glob("bench-*.jsonl")), key=lambda x: x.run["date"])
     found, parts = [x for x in found if x.run["device"]["kind"] == "cuda"] or found, []
-    newest = {(x.facts["device"], *case): x.name for x in found for case in x.frame[KEY[:3]].itertuples(index=False)}
+    cases = lambda x: [(x.facts["device"], *case) for case in x.frame[KEY[:3]].itertuples(index=False)]  # noqa: E731
+    newest = {case: x.name for x in found for case in cases(x)}
     for x in reversed(found):
-        of = [newest[x.facts["device"], *case] == x.name for case in x.frame[KEY[:3]].itertuples(index=False)]
-        frame = x.frame[of & (x.frame.worth <= worth) & (x.frame.op.isin(ops) if ops else True)]
-        listed = [of_op(op, frame) for op in dict.fromkeys(frame.op)]
-        listed += [] if ops else [summary(replace(x, frame=frame)), missing(x), goals(frame)]
-        about = [f"{x.about} ({x.name}).", *(f"**{warning}**" for warning in x.warnings)]
-        tables = [render(table, "markdown", columns=SHORT if ops else ()) for table in listed]
-        parts += [*about, *tables] if len(frame) else []
+        frame = x.frame.assign(newest=[newest[case] == x.name for case in cases(x)]).astype(dict(newest=bool))
+        frame = frame[frame.newest & (frame.worth <= worth) & (frame.op.isin(ops) if ops else True)]
+        gone = [g for g in x.gone if newest.get((x.facts["device"], *(g[key] for key in KEY[:3])), x.name) == x.name]
+        if len(frame) or (gone and not ops):
+            listed = [of_op(op, frame) for op in dict.fromkeys(frame.op)]
+            mine = replace(x, frame=frame, gone=gone)
+            listed += [] if ops else [summary(mine), missing(mine), goals(frame)]
+            parts += [f"{x.about} ({x.name}).", *(f"**{warning}**" for warning in x.warnings)]
+            parts += [render(table, "markdown", columns=SHORT if ops else ()) for table in listed]
     return "\n\n".join([*parts, LEGEND] if parts else ["Nothing of this has been measured yet."])
 
 

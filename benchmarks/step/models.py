@@ -27,7 +27,6 @@ ENCODER_VOCAB = 30522  # of both
 
 def build_model(trunk: Trunk, lora: bool, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """In training mode. Adapters are as in mid-training: were one factor zero, the other would have no gradient."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**{n: size for n, size in trunk._asdict().items() if n != "name"}, use_cache=False)
@@ -35,6 +34,8 @@ def build_model(trunk: Trunk, lora: bool, dtype: torch.dtype, device: torch.devi
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if lora:
+        from peft import LoraConfig, get_peft_model
+
         adapters = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", init_lora_weights=False)
         model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
     return model.train()

@@ -78,7 +78,7 @@ class OnlineTargets:
         device = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
         if device.type == "cpu":  # the cores are the decoder's, too, and a second thread's OpenMP team slows every op
             done = Future()
-            with torch.autocast("cpu", enabled=False):
+            with torch.inference_mode(False), torch.autocast("cpu", enabled=False):  # whatever the caller's are
                 done.set_result(self._run(list(texts), device))
             return PendingTargets(done)
         if self._thread is None:

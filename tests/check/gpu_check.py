@@ -1,7 +1,8 @@
 """Errors against float64 and every GPU test side by side, then what must have the GPU to itself: `make gpu-check`.
 
-Needs a copy of the tracked files, torch, Triton and pytest. Exits with 0 if all is well, 1 if something failed or was
-not come to, 2 without a GPU. A test that crashes, hangs or kills the GPU is named; the rest goes on in a new process.
+Needs a copy of the tracked files, torch, Triton and pytest, its experiments tqdm. Exits with 0 if all is well, 1 if
+something failed or was not come to, 2 without a GPU. A test that crashes, hangs or kills the GPU is named; the rest goes
+on in a new process.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import torch
 from benchmarks import loop
 from benchmarks.jobs import Ended, Job, message, run
 from benchmarks.machine import ROOT
+from sfr_kernels.atomic import write_atomically
 from sfr_kernels.ops.dispatch import unavailable
 
 from . import sanitize
@@ -67,10 +69,13 @@ class Check:
             print(self.failed[-1], flush=True)
 
     def add_experiments(self, path: Path) -> None:
-        for line in loop.lines_of(path)[1:]:
-            lost = line["line"] in ("failed", "skipped")
-            name = f"{line.get('op')} {line.get('provider', '')}".strip()
-            self.add(**line, **dict(job="experiments", name=name, outcome=line["line"]) if lost else {})
+        """What came of them: a candidate that fails is no failure of ours."""
+        for line in loop.lines_of(path)[1:] if path.exists() else ():
+            self.add(**line)
+            if line["line"] in ("failed", "skipped"):
+                bad = line["line"] == "skipped" or line["kind"] == "ours"
+                name, outcome = f"{line['op']} {line.get('provider', '')}", "failed" if bad else "skipped"
+                self.add("experiment", job="experiments", name=name, outcome=outcome, reason=line["reason"])
 
     def run(self, jobs: list[Job], workers: int, until: float) -> None:
         waiting = deque(replace(job, log=self.logs / job.name) for job in jobs)
@@ -86,6 +91,7 @@ class Check:
                 self.ended(job, "interrupted", late=True)
             for job in waiting:
                 self.add("job", job=job.name, name="", outcome="failed", reason="not come to")
+            self.write()
 
     def hear(self, job: Job, items=None, begin=None, fail=None, end=None) -> None:
         if begin:
@@ -128,10 +134,10 @@ class Check:
             if line["outcome"] != "passed":
                 reason = "".join(c if c.isprintable() else " " for c in line["reason"])
                 ElementTree.SubElement(case, line["outcome"].replace("failed", "failure"), message=reason)
-        ElementTree.ElementTree(suite).write(self.folder / "junit.xml")
+        write_atomically(self.folder / "junit.xml", ElementTree.tostring(suite))
         logs = sorted(self.logs.iterdir(), key=lambda log: (log.name not in failed, log.name))
         texts = (f"\n======== {log.name}\n\n{log.read_text(errors='replace')}" for log in logs)
-        (self.folder / "log.txt").write_text("".join(texts))
+        write_atomically(self.folder / "log.txt", "".join(texts).encode())
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,9 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "gpu_check: needs an NVIDIA GPU, and torch sees none (--device cpu tries the harness)\n")
     with tempfile.TemporaryDirectory() as folder:
-        check, experiments = Check(options.out, Path(folder)), Path(folder) / "experiments"
+        check, experiments = Check(options.out, Path(folder)), options.out / "experiments.jsonl"
+        experiments.unlink(missing_ok=True)
         head = loop.described(options.device, full=True)
-        loop.compile_kernels(torch.device(options.device))
         check.add(**head | dict(selection=", ".join(chosen)))
         for backend in ("triton", "cuda") if options.device == "cuda" else ():
             if why := unavailable(backend):
