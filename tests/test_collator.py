@@ -1,5 +1,6 @@
 """The collator: the same rows, noise and targets however samples are batched; and never those of another sample."""
 
+import threading
 import time
 
 import pytest
@@ -236,6 +237,19 @@ def test_segments_are_remembered_up_to_the_capacity(capacity):
     least = {1: 9, 3: 5, 1000: 4}[capacity]
     assert targets.encoded >= least and (capacity < 1000 or targets.encoded == 4)
     assert len(targets._slots) <= capacity
+
+
+def test_on_a_cpu_the_callers_modes_do_not_reach_the_encoder_and_no_thread_is_left():
+    class Seeing(HashEncoder):
+        def encode_document(self, texts, **options):
+            assert not torch.is_autocast_enabled("cpu") and not torch.is_inference_mode_enabled()
+            return super().encode_document(texts, **options)
+
+    targets, threads = OnlineTargets(Seeing(TARGET), Words()), threading.active_count()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        first = targets.start(["a"], "cpu").wait()
+    second = targets.start(["b", "a"], "cpu").wait()  # which remembers "b", in place
+    assert torch.equal(first[0], second[1]) and not second.is_inference() and threading.active_count() == threads
 
 
 def test_online_targets_make_texts_in_other_processes():

@@ -1,8 +1,8 @@
 """Errors against float64 and every GPU test side by side, then what must have the GPU to itself: `make gpu-check`.
 
 Needs a copy of the tracked files, torch, Triton and pytest, its experiments tqdm. Exits with 0 if all is well, 1 if
-something failed or was not come to, 2 without a GPU. A test that crashes, hangs or kills the GPU is named; the rest goes
-on in a new process.
+something failed or was not come to, 2 without a GPU. A test that crashes, hangs or kills the GPU is named; the rest
+goes on in a new process.
 """
 
 import argparse
