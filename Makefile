@@ -3,7 +3,7 @@
 # make lint   check style
 # make test-newest-triton   run the kernels' tests on the newest Triton that is supported
 # make test-oldest-torch   run the operators' tests on the oldest torch that is supported
-# make bench   what the library is worth on this machine, a table and a report, within five minutes
+# make bench   what the library is worth on this machine, a table and a report; stops itself after five minutes
 # make readme   write the READMEs' tables from the committed result files
 # make gpu-check   on a machine with a GPU, torch, triton and pytest: test the kernels there; installs nothing
 # All but gpu-check set up .venv first and reuse it.

@@ -108,11 +108,11 @@ def _square_error(found: Tensor, exact: Tensor, scale: float = 1.0) -> float:
     return sum((f.double() * scale - e).square().sum().item() for f, e in pairs)
 
 
-def judge(problem: Problem, backend: str, draws: int, factor: float = FACTOR) -> dict[str, Error]:
+def judge(problem: Problem, backend: str, draws: int) -> dict[str, Error]:
     """Every output's error of a backend over several draws."""
     total: dict[str, Error] = {}
     for draw in range(draws):
-        found = Oracle.of(problem, draw).errors(problem.judged(backend), factor)
+        found = Oracle.of(problem, draw).errors(problem.judged(backend))
         total = {name: total.get(name, Error()) + error for name, error in found.items()}
     return total
 
