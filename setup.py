@@ -4,7 +4,7 @@
     SFR_BUILD_CUDA=1      or fail
     SFR_BUILD_CUDA=0      never
 
-Architectures: TORCH_CUDA_ARCH_LIST, else those of leaves/cuda/build.py. The kernels are called through ctypes and link
+Architectures: TORCH_CUDA_ARCH_LIST, else those of kernels/build.py. The kernels are called through ctypes and link
 neither torch nor Python: one wheel serves every version of both, with a driver that knows nvcc's CUDA version.
 """
 
@@ -20,7 +20,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-spec = importlib.util.spec_from_file_location("build", ROOT / "sfr_kernels/leaves/cuda/build.py")
+spec = importlib.util.spec_from_file_location("build", ROOT / "sfr_kernels/kernels/build.py")
 build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
@@ -76,6 +76,6 @@ class AnyPython(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("sfr_kernels.leaves.cuda.libsfr", [])] if wanted() else [],
+    ext_modules=[Extension("sfr_kernels.kernels.libsfr", [])] if wanted() else [],
     cmdclass={"build_ext": BuildKernels, "build_py": WithSources, "bdist_wheel": AnyPython},
 )

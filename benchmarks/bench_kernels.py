@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfr_kernels import reference
-from sfr_kernels.leaves import FlowPath, fastest
-from sfr_kernels.ops.dispatch import leaves, unavailable
+from sfr_kernels.kernels.backend import unavailable
+from sfr_kernels.kernels.flow import FlowPath
 
 from .case import LIMIT, MAIN, MORE, OURS, Case, Run, Suite, Work
 from .oracle import Oracle
@@ -89,16 +89,16 @@ class Call:
 def make(case: Case, device: torch.device) -> Work:
     dtypes = case.dtype, torch.float64, case.dtype
     call, exact, eager = (CALLS[case.op](Inputs(*case.shape, device, case.dtype, dtype)) for dtype in dtypes)
-    oracle = Oracle(call.names, exact.run(leaves("torch")), eager.run(leaves("torch")))
+    oracle = Oracle(call.names, exact.run(kernels_of("torch")), eager.run(kernels_of("torch")))
 
     def judge(provider: str, run: Run) -> dict:
         call.restore()
         return oracle.verdict(run()) if provider in OURS else oracle.peer_verdict((call.judged or run)())
 
     def run(name: str) -> Run:
-        return partial(call.run, leaves(name)) if name in OURS else call.peer(name)
+        return partial(call.run, kernels_of(name)) if name in OURS else call.peer(name)
 
-    size = dict(size=fastest.size_of(call.first))
+    size = dict(size=backend.size_of(call.first))
     return Work(run, judge, judged=oracle.exact.clear, bytes=call.bytes, prepare=call.restore, fields=size)
 
 

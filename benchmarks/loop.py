@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from sfr_kernels.leaves.cuda.build import find
-from sfr_kernels.ops.dispatch import unavailable
+from sfr_kernels.kernels.backend import unavailable
+from sfr_kernels.kernels.build import find
 
 from . import machine
 from .case import WHOLE, Case, Suite

@@ -11,7 +11,7 @@ using Gemm = int (*)(void *handle, int transa, int transb, int m, int n, int k, 
                      int a_type, int lda, const void *b, int b_type, int ldb, const void *beta, void *c, int c_type,
                      int ldc, int compute, int algorithm);
 
-// As `Arguments` in leaves/cuda/flow_loss.py. Matrices are contiguous but h and dh, and those of n rows in `work`,
+// As `Arguments` in kernels/flow_loss/cuda.py. Matrices are contiguous but h and dh, and those of n rows in `work`,
 // whose rows are so far apart as is said here. Parameters in the order of VelocityHead.
 struct FlowLoss {
     Gemm gemm;
@@ -26,7 +26,7 @@ struct FlowLoss {
     const int64_t *seed;           // (1,)
     const void *const *params;     // on the host
     void *const *matrices;         // on the host: their gradients, w_1, w_2, w_in, blocks, w_out
-    void *const *work;             // on the host: room, as leaves/cuda/flow_loss.py lays it out
+    void *const *work;             // on the host: room, as kernels/flow_loss/cuda.py lays it out
     float *vectors;                // gradients of the vectors; null: of no parameter
     void *dh;                      // (n, H), may be h; null: not needed
     float *loss;                   // (n, blocks of columns)

@@ -10,7 +10,7 @@
 
 namespace sfr {
 
-// As `DTYPES` in leaves/cuda/library.py.
+// As `DTYPES` in kernels/cuda.py.
 enum DType : int { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
 __device__ inline float to_float(float x) { return x; }

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from .config import SFRConfig
-from .leaves import RowStats
+from .kernels.softmax_xent import RowStats
 from .ops import SFROutput, linear_cross_entropy, sfr_loss
-from .ops.arguments import check_scales
 from .ops.constants import check_constant, check_tensor
+from .ops.validate import check_scales
 from .ops.velocity_head import HeadShape, evaluate_head
 from .rows import IGNORE_INDEX, SupervisedRows
 

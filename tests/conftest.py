@@ -71,7 +71,7 @@ def emulated(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory) -> Path:
     """csrc/ compiled for every chip; a warning or a spill is an error."""
-    from sfr_kernels.leaves.cuda import build
+    from sfr_kernels.kernels import build
 
     if build.nvcc() is None:
         pytest.skip("needs nvcc")

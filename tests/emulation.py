@@ -1,4 +1,4 @@
-"""csrc/ compiled for the CPU: the same files, with g++ and csrc/emulation.h in nvcc's place."""
+"""csrc/ compiled for the CPU: the same files, with g++ and tests/emulation.h in nvcc's place."""
 
 import importlib.util
 import shutil

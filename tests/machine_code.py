@@ -23,8 +23,8 @@ import sass
 import torch
 
 from sfr_kernels.atomic import write_atomically
-from sfr_kernels.leaves import FlowPath
-from sfr_kernels.leaves.cuda import build
+from sfr_kernels.kernels import build
+from sfr_kernels.kernels.flow import FlowPath
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/machine-code-sm90.json"
@@ -62,7 +62,7 @@ def _path() -> FlowPath:
 
 
 def _norm_act(leaves, **options):
-    leaves.norm_act(_half(ROWS, WIDTH), _half(WIDTH), _half(WIDTH), **options)
+    kernels.norm_act(_half(ROWS, WIDTH), _half(WIDTH), _half(WIDTH), **options)
 
 
 def _bias() -> dict:
@@ -71,7 +71,7 @@ def _bias() -> dict:
 
 def _norm_act_backward(leaves):
     rows, vector, stats = _half(ROWS, WIDTH), _half(WIDTH), torch.zeros(ROWS)
-    leaves.norm_act_backward(rows, rows, vector, vector, stats, stats)
+    kernels.norm_act_backward(rows, rows, vector, vector, stats, stats)
 
 
 SLICE = -(-VOCAB // CLUSTER) * 2  # bytes of a row that a block of a cluster holds
@@ -201,7 +201,9 @@ def cuda_kernels(library: Path) -> dict[str, Kernel]:
 def triton_kernels() -> dict[str, Kernel]:
     import ahead_of_time
 
-    from sfr_kernels.leaves import triton as leaves
+    from sfr_kernels.kernels.backend import kernels_of
+
+    kernels = kernels_of("triton")
 
     found = {}
     for name, source in SOURCES.items():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from sfr_kernels.leaves.cuda import build
+from sfr_kernels.kernels import build
 
 
 @dataclass(frozen=True)

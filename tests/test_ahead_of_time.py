@@ -18,13 +18,17 @@ from check.experiments import TILES, WARPS  # noqa: E402
 from check.fused_output import fused_output  # noqa: E402
 from check.one_read import one_read  # noqa: E402
 from sass import resources  # noqa: E402
+
+from sfr_kernels.kernels.backend import kernels_of  # noqa: E402
+
+kernels = kernels_of("triton")
+from sfr_kernels.leaves.triton import index_sum  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
-from sfr_kernels.leaves import FlowPath, empty_rows  # noqa: E402
-from sfr_kernels.leaves import triton as leaves  # noqa: E402
-from sfr_kernels.leaves.triton import index_sum  # noqa: E402
+from sfr_kernels.kernels import empty_rows
+from sfr_kernels.kernels.flow import FlowPath  # noqa: E402
 
-if not isinstance(leaves.flow_path.__globals__["_flow_path_kernel"], JITFunction):
+if not isinstance(kernels.flow_path.__globals__["_flow_path_kernel"], JITFunction):
     pytest.skip("the interpreter has nothing to compile", allow_module_level=True)
 
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have
@@ -46,50 +50,50 @@ def flow(width: int, targets=FLOAT, source_std=1.0) -> FlowPath:
 
 
 def flow_calls(width: int, dtype: torch.dtype, **options):
-    leaves.flow_path(flow(width, **options), dtype)
+    kernels.flow_path(flow(width, **options), dtype)
     v = empty_rows(3, width, dtype, CPU)
     for coefficient in (None, torch.zeros(3)):
-        leaves.flow_mse(v, v, coefficient)
+        kernels.flow_mse(v, v, coefficient)
 
 
 def norm_calls(width: int, dtype: torch.dtype, vectors: torch.dtype):
     y, gamma, table = empty_rows(3, width, dtype, CPU), torch.zeros(width, dtype=vectors), torch.zeros(5, width)
     index, stats = torch.zeros(3, dtype=torch.int32), torch.zeros(3)
     for bias, residual in product((False, True), repeat=2):
-        leaves.norm_act(
+        kernels.norm_act(
             y, gamma, gamma, residual=y if residual else None, **dict(row_bias=table, row_index=index) if bias else {}
         )
-    leaves.norm_act_backward(y, y, gamma, gamma, stats, stats)
+    kernels.norm_act_backward(y, y, gamma, gamma, stats, stats)
     for size in (5, 256):
-        leaves.norm_act_backward(y, y, gamma, gamma, stats, stats, row_index=index, num_bias=size)
+        kernels.norm_act_backward(y, y, gamma, gamma, stats, stats, row_index=index, num_bias=size)
 
 
 def scale_calls(width: int, dtype: torch.dtype, out: torch.dtype):
     x, factor = torch.zeros(3, width, dtype=dtype), torch.zeros(())
-    leaves.scale(x, factor, out)
-    leaves.scale_(x, factor)
-    leaves.scatter_rows(empty_rows(3, width, dtype, CPU), factor, torch.zeros(7, dtype=torch.int32), out)
+    kernels.scale(x, factor, out)
+    kernels.scale_(x, factor)
+    kernels.scatter_rows(empty_rows(3, width, dtype, CPU), factor, torch.zeros(7, dtype=torch.int32), out)
 
 
 def split_calls(dtype: torch.dtype):
     x, z = torch.zeros(10, 1024), torch.zeros(5, 1024, dtype=dtype)
     for rows, gate in product((5, 10), (None, z)):
-        leaves.split(x[:rows], 5, dtype, gate)
+        kernels.split(x[:rows], 5, dtype, gate)
 
 
 def time_calls(width: int, dtype: torch.dtype):
-    leaves.sinusoid(torch.zeros(5), width, 1000.0, dtype)
-    leaves.stratified_times(torch.zeros(3).long(), torch.zeros(1).long(), 256)
-    leaves.sequence_times(torch.zeros(3).long(), torch.zeros(1).long())
+    kernels.sinusoid(torch.zeros(5), width, 1000.0, dtype)
+    kernels.stratified_times(torch.zeros(3).long(), torch.zeros(1).long(), 256)
+    kernels.sequence_times(torch.zeros(3).long(), torch.zeros(1).long())
 
 
 def strided_calls(dtype: torch.dtype):
     """Columns that lie apart: every access is of one number."""
     y = torch.zeros(3, 2 * ODD, dtype=dtype)[:, ::2]
     gamma, index, stats = y[0].contiguous(), torch.zeros(3, dtype=torch.int32), torch.zeros(3)
-    leaves.norm_act(y, gamma, gamma, residual=y)
-    leaves.norm_act_backward(y, y, gamma, gamma, stats, stats, dy=y)
-    leaves.flow_mse(y, y, stats)
+    kernels.norm_act(y, gamma, gamma, residual=y)
+    kernels.norm_act_backward(y, y, gamma, gamma, stats, stats, dy=y)
+    kernels.flow_mse(y, y, stats)
     for size in (5, 256, 2 * index_sum.FEW):
         index_sum.sum_by_index(y, index, size)
 
@@ -98,15 +102,15 @@ def cross_entropy_calls(logits: torch.Tensor):
     labels, weight = torch.zeros(2).long(), torch.zeros(2)
     everything = dict(softcap=3.0, logit_scale=0.5, label_smoothing=0.1, z_loss=0.1)
     for row_weight, options in product((None, weight), ({}, everything)):
-        leaves.softmax_xent(logits, labels, row_weight, **options)
+        kernels.softmax_xent(logits, labels, row_weight, **options)
     for options in (dict(need_grad=False), dict(need_stats=True), dict(softcap=3.0), dict(label_smoothing=0.1)):
-        leaves.softmax_xent(logits, labels, **options)
-    leaves.softmax_xent(logits, labels, weight, need_grad=False, need_stats=True, **everything)
+        kernels.softmax_xent(logits, labels, **options)
+    kernels.softmax_xent(logits, labels, weight, need_grad=False, need_stats=True, **everything)
     squash = dict(softcap=3.0, logit_scale=0.5)
     for stats, options in product((False, True), ({}, dict(need_rest=True, **squash))):
-        leaves.softmax_partials(logits, labels, need_stats=stats, **options)
+        kernels.softmax_partials(logits, labels, need_stats=stats, **options)
     for row_weight, options in product((None, weight), ({}, dict(label_smoothing=0.1, **squash))):
-        leaves.softmax_gradient(logits, labels, row_weight, weight, weight, torch.zeros(()), **options)
+        kernels.softmax_gradient(logits, labels, row_weight, weight, weight, torch.zeros(()), **options)
 
 
 def fused_output_calls(dtype: torch.dtype):
@@ -191,22 +195,22 @@ def batch_calls(n: int, first: int):
     for width, vocab in ((48, 4096), (35, 331)):
         x = empty_rows(first + n, width, HALF, CPU)[rows]
         path = FlowPath(torch.zeros(2, width), torch.zeros(5), identity, index, index, seed, 2.0, 1.0)
-        leaves.flow_path(path, HALF)
+        kernels.flow_path(path, HALF)
         for coefficient in (None, weight):
-            leaves.flow_mse(x, x, coefficient)
-        leaves.norm_act(x, x[0], x[0], row_bias=torch.zeros(256, width), row_index=index)
-        leaves.norm_act(x, x[0], x[0], residual=x)
-        leaves.norm_act_backward(x, x, x[0], x[0], weight, weight)
+            kernels.flow_mse(x, x, coefficient)
+        kernels.norm_act(x, x[0], x[0], row_bias=torch.zeros(256, width), row_index=index)
+        kernels.norm_act(x, x[0], x[0], residual=x)
+        kernels.norm_act_backward(x, x, x[0], x[0], weight, weight)
         for size in (8, 256, 2 * index_sum.FEW):
-            leaves.norm_act_backward(x, x, x[0], x[0], weight, weight, row_index=index, num_bias=size)
-        leaves.scatter_rows(x, factor, index, HALF)
-        leaves.scale_(leaves.scale(x.contiguous(), factor, HALF), factor)
+            kernels.norm_act_backward(x, x, x[0], x[0], weight, weight, row_index=index, num_bias=size)
+        kernels.scatter_rows(x, factor, index, HALF)
+        kernels.scale_(kernels.scale(x.contiguous(), factor, HALF), factor)
         logits = empty_rows(first + n, vocab, HALF, CPU)[rows]
-        leaves.softmax_xent(logits, identity, weight)
-        leaves.softmax_partials(logits, identity)
-        leaves.softmax_gradient(logits, identity, weight, weight, weight, factor)
-    leaves.stratified_times(identity, seed, 256)
-    leaves.sequence_times(identity, seed)
+        kernels.softmax_xent(logits, identity, weight)
+        kernels.softmax_partials(logits, identity)
+        kernels.softmax_gradient(logits, identity, weight, weight, weight, factor)
+    kernels.stratified_times(identity, seed, 256)
+    kernels.sequence_times(identity, seed)
 
 
 def test_no_batch_compiles_what_the_first_has_not():

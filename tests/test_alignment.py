@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sfr_kernels import SFRConfig, SupervisedRows, VelocityHead, flow_matching_loss, linear_cross_entropy, sfr_loss
-from sfr_kernels.leaves import empty_rows
+from sfr_kernels.kernels import empty_rows
 from sfr_kernels.ops.velocity_head import _velocity_head, velocity_head_backward
 
 V, H, D, SIZE = 331, 37, 51, 13

@@ -11,10 +11,9 @@ import torch
 from cases import make_case, small_config
 
 from sfr_kernels import flow_matching_loss, linear_cross_entropy, sfr_loss
-from sfr_kernels.cli import main
-from sfr_kernels.leaves import fastest
+from sfr_kernels.commands import main
+from sfr_kernels.kernels.backend import ENVIRONMENT, automatic, resolve_backend, unavailable
 from sfr_kernels.ops import dispatch
-from sfr_kernels.ops.dispatch import ENVIRONMENT, automatic, resolve_backend, unavailable
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -128,14 +127,14 @@ def test_the_backend_of_a_leaf_is_the_one_measured_faster(hopper, monkeypatch):
 
     def module(name):
         def leaf(kind):
-            return lambda x, *_, **__: calls.append((name, kind, fastest.size_of(x)))
+            return lambda x, *_, **__: calls.append((name, kind, backend.size_of(x)))
 
         return SimpleNamespace(__all__=["scale", "norm_act"], scale=leaf("scale"), norm_act=leaf("norm_act"))
 
-    table = (dict(capability="9.0", leaf="norm_act", size="large", backend="cuda", ms={}, origin="a.json"),)
+    table = (dict(capability="9.0", kernel="norm_act", size="large", backend="cuda", ms={}, origin="a.json"),)
     modules = {"triton": module("triton"), "cuda": module("cuda")}
     chosen = fastest.Fastest(table, modules, otherwise="triton")
-    small, large = torch.zeros(8), torch.empty(fastest.SMALL, dtype=torch.uint8)
+    small, large = torch.zeros(8), torch.empty(backend.SMALL, dtype=torch.uint8)
     for x in (small, large):
         chosen.norm_act(x)
         chosen.scale(x)
@@ -163,6 +162,6 @@ def test_without_triton_a_gpu_gets_the_cuda_kernels_that_were_installed(hopper, 
 
 def test_every_measured_choice_has_its_times_and_its_origin():
     """What `info` says of a choice can be looked up."""
-    for row in json.loads(fastest.FILE.read_text()):
-        assert row["backend"] == min(row["ms"], key=row["ms"].get) and row["size"] in fastest.SIZES
+    for row in json.loads(backend.FASTEST.read_text()):
+        assert row["backend"] == min(row["ms"], key=row["ms"].get) and row["size"] in backend.SIZES
         assert (ROOT / "benchmarks/results" / row["origin"]).is_file()

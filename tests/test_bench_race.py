@@ -8,12 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sfr_kernels.kernels.backend import kernels_of
+
+eager_kernels = kernels_of("torch")
+
 from benchmarks import bench_kernels, bench_losses, limit, loop, problem, race, timing
 from benchmarks.case import LIMIT, MAIN, PRODUCTS, WHOLE, Case, Gemm, Suite, Work, WrongResultError
 from benchmarks.oracle import Error, Oracle
 from benchmarks.peers import cross_entropy
 from benchmarks.problem import UPSTREAM, Problem, Shape
-from sfr_kernels.leaves import torch as eager_kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

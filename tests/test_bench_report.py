@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from benchmarks.report import choose, compare, data, page, readme, tables
-from sfr_kernels.leaves import fastest
 
 GPU = dict(name="NVIDIA H100", kind="cuda", capability="9.0", threads=16, clocks=dict(sm_mhz=1980))
 CPU = dict(name="AMD EPYC", kind="cpu", capability=None, threads=2, clocks=None)
@@ -264,12 +263,12 @@ def test_the_faster_backend_is_chosen_with_its_origin(file, tmp_path, monkeypatc
              for label, size, provider, ms, issue in rows]  # fmt: skip
     lines += [result("cuda", "ours", 1.0, op="flow_mse", size="large"), *case(1.0)]
     monkeypatch.setattr(fastest, "FILE", tmp_path / "fastest.json")
-    other = dict(capability="8.0", leaf="norm_act", size="large", backend="cuda", ms={}, origin="old.json")
-    fastest.FILE.write_text(json.dumps([other]))
+    other = dict(capability="8.0", kernel="norm_act", size="large", backend="cuda", ms={}, origin="old.json")
+    backend.FASTEST.write_text(json.dumps([other]))
     for _ in range(2):  # a second time it takes the place of the first
         choose.choose(file([run(), *lines]))
-    common = dict(capability="9.0", leaf="norm_act", origin="bench-a.jsonl")
-    assert json.loads(fastest.FILE.read_text()) == [
+    common = dict(capability="9.0", kernel="norm_act", origin="bench-a.jsonl")
+    assert json.loads(backend.FASTEST.read_text()) == [
         other,
         common | dict(size="large", backend="cuda", ms=dict(cuda=2.0, triton=2.5)),
         common | dict(size="small", backend="triton", ms=dict(cuda=0.4, triton=0.3)),

@@ -17,7 +17,7 @@ from benchmarks.step.models import EncoderShape, Trunk
 from benchmarks.step.providers import PUBLISHED, SFR_ONLINE, SFR_STORED, SFT_HF, SFT_OURS, STEPS, Stage, StepShape
 from sfr_kernels import SFRConfig, VelocityHead
 from sfr_kernels.targets import TargetStore
-from sfr_kernels.training.attachment import attachment_of
+from sfr_kernels.training.objectives import attachment_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -6,7 +6,7 @@ import pytest
 from corpora import Words
 from tiny import chat, write_chats
 
-from sfr_kernels.training.corpus import ChatFile
+from sfr_kernels.training.chat_file import ChatFile
 from sfr_kernels.training.data import read_chats, split_by_prompt
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

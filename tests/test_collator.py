@@ -7,15 +7,15 @@ import pytest
 import torch
 from corpora import HashEncoder, Words
 from packages import needs
+from sfr_kernels.leaves.torch import flow_path
 from tiny import CONFIG, TARGET, pad, tiny_llama, tiny_samples, tiny_store
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
 from sfr_kernels import SFRConfig, attach
-from sfr_kernels.leaves import FlowPath
-from sfr_kernels.leaves.torch import flow_path
+from sfr_kernels.kernels.flow import FlowPath
 from sfr_kernels.targets import OnlineTargets, SFRCollator, TargetStore, build_targets
 from sfr_kernels.targets.collator import sfr_inputs
-from sfr_kernels.training.attachment import attachment_of
+from sfr_kernels.training.objectives import attachment_of
 
 SAMPLES = tiny_samples()
 STORE = tiny_store(SAMPLES)

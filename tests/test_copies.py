@@ -16,7 +16,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from sfr_kernels import attach, detach
 from sfr_kernels.targets import OnlineTargets, SFRCollator, TargetStore, build_targets
-from sfr_kernels.training.attachment import attachment_of
+from sfr_kernels.training.objectives import attachment_of
 
 SAMPLES = tiny_samples()
 

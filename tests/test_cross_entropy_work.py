@@ -6,9 +6,12 @@ from cases import make_case, small_config
 from decoder_cases import IGNORE, LEAVES, again, make
 from operations import Operations
 
+from sfr_kernels.kernels.backend import kernels_of
+
+kernels = kernels_of("torch")
+
 from benchmarks.timing import allocated
 from sfr_kernels import flow_matching_loss, linear_cross_entropy, sfr_loss
-from sfr_kernels.leaves import torch as leaves
 from sfr_kernels.ops import chunks
 from sfr_kernels.ops.chunks import chunk_rows_for, dweight_dtype_for, product_blocks
 from sfr_kernels.ops.numerics import product_into
@@ -95,7 +98,7 @@ def test_only_the_products_that_are_needed(needed, products, options):
 
 def test_the_joint_op_multiplies_what_its_parts_do_and_gathers_once(monkeypatch):
     case = make_case(small_config(), length=60)
-    parts, scattered, scatter = [], [], leaves.scatter_rows
+    parts, scattered, scatter = [], [], kernels.scatter_rows
     monkeypatch.setattr(leaves, "scatter_rows", lambda *a: scattered.append(1) or scatter(*a))
     for run in (
         lambda x: linear_cross_entropy(x.hidden, x.weight, case.rows, bias=x.bias),

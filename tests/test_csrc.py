@@ -13,11 +13,11 @@ import emulation
 import pytest
 import sass
 import torch
-
-from sfr_kernels.leaves.cuda import build, library
-from sfr_kernels.leaves.cuda.flow_loss import Arguments
 from sfr_kernels.leaves.torch import softmax_shard as eager_halves
 from sfr_kernels.leaves.torch.softmax_xent import softmax_xent as eager
+
+from sfr_kernels.kernels import build
+from sfr_kernels.kernels.flow_loss.cuda import Arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 emulated_only = pytest.mark.skipif(bool(emulation.missing()), reason=emulation.missing() or "")
@@ -26,8 +26,10 @@ emulated_only = pytest.mark.skipif(bool(emulation.missing()), reason=emulation.m
 @pytest.fixture
 def loaded(emulated, monkeypatch):
     """The leaves on the emulated kernels."""
-    monkeypatch.setattr(library, "_library", library.Library(emulated))
-    from sfr_kernels.leaves import cuda
+    monkeypatch.setattr(cuda, "_library", cuda.Library(emulated))
+    from sfr_kernels.kernels.backend import kernels_of
+
+    cuda = kernels_of("cuda")
 
     return cuda
 
@@ -37,12 +39,12 @@ def loaded(emulated, monkeypatch):
 def test_the_leaves_tests_on_emulated_kernels(emulated):
     tests = Path(__file__).parent
     environment = os.environ | {
-        "SFR_TEST_LEAVES": "cuda",
+        "SFR_TEST_KERNELS": "cuda",
         build.LIBRARY_VARIABLE: str(emulated),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(tests), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "triton_leaves"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "kernels"]
     done = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout.splitlines()[-1])
@@ -131,10 +133,12 @@ def _run_fault(path: Path, fault: int) -> None:
     import ctypes
     import mmap
 
-    from sfr_kernels.leaves import cuda
+    from sfr_kernels.kernels.backend import kernels_of
+
+    cuda = kernels_of("cuda")
 
     os.environ["SFR_PLANTED"] = str(fault)
-    library._library = library.Library(path)
+    cuda._library = cuda.Library(path)
     page = mmap.PAGESIZE
     room = mmap.mmap(-1, 3 * page)
     start = ctypes.addressof(ctypes.c_char.from_buffer(room))
@@ -181,7 +185,7 @@ def test_signatures_are_those_of_the_sources():
         text = re.sub(r"#ifdef SFR_EMULATION\n.*?#(else|endif)", "", file.read_text(), flags=re.DOTALL)
         for name, parameters in re.findall(r"SFR_API (\w+)\(([^)]+)\) \{", text):
             declared[name] = "".join("p" if "*" in p else kinds[p.split()[0]] for p in parameters.split(","))
-    assert declared == library.SIGNATURES
+    assert declared == cuda.SIGNATURES
 
 
 def test_the_arguments_of_the_flow_loss_lie_as_in_the_sources():
@@ -215,7 +219,7 @@ def test_every_kernel_compiles_for_every_chip_without_a_spill(compiled):
     assert "STG" in accesses(f"flow_path_kernel{half}")
     assert accesses(f"cluster_kernel{half}") >= {"LDGSTS", "LDS"}
     assert accesses(f"cluster_kernel{half}") & {"STG", "ST"}
-    loaded = library.Library(compiled)
+    loaded = cuda.Library(compiled)
     assert not loaded.emulated
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"sfr_philox: .*CUDA error"):

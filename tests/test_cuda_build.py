@@ -15,7 +15,7 @@ import pytest
 import torch
 from setuptools import Distribution, Extension
 
-from sfr_kernels.leaves.cuda import build, library
+from sfr_kernels.kernels import build
 from sfr_kernels.ops import dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ cp {library} "$2"
 """
 
 
-FIND = "from sfr_kernels.leaves.cuda import build; from pathlib import Path; build.PACKAGED = Path('none'); "
+FIND = "from sfr_kernels.kernels import build; from pathlib import Path; build.PACKAGED = Path('none'); "
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def clean(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     build.find.cache_clear()
     dispatch._missing.cache_clear()
-    monkeypatch.setattr(library, "_library", None)
+    monkeypatch.setattr(cuda, "_library", None)
     yield tmp_path
     build.find.cache_clear()
     dispatch._missing.cache_clear()
@@ -51,7 +51,7 @@ def clean(monkeypatch, tmp_path):
 
 def stub(folder: Path, code: int = 0) -> Path:
     """A library whose every launcher returns `code`."""
-    names = "".join(f"int {name}() {{ return {code}; }}\n" for name in library.SIGNATURES)
+    names = "".join(f"int {name}() {{ return {code}; }}\n" for name in cuda.SIGNATURES)
     source = folder / "stub.c"
     text = 'const char *sfr_error(int code) { return "no kernel image"; }\nint sfr_cluster_code() { return 0; }\n'
     source.write_text(text + names)
@@ -77,7 +77,7 @@ def compiler(clean, monkeypatch):
     return make
 
 
-def launch(found: library.Library) -> None:
+def launch(found: cuda.Library) -> None:
     found.scale(None, 0, None, None, 0, 0, 1, None)
 
 
@@ -91,7 +91,7 @@ def test_built_once_into_the_cache_and_found_again(compiler, clean, capsys):
     assert sorted(p.name for p in first.parent.iterdir()) == [build.NAME, build.NAME + ".sha256", "lock"]  # no more
     build.find.cache_clear()
     assert build.find() == first and log.read_text().count("built") == files + 1
-    launch(library.library())
+    launch(cuda.library())
 
 
 @needs_compiler
@@ -194,38 +194,38 @@ def test_a_corrupt_library_is_built_anew(compiler, change):
         path.write_bytes({"cut": whole[:1000], "empty": b"", "flipped": flipped}[change])
     build.find.cache_clear()
     assert build.find().read_bytes() == whole and log.read_text().count("built") == 2 * files
-    launch(library.library())
+    launch(cuda.library())
 
 
 def test_a_file_that_is_no_library_is_named(clean, monkeypatch):
     (clean / "none.so").write_text("text")
     monkeypatch.setenv(build.LIBRARY_VARIABLE, str(clean / "none.so"))
     with pytest.raises(RuntimeError, match=r"none\.so cannot be loaded .*remove the file"):
-        library.library()
+        cuda.library()
 
 
 def test_another_library_is_refused(clean, monkeypatch):
     monkeypatch.setenv(build.LIBRARY_VARIABLE, str(clean / "none.so"))
     with pytest.raises(RuntimeError, match="is no file"):
-        library.library()
+        cuda.library()
     build.find.cache_clear()
     monkeypatch.setenv(build.LIBRARY_VARIABLE, _ctypes.__file__)
     with pytest.raises(RuntimeError, match="is not a library of these CUDA kernels"):
-        library.library()
+        cuda.library()
 
 
 @needs_compiler
 def test_a_library_of_other_sources_is_refused(clean, monkeypatch):
     path = stub(clean)
-    monkeypatch.setitem(library.SIGNATURES, "sfr_new", "p")
+    monkeypatch.setitem(cuda.SIGNATURES, "sfr_new", "p")
     with pytest.raises(RuntimeError, match="other sources: it lacks sfr_new"):
-        library.Library(path)
+        cuda.Library(path)
 
 
 @needs_compiler
 def test_a_gpu_that_the_library_has_no_code_for(clean):
     with pytest.raises(RuntimeError, match=r"sfr_scale: no kernel image .*209.*TORCH_CUDA_ARCH_LIST"):
-        launch(library.Library(stub(clean, code=209)))
+        launch(cuda.Library(stub(clean, code=209)))
 
 
 def test_without_nvcc_the_backend_says_so(clean, monkeypatch):
@@ -283,7 +283,7 @@ def test_an_nvcc_that_fails_is_fatal_only_where_it_is_asked_for(choice, setup, m
 
     monkeypatch.setattr(setup.build, "compile_library", fail)
     monkeypatch.setenv("SFR_BUILD_CUDA", choice)
-    command = setup.BuildKernels(Distribution(dict(ext_modules=[Extension("sfr_kernels.leaves.cuda.libsfr", [])])))
+    command = setup.BuildKernels(Distribution(dict(ext_modules=[Extension("sfr_kernels.kernels.libsfr", [])])))
     command.build_lib, command.build_temp = str(tmp_path), str(tmp_path)
     command.ensure_finalized()
     kind, raised = (RuntimeError, pytest.raises) if choice == "1" else (UserWarning, pytest.warns)
@@ -295,7 +295,7 @@ def test_an_nvcc_that_fails_is_fatal_only_where_it_is_asked_for(choice, setup, m
 def test_an_editable_install_leaves_the_kernels_to_the_first_call(editable, setup, monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(setup.build, "compile_library", lambda *arguments: made.append(arguments))
-    extension = Extension("sfr_kernels.leaves.cuda.libsfr", [])
+    extension = Extension("sfr_kernels.kernels.libsfr", [])
     command = setup.BuildKernels(Distribution(dict(ext_modules=[extension])))
     command.build_lib, command.build_temp, command.editable_mode = str(tmp_path), str(tmp_path), editable
     command.ensure_finalized()

@@ -148,6 +148,8 @@ def test_a_template_that_refuses_the_messages_names_the_line(tmp_path, tokenizer
 
 
 def test_reading_data_needs_no_training_libraries():
-    code = "import sys, sfr_kernels.cli, sfr_kernels; print('transformers' in sys.modules, 'triton' in sys.modules)"
+    code = (
+        "import sys, sfr_kernels.commands, sfr_kernels; print('transformers' in sys.modules, 'triton' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]

@@ -20,9 +20,12 @@ from cases import (
     small_config,
 )
 
+from sfr_kernels.kernels.backend import kernels_of
+
+kernels = kernels_of("torch")
+
 from sfr_kernels import SupervisedRows, flow_matching_loss, reference
-from sfr_kernels.leaves import FlowPath
-from sfr_kernels.leaves import torch as leaves
+from sfr_kernels.kernels.flow import FlowPath
 from sfr_kernels.ops.times import draw_times, seed_tensor, sequence_ids, step_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -241,7 +244,7 @@ def paths(labels, segments, noise_id, keep=slice(None)) -> dict[int, tuple[float
     path = FlowPath(
         embed(rows, labels, 7), times, identity, rows.anchor[flow], index, seed_tensor(SEED, rows.device), 2.0, 0.5
     )
-    x_t, u = leaves.flow_path(path, torch.float32)
+    x_t, u = kernels.flow_path(path, torch.float32)
     return dict(zip(identity.tolist(), zip(times[index].tolist(), x_t, u, strict=True), strict=True))
 
 
@@ -277,7 +280,7 @@ def test_flow_path_is_its_definition(preset):
     seed = seed_tensor(case.seed, rows.device)
     path = FlowPath(case.targets, times, rows.noise_id[:n], rows.anchor[:n], index, seed, 1.9, 0.7)
     for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)):
-        x_t, u = leaves.flow_path(path, dtype)
+        x_t, u = kernels.flow_path(path, dtype)
         assert x_t.dtype == u.dtype == dtype
         torch.testing.assert_close(x_t.double(), (1 - t) * x_0 + t * x_1, rtol=rtol, atol=rtol / 10)
         torch.testing.assert_close(u.double(), x_1 - x_0, rtol=rtol, atol=rtol / 10)

@@ -1,7 +1,7 @@
 """The rows, targets, head and losses of `SFRConfig.official()`, and the copies of the published code that the
 benchmarks race, are the published ones: tests/golden decides.
 
-The kernels are judged by the same files in tests/triton_leaves/test_golden_kernels.py.
+The kernels are judged by the same files in tests/kernels/test_golden_kernels.py.
 """
 
 from importlib import import_module

@@ -1,6 +1,6 @@
 """On an NVIDIA GPU: no waiting for the device, graphs, compilation, memory, and sizes past 2³¹.
 
-Values and gradients are judged in test_gpu_errors.py, those of each kernel in tests/triton_leaves.
+Values and gradients are judged in test_gpu_errors.py, those of each kernel in tests/kernels.
 """
 
 from dataclasses import replace
@@ -10,9 +10,8 @@ import torch
 from cases import SEED
 
 from sfr_kernels import SFRConfig, SupervisedRows, VelocityHead, flow_matching_loss, linear_cross_entropy, sfr_loss
-from sfr_kernels.leaves import FlowPath
-from sfr_kernels.ops.dispatch import leaves as leaves_of
-from sfr_kernels.ops.dispatch import unavailable
+from sfr_kernels.kernels.backend import unavailable
+from sfr_kernels.kernels.flow import FlowPath
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -172,7 +171,7 @@ def needs(gib: float) -> None:
 def test_offsets_past_two_to_the_31(backend, large):
     """The last rows of a large tensor are those of a small one with the same identities."""
     needs(24)
-    leaves = leaves_of(backend)
+    kernels = kernels_of(backend)
     n, d, last = 2**21 + 2**12, 1024, 64  # n · d = 2³¹ + 2²²
     device = torch.device("cuda")
     zeros = torch.zeros(n, dtype=torch.int32, device=device)
@@ -180,25 +179,25 @@ def test_offsets_past_two_to_the_31(backend, large):
     targets, times = torch.randn(1, d, device=device), torch.tensor([0.3], device=device)
     path = FlowPath(targets, times, identity, zeros, zeros, torch.tensor([SEED], device=device), 2.0, 1.0)
     tail = replace(path, noise_id=identity[-last:], anchor=zeros[-last:], time_index=zeros[-last:])
-    x_t, u = leaves.flow_path(path, torch.bfloat16)
-    ends = leaves.flow_path(tail, torch.bfloat16)
+    x_t, u = kernels.flow_path(path, torch.bfloat16)
+    ends = kernels.flow_path(tail, torch.bfloat16)
     assert all(torch.equal(whole[-last:], end) for whole, end in zip((x_t, u), ends, strict=True))
 
     gamma, beta = torch.randn(2, d, device=device)
     small = x_t[-last:].clone()
-    out, mean, rstd = leaves.norm_act(x_t, gamma, beta, residual=x_t)
-    wanted, small_mean, small_rstd = leaves.norm_act(small, gamma, beta, residual=small)
+    out, mean, rstd = kernels.norm_act(x_t, gamma, beta, residual=x_t)
+    wanted, small_mean, small_rstd = kernels.norm_act(small, gamma, beta, residual=small)
     assert torch.equal(out[-last:], wanted)
-    dy, *_ = leaves.norm_act_backward(out, x_t, gamma, beta, mean, rstd, dy=out)
-    assert torch.equal(dy[-last:], leaves.norm_act_backward(wanted, small, gamma, beta, small_mean, small_rstd)[0])
+    dy, *_ = kernels.norm_act_backward(out, x_t, gamma, beta, mean, rstd, dy=out)
+    assert torch.equal(dy[-last:], kernels.norm_act_backward(wanted, small, gamma, beta, small_mean, small_rstd)[0])
 
     coefficient = torch.rand(n, device=device)
-    loss, _ = leaves.flow_mse(x_t, u, coefficient)
-    small_loss, _ = leaves.flow_mse(small, ends[1], coefficient[-last:])
+    loss, _ = kernels.flow_mse(x_t, u, coefficient)
+    small_loss, _ = kernels.flow_mse(small, ends[1], coefficient[-last:])
     assert torch.equal(loss[-last:], small_loss) and torch.equal(x_t[-last:], small)
     factor = torch.tensor(0.5, device=device)
     token_row = torch.arange(n - 1, -1, -1, dtype=torch.int32, device=device)  # reversed
-    scattered = leaves.scatter_rows(x_t, factor, token_row, torch.bfloat16)
+    scattered = kernels.scatter_rows(x_t, factor, token_row, torch.bfloat16)
     assert torch.equal(scattered[-1], x_t[0] * 0.5) and torch.equal(scattered[0], x_t[-1] * 0.5)
 
 

@@ -39,7 +39,7 @@ def test_lives(): assert torch.cuda.synchronize is not die
 def checked(tmp_path, monkeypatch, planted, *options, silence=4.0) -> tuple[int, dict, list[dict]]:
     """Exit status, and lines by name and in order, of a check of these files alone."""
     folder, out = tmp_path / "tests", tmp_path / "out"
-    (folder / "triton_leaves").mkdir(parents=True)
+    (folder / "kernels").mkdir(parents=True)
     for name, text in planted.items():
         (folder / name).write_text(HEAD + text)
     monkeypatch.setattr(gpu_check, "FOLDER", folder)

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from sfr_kernels.leaves.cuda.softmax_xent import cluster_for
+from sfr_kernels.leaves.torch.softmax_xent import softmax_xent as eager
 from test_gpu import CONFIG, inputs
 
 from sfr_kernels import flow_matching_loss, sfr_loss
-from sfr_kernels.leaves.cuda.softmax_xent import cluster_for
-from sfr_kernels.leaves.torch.softmax_xent import softmax_xent as eager
-from sfr_kernels.ops.dispatch import leaves as leaves_of
-from sfr_kernels.ops.dispatch import unavailable
+from sfr_kernels.kernels.backend import unavailable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +32,7 @@ def test_a_second_device_while_the_first_is_current():
 
 def test_a_side_stream_is_the_one_that_is_worked_on():
     """A kernel that went to another stream would read the logits before they are there."""
-    leaves, source = leaves_of("cuda"), torch.randn(2048, 32768, device="cuda")
+    kernels, source = kernels_of("cuda"), torch.randn(2048, 32768, device="cuda")
     labels = torch.zeros(2048, dtype=torch.int64, device="cuda")
     wanted, _ = eager(source.clone(), labels)
     side = torch.cuda.Stream()
@@ -43,7 +42,7 @@ def test_a_side_stream_is_the_one_that_is_worked_on():
             logits = torch.full_like(source, torch.nan)
             torch.cuda._sleep(10**8)
             logits.copy_(source)
-            loss, _ = leaves.softmax_xent(logits, labels, cluster=cluster)
+            loss, _ = kernels.softmax_xent(logits, labels, cluster=cluster)
             found = loss.clone()
         side.synchronize()
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
@@ -66,7 +65,7 @@ def test_a_side_stream_gives_the_same_bits():
 @pytest.mark.parametrize("vocab", [32000, 50257, 128256, 256000])
 def test_rows_held_by_clusters(vocab, dtype):
     """Many more rows than clusters, at the sizes of real vocabularies; some rows wider than eight blocks hold."""
-    leaves, g = leaves_of("cuda"), torch.Generator("cuda").manual_seed(0)
+    kernels, g = kernels_of("cuda"), torch.Generator("cuda").manual_seed(0)
     wide = (3 * torch.randn(300, -(-vocab // 64) * 64, device="cuda", generator=g)).to(dtype)
     logits = wide[:, :vocab]
     labels = torch.randint(vocab, (300,), device="cuda", generator=g)
@@ -75,11 +74,11 @@ def test_rows_held_by_clusters(vocab, dtype):
     exact, mine, theirs = logits.double(), wide.clone()[:, :vocab], logits.clone()
     wanted, _ = eager(exact, labels)
     eager_loss, _ = eager(theirs, labels)
-    loss, _ = leaves.softmax_xent(mine, labels)
+    loss, _ = kernels.softmax_xent(mine, labels)
     for ours, other, true in ((loss, eager_loss, wanted), (mine, theirs, exact)):
         assert (ours.double() - true).norm() <= 1.5 * (other.double() - true).norm() + 2.0**-22 * true.norm()
     again = wide.clone()[:, :vocab]
-    repeated, _ = leaves.softmax_xent(again, labels)
+    repeated, _ = kernels.softmax_xent(again, labels)
     assert torch.equal(loss, repeated) and torch.equal(mine, again)
 
 

@@ -9,7 +9,7 @@ import torch
 from benchmarks.oracle import judge, verdict
 from benchmarks.problem import OPS, Problem, Shape, check_replay
 from benchmarks.timing import Graph
-from sfr_kernels.ops.dispatch import unavailable
+from sfr_kernels.kernels.backend import unavailable
 
 pytestmark = pytest.mark.gpu
 ON_GPU = torch.cuda.is_available()

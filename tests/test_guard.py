@@ -16,8 +16,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from sfr_kernels import SFRConfig, attach, detach
 from sfr_kernels.targets import SFRCollator
 from sfr_kernels.training import guard
-from sfr_kernels.training.attachment import attachment_of
 from sfr_kernels.training.guard import unwatch
+from sfr_kernels.training.objectives import attachment_of
 
 SAMPLES = tiny_samples()
 STORE = tiny_store(SAMPLES)

@@ -22,7 +22,7 @@ def test_kernels_in_the_interpreter():
     tests = Path(__file__).parent
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([str(tests.parent), str(tests), environment.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "triton_leaves"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "kernels"]
     done = subprocess.run(command, cwd=tests, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout.splitlines()[-1])

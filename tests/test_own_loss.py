@@ -10,7 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
 from sfr_kernels import attach, detach
-from sfr_kernels.training.attachment import attachment_of
+from sfr_kernels.training.objectives import attachment_of
 from sfr_kernels.training.own_loss import _plain_token
 
 # What sizes are called beside SIZES; an architecture is given those that its configuration has.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sfr_kernels import reference
-from sfr_kernels.leaves.torch.philox import gaussian, random_words, to_uniform
+from sfr_kernels.kernels.philox.torch import gaussian, random_words, to_uniform
 
 # Random123 1.14, examples/kat_vectors, philox4x32 with 10 rounds: counter, key, output
 KNOWN = [

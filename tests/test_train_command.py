@@ -13,7 +13,7 @@ from packages import needs
 from tiny import chat, tiny_llama, write_chats
 from transformers import AutoTokenizer
 
-from sfr_kernels.cli import main
+from sfr_kernels.commands import main
 from sfr_kernels.training.checkpoint import load_head
 from sfr_kernels.training.data import PERSONAS
 from sfr_kernels.training.models import SMOLLM2, model_path

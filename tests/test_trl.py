@@ -22,7 +22,7 @@ from trl_cases import ENCODER, ByHand, chunked_loss, expected_loss, lora, make_t
 from sfr_kernels import LinearCrossEntropy, SFRConfig, SFRLoss, VelocityHead, attach, detach
 from sfr_kernels.ops.times import step_seed
 from sfr_kernels.targets import OnlineTargets, SFRCollator
-from sfr_kernels.training.attachment import attachment_of
+from sfr_kernels.training.objectives import attachment_of
 from sfr_kernels.training.trl import SFRTrainer
 
 setting = pytest.mark.setting

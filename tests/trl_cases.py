@@ -24,7 +24,7 @@ from sfr_kernels import SFRLoss, VelocityHead, detach, sfr_loss
 from sfr_kernels.ops.times import step_seed
 from sfr_kernels.targets import rows_and_texts
 from sfr_kernels.training.attach import base_of
-from sfr_kernels.training.attachment import attachment_of
+from sfr_kernels.training.objectives import attachment_of
 from sfr_kernels.training.trl import SFRTrainer
 
 WORDS = [*"thecatdogsrunmywxv."]

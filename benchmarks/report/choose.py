@@ -1,10 +1,9 @@
-"""Which backend `auto` takes for a leaf: the faster one of a result file, written to leaves/fastest.json."""
+"""Which backend `auto` takes for a leaf: the faster one of a result file, written to kernels/fastest.json."""
 
 import json
 from pathlib import Path
 
 from sfr_kernels.atomic import write_atomically
-from sfr_kernels.leaves import fastest
 
 from .data import read
 
@@ -18,8 +17,8 @@ def choose(path: Path | str) -> None:
     frame = frame.assign(ms=frame.ms.where(frame["size"] != "small", frame[["ms", "issue_ms"]].max(axis=1)))
     both = frame.pivot(index=["op", "size", "label", "dtype"], columns="provider", values="ms")
     both = both.reindex(columns=["cuda", "triton"]).dropna().groupby(level=["op", "size"]).sum().round(5)
-    rows = [row for row in json.loads(fastest.FILE.read_text()) if row["capability"] != capability]
+    rows = [row for row in json.loads(backend.FASTEST.read_text()) if row["capability"] != capability]
     of = dict(capability=capability, origin=results.name)
-    for (leaf, size), ms in both.iterrows():
-        rows.append(dict(leaf=leaf, size=size, backend=ms.idxmin(), ms=ms.to_dict(), **of))
-    write_atomically(fastest.FILE, ("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n").encode())
+    for (kernel, size), ms in both.iterrows():
+        rows.append(dict(kernel=kernel, size=size, backend=ms.idxmin(), ms=ms.to_dict(), **of))
+    write_atomically(backend.FASTEST, ("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n").encode())

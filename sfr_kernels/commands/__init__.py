@@ -9,7 +9,7 @@ import platform
 import sys
 from pathlib import Path
 
-from .config import SFRConfig
+from ..config import SFRConfig
 
 _CHATS = 'JSON lines of {"messages": […]}, ShareGPT\'s {"conversations": […]} or {"prompt", "completion"}'
 
@@ -120,8 +120,8 @@ def _train(args) -> int:
     given = {"flow_weight": args.flow_weight, "seed": args.seed}
     config = SFRConfig.from_dict(config.to_dict() | {k: v for k, v in given.items() if v is not None})
     rate = (1e-4 if args.full else 1e-3) if args.lr is None else args.lr
-    from .training.data import PERSONAS
-    from .training.finetune import TrainOptions, finetune
+    from ..training.data import PERSONAS
+    from .train import TrainOptions, finetune
 
     finetune(
         TrainOptions(
@@ -138,7 +138,7 @@ def _train(args) -> int:
 
 
 def _targets(args) -> int:
-    from .training.build_store import StoreOptions, build_store
+    from .targets import StoreOptions, build_store
 
     build_store(
         StoreOptions(
@@ -156,19 +156,18 @@ def _bench(args) -> int:
 
 def _benchmarks():
     """The command of benchmarks/: a part of an installed package, beside it in a checkout."""
-    name = f"{__package__}.benchmarks"
+    name = f"{__package__.rpartition('.')[0]}.benchmarks"
     if importlib.util.find_spec(name) is None:
         name = "benchmarks"
-        sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of the processes that it starts, too
+        sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # of the processes that it starts, too
     return importlib.import_module(f"{name}.command")
 
 
 def _info(args) -> int:
     import torch
 
-    from ._version import __version__
-    from .leaves import fastest
-    from .ops.dispatch import BACKENDS, ENVIRONMENT, automatic, resolve_backend, unavailable
+    from .._version import __version__
+    from ..kernels.backend import BACKENDS, ENVIRONMENT, automatic, measured, resolve_backend, unavailable
 
     versions = {"sfr_kernels": __version__, "Python": platform.python_version(), "torch": torch.__version__}
     versions |= {"triton": _version_of("triton"), "CUDA": torch.version.cuda or "none"}
@@ -186,12 +185,12 @@ def _info(args) -> int:
         print(f"  {backend:10} {'usable' if reason is None else f'not usable: {reason}'}{_compiled(backend, reason)}")
     print(f"auto picks: {automatic(device)}")
     if device.type == "cuda":
-        measured = fastest.rows(torch.cuda.get_device_capability(device))
-        for row in measured:
+        rows = measured(torch.cuda.get_device_capability(device))
+        for row in rows:
             times = ", ".join(f"{name} {ms:.4f} ms" for name, ms in row["ms"].items())
-            print(f"  {row['leaf']}, {row['size']}: {row['backend']} ({times}; {row['origin']})")
-        if not measured:
-            print("  no leaf has been measured on this kind of GPU (`bench`, then `bench choose`)")
+            print(f"  {row['kernel']}, {row['size']}: {row['backend']} ({times}; {row['origin']})")
+        if not rows:
+            print("  no kernel has been measured on this kind of GPU (`bench`, then `bench choose`)")
     if chosen := os.environ.get(ENVIRONMENT):
         try:
             resolve_backend(None, device)
@@ -206,7 +205,7 @@ def _compiled(backend: str, reason: str | None) -> str:
     """Of the cuda backend, where its kernels are, or will be."""
     if backend != "cuda" or reason is not None:
         return ""
-    from .leaves.cuda.build import built, nvcc
+    from ..kernels.build import built, nvcc
 
     return f", {built()}" if built() else f", once it has been compiled at the first call, with {nvcc()}"
 

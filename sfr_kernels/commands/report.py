@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ..atomic import write_atomically
-from .formats import Example
+from ..training.formats import Example
 
 
 class ProgressBar(TrainerCallback):

@@ -12,8 +12,8 @@ from ..config import SFRConfig
 from ..targets import TargetStore, build_targets, load_encoder
 from ..targets.build import finish, plan_targets, repair, share
 from ..targets.encoder import as_configured
-from .corpus import ChatFile
-from .models import load_tokenizer
+from ..training.chat_file import ChatFile
+from ..training.models import load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,16 @@ from ..evaluation.held_out import frozen_flow_loss, held_out_losses
 from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
 from ..targets.encoder import MINILM
 from ..targets.manifest import FILE as MANIFEST
-from .attach import attach, detach
-from .attachment import attachment_of
-from .callbacks import SFRCallback
-from .checkpoint import save_head
-from .corpus import ChatFile
-from .data import read_chats, split_by_prompt, tokenize
-from .formats import Example
-from .labelling import Tokenized, last_prompt
-from .lm_head import output_linear
-from .models import load_model
+from ..training.attach import attach, detach
+from ..training.callbacks import SFRCallback
+from ..training.chat_file import ChatFile
+from ..training.checkpoint import save_head
+from ..training.data import read_chats, split_by_prompt, tokenize
+from ..training.formats import Example
+from ..training.labelling import Tokenized, last_prompt
+from ..training.lm_head import output_linear
+from ..training.models import load_model
+from ..training.objectives import attachment_of
 from .report import ProgressBar, loss_curves, samples_table
 
 WARMUP = 5  # steps of rising learning rate

@@ -1,52 +1,27 @@
-"""The leaf kernels: one package a backend, the same signatures in each, and the types that they share."""
+"""The kernels, a folder for each computation: its `__init__` states formula and contract, `torch.py`, `triton.py` and
+`cuda.py` beside it implement them.
 
-from dataclasses import dataclass
-from typing import NamedTuple
+To add a kernel, declare it in a folder's `__init__` with `@dispatch`, and define a function of the same name and
+parameters in each backend's file. `backend.py` chooses the backend of a call; `triton.py`, `cuda.py` and `build.py`
+are what the kernels of one backend share. The contracts' tensors may have any strides unless they say otherwise.
+"""
 
+import torch
 from torch import Tensor
 
-from .room import ACCESS_BYTES, empty_rows
-
-__all__ = ["ACCESS_BYTES", "FlowPath", "RowPartials", "RowStats", "empty_rows"]
-
-
-class RowStats(NamedTuple):
-    """Per-row statistics of the logits."""
-
-    lse: Tensor  # (n,) float32, log-sum-exp
-    predicted: Tensor  # (n,) int64, argmax
-    entropy: Tensor  # (n,) float32, nats
-    correct: Tensor  # (n,) bool, predicted == label
+ACCESS_BYTES = 16  # of one vector load or store; rows that start on a multiple of them are read fastest
+_PADDED = 64  # elements, to a multiple of which an odd row is padded
+_BLOCK_ELEMENTS = 1 << 22
 
 
-class RowPartials(NamedTuple):
-    """What one part of the vocabulary adds to each row's softmax, for labels that may lie in another part.
-
-    All (n,) float32 (float64 for float64 logits), `rest` and `moment` zero where they were not asked for.
-    """
-
-    top: Tensor  # the largest logit z
-    total: Tensor  # Σ exp(z − top)
-    chosen: Tensor  # z of the label, 0 if it is not in this part
-    owned: Tensor  # 1 if it is, else 0
-    rest: Tensor  # Σ (z − top)
-    moment: Tensor  # Σ exp(z − top) (z − top)
-    best: Tensor  # where z is largest
+def empty_rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(n, width) uninitialised, every row aligned to 16 bytes: contiguous where the width allows it, else padded."""
+    if width * dtype.itemsize % ACCESS_BYTES == 0:
+        return torch.empty(n, width, dtype=dtype, device=device)
+    return torch.empty(n, -(-width // _PADDED) * _PADDED, dtype=dtype, device=device)[:, :width]
 
 
-@dataclass(frozen=True)
-class FlowPath:
-    """Where each row lies between noise and data:
-
-    x_0 = source_std · ε(seed, noise_id)        x_1 = target_scale · targets[anchor]        t = times[time_index]
-    x_t = (1 − t) x_0 + t x_1                   u = x_1 − x_0
-    """
-
-    targets: Tensor  # (A, d), any floating dtype
-    times: Tensor  # (M,)
-    noise_id: Tensor  # (n,) int64
-    anchor: Tensor  # (n,) int32, in [0, A)
-    time_index: Tensor  # (n,) int32, in [0, M)
-    seed: Tensor  # (1,) int64
-    target_scale: float
-    source_std: float
+def row_blocks(x: Tensor, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
+    """Slices of x's rows of about so many elements, so that a float32 copy of one stays small."""
+    step = max(1, elements // max(1, x[:1].numel()))
+    return [slice(start, start + step) for start in range(0, x.shape[0], step)]

@@ -1,25 +1,37 @@
 """Which backend serves a call: the argument, else the environment, else the device, and what was measured on it."""
 
 import functools
+import importlib
 import importlib.util
+import json
 import os
-from types import ModuleType
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
-
-from ..leaves import fastest
 
 ENVIRONMENT = "SFR_KERNELS_BACKEND"
 BACKENDS = ("torch", "triton", "cuda", "reference")
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)  # bf16
 
+# Written by `python -m sfr_kernels bench choose RESULT_FILE`: a row for each compute capability, kernel and class of
+# size, with the times behind it and the result file they came from. What no row speaks of is Triton's.
+FASTEST = Path(__file__).with_name("fastest.json")
+SMALL = 4 * 2**20  # bytes: below, a kernel takes less time than its launch
+SIZES = ("small", "large")
+
+P, R = ParamSpec("P"), TypeVar("R")
+DISPATCHED: dict[str, Callable] = {}  # the kernels by name, filled as their folders are imported
+
 
 @functools.cache
 def _missing(backend: str) -> str | None:
     """Why this installation lacks `backend`, whatever the tensor."""
     if backend == "cuda":
-        from ..leaves.cuda.build import missing
+        from .build import missing
 
         return missing()
     if backend == "triton" and importlib.util.find_spec("triton") is None:
@@ -36,7 +48,7 @@ def _on_cpu(backend: str) -> bool:
     """Whether the backend's kernels run on tensors of the CPU here, for tests: interpreted, or emulated."""
     if backend == "triton":
         return _interpreted()
-    from ..leaves.cuda.library import emulated
+    from .cuda import emulated
 
     return emulated()
 
@@ -66,14 +78,14 @@ def unavailable(backend: str, device: torch.device | str | None = None, dtype: t
 def automatic(device: torch.device | str, dtype: torch.dtype | None = None) -> str:
     """The backend of the device, where neither an argument nor the environment names one.
 
-    "fastest" is, leaf by leaf, the one that leaves/fastest.json has measured on this kind of GPU. Nothing is compiled
+    "fastest" is, kernel by kernel, the one that fastest.json has measured on this kind of GPU. Nothing is compiled
     for it with nvcc: the cuda backend takes part where it was installed with its kernels.
     """
     device = torch.device(device)
     if device.type != "cuda":
         return "torch"
     triton = unavailable("triton", device, dtype) is None
-    if triton and not fastest.rows(torch.cuda.get_device_capability(device)):
+    if triton and not measured(torch.cuda.get_device_capability(device)):
         return "triton"  # whatever else there is: looking for it would cost every call
     if _is_built() and unavailable("cuda", device, dtype) is None:
         return "fastest" if triton else "cuda"
@@ -81,7 +93,7 @@ def automatic(device: torch.device | str, dtype: torch.dtype | None = None) -> s
 
 
 def _is_built() -> bool:
-    from ..leaves.cuda.build import built
+    from .build import built
 
     return built() is not None
 
@@ -108,22 +120,49 @@ resolve_backend._dynamo_marked_constant = True
 
 
 @functools.cache
-def _fastest(capability: tuple[int, int]) -> fastest.Fastest:
-    from ..leaves import cuda, triton
+def measured(capability: tuple[int, int]) -> tuple[dict, ...]:
+    """What was measured on GPUs of this compute capability: kernel, size, backend, ms of each backend, origin."""
+    name = "{}.{}".format(*capability)
+    return tuple(row for row in json.loads(FASTEST.read_text()) if row["capability"] == name)
 
-    return fastest.Fastest(fastest.rows(capability), {"triton": triton, "cuda": cuda}, otherwise="triton")
 
-
-def leaves(backend: str) -> ModuleType | fastest.Fastest:
-    """The leaf kernels of a resolved backend, on the current device."""
-    if backend == "torch":
-        from ..leaves import torch as module
-    elif backend == "triton":
-        from ..leaves import triton as module
-    elif backend == "cuda":
-        from ..leaves import cuda as module
-    elif backend == "fastest":
-        return _fastest(torch.cuda.get_device_capability())
+def size_of(argument) -> str:
+    """The class of a call, by the first argument of its kernel: a tensor, or the path of the rows that it makes."""
+    if not isinstance(argument, torch.Tensor):  # a FlowPath
+        count = argument.noise_id.shape[0] * argument.targets.shape[1] * argument.targets.element_size()
     else:
-        raise AssertionError(f"backend {backend} has no leaves")
-    return module
+        count = argument.numel() * argument.element_size()
+    return "small" if count < SMALL else "large"
+
+
+def _fastest(name: str, argument) -> str:
+    """The backend that was measured faster for such a call; where none was, Triton."""
+    wanted = (name, size_of(argument))
+    rows = measured(torch.cuda.get_device_capability())
+    return next((row["backend"] for row in rows if (row["kernel"], row["size"]) == wanted), "triton")
+
+
+def dispatch(contract: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
+    """The kernel that a folder's `__init__` declares: called with a resolved backend before the arguments of
+    `contract`, it calls the function of that name in the backend's file of the folder."""
+    folder, name = contract.__module__, contract.__name__
+    modules: dict[str, ModuleType] = {}
+
+    @functools.wraps(contract)
+    def kernel(backend: str, *args: P.args, **kwargs: P.kwargs) -> R:
+        if backend == "fastest":
+            backend = _fastest(name, args[0])
+        module = modules.get(backend)
+        if module is None:
+            module = modules[backend] = importlib.import_module(f"{folder}.{backend}")
+        return getattr(module, name)(*args, **kwargs)
+
+    DISPATCHED[name] = kernel
+    return kernel
+
+
+def kernels_of(backend: str) -> SimpleNamespace:
+    """Every kernel bound to a resolved backend: `kernels_of("triton").norm_act(…)`, for tests and benchmarks."""
+    for folder in ("softmax_xent", "norm_act", "flow", "times", "scale"):
+        importlib.import_module(f"{__package__}.{folder}")
+    return SimpleNamespace(**{name: functools.partial(kernel, backend) for name, kernel in DISPATCHED.items()})

@@ -34,7 +34,7 @@ _UNCONTRACTED = ("flow_path", "times")
 
 def sources() -> Path | None:
     """The folder of the kernel files: beside the package in a checkout, in it where it is installed."""
-    places = (_HERE.parents[3] / "csrc", _HERE.parents[2] / "csrc")
+    places = (_HERE.parents[2] / "csrc", _HERE.parents[1] / "csrc")
     return next((p for p in places if (p / "softmax_xent.cu").is_file()), None)
 
 

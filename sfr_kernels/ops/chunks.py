@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..leaves import RowStats, empty_rows
+from ..kernels import empty_rows
+from ..kernels.softmax_xent import RowStats
 from .numerics import aligned, product_into, wide_dtype
-from .sharded_vocab import VocabShard, sharded_softmax_xent
+from .vocab_parallel import VocabShard, sharded_softmax_xent
 
 # Rows of a product at which cuBLAS runs at its rate; at some row counts above, 4096 among them, it is a fifth slower.
 _PRODUCT_ROWS, _MANY_ROWS = 2048, 8192
@@ -55,7 +56,7 @@ class Plan:
 
     labels: Tensor  # (n,)
     options: LogitOptions
-    leaves: object
+    kernels: object
     logits_dtype: torch.dtype
     dweight_dtype: torch.dtype
     row_weight: Tensor | None = None  # (n,)
@@ -189,8 +190,8 @@ def empty_stats(h: Tensor, n: int = 0) -> RowStats:
 
 def _softmax_xent(plan: Plan, x: Tensor, chunk: slice, need_grad: bool) -> tuple[Tensor, RowStats | None]:
     """The row losses of a chunk of logits, which become their own gradient."""
-    function = plan.leaves.softmax_xent if plan.shard is None else sharded_softmax_xent
-    where = {} if plan.shard is None else dict(leaves=plan.leaves, shard=plan.shard)
+    function = plan.kernels.softmax_xent if plan.shard is None else sharded_softmax_xent
+    where = {} if plan.shard is None else dict(kernels=plan.kernels, shard=plan.shard)
     return function(
         x,
         plan.labels[chunk],

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .calls import has_tangent
+from .autograd import has_tangent
 
 # Named one by one: a float8 or a quantized dtype holds codes, whatever torch says of it.
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -1,6 +1,6 @@
 """The operator behind `linear_cross_entropy`, and its backward.
 
-Supervised rows are gathered and go through the chunk loop (chunks.py), so the forward pass leaves the gradients of the
+Supervised rows are gathered and go through the chunk loop (chunks.py), so the forward pass kernels the gradients of the
 loss behind, and backward only scales them. A loss for each row has an upstream gradient for each row, known in backward
 only: there the chunks are run again, each row weighted by its own.
 """
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .calls import Call
+from ..kernels.backend import kernels_of
+from .autograd import Call
 from .chunks import LinearCrossEntropyResult, LogitOptions, Plan, dweight_dtype_for, empty_stats, run_chunks
-from .dispatch import leaves
 from .gradients import finish_gradients, scale_in_place
 from .numerics import as_written, gather_rows, split_normalizer, wide_dtype
-from .sharded_vocab import VocabShard
+from .vocab_parallel import VocabShard
 
 
 def _linear_cross_entropy(
@@ -65,7 +65,9 @@ def _linear_cross_entropy(
         options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
         most = hidden.shape[0] if ignore_index is not None else n
         dw_dtype = dweight_dtype_for(most, h.shape[1], h.dtype, logits_dtype, chunk_rows, accum_dtype)
-        plan = Plan(labels, options, leaves(backend), logits_dtype, dw_dtype, row_weight, chunk_rows, need_stats, shard)
+        plan = Plan(
+            labels, options, kernels_of(backend), logits_dtype, dw_dtype, row_weight, chunk_rows, need_stats, shard
+        )
         need = (False,) * 3 if per_row else tuple(need)
         # the last to read a copy of h writes over it
         out = run_chunks(h, weight, bias, plan, need, dh=h if h is not hidden else None)
@@ -167,14 +169,14 @@ def linear_cross_entropy_backward(
         most = hidden.shape[0] if ignore_index is not None else labels.shape[0]
         dw_dtype = dweight_dtype_for(most, h.shape[1], h.dtype, logits_dtype, chunk_rows, accum_dtype)
         shard = VocabShard(group, vocab_start) if group else None
-        plan = Plan(labels, options, leaves(backend), logits_dtype, dw_dtype, row_weight, chunk_rows, shard=shard)
+        plan = Plan(labels, options, kernels_of(backend), logits_dtype, dw_dtype, row_weight, chunk_rows, shard=shard)
         out = run_chunks(h, weight, bias, plan, tuple(need), dh=h if h is not hidden else None)
         dh, *decoder = _given(out, h)
         if token_row is None or not need[0]:
             token_row = labels.new_empty(0, dtype=torch.int32)
         # the rows had their upstream gradients in their weights: what is left is to change dtypes and places
         one, dtype = upstream.new_ones(()), hidden.dtype
-        return scale_in_place(plan.leaves, one, dh, token_row, decoder, [], dtype, dtype)
+        return scale_in_place(plan.kernels, one, dh, token_row, decoder, [], dtype, dtype)
 
 
 @linear_cross_entropy_backward.register_fake

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..config import SFRConfig
-from ..leaves import FlowPath
+from ..kernels.backend import kernels_of, resolve_backend
+from ..kernels.flow import FlowPath
 from ..rows import SupervisedRows
-from .arguments import check_config, check_flow, check_hidden
-from .calls import Call
+from .autograd import Call
 from .cka import cka_loss
 from .constants import check_number, normalizer_of
-from .dispatch import leaves, resolve_backend
 from .gradients import (
     fake_parameter_grads,
     finish_gradients,
@@ -30,6 +29,7 @@ from .gradients import (
 )
 from .numerics import aligned, as_written, autocast_dtype, gather_rows, split_normalizer, wide_dtype
 from .times import draw_times, seed_tensor, sequence_ids
+from .validate import check_config, check_flow, check_hidden
 from .velocity_head import HeadWeights, head_backward, head_forward, named_parameters, velocity_head
 
 
@@ -69,7 +69,7 @@ def flow_arguments(
 
 
 def run_flow(
-    leaves,
+    kernels,
     h: Tensor,  # (n, H)
     params: Sequence[Tensor],
     coefficient: Tensor | None,  # (n,) scale of each row's gradient; None: the loss alone
@@ -93,12 +93,12 @@ def run_flow(
     """Row losses ℓ (n,), and the parameters' gradients of Σ_r coefficient[r] ℓ_r in two buffers."""
     check_finite(targets)
     if times is None:
-        times, time_index = draw_times(leaves, noise_id, time_index, sequence_id, seed, num_times)
+        times, time_index = draw_times(kernels, noise_id, time_index, sequence_id, seed, num_times)
     path = FlowPath(aligned(targets), times, noise_id, anchor, time_index, seed, target_scale, source_std)
-    if coefficient is not None and num_times and _serves(leaves, h, params, targets, times.shape[0]):
+    if coefficient is not None and num_times and _serves(kernels, h, params, targets, times.shape[0]):
         shapes = [p.shape for p in params] if need_params else []
         matrices, vectors = new_matrices(shapes, h), new_vectors(shapes, h)
-        loss = leaves.flow_loss(
+        loss = kernels.flow_loss(
             h,
             params,
             path,
@@ -111,16 +111,16 @@ def run_flow(
             add_to_dh=add_to_dh,
         )
         return loss, matrices, vectors
-    x_t, u = leaves.flow_path(path, h.dtype)
+    x_t, u = kernels.flow_path(path, h.dtype)
     x_t = aligned(x_t) if num_times else None
     weights = HeadWeights(params, time_scale, hidden_scale, h.dtype)
-    saved = head_forward(leaves, weights, h, x_t, times, time_index)
+    saved = head_forward(kernels, weights, h, x_t, times, time_index)
     if coefficient is None:
-        loss, _ = leaves.flow_mse(saved.outputs[-1], u)
+        loss, _ = kernels.flow_mse(saved.outputs[-1], u)
         return loss, h.new_empty(0), loss.new_empty(0)
-    loss, db = leaves.flow_mse(saved.outputs[-1], u, coefficient)
+    loss, db = kernels.flow_mse(saved.outputs[-1], u, coefficient)
     grads = head_backward(
-        leaves,
+        kernels,
         weights,
         saved,
         h,
@@ -135,9 +135,9 @@ def run_flow(
     return loss, *grads
 
 
-def _serves(leaves, *arguments) -> bool:
+def _serves(kernels, *arguments) -> bool:
     """Whether a backend has the whole of it as one call."""
-    serves = getattr(leaves, "serves_flow_loss", None)
+    serves = getattr(kernels, "serves_flow_loss", None)
     return serves is not None and serves(*arguments)
 
 
@@ -181,7 +181,7 @@ def _flow_loss(
         )  # fmt: skip
         h = gather_rows(hidden, rows)
         loss, matrices, vectors = run_flow(
-            leaves(backend),
+            kernels_of(backend),
             h,
             params,
             coefficient if need_hidden or need_params else None,

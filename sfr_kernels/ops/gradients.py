@@ -1,4 +1,4 @@
-"""The gradients that a forward pass leaves behind, and the one thing backward does with them: scale them.
+"""The gradients that a forward pass kernels behind, and the one thing backward does with them: scale them.
 
 Forward keeps gradients of the loss itself (in float16, of the loss times its normalizer). The head's many parameters
 share two buffers, one for matrices in the dtype of the products and one for vectors in float32, so that backward scales
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import leaves
+from ..kernels.backend import kernels_of
 from .numerics import as_written, wide_dtype
 
 _ALIGNMENT = 64  # elements: every matrix starts where a GEMM likes to write
@@ -82,7 +82,7 @@ def scale_gradients(
 ) -> list[Tensor]:
     """[dhidden (N, H), *decoder, *head], each times upstream / normalizer in float32, all of them new."""
     with as_written(dh):
-        kernels, factor = leaves(backend), _factor(upstream, normalizer, dh)
+        kernels, factor = kernels_of(backend), _factor(upstream, normalizer, dh)
         if token_row.numel():
             dhidden = kernels.scatter_rows(dh, factor, token_row, dtype)
         else:
@@ -109,7 +109,7 @@ def finish_gradients(upstream, normalizer, dh, token_row, decoder, head, dtype, 
         return scale_gradients(upstream, normalizer, dh, token_row, decoder, head, dtype, head_dtype, backend)
     with as_written(dh):
         factor = _factor(upstream, normalizer, dh)
-        return scale_in_place(leaves(backend), factor, dh, token_row, decoder, head, dtype, head_dtype)
+        return scale_in_place(kernels_of(backend), factor, dh, token_row, decoder, head, dtype, head_dtype)
 
 
 def scale_in_place(kernels, factor, dh, token_row, decoder, head, dtype, head_dtype) -> list[Tensor]:
@@ -124,7 +124,7 @@ def scale_in_place(kernels, factor, dh, token_row, decoder, head, dtype, head_dt
 
 
 def _graph_is_kept() -> bool:
-    """Whether the running backward leaves the graph for another one; if torch cannot say, it may."""
+    """Whether the running backward kernels the graph for another one; if torch cannot say, it may."""
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return ask is None or ask()
 

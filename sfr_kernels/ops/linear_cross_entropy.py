@@ -5,15 +5,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import reference
-from ..leaves import RowStats
+from ..kernels.backend import resolve_backend
+from ..kernels.softmax_xent import RowStats
 from ..rows import IGNORE_INDEX, SupervisedRows
-from .arguments import check_decoder, check_hidden, check_memory, check_rows
 from .chunks import LogitOptions
 from .constants import INTEGER, NUMBERS, check_constant, check_tensor, normalizer_of
 from .cross_entropy import check_labels, cross_entropy, supervised_rows
-from .dispatch import resolve_backend
 from .numerics import autocast_dtype, wide_dtype
-from .sharded_vocab import VocabShard
+from .validate import check_decoder, check_hidden, check_memory, check_rows
+from .vocab_parallel import VocabShard
 
 
 def linear_cross_entropy(

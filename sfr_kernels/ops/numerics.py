@@ -5,8 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from ..leaves import ACCESS_BYTES, empty_rows
-from ..leaves.torch.scale import row_blocks
+from ..kernels import ACCESS_BYTES, empty_rows, row_blocks
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..config import SFRConfig
-from ..leaves import RowStats, empty_rows
+from ..kernels import empty_rows
+from ..kernels.backend import kernels_of, resolve_backend
+from ..kernels.softmax_xent import RowStats
 from ..rows import SupervisedRows
-from .arguments import check_config, check_decoder, check_flow, check_hidden, check_memory
-from .calls import Call
+from .autograd import Call
 from .chunks import LogitOptions, Plan, dweight_dtype_for, empty_stats, run_chunks
 from .constants import check_number, normalizer_of, scalar
 from .cross_entropy import check_labels, cross_entropy, warn_of_no_rows
-from .dispatch import leaves, resolve_backend
 from .flow_loss import flow_arguments, flow_matching_loss, flow_normalizer, reference_head, run_flow
 from .gradients import fake_parameter_grads, finish_gradients, head_dtype_of, parameter_grads
 from .numerics import as_written, autocast_dtype, gather_rows, split_normalizer, wide_dtype
 from .times import seed_tensor
+from .validate import check_config, check_decoder, check_flow, check_hidden, check_memory
 from .velocity_head import named_parameters, velocity_head
 
 
@@ -82,7 +83,7 @@ def _sfr_loss(
         if n == 0:
             warn_of_no_rows()
         check_labels(labels, weight.shape[0], debug)
-        kernels, early, late = leaves(backend), *split_normalizer(normalizer, hidden.dtype)
+        kernels, early, late = kernels_of(backend), *split_normalizer(normalizer, hidden.dtype)
         flow = (
             targets, times, noise_id, anchor, time_index, sequence_id, seed, num_times,
             target_scale, source_std, time_scale, hidden_scale,

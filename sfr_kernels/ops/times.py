@@ -8,7 +8,7 @@ from .constants import moved
 
 
 def draw_times(
-    leaves,
+    kernels,
     noise_id: Tensor,  # (n,) int64
     time_index: Tensor | None,  # (n,) int32, the sequence of each row; None: one table for all rows
     sequence_id: Tensor | None,  # (B,) int64, the identity of each sequence
@@ -21,8 +21,8 @@ def draw_times(
         index = torch.zeros(noise_id.shape[0], dtype=torch.int32, device=device)
         return torch.zeros(1, dtype=torch.float32, device=device), index
     if time_index is None:
-        return leaves.stratified_times(noise_id, seed, num_times)
-    return leaves.sequence_times(sequence_id, seed), time_index
+        return kernels.stratified_times(noise_id, seed, num_times)
+    return kernels.sequence_times(sequence_id, seed), time_index
 
 
 def sequence_ids(rows: SupervisedRows) -> Tensor:

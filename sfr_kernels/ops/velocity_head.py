@@ -1,4 +1,4 @@
-"""The velocity head over the leaves, forward and backward by hand (DESIGN sections 1 and 2).
+"""The velocity head over the kernels, forward and backward by hand (DESIGN sections 1 and 2).
 
     a = SiLU(LN(W_x x_t + W_h s h + (W_τ τ(t) + b)))    the bracket has one row per distinct time, not per token
     a = a + SiLU(LN(W_i a + b_i))                       num_layers − 2 times
@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..leaves import empty_rows
-from .calls import Call
+from ..kernels import empty_rows
+from ..kernels.backend import kernels_of, resolve_backend
+from .autograd import Call
 from .constants import check_tensor
-from .dispatch import leaves, resolve_backend
 from .gradients import fake_parameter_grads, matrix_views, new_matrices, parameter_grads, product_dtype
 from .numerics import aligned, as_written, autocast_dtype, linear, product, product_into, wide_dtype, wide_product
 
@@ -59,7 +59,7 @@ class HeadWeights:
 
 @dataclass
 class HeadActivations:
-    """What forward leaves for backward, which takes it apart."""
+    """What forward kernels for backward, which takes it apart."""
 
     time: list[Tensor]  # sinusoid (M, d), pre-activation and activation (M, 4d), τ (M, d)
     normed: list[tuple[Tensor, Tensor, Tensor]]  # per normed layer: y (n, D), mean and rstd (n,)
@@ -76,7 +76,7 @@ class HeadActivations:
 
 
 def head_forward(
-    leaves,
+    kernels,
     weights: HeadWeights,
     h: Tensor,  # (n, H)
     x_t: Tensor | None,  # (n, d); None is x_t = 0
@@ -85,7 +85,7 @@ def head_forward(
 ) -> HeadActivations:
     """v (n, d), the last of the outputs, and all that backward needs."""
     w = weights
-    s = aligned(leaves.sinusoid(times, w.size, w.time_scale, w.dtype))
+    s = aligned(kernels.sinusoid(times, w.size, w.time_scale, w.dtype))
     z = linear(s, w.w1, w.b1)
     silu = aligned(F.silu(z))
     tau = linear(silu, w.w2, w.b2)
@@ -95,11 +95,11 @@ def head_forward(
     torch.addmm(y, h, w.w_h.T, beta=0, alpha=w.hidden_scale, out=y)
     if x_t is not None:
         y.addmm_(x_t, w.w_x.T)
-    a, mean, rstd = leaves.norm_act(y, w.gamma_in, w.beta_in, row_bias=table, row_index=time_index)
+    a, mean, rstd = kernels.norm_act(y, w.gamma_in, w.beta_in, row_bias=table, row_index=time_index)
     saved = HeadActivations([s, z, silu, tau], [(y, mean, rstd)], [aligned(a)])
     for weight, bias, gamma, beta in w.blocks:
         y = linear(saved.outputs[-1], weight, bias)
-        a, mean, rstd = leaves.norm_act(y, gamma, beta, residual=saved.outputs[-1])
+        a, mean, rstd = kernels.norm_act(y, gamma, beta, residual=saved.outputs[-1])
         saved.normed.append((y, mean, rstd))
         saved.outputs.append(aligned(a))
     saved.outputs.append(linear(saved.outputs[-1], w.w_out, w.b_out))
@@ -107,7 +107,7 @@ def head_forward(
 
 
 def head_backward(
-    leaves,
+    kernels,
     weights: HeadWeights,
     saved: HeadActivations,  # with dv for v; emptied on the way, so that what is used up is freed
     h: Tensor,  # (n, H)
@@ -135,7 +135,9 @@ def head_backward(
     del dv
     for (weight, _, gamma, beta), d_weight in zip(reversed(w.blocks), reversed(d_blocks), strict=True):
         y, mean, rstd = saved.normed.pop()
-        dy, dgamma, dbeta, dbias = leaves.norm_act_backward(da, y, gamma, beta, mean, rstd, dy=y if overwrite else None)
+        dy, dgamma, dbeta, dbias = kernels.norm_act_backward(
+            da, y, gamma, beta, mean, rstd, dy=y if overwrite else None
+        )
         dy = aligned(dy)
         a = saved.outputs.pop()
         if need_params:
@@ -144,7 +146,7 @@ def head_backward(
         da.addmm_(dy, weight)
     y, mean, rstd = saved.normed.pop()
     num_times = saved.time[0].shape[0]
-    dy, dgamma, dbeta, dtable = leaves.norm_act_backward(
+    dy, dgamma, dbeta, dtable = kernels.norm_act_backward(
         da,
         y,
         w.gamma_in,
@@ -159,7 +161,7 @@ def head_backward(
     vectors = h.new_empty(0, dtype=wide_dtype(w.dtype))
     if need_params:
         d_x, d_tau, d_h = w.columns(d_w_in)
-        d_time = _time_backward(leaves, w, saved.time, dtable, d_w1, d_w2, d_tau)
+        d_time = _time_backward(kernels, w, saved.time, dtable, d_w1, d_w2, d_tau)
         if x_t is None:
             d_x.zero_()
         else:
@@ -172,7 +174,7 @@ def head_backward(
 
 
 def _time_backward(
-    leaves,
+    kernels,
     w: HeadWeights,
     time: Sequence[Tensor],
     dtable: Tensor,  # (M, D) float32
@@ -189,16 +191,16 @@ def _time_backward(
     s, z, silu, tau = time
     m, wide, dtype = dtable.shape[0], dtable.dtype, product_dtype(w.dtype)
     w_tau, w_2 = (aligned(x.to(dtype)) for x in (w.w_tau, w.w2))
-    parts = aligned(leaves.split(dtable, m, dtype))
+    parts = aligned(kernels.split(dtable, m, dtype))
     times = len(parts) // m
     s, silu, tau = (
         aligned(torch.cat([t.to(dtype)] * times)) if times > 1 else aligned(t.to(dtype)) for t in (s, silu, tau)
     )
     product_into(d_tau, parts.T, tau)
-    parts = aligned(leaves.split(wide_product(parts, w_tau).contiguous(), m, dtype))
+    parts = aligned(kernels.split(wide_product(parts, w_tau).contiguous(), m, dtype))
     db2 = parts.sum(0, dtype=wide)
     product_into(d_w2, parts.T, silu)
-    parts = aligned(leaves.split(wide_product(parts, w_2).contiguous(), m, dtype, z.contiguous()))
+    parts = aligned(kernels.split(wide_product(parts, w_2).contiguous(), m, dtype, z.contiguous()))
     product_into(d_w1, parts.T, s)
     return parts.sum(0, dtype=wide), db2, dtable.sum(0)
 
@@ -218,7 +220,7 @@ def _velocity_head(
     with as_written(h):
         weights = HeadWeights(params, time_scale, hidden_scale, h.dtype)
         x_t = None if x_t is None else aligned(x_t)
-        saved = head_forward(leaves(backend), weights, aligned(h), x_t, times, time_index)
+        saved = head_forward(kernels_of(backend), weights, aligned(h), x_t, times, time_index)
         v = saved.outputs.pop()
         return [v, *saved.flatten()] if need_grad else [v]
 
@@ -265,7 +267,7 @@ def velocity_head_backward(
         activations = HeadActivations.unflatten([*saved, dv])
         dh = empty_rows(*h.shape, h.dtype, h.device) if need_hidden else None
         matrices, vectors = head_backward(
-            leaves(backend),
+            kernels_of(backend),
             weights,
             activations,
             h,

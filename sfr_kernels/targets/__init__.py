@@ -2,9 +2,9 @@
 
 from .build import build_targets
 from .collator import SFRCollator
-from .corpus import SampleList
 from .encoder import encode, load_encoder
 from .online import OnlineTargets
+from .samples import SampleList
 from .segments import rows_and_texts, segment_texts
 from .shards import DamagedStore
 from .store import TargetStore

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from ..atomic import PARTIAL, write_atomically
 from ..config import SFRConfig
-from .corpus import Corpus, SampleList
 from .encoder import as_configured, describe_encoder, encode
 from .manifest import (
     FILE,
@@ -32,6 +31,7 @@ from .manifest import (
     tokenizer_hash,
     write_manifest,
 )
+from .samples import Corpus, SampleList
 from .segments import Segments, segments_of
 from .shards import DTYPES, is_whole, shard_of, write_shard
 from .store import TargetStore

@@ -9,8 +9,8 @@ import pickle
 
 from ..config import SFRConfig
 from .build import Plan, write
-from .corpus import Corpus
 from .encoder import as_configured, describe_encoder, load_encoder
+from .samples import Corpus
 from .segments import segments_of
 
 

@@ -21,7 +21,11 @@ from ..config import SFRConfig
 from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from ..ops import SFROutput
 from ..targets import OnlineTargets, TargetStore
-from .attachment import (
+from .checkpoint import pairing, save_head
+from .guard import NEVER_CALLED, Watch, check_head, forget, watch_of
+from .lm_head import OTHER_LM_HEAD, covered_linear, output_linear
+from .methods import cover, is_covered, owner, plain, uncover
+from .objectives import (
     Attachment,
     BatchInputs,
     CrossEntropyAttachment,
@@ -30,10 +34,6 @@ from .attachment import (
     keep_from_predictions,
     placed,
 )
-from .checkpoint import pairing, save_head
-from .guard import NEVER_CALLED, Watch, check_head, forget, watch_of
-from .lm_head import OTHER_LM_HEAD, covered_linear, output_linear
-from .methods import cover, is_covered, owner, plain, uncover
 from .own_loss import OwnLoss, router_loss
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from ..config import SFRConfig
-from .attachment import WHOLE_BATCHES, Attachment, attachment_of, keep_from_predictions
 from .checkpoint import pairing, restore_head
 from .guard import NEVER_CALLED, check_head, watch_of
+from .objectives import WHOLE_BATCHES, Attachment, attachment_of, keep_from_predictions
 
 
 def schedule_at(config: SFRConfig, step: int, total: int) -> float:

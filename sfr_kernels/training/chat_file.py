@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..targets.corpus import SHARD_TOKENS
+from ..targets.samples import SHARD_TOKENS
 from .formats import parse_chat, read_line
 from .labelling import Tokenized, label_chats
 

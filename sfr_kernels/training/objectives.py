@@ -13,10 +13,10 @@ from torch.nn import functional
 from transformers.utils import ModelOutput
 
 from ..config import SFRConfig
-from ..leaves import RowStats
+from ..kernels.backend import resolve_backend
+from ..kernels.softmax_xent import RowStats
 from ..modules import LinearCrossEntropy, SFRLoss
 from ..ops import SFROutput, linear_cross_entropy
-from ..ops.dispatch import resolve_backend
 from ..ops.times import step_seed
 from ..rows import IGNORE_INDEX, SupervisedRows
 from ..targets.collator import sfr_inputs

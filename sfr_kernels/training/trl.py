@@ -19,8 +19,8 @@ from ..config import SFRConfig
 from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from ..targets import OnlineTargets, SFRCollator, TargetStore, load_encoder
 from .attach import attach, base_of, detach
-from .attachment import Attachment, attachment_of
 from .callbacks import SFRCallback
+from .objectives import Attachment, attachment_of
 
 try:
     from trl import SFTTrainer

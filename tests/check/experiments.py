@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.case import LIMIT, PRODUCTS, Case, Gemm, Run, Suite, Work
 from benchmarks.oracle import Oracle
-from sfr_kernels.ops.dispatch import leaves, unavailable
+from sfr_kernels.kernels.backend import unavailable
 
 ONE_READ, FUSED = "one_read", "fused_output"
 TWICE, APART = "softmax_xent", "cuBLAS + flow_mse"  # what the package does
@@ -48,11 +48,11 @@ def one_read(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Wo
     labels, logits = torch.randint(vocab, (n,), device=device, generator=g), source.clone()
 
     def call(name: str, z: Tensor) -> list[Tensor]:
-        loss = experiment(z, labels, WARPS[name]) if name in WARPS else leaves("triton").softmax_xent(z, labels)[0]
+        loss = experiment(z, labels, WARPS[name]) if name in WARPS else kernels_of("triton").softmax_xent(z, labels)[0]
         return [loss, z]
 
     def torch_call(z: Tensor) -> list[Tensor]:
-        return [leaves("torch").softmax_xent(z, labels)[0], z]
+        return [kernels_of("torch").softmax_xent(z, labels)[0], z]
 
     oracle = Oracle(["loss", "dlogits"], torch_call(source.double()), torch_call(source.clone()))
 
@@ -76,7 +76,7 @@ def fused_output(n: int, width: int, dtype: torch.dtype, device: torch.device) -
     coefficient = torch.ones(n, dtype=torch.float32, device=device)
 
     def apart(a: Tensor, w: Tensor, b: Tensor, u: Tensor, v: Tensor, backend: str) -> list[Tensor]:
-        loss, db = leaves(backend).flow_mse(torch.addmm(b, a, w.T, out=v), u, coefficient.to(db_dtype(a)))
+        loss, db = kernels_of(backend).flow_mse(torch.addmm(b, a, w.T, out=v), u, coefficient.to(db_dtype(a)))
         return [loss, v, db]
 
     def db_dtype(a: Tensor) -> torch.dtype:

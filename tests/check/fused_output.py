@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfr_kernels.leaves.triton.column_sum import column_sum
-from sfr_kernels.leaves.triton.launch import launch
+from sfr_kernels.kernels.sums.triton import column_sum
+from sfr_kernels.kernels.triton import launch
 
 
 @triton.jit

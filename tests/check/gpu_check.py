@@ -24,7 +24,7 @@ from benchmarks import loop
 from benchmarks.jobs import Ended, Job, message, run
 from benchmarks.machine import ROOT
 from sfr_kernels.atomic import write_atomically
-from sfr_kernels.ops.dispatch import unavailable
+from sfr_kernels.kernels.backend import unavailable
 
 from . import sanitize
 from .plugin import run_tests
@@ -43,8 +43,8 @@ def jobs_of(phase: str) -> list[Job]:
         return [Job(f"{ROWS} {g}", run_tests, (str(FOLDER / ROWS), "gpu", f"[{g}"), silence=SILENCE) for g in GROUPS]
     mark, marks = ("gpu", "gpu and not timing") if phase == "tests" else (phase, phase)
     backends = [backend for backend in ("triton", "cuda") if phase == "tests" and unavailable(backend) is None]
-    kernels = sorted(FOLDER.glob("triton_leaves/test_*.py"))
-    found = [(file, b, "not timing", {"SFR_TEST_LEAVES": b}) for b in backends for file in kernels]
+    kernels = sorted(FOLDER.glob("kernels/test_*.py"))
+    found = [(file, b, "not timing", {"SFR_TEST_KERNELS": b}) for b in backends for file in kernels]
     found += [(file, mark, marks, {}) for file in sorted(FOLDER.glob("test_*.py"))
               if f"mark.{mark}" in file.read_text() and file.name != ROWS]  # fmt: skip
     return [Job(f"{file.name} {name}", run_tests, (str(file), marks, ""), environment, silence=SILENCE)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sfr_kernels.leaves.triton.launch import launch
+from sfr_kernels.kernels.triton import launch
 
 WIDEST = 32768
 

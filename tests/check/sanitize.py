@@ -10,7 +10,7 @@ import torch
 from benchmarks.jobs import Job
 from benchmarks.machine import ROOT
 from benchmarks.problem import OPS, Problem, Shape
-from sfr_kernels.ops.dispatch import unavailable
+from sfr_kernels.kernels.backend import unavailable
 
 # Widths that no block divides, so that every mask is in use; one that fills blocks, with rows of logits for a cluster.
 SHAPES = (Shape(2, 40, 72, 0.7, vocab=331, target_size=34, width=50, num_layers=3),

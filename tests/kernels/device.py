@@ -1,4 +1,4 @@
-"""Whose kernels these tests judge: Triton's or, with SFR_TEST_LEAVES=cuda, those of csrc/. They run on a GPU, else in
+"""Whose kernels these tests judge: Triton's or, with SFR_TEST_KERNELS=cuda, those of csrc/. They run on a GPU, else in
 Triton's interpreter or emulated, which takes a process of its own (tests/test_interpreter.py, tests/test_csrc.py)."""
 
 import os
@@ -9,7 +9,7 @@ import torch
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-BACKEND = os.environ.get("SFR_TEST_LEAVES", "triton")
+BACKEND = os.environ.get("SFR_TEST_KERNELS", "triton")
 if not ON_GPU and BACKEND == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or Triton's interpreter", allow_module_level=True)
 
@@ -30,12 +30,12 @@ if not ON_GPU and BACKEND == "triton":
     interpreter._patch_lang = replace_once
 
 from benchmarks.oracle import Oracle  # noqa: E402
+from sfr_kernels.kernels.backend import kernels_of  # noqa: E402
 
-leaves = import_module(f"sfr_kernels.leaves.{BACKEND}")
+kernels = kernels_of(BACKEND)
 # The modules of the sums over rows, whose block counts small tests change.
-sums = import_module(f"sfr_kernels.leaves.{BACKEND}.{'sums' if BACKEND == 'cuda' else 'column_sum'}")
-index_sum = import_module(f"sfr_kernels.leaves.{BACKEND}.{'sums' if BACKEND == 'cuda' else 'index_sum'}")
-scales = import_module(f"sfr_kernels.leaves.{BACKEND}.scale")
+sums = import_module(f"sfr_kernels.kernels.sums.{BACKEND}")
+scales = import_module(f"sfr_kernels.kernels.scale.{BACKEND}")
 
 
 def only_triton() -> None:

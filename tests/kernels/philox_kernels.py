@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from sfr_kernels.leaves.triton.elementary import circle, radius, sincos_turns
-from sfr_kernels.leaves.triton.philox import words
+from sfr_kernels.kernels.philox.triton import circle, radius, sincos_turns, words
 
 
 @triton.jit

@@ -13,8 +13,11 @@ from check import experiments  # noqa: E402
 from check.fused_output import fused_output  # noqa: E402
 from check.one_read import WIDEST, one_read  # noqa: E402
 
+from sfr_kernels.kernels.backend import kernels_of  # noqa: E402
+
+eager = kernels_of("torch")
+
 from benchmarks.race import race  # noqa: E402
-from sfr_kernels.leaves import torch as eager  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

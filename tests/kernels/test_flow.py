@@ -5,11 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, assert_as_good, error, leaves, sums
+from device import DEVICE, DTYPES, assert_as_good, error, kernels, sums
 
-from sfr_kernels.leaves import FlowPath
-from sfr_kernels.leaves import torch as eager
-from sfr_kernels.leaves.torch.philox import random_words, to_uniform
+from sfr_kernels.kernels.backend import kernels_of
+
+eager = kernels_of("torch")
+
+from sfr_kernels.kernels.flow import FlowPath
+from sfr_kernels.kernels.philox.torch import random_words, to_uniform
 
 SEEDS = (0, -6917529027641081857, 2**63 - 1)  # both halves of the key in use, signs included
 
@@ -48,7 +51,7 @@ def test_flow_path(n, d, dtype):
         t = path.times.cpu().double()[path.time_index.cpu().long()].unsqueeze(1)
         exact = (1 - t) * x_0 + t * x_1, x_1 - x_0
         for found, theirs, wanted in zip(
-            leaves.flow_path(path, dtype), eager.flow_path(on_cpu(path), dtype), exact, strict=True
+            kernels.flow_path(path, dtype), eager.flow_path(on_cpu(path), dtype), exact, strict=True
         ):
             assert found.dtype == dtype and found.shape == (n, d)
             assert_as_good(found, theirs, wanted)
@@ -67,9 +70,9 @@ def test_flow_mse(n, d, dtype, monkeypatch):
     monkeypatch.setattr(sums, "MAX_PARTS", 4)  # nine rows: three programs of three
     on_device = v.to(DEVICE, copy=True)
     for mine in (on_device, on_device.T.clone().T, torch.cat([on_device, on_device], 1)[:, d:]):  # strided twice
-        only, nothing = leaves.flow_mse(mine, u.to(DEVICE))
+        only, nothing = kernels.flow_mse(mine, u.to(DEVICE))
         assert nothing is None and torch.equal(mine.cpu(), v)
-        found = leaves.flow_mse(mine, u.to(DEVICE), coefficient.to(DEVICE))
+        found = kernels.flow_mse(mine, u.to(DEVICE), coefficient.to(DEVICE))
         assert torch.equal(only, found[0]) and found[0].shape == (n,) and found[1].shape == (d,)
         for ours, eagers, exact in (
             (found[0], loss, e.square().mean(1)),
@@ -88,7 +91,7 @@ def test_noise_has_the_same_bits_everywhere():
     times, seed = torch.tensor([0.0, 0.25, 0.9]), torch.tensor(SEEDS[1:2])
     path = FlowPath(targets, times, identity, (row % 3).int(), (row // 3 % 3).int(), seed, 2.0, 0.5)
     path = FlowPath(*(v.to(DEVICE) if torch.is_tensor(v) else v for v in vars(path).values()))
-    x_t = leaves.flow_path(path, torch.float32)[0].cpu()
+    x_t = kernels.flow_path(path, torch.float32)[0].cpu()
     digest = hashlib.sha256(x_t.numpy().tobytes()).hexdigest()
     assert digest[:16] == "1d13ad4f382367a8", x_t[0, :8].tolist()
 
@@ -103,29 +106,29 @@ def test_strided_vectors():
     names = ("times", "noise_id", "anchor", "time_index")
     loose = replace(path, **{name: every_other(getattr(path, name)) for name in names})
     assert all(getattr(loose, name).stride() == (2,) for name in names)
-    (x_t, u), others = (leaves.flow_path(p, torch.float32) for p in (path, loose))
+    (x_t, u), others = (kernels.flow_path(p, torch.float32) for p in (path, loose))
     assert torch.equal(x_t, others[0]) and torch.equal(u, others[1])
     v, coefficient = torch.randn(2, 6, 10, device=DEVICE), torch.rand(6, device=DEVICE)
     v[1] = v[0]
-    losses = [leaves.flow_mse(v[0], u, coefficient), leaves.flow_mse(v[1], every_other(u), every_other(coefficient))]
+    losses = [kernels.flow_mse(v[0], u, coefficient), kernels.flow_mse(v[1], every_other(u), every_other(coefficient))]
     assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True)) and torch.equal(v[0], v[1])
     for function in (
-        lambda p: leaves.stratified_times(p.noise_id, p.seed, 7)[1],
-        lambda p: leaves.sequence_times(p.noise_id, p.seed),
-        lambda p: leaves.sinusoid(p.times, 6, 10.0, torch.float32),
+        lambda p: kernels.stratified_times(p.noise_id, p.seed, 7)[1],
+        lambda p: kernels.sequence_times(p.noise_id, p.seed),
+        lambda p: kernels.sinusoid(p.times, 6, 10.0, torch.float32),
     ):
         assert torch.equal(function(loose), function(path))
     one = torch.tensor(0.3, device=DEVICE).expand(4)
     assert torch.equal(
-        leaves.sinusoid(one, 6, 10.0, torch.float32)[3], leaves.sinusoid(one[:1], 6, 10.0, torch.float32)[0]
+        kernels.sinusoid(one, 6, 10.0, torch.float32)[3], kernels.sinusoid(one[:1], 6, 10.0, torch.float32)[0]
     )
 
 
 def test_no_rows():
     path = make_path(0, 6)
-    x_t, u = leaves.flow_path(path, torch.float32)
+    x_t, u = kernels.flow_path(path, torch.float32)
     assert x_t.shape == u.shape == (0, 6)
-    loss, db = leaves.flow_mse(torch.empty(0, 6, device=DEVICE), u, torch.empty(0, device=DEVICE))
+    loss, db = kernels.flow_mse(torch.empty(0, 6, device=DEVICE), u, torch.empty(0, device=DEVICE))
     assert loss.shape == (0,) and torch.equal(db.cpu(), torch.zeros(6))
 
 
@@ -135,12 +138,12 @@ def test_times_are_those_of_the_reference(n, num_times):
     seed = torch.tensor([SEEDS[1]])
     identity = torch.randint(-(2**63), 2**63 - 1, (n,), generator=torch.Generator().manual_seed(n))
     for found, wanted in zip(
-        leaves.stratified_times(identity.to(DEVICE), seed.to(DEVICE), num_times),
+        kernels.stratified_times(identity.to(DEVICE), seed.to(DEVICE), num_times),
         eager.stratified_times(identity, seed, num_times),
         strict=True,
     ):
         assert found.dtype == wanted.dtype and torch.equal(found.cpu(), wanted)
-    found = leaves.sequence_times(identity.to(DEVICE), seed.to(DEVICE))
+    found = kernels.sequence_times(identity.to(DEVICE), seed.to(DEVICE))
     assert torch.equal(found.cpu(), eager.sequence_times(identity, seed))
 
 
@@ -148,6 +151,6 @@ def test_times_are_those_of_the_reference(n, num_times):
 def test_sinusoid(size):
     times = torch.cat([torch.tensor([0.0, 1.0]), torch.rand(6, generator=torch.Generator().manual_seed(0))])
     exact = eager.sinusoid(times.double(), size, 1000.0, torch.float64)
-    found = leaves.sinusoid(times.to(DEVICE), size, 1000.0, torch.float32)
+    found = kernels.sinusoid(times.to(DEVICE), size, 1000.0, torch.float32)
     # the angle is taken in float64 here: closer than float32, where a thousand radians cost four digits
     assert error(found, exact) <= 2.0**-22 * max(1.0, exact.norm().item())

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import evaluate, judge, make_case, reference_flow, reference_sfr, small_config
-from device import BACKEND, DEVICE, ON_GPU, leaves
+from device import BACKEND, DEVICE, ON_GPU, kernels
 
 from sfr_kernels import flow_matching_loss, sfr_loss
 
@@ -46,7 +46,7 @@ def run(case, joint=False):
 @pytest.fixture
 def calls(monkeypatch):
     """How often the one call was taken."""
-    made, real = [], leaves.flow_loss
+    made, real = [], kernels.flow_loss
     monkeypatch.setattr(leaves, "flow_loss", lambda *a, **k: made.append(1) or real(*a, **k))
     return made
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from device import BACKEND, DEVICE, leaves
+from device import BACKEND, DEVICE
 from golden_cases import HEADS, assert_golden, evaluate_head, evaluate_loss, loss_problem, make_head, wanted_of_head
 
 from sfr_kernels import flow_matching_loss

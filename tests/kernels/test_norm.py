@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from device import BACKEND, DEVICE, DTYPES, assert_as_good, index_sum, leaves, scales, sums
+from device import BACKEND, DEVICE, DTYPES, assert_as_good, index_sum, kernels, scales, sums
 
-from sfr_kernels.leaves import torch as eager
+from sfr_kernels.kernels.backend import kernels_of
+
+eager = kernels_of("torch")
 
 # one number; below and above the smallest block; not a power of two; several rows a program; more than one block of
 # columns, forward and backward
@@ -50,7 +52,7 @@ def test_norm_act(n, width, bias, residual, dtype):
     x = make(n, width, dtype)
     exact = forward(eager, moved(x, "cpu", torch.float64), bias, residual)
     theirs = forward(eager, moved(x, "cpu"), bias, residual)
-    found = forward(leaves, moved(x, DEVICE), bias, residual)
+    found = forward(kernels, moved(x, DEVICE), bias, residual)
     assert found["out"].dtype == dtype and found["mean"].dtype == torch.float32
     # an operator that gives back both may not give two views of one
     assert found["mean"].untyped_storage().data_ptr() != found["rstd"].untyped_storage().data_ptr()
@@ -78,7 +80,7 @@ def test_norm_act_backward(n, width, index, dtype):
     exact = backward(eager, moved(x, "cpu", torch.float64), index)
     theirs = backward(eager, moved(x, "cpu"), index)
     mine = moved(x, DEVICE)
-    found = backward(leaves, mine, index)
+    found = backward(kernels, mine, index)
     assert torch.equal(mine["y"].cpu(), x["y"]) and torch.equal(mine["dout"].cpu(), x["dout"])
     for name in exact:
         assert found[name].shape == exact[name].shape
@@ -93,9 +95,9 @@ def test_norm_act_backward(n, width, index, dtype):
 @pytest.mark.parametrize("place", ["y", "dout"])
 def test_dy_may_be_written_over_what_it_is_made_from(place):
     x = make(5, 100, torch.float32)
-    apart = backward(leaves, moved(x, DEVICE), True)
+    apart = backward(kernels, moved(x, DEVICE), True)
     mine = moved(x, DEVICE)
-    within = backward(leaves, mine, True, dy=mine[place])
+    within = backward(kernels, mine, True, dy=mine[place])
     assert within["dy"] is mine[place]
     assert all(torch.equal(apart[name], within[name]) for name in apart)
 
@@ -103,8 +105,8 @@ def test_dy_may_be_written_over_what_it_is_made_from(place):
 def test_strided_rows_and_columns():
     """Every other column, and rows that are no whole number of 16-byte accesses but begin on 16 bytes."""
     x = make(5, 101, torch.float32)
-    apart = backward(leaves, moved(x, DEVICE), True)
-    outs = forward(leaves, moved(x, DEVICE), True, True)
+    apart = backward(kernels, moved(x, DEVICE), True)
+    outs = forward(kernels, moved(x, DEVICE), True, True)
     for columns in (slice(1, 203, 2), slice(0, 101)):
         mine = moved(x, DEVICE)
         for name in ("y", "dout", "residual"):
@@ -112,24 +114,24 @@ def test_strided_rows_and_columns():
             wide[:, columns] = mine[name]
             mine[name] = wide[:, columns]
         mine["row_index"] = torch.stack([mine["row_index"], mine["row_index"] * 0], dim=1)[:, 0]
-        found = backward(leaves, mine, True)
+        found = backward(kernels, mine, True)
         assert all(torch.equal(apart[name], found[name]) for name in apart)
-        found = forward(leaves, mine, True, True)
+        found = forward(kernels, mine, True, True)
         assert all(torch.equal(outs[name], found[name]) for name in outs)
 
 
 def test_no_rows():
     x = make(0, 10, torch.float32)
-    assert forward(leaves, moved(x, DEVICE), True, True)["out"].shape == (0, 10)
+    assert forward(kernels, moved(x, DEVICE), True, True)["out"].shape == (0, 10)
     for index in (False, True):
-        found = backward(leaves, moved(x, DEVICE), index)
+        found = backward(kernels, moved(x, DEVICE), index)
         assert found["dy"].shape == (0, 10)
         assert all(torch.equal(g.cpu(), torch.zeros(g.shape)) for name, g in found.items() if name != "dy")
 
 
 def test_sums_over_rows_are_in_a_fixed_order():
     x = make(9, 16, torch.float32)
-    first, second = (backward(leaves, moved(x, DEVICE), True) for _ in range(2))
+    first, second = (backward(kernels, moved(x, DEVICE), True) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -176,17 +178,17 @@ def test_scale_and_scatter(dtype, out):
     token_row = torch.tensor([3, -1, 4, 0, 5, 1, 2, 77], dtype=torch.int32)  # −1, 5 and 77 are no rows
     factor, before = torch.tensor(1.7), x.clone()
     for found, wanted in (
-        (leaves.scale(x.to(DEVICE), factor.to(DEVICE), out), eager.scale(x, factor, out)),
+        (kernels.scale(x.to(DEVICE), factor.to(DEVICE), out), eager.scale(x, factor, out)),
         (
-            leaves.scatter_rows(x.to(DEVICE), factor.to(DEVICE), token_row.to(DEVICE), out),
+            kernels.scatter_rows(x.to(DEVICE), factor.to(DEVICE), token_row.to(DEVICE), out),
             eager.scatter_rows(x, factor, token_row, out),
         ),
     ):
         assert found.dtype == out and torch.equal(found.cpu(), wanted)
     assert torch.equal(x, before)
     shifted = x.to(DEVICE).flatten()[1:]  # not aligned to what a vector takes
-    assert torch.equal(leaves.scale(shifted, factor.to(DEVICE), out).cpu(), eager.scale(x.flatten()[1:], factor, out))
-    empty = leaves.scatter_rows(x[:0].to(DEVICE), factor.to(DEVICE), token_row.to(DEVICE), out)
+    assert torch.equal(kernels.scale(shifted, factor.to(DEVICE), out).cpu(), eager.scale(x.flatten()[1:], factor, out))
+    empty = kernels.scatter_rows(x[:0].to(DEVICE), factor.to(DEVICE), token_row.to(DEVICE), out)
     assert torch.equal(empty.cpu(), torch.zeros(8, 2100, dtype=out))
 
 
@@ -196,7 +198,7 @@ def test_scale_in_place(rows, width, dtype):
     x = torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     for factor in (torch.tensor(1.7), torch.tensor(1.0)):
         mine, theirs = x.to(DEVICE, copy=True), x.clone()
-        assert leaves.scale_(mine, factor.to(DEVICE)) is mine and eager.scale_(theirs, factor) is theirs
+        assert kernels.scale_(mine, factor.to(DEVICE)) is mine and eager.scale_(theirs, factor) is theirs
         assert torch.equal(mine.cpu(), theirs) and torch.equal(theirs, eager.scale(x, factor, dtype))
 
 
@@ -205,7 +207,7 @@ def test_more_blocks_than_programs(dtype, monkeypatch):
     """As a lm_head's gradient has: each program takes several, in strides."""
     monkeypatch.setattr(scales, "MAX_PROGRAMS", 2)
     x = torch.randn(9, 2100, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = leaves.scale_(x.to(DEVICE, copy=True), torch.tensor(1.7).to(DEVICE))
+    found = kernels.scale_(x.to(DEVICE, copy=True), torch.tensor(1.7).to(DEVICE))
     assert torch.equal(found.cpu(), eager.scale(x, torch.tensor(1.7), dtype))
 
 
@@ -214,7 +216,7 @@ def test_more_blocks_than_programs(dtype, monkeypatch):
 def test_split(parts, gated, dtype):
     g = torch.Generator().manual_seed(0)
     x, z = torch.randn(parts * 7, 333, generator=g), torch.randn(7, 333, generator=g).to(dtype) if gated else None
-    found = leaves.split(x.to(DEVICE), 7, dtype, None if z is None else z.to(DEVICE))
+    found = kernels.split(x.to(DEVICE), 7, dtype, None if z is None else z.to(DEVICE))
     exact = eager.split(x.double(), 7, torch.float64, None if z is None else z.double())
     assert found.dtype == dtype and len(found) == (7 if dtype == torch.float32 else 14)
     whole = found.cpu().double().view(-1, 7, 333).sum(0)

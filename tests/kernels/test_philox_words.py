@@ -5,7 +5,7 @@ import torch
 from device import BACKEND, DEVICE
 from test_flow import SEEDS
 
-from sfr_kernels.leaves.torch.philox import random_words, to_uniform
+from sfr_kernels.kernels.philox.torch import random_words, to_uniform
 
 IDENTITIES = torch.tensor([0, 1, 2**32 - 1, 2**32, 2**40 + 7, -1, -(2**63), 2**63 - 1])
 
@@ -19,7 +19,7 @@ def words_of(identity, seed, stream):
 
         words_kernel[(len(identity),)](out, identity, seed, STREAM=stream, BLOCK=8)
     else:
-        from sfr_kernels.leaves.cuda.library import library, stream_of
+        from sfr_kernels.kernels.cuda import library, stream_of
 
         pointers = (identity.data_ptr(), seed.data_ptr(), out.data_ptr())
         library().philox(*pointers, len(identity), stream, 8, stream_of(out))

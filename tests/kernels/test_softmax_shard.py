@@ -5,11 +5,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, assert_as_good, leaves
+from device import DEVICE, DTYPES, assert_as_good, kernels
+
+from sfr_kernels.kernels.backend import kernels_of
+
+eager = kernels_of("torch")
 from test_softmax_xent import OPTIONS, make
 
-from sfr_kernels.leaves import torch as eager
-from sfr_kernels.ops.sharded_vocab import sharded_softmax_xent
+from sfr_kernels.ops.vocab_parallel import sharded_softmax_xent
 
 
 class Stopped(Exception):
@@ -85,7 +88,7 @@ def test_a_part_of_minus_infinity_and_strided_logits():
     wide = torch.zeros(3, 600, device=DEVICE)
     view = wide[:, 1:601:2]
     view.copy_(logits)
-    found = leaves.softmax_partials(view, labels.to(DEVICE), need_rest=True, need_stats=True)
+    found = kernels.softmax_partials(view, labels.to(DEVICE), need_rest=True, need_stats=True)
     wanted = eager.softmax_partials(logits, labels, need_rest=True, need_stats=True)
     for values, same in zip(found, wanted, strict=True):
         torch.testing.assert_close(values.cpu(), same, rtol=2e-6, atol=1e-6)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, assert_as_good, leaves
+from device import DEVICE, DTYPES, assert_as_good, kernels
 
-from sfr_kernels.leaves import torch as eager
+from sfr_kernels.kernels.backend import kernels_of
+
+eager = kernels_of("torch")
 
 OPTIONS = {
     "plain": {},
@@ -92,13 +94,13 @@ def test_a_label_outside_the_vocabulary_reads_nothing(label):
     """Composites refuse it; should one come so far, it must not be an address."""
     logits, labels, _ = make(3, 50, torch.float32)
     labels[1] = label
-    loss, _ = leaves.softmax_xent(logits.to(DEVICE), labels.to(DEVICE))
+    loss, _ = kernels.softmax_xent(logits.to(DEVICE), labels.to(DEVICE))
     assert loss.isnan().tolist() == [False, True, False]
 
 
 def test_no_rows():
     logits = torch.empty(0, 50, device=DEVICE)
-    loss, stats = leaves.softmax_xent(logits, torch.empty(0, dtype=torch.int64, device=DEVICE), need_stats=True)
+    loss, stats = kernels.softmax_xent(logits, torch.empty(0, dtype=torch.int64, device=DEVICE), need_stats=True)
     assert loss.shape == stats.lse.shape == stats.predicted.shape == stats.entropy.shape == (0,)
 
 
@@ -156,7 +158,7 @@ def test_strided_logits(options):
     wide, columns = torch.zeros(4, 700, device=DEVICE), torch.zeros(331, 4, device=DEVICE)
     for view in (wide[:, 5:336], wide[:, 1:663:2], columns.T, torch.empty_like(logits, device=DEVICE)):
         view.copy_(logits)
-        loss, stats = leaves.softmax_xent(view, labels.to(DEVICE), weight.to(DEVICE), need_stats=True, **options)
+        loss, stats = kernels.softmax_xent(view, labels.to(DEVICE), weight.to(DEVICE), need_stats=True, **options)
         torch.testing.assert_close(loss, wanted["loss"], rtol=1e-6, atol=0)
         torch.testing.assert_close(view, wanted["dlogits"], rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(stats.entropy, wanted["entropy"], rtol=1e-5, atol=1e-6)
@@ -168,7 +170,7 @@ def test_strided_logits(options):
 def test_without_a_gradient_the_logits_stay(options):
     logits, labels, weight = make(3, 331, torch.float32)
     mine = logits.to(DEVICE, copy=True)
-    loss, stats = leaves.softmax_xent(mine, labels.to(DEVICE), weight.to(DEVICE), need_grad=False, **options)
+    loss, stats = kernels.softmax_xent(mine, labels.to(DEVICE), weight.to(DEVICE), need_grad=False, **options)
     assert stats is None and torch.equal(mine.cpu(), logits)
     wanted, _ = eager.softmax_xent(logits.double(), labels, weight, **options)
     torch.testing.assert_close(loss.cpu().double(), wanted, rtol=1e-5, atol=1e-6)

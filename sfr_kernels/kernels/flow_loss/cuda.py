@@ -10,11 +10,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .. import ACCESS_BYTES, FlowPath, empty_rows
-from .flow_path import path_arguments
-from .library import DTYPES, library, stream_of, threads_for
-from .norm_act import EPS
-from .sums import MOST_GROUPS, parts_for, room_to_group
+from .. import ACCESS_BYTES, empty_rows
+from ..cuda import DTYPES, library, stream_of, threads_for
+from ..flow import FlowPath
+from ..flow.cuda import path_arguments
+from ..norm_act import EPS
+from ..sums.cuda import MOST_GROUPS, parts_for, room_to_group
 
 _ALIGNMENT = 256  # bytes
 _TENSORS = "h coefficient targets times noise_id anchor time_index seed"

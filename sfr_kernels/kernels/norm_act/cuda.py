@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import empty_rows
-from .library import DTYPES, address, library, stream_of, threads_for
-from .sums import column_sum, partial_sums, parts_for, sum_by_index
-
-EPS = 1e-5  # of torch.nn.LayerNorm
+from ..cuda import DTYPES, address, library, stream_of, threads_for
+from ..sums.cuda import column_sum, partial_sums, parts_for, sum_by_index
+from . import EPS
 
 
 def _vectors(gamma: Tensor, beta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

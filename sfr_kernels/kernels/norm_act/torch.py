@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-5  # of torch.nn.LayerNorm
+from . import EPS
 
 
 def _wide(x: Tensor) -> Tensor:

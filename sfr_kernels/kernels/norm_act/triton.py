@@ -3,6 +3,14 @@
     y ← y + row_bias[row_index]      x̂ = (y − μ) ρ      z = γ x̂ + β      out = SiLU(z) (+ residual)
 
 Backward (norm_act_backward.py) needs y, μ and ρ.
+
+Backward of LayerNorm and SiLU (DESIGN section 2), from y, μ and ρ:
+
+    x̂ = (y − μ) ρ      z = γ x̂ + β      dz = dout σ(z)(1 + z(1 − σ(z)))      q = γ dz
+    dy = ρ (q − mean(q) − x̂ mean(q x̂))      dγ = Σ dz x̂      dβ = Σ dz      d row_bias[m] = Σ_{row_index = m} dy
+
+One kernel makes dy and the partial sums of row blocks, a second adds those up (column_sum.py). The sums per row index
+read dy once more (index_sum.py).
 """
 
 import torch
@@ -11,11 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import empty_rows
-from .elementary import sigmoid
-from .launch import kernel, launch, row_block, warps_for
-from .row import access, read, write
-
-EPS = 1e-5  # of torch.nn.LayerNorm
+from ..philox.triton import sigmoid
+from ..sums.triton import column_sum, empty_partial, parts_for, sum_by_index
+from ..triton import access, kernel, launch, read, row_block, warps_for, write
+from . import EPS
 
 
 @triton.jit
@@ -134,3 +141,137 @@ def norm_act(
         num_warps=warps_for(block, each=32 // y.element_size()),
     )
     return out, mean, rstd
+
+
+@triton.jit
+def _gates(y, dout, mean, rstd, gamma, beta):
+    """x̂ and dz."""
+    x_hat = (y.to(tl.float32) - mean) * rstd
+    z = gamma * x_hat + beta
+    sigma = sigmoid(z)
+    return x_hat, dout.to(tl.float32) * sigma * (1.0 + z * (1.0 - sigma))
+
+
+@kernel
+def _moments_kernel(
+    dout_ptr, dout_row, dout_col, y_ptr, y_row, y_col, gamma_ptr, beta_ptr, mean_ptr, rstd_ptr, moments_ptr, D,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
+    """mean(q) and mean(q x̂) of one row of more than one block."""
+    row = tl.program_id(0).to(tl.int64)
+    mean, rstd = tl.load(mean_ptr + row), tl.load(rstd_ptr + row)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    total_x = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, D, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        gamma = read(gamma_ptr, 1, offs, D, VECTORS).to(tl.float32)
+        beta = read(beta_ptr, 1, offs, D, VECTORS).to(tl.float32)
+        y = read(y_ptr + row * y_row, y_col, offs, D, ROWS)
+        dout = read(dout_ptr + row * dout_row, dout_col, offs, D, ROWS)
+        x_hat, dz = _gates(y, dout, mean, rstd, gamma, beta)
+        total += gamma * dz
+        total_x += gamma * dz * x_hat
+    tl.store(moments_ptr + 2 * row, tl.sum(total, axis=0) / D)
+    tl.store(moments_ptr + 2 * row + 1, tl.sum(total_x, axis=0) / D)
+
+
+@kernel
+def _norm_act_backward_kernel(
+    dout_ptr, dout_row, dout_col, y_ptr, y_row, y_col, gamma_ptr, beta_ptr, mean_ptr, rstd_ptr, moments_ptr,
+    dy_ptr, dy_row, dy_col, partial_ptr, n, D, rows,
+    SUM_DY: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr,
+):  # fmt: skip
+    """Program (p, c): rows p · rows … and the c-th block of columns."""
+    part, parts = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gamma = read(gamma_ptr, 1, offs, D, VECTORS).to(tl.float32)
+    beta = read(beta_ptr, 1, offs, D, VECTORS).to(tl.float32)
+    dgamma = tl.zeros((BLOCK,), dtype=tl.float32)
+    dbeta = tl.zeros((BLOCK,), dtype=tl.float32)
+    db = tl.zeros((BLOCK,), dtype=tl.float32)
+    first = part * rows
+    stop = tl.minimum(first + rows, n)
+    inverse = 1.0 / D
+    y = read(y_ptr + first * y_row, y_col, offs, D, ROWS)
+    dout = read(dout_ptr + first * dout_row, dout_col, offs, D, ROWS)
+    mean, rstd = tl.load(mean_ptr + first), tl.load(rstd_ptr + first)
+    for row in range(first, stop):
+        # The next row is on its way while this one's sums are waited for.
+        more = row + 1 < stop
+        width = tl.where(more, D, 0)
+        next_y = read(y_ptr + (row + 1) * y_row, y_col, offs, width, ROWS)
+        next_dout = read(dout_ptr + (row + 1) * dout_row, dout_col, offs, width, ROWS)
+        next_mean = tl.load(mean_ptr + row + 1, mask=more, other=0.0)
+        next_rstd = tl.load(rstd_ptr + row + 1, mask=more, other=0.0)
+        x_hat, dz = _gates(y, dout, mean, rstd, gamma, beta)
+        q = gamma * dz
+        if ONE_BLOCK:
+            # One sum of pairs: half the barriers of two.
+            mean_q, mean_qx = tl.split(tl.sum(tl.join(q, q * x_hat), axis=0) * inverse)
+        else:
+            mean_q = tl.load(moments_ptr + 2 * row)
+            mean_qx = tl.load(moments_ptr + 2 * row + 1)
+        dy = rstd * (q - mean_q - x_hat * mean_qx)
+        write(dy_ptr + row * dy_row, dy_col, offs, D, dy, ROWS)
+        dgamma += dz * x_hat
+        dbeta += dz
+        if SUM_DY:
+            db += dy
+        y, dout, mean, rstd = next_y, next_dout, next_mean, next_rstd
+    padded = tl.cdiv(D, 16) * 16
+    write(partial_ptr + part * padded, 1, offs, padded, dgamma, "whole")
+    write(partial_ptr + (parts + part) * padded, 1, offs, padded, dbeta, "whole")
+    if SUM_DY:
+        write(partial_ptr + (2 * parts + part) * padded, 1, offs, padded, db, "whole")
+
+
+def norm_act_backward(
+    dout: Tensor,  # (n, D)
+    y: Tensor,  # (n, D), as norm_act left it
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor,  # (n,)
+    rstd: Tensor,  # (n,)
+    *,
+    row_index: Tensor | None = None,  # (n,) int32
+    num_bias: int = 1,  # M
+    dy: Tensor | None = None,  # (n, D), where to write dy; may be y or dout itself
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dy (n, D) in y's dtype; dγ, dβ (D,) and d row_bias (M, D) in float32; Σ dy (1, D) where row_index is None."""
+    n, width = y.shape
+    dy = empty_rows(n, width, y.dtype, y.device) if dy is None else dy
+    gamma, beta = gamma.contiguous(), beta.contiguous()
+    # A whole row a program, as in norm_act; half its widest block, since three sums stay in registers between rows.
+    block = row_block(width, most=2048)
+    blocks = triton.cdiv(width, block)
+    meta = dict(
+        BLOCK=block,
+        ROWS=access(width, dout, y, dy),
+        VECTORS=access(width, gamma, beta),
+        num_warps=warps_for(block),
+    )
+    parts, rows = parts_for(n)
+    inputs = (dout, *dout.stride(), y, *y.stride(), gamma, beta, mean.contiguous(), rstd.contiguous())
+    moments = None
+    if blocks > 1:
+        moments = mean.new_empty(n, 2)
+        launch(_moments_kernel, (n,), *inputs, moments, width, **meta)
+    sum_dy = row_index is None
+    partial = empty_partial(3 if sum_dy else 2, parts, width, y.device)
+    launch(
+        _norm_act_backward_kernel,
+        (parts, blocks),
+        *inputs,
+        moments,
+        dy,
+        *dy.stride(),
+        partial,
+        n,
+        width,
+        rows,
+        SUM_DY=sum_dy,
+        ONE_BLOCK=blocks == 1,
+        **meta,
+    )
+    sums = column_sum(partial)[:, :width]
+    return dy, sums[0], sums[1], sums[2:] if sum_dy else sum_by_index(dy, row_index, num_bias)

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from .scale import row_blocks
+from .. import row_blocks
 
 _LOW, _M0, _M1 = 0xFFFFFFFF, 0xD2511F53, 0xCD9E8D57
 _BLOCK_ELEMENTS = 1 << 18  # of noise at a time: the words, of 64 bits here, stay in cache

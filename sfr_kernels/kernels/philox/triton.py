@@ -2,12 +2,16 @@
 
 key = the 64-bit seed; counter = (block, identity low, identity high, stream)
 streams: 0 noise, 1 time of a row, 2 the table of times, 3 time of a sequence
+
+Elementary functions in float32 operations alone, with no library call.
+
+`radius` and `circle` are what noise is made with. Their operations are the same, in the same order, in every kernel
+that makes noise, so where no product is contracted (`contract=False` in `launch`) the bits are the same too, also in
+the interpreter, which stands in for a GPU where there is none. Their polynomials and the quotient are minimax fits.
 """
 
 import triton
 import triton.language as tl
-
-from .elementary import circle, radius
 
 
 @triton.jit
@@ -40,3 +44,80 @@ def gaussian(seed, identity, block, std):
     x0, x1 = circle(radius(w0) * std, w1)
     x2, x3 = circle(radius(w2) * std, w3)
     return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
+
+
+@triton.jit
+def radius(w):
+    """√(−2 ln u), u = (w + ½) 2⁻³², of a uint32 word; within 1e-6, at the smallest u, and 1e-7 on average.
+
+    u = 2^e m with m in [√½, √2). N / D = −4 ln u, whose half has the root √(N² / (2 N D)) = N · (2 N D)^(−½): a first
+    guess from the bits, a quadratic and a step of Newton's give that inverse root, with no division and no root.
+    """
+    u = (w.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    bits = u.to(tl.int32, bitcast=True)
+    t = (bits - 0x3F3504F3) & -0x800000  # 2²³ e
+    g = (bits - t).to(tl.float32, bitcast=True) - 1.0
+    denominator = (g + 3.99667946) * g + 3.32525532
+    # −4 ln 2 · 2⁻²³ of t
+    numerator = (t.to(tl.float32) * -3.3051833e-07) * denominator + g * (
+        (-0.44024708 * g - 9.3363455) * g - 13.30102624
+    )
+    x = numerator * denominator
+    z = (0x5F1FF800 - (x.to(tl.int32, bitcast=True) >> 1)).to(tl.float32, bitcast=True)
+    t = (x * z) * z  # in this order: finite at x = 0, where z is huge
+    z = z * ((0.46930116 * t - 1.24577161) * t + 1.48683098)
+    z = z * (1.5 - (x * z) * z)
+    return numerator * z
+
+
+@triton.jit
+def circle(r, w):
+    """r cos and r sin of the angle 2π (w + ½) 2⁻³², of a uint32 word; within 3e-7 r.
+
+    The angle is a half turn for the highest bit of w, which is a sign of r, and for the others π/2 + π y with
+    y in [−½, ½): s = −√2 sin(π y / 2) and c = √2 cos(π y / 2) give its cosine, s c, and its sine, 1 − s².
+    """
+    y = (w * 2 + 0x80000001).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
+    q = y * y
+    s = y * (((0.00650772 * q - 0.11268458) * q + 0.91353029) * q - 2.22144146)
+    c = ((-0.02886174 * q + 0.35864263) * q - 1.74471105) * q + 1.41421352
+    r = (r.to(tl.uint32, bitcast=True) ^ (w & 0x80000000)).to(tl.float32, bitcast=True)
+    return r * (s * c), r * (1.0 - s * s)
+
+
+@triton.jit
+def sincos_turns(r):
+    """sin 2πr and cos 2πr for |r| ≤ 1, within two units of the last place: three times as exact as `circle`, for times,
+    which are few. The reduction to an eighth of a turn is exact and the polynomials are Taylor's."""
+    quadrant = tl.floor(4.0 * r + 0.5)
+    x = (r - 0.25 * quadrant) * 6.283185307179586
+    w = x * x
+    sine = x + x * w * (-1.0 / 6.0 + w * (1.0 / 120.0 + w * (-1.0 / 5040.0 + w * (1.0 / 362880.0))))
+    cosine = 1.0 - 0.5 * w + w * w * (1.0 / 24.0 + w * (-1.0 / 720.0 + w * (1.0 / 40320.0 + w * (-1.0 / 3628800.0))))
+    q = quadrant.to(tl.int32) & 3
+    odd = (q & 1) != 0
+    s, c = tl.where(odd, cosine, sine), tl.where(odd, sine, cosine)
+    return tl.where(q >= 2, -s, s), tl.where((q == 1) | (q == 2), -c, c)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(−x)) as the square of a root's reciprocal, which a GPU has in one instruction: a division, and an
+    exponential that keeps subnormal numbers, take three or four each."""
+    root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * x))
+    return root * root
+
+
+@triton.jit
+def tanh(x):
+    """tanh x and its derivative, to a few units in the last place also where either is small; `tl.exp2` makes a GPU's
+    bits its own."""
+    size = tl.abs(x)
+    w = x * x
+    series = 62.0 / 2835.0 + w * (-1382.0 / 155925.0 + w * (21844.0 / 6081075.0))
+    series = w * (-1.0 / 3.0 + w * (2.0 / 15.0 + w * (-17.0 / 315.0 + w * series)))
+    # Of a negative exponent, so that nothing overflows.
+    e = tl.exp2(-2.0 * 1.4426950408889634 * size)
+    far = (1.0 - e) / (1.0 + e)
+    t = tl.where(size < 0.4, x + x * series, tl.where(x < 0.0, -far, far))
+    return t, 4.0 * e / ((1.0 + e) * (1.0 + e))

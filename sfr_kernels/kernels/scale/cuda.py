@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .library import DTYPES, address, library, stream_of
+from ..cuda import DTYPES, address, library, stream_of
 
 _ALL = 2**31 - 1
 MAX_PROGRAMS = 8 * 160  # of 256 threads: as many as fill the largest chips

@@ -1,15 +1,14 @@
-"""What backward does with the gradients that forward left: factor · x in float32, rounded once."""
+"""What backward does with the gradients that forward left: factor · x in float32, rounded once.
+
+A float32 matrix as two of 16 bit, x = hi + lo, so that products with it are nearly those of float32:
+
+x ← Σ parts of x (· SiLU'(z))      hi = round(x)      lo = round(x − hi)
+"""
 
 import torch
 from torch import Tensor
 
-_BLOCK_ELEMENTS = 1 << 22
-
-
-def row_blocks(x: Tensor, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
-    """Blocks of rows small enough that a float32 copy of one costs nothing."""
-    step = max(1, elements // max(1, x[:1].numel()))
-    return [slice(start, start + step) for start in range(0, x.shape[0], step)]
+from .. import row_blocks
 
 
 def scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -47,3 +46,17 @@ def scatter_rows(
         rows = x[torch.where(here, row, 0)].to(factor.dtype) * factor
         out[block] = torch.where(here.unsqueeze(1), rows, 0.0)
     return out
+
+
+def split(
+    x: Tensor,  # (j · M, d) float32: j parts of M rows, to be added
+    size: int,  # M
+    dtype: torch.dtype,
+    z: Tensor | None = None,  # (M, d)
+) -> Tensor:
+    """[hi; lo] (2M, d) in a `dtype` of 16 bit; else x alone, (M, d)."""
+    x = x.view(-1, size, x.shape[1]).sum(0)
+    if z is not None:
+        x = torch.ops.aten.silu_backward(x, z.to(x.dtype))
+    hi = x.to(dtype)
+    return hi if dtype.itemsize > 2 else torch.cat([hi, (x - hi).to(dtype)])

@@ -5,8 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
-from .. import RowPartials, RowStats
-from .library import DTYPES, address, library, stream_of
+from ..cuda import DTYPES, address, library, stream_of
+from . import RowPartials, RowStats
 
 _CLUSTERS = (1, 2, 4, 8)
 _POST_BYTES = 8192  # of shared memory, beside the two buffers of a block: at least `Post` of csrc/softmax_xent.cu

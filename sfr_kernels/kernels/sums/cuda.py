@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .library import DTYPES, library, stream_of, threads_for
+from ..cuda import DTYPES, library, stream_of, threads_for
 
 # Row blocks of a sum over rows, at most, and threads in all of them: four blocks of 128 for each of an H100's 132
 # multiprocessors, as many as it holds of them, and few enough that the partial sums are small beside the rows.

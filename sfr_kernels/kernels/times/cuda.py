@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .library import DTYPES, library, stream_of
+from ..cuda import DTYPES, library, stream_of
 
 
 def stratified_times(

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .philox import random_words, to_uniform
+from ..philox.torch import random_words, to_uniform
 
 
 def stratified_times(

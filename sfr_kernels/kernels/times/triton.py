@@ -5,9 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import sincos_turns
-from .launch import kernel, launch, row_block
-from .philox import uniform, words
+from ..philox.triton import sincos_turns, uniform, words
+from ..triton import kernel, launch, row_block
 
 
 @kernel
