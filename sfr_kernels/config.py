@@ -171,3 +171,15 @@ class SFRConfig:
         if not isinstance(values, dict):
             raise ValueError(f"SFRConfig needs a JSON object, got {type(values).__name__}")
         return cls.from_dict(values)
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """A velocity head's sizes and scales."""
+
+    hidden_size: int
+    target_size: int
+    width: int
+    num_blocks: int
+    time_scale: float
+    hidden_scale: float

@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from .config import SFRConfig
+from .config import HeadShape, SFRConfig
 from .kernels.softmax_xent import RowStats
 from .ops import SFROutput, linear_cross_entropy, sfr_loss
-from .ops.constants import check_constant, check_tensor
-from .ops.validate import check_scales
-from .ops.velocity_head import HeadShape, evaluate_head
+from .ops.validate import check_constant, check_scales, check_tensor
+from .ops.velocity_head import evaluate_head
 from .rows import IGNORE_INDEX, SupervisedRows
 
 

@@ -1,97 +1,210 @@
-"""Calling an operator: through torch.library where something traces or intercepts it, else straight through autograd.
+"""Operators, and the one thing that their backward does: scale the gradients that forward left.
 
-What torch.library does in Python around a custom op with autograd is a cost of every call, which a plain one need not
-pay. Both ways run the same function, and the same backward.
+An operator is one function of `Inputs` and a frozen description of the call, a NamedTuple. Where something traces or
+intercepts the call it goes through torch.library, where all operators have one schema and the description lies packed
+in lists; else straight through autograd, which saves what torch.library does in Python at every call. Both ways run the
+same function and the same backward.
+
+The losses leave gradients behind in forward, of the loss itself (in float16, of the loss times its normalizer). The
+velocity head's parameters share two buffers, one for matrices in the dtype of the products and one for vectors in
+float32, so that backward scales all of them in two launches. Where this backward frees the graph, what is kept in its
+final dtype is scaled in place, and not even read where the factor is 1: no second lm_head gradient, and in the usual
+case no time.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
+from ..kernels.scale import scale, scale_, scatter_rows
+from .numerics import as_written, split_normalizer, wide_dtype
 
-class _Context:
-    """What a backward sees of autograd's own context: the gradients needed, in the shape of the operator's inputs."""
-
-    def __init__(self, ctx, needs_input_grad: tuple):
-        self._ctx, self.needs_input_grad = ctx, needs_input_grad
-
-    def __getattr__(self, name):
-        return getattr(self._ctx, name)
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_ALIGNMENT = 64  # elements: every matrix starts where a GEMM likes to write
 
 
-class _Plain(torch.autograd.Function):
-    """An operator whose inputs lie flat: before the others come the `Call` and how many the list has."""
+class Inputs(NamedTuple):
+    """What an operator is differentiable in. All but the parameters share one dtype."""
 
-    @staticmethod
-    def forward(ctx, call: "Call", count: int, *flat):
-        ctx.call, ctx.count = call, count
-        inputs = call.nested(flat, count)
-        output = call.function(*inputs)
-        call.setup_context(ctx, inputs, output)
-        return tuple(output)
-
-    @staticmethod
-    def backward(ctx, *grads):
-        call, count = ctx.call, ctx.count
-        seen = _Context(ctx, call.nested(ctx.needs_input_grad[2:], count))
-        with torch.no_grad():
-            found = call.flat(call.backward(seen, grads) if call.returns_list else call.backward(seen, *grads))
-        if torch.is_grad_enabled():  # create_graph: a gradient without a history would be taken for a constant
-            refuse = torch._C._functions.DelayedError(b"the losses have first derivatives only", 1)
-            found = [None if g is None else refuse(g.detach().requires_grad_()) for g in found]
-        return None, None, *found
+    hidden: Tensor  # (N, H)
+    weight: Tensor | None = None  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    params: Sequence[Tensor] = ()  # of the velocity head
 
 
-class Call:
-    """A custom op with its backward registered, called as the op is."""
+class Need(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    params: bool | Sequence[bool]  # forward: any of them; backward: each
+
+
+def pack(call: tuple) -> tuple[list[Tensor], list[float], list[int], str]:
+    """A description as a schema can have it: tensors, floats, integers, and text, which begins with the kinds."""
+    kinds, tensors, floats, integers, texts = "", [], [], [], []
+    for value in _flat(call):
+        if value is None:
+            kinds += "n"
+        elif isinstance(value, Tensor):
+            kinds += "t"
+            tensors.append(value)
+        elif isinstance(value, str):
+            kinds += "s"
+            texts.append(value)
+        elif isinstance(value, float):
+            kinds += "f"
+            floats.append(value)
+        elif isinstance(value, torch.dtype):
+            kinds += "d"
+            integers.append(_DTYPES.index(value))
+        else:
+            kinds += "b" if isinstance(value, bool) else "i"
+            integers.append(int(value))
+    return tensors, floats, integers, "\n".join([kinds, *texts])
+
+
+def unpack(kind: type, tensors, floats, integers, text):
+    """The description of type `kind` that `pack` took apart."""
+    kinds, *texts = text.split("\n")
+    tensors, floats, integers, texts = iter(tensors), iter(floats), iter(integers), iter(texts)
+    take = {
+        "n": lambda: None,
+        "t": lambda: next(tensors),
+        "s": lambda: next(texts),
+        "f": lambda: next(floats),
+        "i": lambda: next(integers),
+        "b": lambda: bool(next(integers)),
+        "d": lambda: _DTYPES[next(integers)],
+    }
+    return _nested(kind, (take[k]() for k in kinds))
+
+
+def _flat(call: Sequence) -> list:
+    values = []
+    for value in call:
+        values += _flat(value) if isinstance(value, tuple | list) else [value]
+    return values
+
+
+def _nested(kind: type, values: Iterator):
+    fields = kind.__annotations__.values()
+    return kind(*[_nested(f, values) if isinstance(f, type) and issubclass(f, tuple) else next(values) for f in fields])
+
+
+class Operator:
+    """`operator(inputs, call)`: a list of tensors, of which the first is differentiable in the inputs."""
 
     def __init__(
         self,
-        op: torch.library.CustomOpDef,
-        function: Callable,  # what the op runs
-        setup_context: Callable,  # as register_autograd takes it
-        backward: Callable,
-        *,
-        list_at: int | None = None,  # which of the inputs is a list of tensors
-        returns_list: bool = False,  # rather than a tuple of known length
+        name: str,
+        call_type: type,  # the NamedTuple that describes a call; its fields may be NamedTuples
+        forward: Callable,  # (inputs, call, need) → list of tensors
+        fake: Callable,  # the same, of tensors without data
+        save: Callable,  # (ctx, inputs, call, output): keeps what backward needs
+        backward: Callable,  # (ctx, upstream, need) → gradients in the shape of `Inputs`
     ):
-        op.register_autograd(backward, setup_context=setup_context)
-        self.op, self.function, self.setup_context, self.backward = op, function, setup_context, backward
-        self.list_at, self.returns_list = list_at, returns_list
+        self.call_type, self.forward, self.save, self.backward = call_type, forward, save, backward
 
-    def __call__(self, *inputs) -> Sequence[Tensor]:
-        flat = self.flat(inputs)
-        if has_tangent(flat):
+        def function(
+            hidden: Tensor,
+            weight: Tensor | None,
+            bias: Tensor | None,
+            params: Sequence[Tensor],
+            tensors: Sequence[Tensor],
+            floats: Sequence[float],
+            integers: Sequence[int],
+            text: str,
+            need: Sequence[bool],
+        ) -> list[Tensor]:
+            call = unpack(call_type, tensors, floats, integers, text)
+            return forward(Inputs(hidden, weight, bias, params), call, Need(*need))
+
+        def fake_function(hidden, weight, bias, params, tensors, floats, integers, text, need):
+            call = unpack(call_type, tensors, floats, integers, text)
+            return fake(Inputs(hidden, weight, bias, params), call, Need(*need))
+
+        self.op = torch.library.custom_op(f"sfr_kernels::{name}", function, mutates_args=())
+        self.op.register_fake(fake_function)
+        self.op.register_autograd(self._backward_of_op, setup_context=self._setup_context)
+
+    def __call__(self, x: Inputs, call: tuple) -> Sequence[Tensor]:
+        grad = torch.is_grad_enabled()
+        flags = [grad and t is not None and t.requires_grad for t in x[:3]]
+        need = Need(*flags, grad and any(p.requires_grad for p in x.params))
+        if has_tangent([*x[:3], *x.params]):
             raise NotImplementedError(
                 "the losses have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad, and what is "
                 "made of them), only a gradient: backend='reference' has both"
             )
-        if _is_watched(flat):
-            return self.op(*inputs)
-        if not torch.is_grad_enabled():
-            return self.function(*inputs)
-        return _Plain.apply(self, 0 if self.list_at is None else len(inputs[self.list_at]), *flat)
+        if not grad or _is_watched(x, call):
+            return self.run(x, call, need)
+        return _Plain.apply(self, call, need, *x[:3], *x.params)
 
-    def flat(self, inputs: Sequence) -> tuple:
-        k = self.list_at
-        return tuple(inputs) if k is None else (*inputs[:k], *inputs[k], *inputs[k + 1 :])
+    def run(self, x: Inputs, call: tuple, need: Need) -> Sequence[Tensor]:
+        """Without a graph of its own, unless something watches."""
+        if _is_watched(x, call):
+            return self.op(*x[:3], list(x.params), *pack(call), list(need))
+        return self.forward(x, call, need)
 
-    def nested(self, flat: Sequence, count: int) -> tuple:
-        k = self.list_at
-        return tuple(flat) if k is None else (*flat[:k], list(flat[k : k + count]), *flat[k + count :])
+    def _setup_context(self, ctx, inputs, output):
+        call = unpack(self.call_type, *inputs[4:8])
+        # torch wants [None, …] for a list of tensors, which an empty list is to it, and None for any other
+        lists = [isinstance(v, list | tuple) and all(isinstance(t, Tensor) for t in v) for v in inputs[4:]]
+        ctx.rest = [[None] * len(v) if flag else None for v, flag in zip(inputs[4:], lists, strict=True)]
+        self._keep(ctx, Inputs(*inputs[:4]), call, output)
+
+    def _keep(self, ctx, x: Inputs, call: tuple, output: Sequence[Tensor]) -> None:
+        self.save(ctx, x, call, output)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+
+    def _backward_of_op(self, ctx, grads):
+        return *self._gradients(ctx, grads[0], Need(*ctx.needs_input_grad[:4])), *ctx.rest
+
+    def _gradients(self, ctx, upstream: Tensor | None, need: Need) -> Inputs:
+        """A gradient for each input, None where it is not needed."""
+        if upstream is None:
+            return Inputs(None, params=[None] * len(need.params))
+        *found, params = self.backward(ctx, upstream, need)
+        return Inputs(*(g if flag else None for g, flag in zip(found, need[:3], strict=True)), params)
 
 
-def _is_watched(inputs: Sequence) -> bool:
+class _Plain(torch.autograd.Function):
+    """An operator called straight through autograd."""
+
+    @staticmethod
+    def forward(ctx, operator: Operator, call: tuple, need: Need, hidden, weight, bias, *params):
+        ctx.operator, x = operator, Inputs(hidden, weight, bias, params)
+        output = operator.forward(x, call, need)
+        operator._keep(ctx, x, call, output)
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        flags = ctx.needs_input_grad[3:]
+        with torch.no_grad():
+            *found, params = ctx.operator._gradients(ctx, upstream, Need(*flags[:3], flags[3:]))
+        found += params
+        if torch.is_grad_enabled():  # create_graph: a gradient without a history would be taken for a constant
+            refuse = torch._C._functions.DelayedError(b"the losses have first derivatives only", 1)
+            found = [None if g is None else refuse(g.detach().requires_grad_()) for g in found]
+        return None, None, None, *found
+
+
+def _is_watched(x: Inputs, call: tuple) -> bool:
     """Whether a compiler, a mode, a transform or a subclass of Tensor wants to see the operator."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter) for x in inputs)
-    )
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) for t in (*_flat(x), *_flat(call)))
 
 
 def has_tangent(values: Iterable) -> bool:
@@ -110,3 +223,148 @@ def _has_tangent(x: Tensor) -> bool:
         x = torch._C._functorch.get_unwrapped(x)
     with temporarily_pop_interpreter_stack():
         return _has_tangent(x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gradients that a loss leaves: its outputs end with dh (n, H); dW and db if it has a decoder; the two buffers of
+# the head's parameters if it has some. Each is empty where it is not needed.
+
+
+class Left(NamedTuple):
+    """What a loss's forward left for `finish`, beside the tensors normalizer, token_row, and the gradients."""
+
+    num_decoder: int
+    params: list[tuple[torch.Size, torch.dtype]]
+    dtype: torch.dtype  # of hidden
+    backend: str
+
+
+def left_of(x: Inputs, call, output: Sequence[Tensor]) -> tuple[list[Tensor | None], Left]:
+    """Of a `call` that has normalizer, backend and token_row (None: it is the output before the gradients)."""
+    params = [(p.shape, p.dtype) for p in x.params]
+    left = Left(0 if x.weight is None else 2, params, x.hidden.dtype, call.backend)
+    first = len(output) - 1 - left.num_decoder - (2 if left.params else 0)
+    token_row = output[first - 1] if call.token_row is None else call.token_row
+    return [split_normalizer(call.normalizer, left.dtype)[1], token_row, *output[first:]], left
+
+
+def keep_gradients(ctx, x: Inputs, call, output: Sequence[Tensor]) -> None:
+    """`save` of a loss."""
+    tensors, ctx.left = left_of(x, call, output)
+    ctx.save_for_backward(*tensors)
+
+
+def finish_gradients(ctx, upstream: Tensor, need: Need) -> tuple:
+    """`backward` of a loss."""
+    return finish(ctx.saved_tensors, ctx.left, upstream, need)
+
+
+def finish(tensors: Sequence[Tensor | None], left: Left, upstream: Tensor, need: Need) -> tuple:
+    """The gradients that forward left, each times upstream / normalizer, in its place and dtype."""
+    normalizer, token_row, *grads = tensors
+    factor = upstream.to(wide_dtype(left.dtype))
+    factor = factor if normalizer is None else factor / normalizer
+    dtypes = {dtype for _, dtype in left.params}
+    head_dtype = dtypes.pop() if len(dtypes) == 1 else factor.dtype  # in which all can be kept until they are cast
+    grads, head = grads[: 1 + left.num_decoder], grads[1 + left.num_decoder :]
+    arguments = factor, token_row, grads, head, left.dtype, head_dtype, left.backend
+    if type(grads[0]) is not Tensor or _graph_is_kept():  # traced, or there may be another backward
+        found = scale_gradients_op(*arguments)
+    else:
+        found = scale_gradients(*arguments, in_place=True)
+    dhidden, *found = found
+    dweight, dbias = found[:2] if left.num_decoder else (None, None)
+    return dhidden, dweight, dbias, parameter_grads(found[left.num_decoder :], left.params, need.params)
+
+
+def scale_gradients(
+    factor: Tensor,  # zero-dim
+    token_row: Tensor,  # (N,) int32, the row of dh of each token; empty: dh has one for every token, in order
+    grads: Sequence[Tensor],  # dh (n, H), then the decoder's gradients
+    head: Sequence[Tensor],
+    dtype: torch.dtype,  # of dhidden and the decoder's gradients
+    head_dtype: torch.dtype,
+    backend: str,
+    in_place: bool = False,  # write over what has its final dtype and place
+) -> list[Tensor]:
+    """[dhidden (N, H), …], each times the factor in float32; all of them new unless `in_place`."""
+    with as_written(factor):
+        found = [(x, dtype) for x in grads] + [(x, head_dtype) for x in head]
+        first = []
+        if token_row.numel():
+            first, found = [scatter_rows(backend, grads[0], factor, token_row, dtype)], found[1:]
+        return first + [
+            scale_(backend, x, factor) if in_place and x.dtype == wanted else scale(backend, x, factor, wanted)
+            for x, wanted in found
+        ]
+
+
+scale_gradients_op = torch.library.custom_op("sfr_kernels::scale_gradients", scale_gradients, mutates_args=())
+
+
+@scale_gradients_op.register_fake
+def _(factor, token_row, grads, head, dtype, head_dtype, backend, in_place=False):
+    dh, *decoder = grads
+    rest = [(x, dtype) for x in decoder] + [(x, head_dtype) for x in head]
+    shape = (token_row.shape[0] or dh.shape[0], dh.shape[1])
+    return [dh.new_empty(shape, dtype=dtype), *(torch.empty_like(x, dtype=t) for x, t in rest)]
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward leaves the graph for another one; if torch cannot say, it may."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return ask is None or ask()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The two buffers of the velocity head's gradients.
+
+
+def _matrix_sizes(shapes: Sequence[torch.Size]) -> list[int]:
+    """Elements of the matrices among `shapes`, rounded up to the alignment."""
+    return [-(-math.prod(s) // _ALIGNMENT) * _ALIGNMENT for s in shapes if len(s) == 2]
+
+
+def matrix_views(buffer: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """The matrices among `shapes` as views of one buffer."""
+    matrices, sizes = [s for s in shapes if len(s) == 2], _matrix_sizes(shapes)
+    exact = [math.prod(s) for s in matrices]
+    parts = zip(buffer.split(sizes), sizes, exact, matrices, strict=True)
+    return [(part if size == count else part[:count]).view(shape) for part, size, count, shape in parts]
+
+
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the head's matrix gradients until they are scaled: wide in float16, where a sum over all rows, not yet divided
+    by the normalizer, exceeds 65504."""
+    return wide_dtype(dtype) if dtype == torch.float16 else dtype
+
+
+def new_matrices(shapes: Sequence[torch.Size], like: Tensor) -> Tensor:
+    """The buffer of the matrices. A gap between two of them holds zeros: it is scaled along with them."""
+    exact = sum(math.prod(s) for s in shapes if len(s) == 2)
+    total, dtype = sum(_matrix_sizes(shapes)), product_dtype(like.dtype)
+    return like.new_empty(total, dtype=dtype) if total == exact else like.new_zeros(total, dtype=dtype)
+
+
+def new_vectors(shapes: Sequence[torch.Size], like: Tensor) -> Tensor:
+    """The buffer of the vectors, which are sums over rows."""
+    return like.new_empty(sum(s[0] for s in shapes if len(s) == 1), dtype=wide_dtype(like.dtype))
+
+
+def parameter_grads(
+    buffers: Sequence[Tensor], params: Sequence[tuple[torch.Size, torch.dtype]], need: Sequence[bool]
+) -> list[Tensor | None]:
+    """Each parameter's gradient from the matrices' and the vectors' buffer, scaled; None where it is not needed."""
+    if not any(need):
+        return [None] * len(params)
+    (matrices, vectors), shapes = buffers, [shape for shape, _ in params]
+    matrix = iter(matrix_views(matrices, shapes))
+    vector = iter(vectors.split([s[0] for s in shapes if len(s) == 1]))
+    grads = [next(matrix) if len(shape) == 2 else next(vector) for shape in shapes]
+    return [g.to(dtype) if n else None for g, (_, dtype), n in zip(grads, params, need, strict=True)]
+
+
+def fake_parameter_grads(like: Tensor, params: Sequence[Tensor], need: bool) -> tuple[Tensor, Tensor]:
+    """Tensors of the shape and dtype of the two buffers."""
+    shapes = [p.shape for p in params] if need else []
+    return like.new_empty(sum(_matrix_sizes(shapes)), dtype=product_dtype(like.dtype)), new_vectors(shapes, like)

@@ -4,14 +4,14 @@ Per chunk of rows the logits are made in one reused buffer, turned into their gr
 once: dW += dzᵀ h, dh = dz W.
 """
 
-import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import empty_rows
-from ..kernels.softmax_xent import RowStats
+from ..kernels.softmax_xent import RowStats, softmax_xent
+from .autograd import Need
 from .numerics import aligned, product_into, wide_dtype
 from .vocab_parallel import VocabShard, sharded_softmax_xent
 
@@ -23,46 +23,38 @@ _BUFFER_ROWS = 256
 _CPU_ROWS = 512
 
 
-@dataclass(frozen=True)
-class LogitOptions:
-    """How logits become a loss; the same for every row."""
+class LogitLoss(NamedTuple):
+    """How the logits of a call become losses, and how they are held. Rows that are all supervised."""
 
+    labels: Tensor  # (n,) int64
+    row_weight: Tensor | None = None  # (n,)
     softcap: float | None = None
     logit_scale: float = 1.0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-
-    def __post_init__(self):
-        for name, value in self.named().items():
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ValueError(f"softcap must be positive and finite, got {self.softcap}")
-        if not 0 <= self.label_smoothing <= 1:
-            raise ValueError(f"label_smoothing must be in [0, 1], got {self.label_smoothing}")
-        if not 0 <= self.z_loss < math.inf:
-            raise ValueError(f"z_loss must be finite and not negative, got {self.z_loss}")
-        if not -math.inf < self.logit_scale < math.inf:
-            raise ValueError(f"logit_scale must be finite, got {self.logit_scale}")
-
-    def named(self) -> dict[str, float | None]:
-        """The options by name; not `vars`, which torch 2.11 cannot trace."""
-        return {name: getattr(self, name) for name in ("softcap", "logit_scale", "label_smoothing", "z_loss")}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything about a call that is not a differentiable tensor."""
-
-    labels: Tensor  # (n,)
-    options: LogitOptions
-    kernels: object
-    logits_dtype: torch.dtype
-    dweight_dtype: torch.dtype
-    row_weight: Tensor | None = None  # (n,)
+    logits_dtype: torch.dtype | None = None  # None: that of hidden
     chunk_rows: int = 0  # 0: chunk_rows_for decides
+    accum_dtype: torch.dtype | None = None
     need_stats: bool = False
-    shard: VocabShard | None = None  # the weight has a part of the vocabulary
+    debug: bool = False
+    group: str = ""  # name of the process group over which the vocabulary is spread; empty: there is none
+    vocab_start: int = 0
+
+    def options(self) -> dict[str, float | None]:
+        """Those of the formula, by name."""
+        names = ("softcap", "logit_scale", "label_smoothing", "z_loss")
+        return {name: getattr(self, name) for name in names}
+
+    def dweight_dtype(self, most: int, hidden: Tensor) -> torch.dtype:
+        """Of dW, where there can be so many rows."""
+        dtype, logits_dtype = hidden.dtype, self.logits_dtype or hidden.dtype
+        return dweight_dtype_for(most, hidden.shape[1], dtype, logits_dtype, self.chunk_rows, self.accum_dtype)
+
+    def empty_stats(self, h: Tensor, n: int) -> RowStats:
+        """Uninitialised statistics of n rows of logits that are products of h; of none where not asked for."""
+        wide = wide_dtype(h.dtype)
+        dtypes = (wide, torch.int64, wide, torch.bool)
+        return RowStats(*(h.new_empty(n if self.need_stats else 0, dtype=t) for t in dtypes))
 
 
 def chunk_rows_for(n: int, hidden_size: int, dtype: torch.dtype, trained_head: bool, on_cpu: bool = False) -> int:
@@ -110,17 +102,6 @@ def product_blocks(rows: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-@dataclass
-class LinearCrossEntropyResult:
-    """Row losses and the gradients of their sum; a gradient is None where it was not asked for."""
-
-    loss: Tensor  # (n,) float32
-    stats: RowStats | None
-    dhidden: Tensor | None  # (n, H); beside an odd H with room between the rows, as dweight
-    dweight: Tensor | None  # (V, H), in the plan's dtype
-    dbias: Tensor | None  # (V,) float32
-
-
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """h Wᵀ + b in `out`, whose dtype may be wider than that of the factors; rounded once, bias included."""
     for block in product_blocks(h.shape[0]):
@@ -132,75 +113,59 @@ def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tens
 
 
 def run_chunks(
+    backend: str,
     h: Tensor,  # (n, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    plan: Plan,
-    need: tuple[bool, bool, bool],  # gradients of h, weight, bias
+    loss: LogitLoss,
+    need: Need,
+    dweight_dtype: torch.dtype,
     dh: Tensor | None = None,  # (n, H), where to write the gradient of h; may be h itself
-) -> LinearCrossEntropyResult:
-    """The chunk loop: row losses, and the gradients of Σ_r row_weight[r] ℓ_r."""
+) -> tuple[Tensor, RowStats, Tensor, Tensor, Tensor]:
+    """The chunk loop: row losses (n,) in float32, their statistics, and the gradients of Σ_r row_weight[r] ℓ_r: dh, dW
+    in `dweight_dtype` and db in float32, empty where not needed; dh and dW of an odd H with padding between rows."""
     n, hidden_size = h.shape
-    need_h, need_w, need_b = need
-    wide = wide_dtype(h.dtype)
+    grad = need.hidden or need.weight or need.bias
+    wide, logits_dtype = wide_dtype(h.dtype), loss.logits_dtype or h.dtype
+    shard = VocabShard(loss.group, loss.vocab_start, loss.debug) if loss.group else None
     on_cpu = h.is_cpu and h.dtype == wide
-    rows = plan.chunk_rows or chunk_rows_for(n, hidden_size, plan.logits_dtype, need_w, on_cpu)
+    rows = loss.chunk_rows or chunk_rows_for(n, hidden_size, logits_dtype, need.weight, on_cpu)
     rows = max(1, min(rows, n))
     h, weight, vocab = aligned(h), aligned(weight), weight.shape[0]
-    room = rows if plan.chunk_rows or rows < _BUFFER_ROWS else -(-rows // _BUFFER_ROWS) * _BUFFER_ROWS
-    buffer = empty_rows(room, vocab, plan.logits_dtype, h.device)
-    loss = h.new_empty(n, dtype=wide)
-    if not need_h:
-        dh = None
-    elif plan.shard is not None:
+    buffer_rows = rows if loss.chunk_rows or rows < _BUFFER_ROWS else -(-rows // _BUFFER_ROWS) * _BUFFER_ROWS
+    buffer = empty_rows(buffer_rows, vocab, logits_dtype, h.device)
+    losses, stats = h.new_empty(n, dtype=wide), loss.empty_stats(h, n)
+    if not need.hidden:
+        dh = h.new_empty(0, 0)
+    elif shard is not None:
         dh = empty_rows(n, hidden_size, wide, h.device)  # a part of a sum over the group
     elif dh is None:
         dh = empty_rows(n, hidden_size, h.dtype, h.device)
-    dw = empty_rows(vocab, hidden_size, plan.dweight_dtype, h.device) if need_w else None
-    if need_w and n == 0:
+    dw = empty_rows(vocab, hidden_size, dweight_dtype, h.device) if need.weight else h.new_empty(0)
+    if need.weight and n == 0:
         dw.zero_()
-    db = h.new_zeros(vocab, dtype=wide) if need_b else None
-    stats = []
+    db = h.new_zeros(vocab, dtype=wide) if need.bias else h.new_empty(0)
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
         x = _logits(h[chunk], weight, bias, buffer[: chunk.stop - start])
-        loss[chunk], row_stats = _softmax_xent(plan, x, chunk, need_grad=any(need))
-        stats.append(row_stats)
-        if any(need):
+        row_weight = None if loss.row_weight is None else loss.row_weight[chunk]
+        options = dict(loss.options(), need_grad=grad, need_stats=loss.need_stats)
+        if shard is None:
+            losses[chunk], found = softmax_xent(backend, x, loss.labels[chunk], row_weight, **options)
+        else:
+            losses[chunk], found = sharded_softmax_xent(backend, shard, x, loss.labels[chunk], row_weight, **options)
+        if found is not None:
+            for to, values in zip(stats, found, strict=True):
+                to[chunk] = values
+        if grad:
             dz = x if x.dtype == h.dtype else empty_rows(*x.shape, h.dtype, h.device).copy_(x)
-            if need_w:
+            if need.weight:
                 product_into(dw, dz.T, h[chunk], add=start > 0)
-            if need_b:
+            if need.bias:
                 db += x.sum(0, dtype=wide)
-            if need_h:
+            if need.hidden:
                 for block in product_blocks(dz.shape[0]):
                     product_into(dh[chunk][block], dz[block], weight)
-    if need_h and plan.shard is not None:
-        dh = plan.shard.sum(dh.contiguous()).to(h.dtype)
-    if plan.need_stats:
-        stats = RowStats(*(torch.cat(column) for column in zip(*(stats or [empty_stats(h)]), strict=True)))
-    return LinearCrossEntropyResult(loss, stats if plan.need_stats else None, dh, dw, db)
-
-
-def empty_stats(h: Tensor, n: int = 0) -> RowStats:
-    """Room for the statistics of n rows of logits that are products of h."""
-    wide = wide_dtype(h.dtype)
-    return RowStats(*(h.new_empty(n, dtype=t) for t in (wide, torch.int64, wide, torch.bool)))
-
-
-def _softmax_xent(plan: Plan, x: Tensor, chunk: slice, need_grad: bool) -> tuple[Tensor, RowStats | None]:
-    """The row losses of a chunk of logits, which become their own gradient."""
-    function = plan.kernels.softmax_xent if plan.shard is None else sharded_softmax_xent
-    where = {} if plan.shard is None else dict(kernels=plan.kernels, shard=plan.shard)
-    return function(
-        x,
-        plan.labels[chunk],
-        None if plan.row_weight is None else plan.row_weight[chunk],
-        logit_scale=plan.options.logit_scale,
-        softcap=plan.options.softcap,
-        label_smoothing=plan.options.label_smoothing,
-        z_loss=plan.options.z_loss,
-        need_grad=need_grad,
-        need_stats=plan.need_stats,
-        **where,
-    )
+    if need.hidden and shard is not None:
+        dh = shard.sum(dh.contiguous()).to(h.dtype)
+    return losses, stats, dh, dw, db

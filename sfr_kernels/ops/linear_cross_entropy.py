@@ -1,4 +1,14 @@
-"""Cross-entropy of logits = hidden · weightᵀ + bias over the supervised rows: the public function."""
+"""Cross-entropy of logits = hidden · weightᵀ + bias over the supervised rows: the public function and its operator.
+
+Supervised rows are gathered and go through the chunk loop (chunks.py), so the forward pass leaves the gradients of the
+loss behind, and backward only scales them. A loss for each row has an upstream gradient for each row, known in backward
+only: there the operator runs again, each row weighted by its own.
+"""
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -8,12 +18,21 @@ from .. import reference
 from ..kernels.backend import resolve_backend
 from ..kernels.softmax_xent import RowStats
 from ..rows import IGNORE_INDEX, SupervisedRows
-from .chunks import LogitOptions
-from .constants import INTEGER, NUMBERS, check_constant, check_tensor, normalizer_of
-from .cross_entropy import check_labels, cross_entropy, supervised_rows
-from .numerics import autocast_dtype, wide_dtype
-from .validate import check_decoder, check_hidden, check_memory, check_rows
-from .vocab_parallel import VocabShard
+from .autograd import Inputs, Need, Operator, finish, finish_gradients, keep_gradients, left_of, pack, unpack
+from .chunks import LogitLoss, run_chunks
+from .numerics import as_written, autocast_dtype, gather_rows, split_normalizer, wide_dtype
+from .validate import (
+    INTEGER,
+    NUMBERS,
+    check_constant,
+    check_decoder,
+    check_hidden,
+    check_logit_options,
+    check_memory,
+    check_rows,
+    check_tensor,
+    normalizer_of,
+)
 
 
 def linear_cross_entropy(
@@ -71,17 +90,19 @@ def linear_cross_entropy(
     """
     check_hidden(hidden)
     check_decoder(hidden, weight, bias)
-    _check(hidden, labels, row_weight, shift, ignore_index, reduction, normalizer)
+    _check_labels_and_weights(hidden, labels, row_weight, ignore_index)
+    _check_reduction(labels, shift, reduction, normalizer)
     check_memory(hidden, logits_dtype, chunk_rows, accum_dtype)
-    options = LogitOptions(softcap, logit_scale, label_smoothing, z_loss)
-    shard = _shard(process_group, vocab_start, debug)
-    _check_class_weight(class_weight, weight, options, shard)
+    check_logit_options(softcap, logit_scale, label_smoothing, z_loss)
+    group = _group_name(process_group, vocab_start)
+    _check_class_weight(class_weight, weight, label_smoothing, group)
     dtype, shape = autocast_dtype(hidden), hidden.shape[:-1]
     wide = wide_dtype(dtype)
     backend = resolve_backend(backend, hidden.device, dtype)
 
-    hidden = hidden.reshape(-1, hidden.shape[-1]).to(dtype)
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    x = Inputs(
+        hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    )
     row_weight = None if row_weight is None else row_weight.detach().reshape(-1).to(wide)
     rows, token_row, ignored = None, None, None
     if isinstance(labels, SupervisedRows):
@@ -100,36 +121,25 @@ def linear_cross_entropy(
         of_class = _class_weights(class_weight.detach().to(wide), labels, ignored)
         row_weight, count = of_class if row_weight is None else row_weight * of_class, of_class.sum()
     norm = normalizer_of(normalizer if reduction == "mean" else 1, count, hidden.device, wide)
-    if dtype == torch.float16 and reduction != "none" and row_weight is not None and row_weight.numel():
+    per_row = reduction == "none"
+    if dtype == torch.float16 and not per_row and row_weight is not None and row_weight.numel():
         # gradients of rows of weight one, which fit, and are divided by the rest in float32
         most = row_weight.abs().amax()
         most = torch.where(most == 0, 1.0, most)
         row_weight, norm = row_weight / most, norm / most
+    logits = LogitLoss(
+        labels, row_weight, softcap, logit_scale, label_smoothing, z_loss,
+        logits_dtype, chunk_rows or 0, accum_dtype, return_stats, debug, group, vocab_start,
+    )  # fmt: skip
     if backend == "reference":
-        if return_stats or shard is not None:
+        if return_stats or group:
             raise ValueError("return_stats and process_group are not served by backend='reference'")
-        return _reference(hidden, weight, bias, labels, row_weight, norm, rows, options, reduction, shape)
-    loss, *stats = cross_entropy(
-        hidden,
-        weight,
-        bias,
-        labels,
-        row_weight,
-        norm,
-        options,
-        rows=rows,
-        token_row=token_row,
-        ignore_index=ignored,
-        per_row=reduction == "none",
-        logits_dtype=logits_dtype,
-        chunk_rows=chunk_rows,
-        accum_dtype=accum_dtype,
-        need_stats=return_stats,
-        debug=debug,
-        shard=shard,
-        backend=backend,
-    )
-    loss = loss.view(shape) if reduction == "none" else loss
+        loss = _reference(x, logits, rows)
+        if per_row:
+            return loss.new_zeros(x.hidden.shape[0]).index_copy(0, rows, loss).view(shape)
+        return loss.sum() / norm
+    loss, *stats = cross_entropy(x, CrossEntropyCall(rows, token_row, norm, backend, ignored, per_row, logits))
+    loss = loss.view(shape) if per_row else loss
     return (loss, RowStats(*stats)) if return_stats else loss
 
 
@@ -144,15 +154,9 @@ def _class_weights(class_weight: Tensor, labels: Tensor, ignore_index: int | Non
     return weights if ignore_index is None else torch.where(labels == ignore_index, 0.0, weights)
 
 
-def _check(hidden, labels, row_weight, shift, ignore_index, reduction, normalizer) -> None:
-    if not isinstance(shift, int):
-        raise TypeError(f"shift must be a bool or an int, got {shift!r}")
-    if shift < 0:
-        raise ValueError(f"shift must be at least 0, got {shift}")
+def _check_labels_and_weights(hidden, labels, row_weight, ignore_index) -> None:
     if isinstance(labels, SupervisedRows):
         check_rows(labels, hidden)
-        if shift:
-            raise ValueError("shift has no meaning with SupervisedRows, whose labels are those of the next tokens")
     else:
         check_tensor("labels", labels, INTEGER)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
@@ -167,17 +171,26 @@ def _check(hidden, labels, row_weight, shift, ignore_index, reduction, normalize
             raise ValueError(f"{name} must be {tuple(hidden.shape[:-1])} like hidden, got {tuple(value.shape)}")
         if value.device != hidden.device:
             raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
+
+
+def _check_reduction(labels, shift, reduction, normalizer) -> None:
+    if not isinstance(shift, int):
+        raise TypeError(f"shift must be a bool or an int, got {shift!r}")
+    if shift < 0:
+        raise ValueError(f"shift must be at least 0, got {shift}")
+    if shift and isinstance(labels, SupervisedRows):
+        raise ValueError("shift has no meaning with SupervisedRows, whose labels are those of the next tokens")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
     if reduction != "mean" and normalizer is not None:
         raise ValueError(f"normalizer divides the mean: it has no meaning with reduction={reduction!r}")
 
 
-def _check_class_weight(class_weight, weight: Tensor, options: LogitOptions, shard: VocabShard | None) -> None:
+def _check_class_weight(class_weight, weight: Tensor, label_smoothing: float, group: str) -> None:
     if class_weight is None:
         return
-    if options.label_smoothing or shard is not None:
-        other = "process_group" if shard is not None else "label_smoothing"
+    if label_smoothing or group:
+        other = "process_group" if group else "label_smoothing"
         raise ValueError(f"class_weight is not served together with {other}")
     check_tensor("class_weight", class_weight)
     check_constant("class_weight", class_weight)
@@ -187,24 +200,170 @@ def _check_class_weight(class_weight, weight: Tensor, options: LogitOptions, sha
         raise ValueError(f"class_weight is on {class_weight.device}, weight on {weight.device}")
 
 
-def _shard(process_group: "dist.ProcessGroup | None", vocab_start: int, debug: bool) -> VocabShard | None:
+def _group_name(process_group: "dist.ProcessGroup | None", vocab_start: int) -> str:
     if isinstance(vocab_start, bool) or not isinstance(vocab_start, int) or vocab_start < 0:
         raise ValueError(f"vocab_start must be an int, at least 0, got {vocab_start!r}")
     if process_group is None:
         if vocab_start:
             raise ValueError("vocab_start needs the process_group over which the vocabulary is spread")
-        return None
+        return ""
     if not isinstance(process_group, dist.ProcessGroup):
         raise TypeError(f"process_group must be a torch.distributed process group, got {type(process_group).__name__}")
-    return VocabShard(process_group.group_name, vocab_start, debug)
+    return process_group.group_name
 
 
-def _reference(hidden, weight, bias, labels, row_weight, norm, rows, options, reduction, shape) -> Tensor:
-    check_labels(labels, weight.shape[0], debug=True)
-    with torch.autocast(hidden.device.type, enabled=False):
-        losses = reference.linear_cross_entropy(
-            hidden[rows], weight, labels, bias=bias, row_weight=row_weight, ignore_index=-1, **options.named()
+def _reference(x: Inputs, logits: LogitLoss, rows: Tensor) -> Tensor:
+    """The row losses."""
+    check_labels(logits.labels, x.weight.shape[0], debug=True)
+    with torch.autocast(x.hidden.device.type, enabled=False):
+        return reference.linear_cross_entropy(
+            x.hidden[rows],
+            x.weight,
+            logits.labels,
+            bias=x.bias,
+            row_weight=logits.row_weight,
+            ignore_index=-1,
+            **logits.options(),
         )
-    if reduction != "none":
-        return losses.sum() / norm
-    return losses.new_zeros(hidden.shape[0]).index_copy(0, rows, losses).view(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The operator.
+
+
+class CrossEntropyCall(NamedTuple):
+    """What `cross_entropy` is given beside its inputs."""
+
+    rows: Tensor | None  # (n,) int64, where the supervised rows are; None: they are to be found, or all N
+    token_row: Tensor | None  # (N,) int32, with rows: the row of each token, negative where it has none
+    normalizer: Tensor  # zero-dim
+    backend: str
+    ignore_index: int | None  # None: every label counts, and nobody has to look
+    per_row: bool  # the losses are wanted one by one, normalizer 1
+    logits: LogitLoss  # labels and row_weight (n,); or (N,) with ignore_index
+
+
+def _forward(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
+    """[loss, lse, predicted, entropy, correct, (token_row where it was not given), dh (n, H), dW, db].
+
+    loss is a scalar, or (N,) with `per_row`; there backward runs this again, and no gradient is made here.
+    """
+    with as_written(x.hidden):
+        h, logits, token_row = _gather(x.hidden, call)
+        n, row_weight = logits.labels.shape[0], logits.row_weight
+        if n == 0:
+            warn_of_no_rows()
+        if not logits.group:
+            check_labels(logits.labels, x.weight.shape[0], logits.debug)
+        early, late = split_normalizer(call.normalizer, h.dtype)
+        if early is not None:
+            row_weight = (1 / early).expand(n) if row_weight is None else row_weight.to(early.dtype) / early
+        dw_dtype = logits.dweight_dtype(x.hidden.shape[0] if call.ignore_index is not None else n, h)
+        need = Need(False, False, False, False) if call.per_row else need
+        # the last to read a copy of h writes over it
+        logits, dh = logits._replace(row_weight=row_weight), h if h is not x.hidden else None
+        loss, stats, *grads = run_chunks(call.backend, h, x.weight, x.bias, logits, need, dw_dtype, dh)
+        if not call.per_row:
+            loss = loss.sum() if late is None else loss.sum() / late
+        elif token_row is not None:
+            loss = _spread(loss, token_row)
+        found = []
+        if call.token_row is None:
+            found = [loss.new_empty(0, dtype=torch.int32) if token_row is None else token_row]
+        return [loss, *stats, *found, *(g.contiguous() for g in grads)]
+
+
+def _fake(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
+    (tokens, width), wide, n = x.hidden.shape, wide_dtype(x.hidden.dtype), call.logits.labels.shape[0]
+    dw_dtype = call.logits.dweight_dtype(n, x.hidden)
+    need = Need(False, False, False, False) if call.per_row else need
+    if call.ignore_index is not None and (call.logits.need_stats or need.hidden):
+        n = torch.library.get_ctx().new_dynamic_size()
+    found = []
+    if call.token_row is None:
+        found = [x.hidden.new_empty(0 if call.ignore_index is None else tokens, dtype=torch.int32)]
+    return [
+        x.hidden.new_empty(tokens if call.per_row else (), dtype=wide),
+        *call.logits.empty_stats(x.hidden, n),
+        *found,
+        x.hidden.new_empty((n, width) if need.hidden else (0, 0)),
+        x.weight.new_empty(x.weight.shape, dtype=dw_dtype) if need.weight else x.hidden.new_empty(0),
+        x.hidden.new_empty(x.weight.shape[0], dtype=wide) if need.bias else x.hidden.new_empty(0),
+    ]
+
+
+def _gather(hidden: Tensor, call: CrossEntropyCall) -> tuple[Tensor, LogitLoss, Tensor | None]:
+    """The supervised rows of hidden, labels and row_weight, and the row of each token; None if all are supervised."""
+    rows, token_row, logits = call.rows, call.token_row, call.logits
+    if rows is None:
+        if call.ignore_index is None:
+            return hidden, logits, None
+        rows, token_row = supervised_rows(logits.labels, call.ignore_index)
+        weight = None if logits.row_weight is None else logits.row_weight.index_select(0, rows)
+        logits = logits._replace(labels=logits.labels.index_select(0, rows), row_weight=weight)
+    return gather_rows(hidden, rows), logits, token_row
+
+
+def supervised_rows(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Where labels (N,) are not ignored, and the row of each token, −1 where it is. On a GPU this waits for a count."""
+    mask = labels != ignore_index
+    rows = mask.nonzero().squeeze(1)
+    return rows, torch.where(mask, mask.cumsum(0, dtype=torch.int32) - 1, -1).int()
+
+
+def _spread(rows: Tensor, token_row: Tensor) -> Tensor:
+    """(N,) values of rows at their tokens, 0 elsewhere."""
+    if rows.shape[0] == 0:
+        return rows.new_zeros(token_row.shape)
+    return torch.where(token_row >= 0, rows[token_row.clamp(min=0)], 0.0)
+
+
+def _save(ctx, x: Inputs, call: CrossEntropyCall, output) -> None:
+    ctx.per_row = call.per_row
+    if call.per_row:
+        tensors, *ctx.packed = pack(call)
+        ctx.save_for_backward(*x[:3], *tensors)
+    else:
+        keep_gradients(ctx, x, call, output)
+
+
+def _backward(ctx, upstream: Tensor, need: Need) -> tuple:
+    if not ctx.per_row:
+        return finish_gradients(ctx, upstream, need)
+    hidden, weight, bias, *tensors = ctx.saved_tensors
+    x, call = Inputs(hidden, weight, bias), unpack(CrossEntropyCall, tensors, *ctx.packed)
+    upstream = upstream.to(wide_dtype(hidden.dtype))
+    row_weight = upstream if call.rows is None else upstream.index_select(0, call.rows)
+    if call.logits.row_weight is not None:
+        row_weight = row_weight * call.logits.row_weight
+    one = upstream.new_ones(())
+    logits = call.logits._replace(row_weight=row_weight, need_stats=False, debug=False)
+    call = call._replace(per_row=False, normalizer=one, logits=logits)
+    output = linear_cross_entropy_op.run(x, call, Need(*need[:3], params=False))
+    return finish(*left_of(x, call, output), one, need)
+
+
+linear_cross_entropy_op = Operator("linear_cross_entropy", CrossEntropyCall, _forward, _fake, _save, _backward)
+
+
+def cross_entropy(x: Inputs, call: CrossEntropyCall) -> Sequence[Tensor]:
+    """[loss, lse, predicted, entropy, correct], differentiable in hidden, weight and bias."""
+    return linear_cross_entropy_op(x, call)[:5]
+
+
+def check_labels(labels: Tensor, vocab: int, debug: bool) -> None:
+    """Labels of supervised rows must be classes. On a GPU the check is an assertion on the device, which nobody waits
+    for, unless `debug`."""
+    valid = ((labels >= 0) & (labels < vocab)).all()
+    if labels.is_cuda and not debug:
+        torch._assert_async(valid, f"labels must be in [0, {vocab}) or ignore_index")
+    elif not valid:
+        wrong = labels[(labels < 0) | (labels >= vocab)][0].item()
+        raise ValueError(f"labels must be in [0, {vocab}), the vocabulary of weight, or ignore_index; got {wrong}")
+
+
+@functools.cache
+def warn_of_no_rows() -> None:
+    """Once in the life of the process: in a long run it may be true of many batches."""
+    text = "no label is supervised: the loss of this batch is 0 and so are its gradients (said once)"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -1,24 +1,54 @@
-"""Errors for arguments that do not fit together: raised once, by the public functions, naming the argument."""
+"""What a public function is given: errors naming the argument, raised once, and numbers as tensors."""
+
+import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..config import SFRConfig
+from ..config import HeadShape, SFRConfig
 from ..rows import SupervisedRows
-from .constants import INTEGER, check_constant, check_tensor
+from .autograd import has_tangent
 from .numerics import autocast_dtype, wide_dtype
-from .velocity_head import HeadShape
+
+# Named one by one: a float8 or a quantized dtype holds codes, whatever torch says of it.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
+FLOATING, INTEGER, NUMBERS = "a floating-point tensor of 16, 32 or 64 bit", "an integer tensor", "a tensor of numbers"
+_DTYPES = {FLOATING: _FLOATS, INTEGER: _INTEGERS, NUMBERS: (*_FLOATS, *_INTEGERS, torch.bool)}
+
+
+def check_tensor(name: str, value: Tensor, kind: str = FLOATING) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in _DTYPES[kind]:
+        raise TypeError(f"{name} must be {kind}, got {getattr(value, 'dtype', type(value).__name__)}")
+
+
+def check_constant(name: str, value) -> None:
+    """ValueError for a tensor that wants a gradient, here where it would get none."""
+    if isinstance(value, Tensor) and ((torch.is_grad_enabled() and value.requires_grad) or has_tangent([value])):
+        raise ValueError(f"{name} must not require a gradient, which the losses do not have for it: detach it")
+
+
+def check_number(name: str, value: float | Tensor, least: float = -math.inf) -> None:
+    """Errors for what is no number, and no tensor of one."""
+    if isinstance(value, Tensor):
+        check_tensor(name, value, NUMBERS)
+        check_constant(name, value)
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number or a tensor, got {value!r}")
+    elif not (-math.inf < value < math.inf and value >= least):
+        bound = "" if least == -math.inf else f", at least {least:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {value}")
 
 
 def check_hidden(hidden: Tensor) -> None:
     check_tensor("hidden", hidden)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be (..., H) with at least two dimensions, got {tuple(hidden.shape)}")
-
-
-def check_config(config: SFRConfig) -> None:
-    if not isinstance(config, SFRConfig):
-        raise TypeError(f"config must be an SFRConfig, got {type(config).__name__}")
 
 
 def check_rows(rows: SupervisedRows, hidden: Tensor) -> None:
@@ -32,6 +62,8 @@ def check_rows(rows: SupervisedRows, hidden: Tensor) -> None:
 
 def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
     """Errors for arguments of the flow loss that do not fit together."""
+    if not isinstance(config, SFRConfig):
+        raise TypeError(f"config must be an SFRConfig, got {type(config).__name__}")
     check_rows(rows, hidden)
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
@@ -65,7 +97,7 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
         if targets.device != hidden.device:
             raise ValueError(f"targets are on {targets.device}, hidden on {hidden.device}")
     else:
-        check_targets(targets, rows, hidden.device)
+        _check_targets(targets, rows, hidden.device)
     if config.loss == "cka":
         return
     if not isinstance(getattr(head, "shape", None), HeadShape):
@@ -78,17 +110,7 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
         raise ValueError(f"head was made for target size {head.shape.target_size}, targets have {size}")
 
 
-def check_scales(head: nn.Module, config: SFRConfig) -> None:
-    """The head's scales are part of what it learned: they must be those of the objective."""
-    for name in ("time_scale", "hidden_scale"):
-        if getattr(head.shape, name) != getattr(config, name):
-            raise ValueError(
-                f"head was made with {name} {getattr(head.shape, name):g}, config has {getattr(config, name):g}: "
-                "make it with VelocityHead.from_config"
-            )
-
-
-def check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) -> None:
+def _check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) -> None:
     check_tensor("targets", targets)
     if targets.dim() != 2:
         raise ValueError(f"targets must be (A, d), got {tuple(targets.shape)}")
@@ -98,6 +120,16 @@ def check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) -
         )
     if targets.device != device:
         raise ValueError(f"targets are on {targets.device}, hidden on {device}")
+
+
+def check_scales(head: torch.nn.Module, config: SFRConfig) -> None:
+    """The head's scales are part of what it learned: they must be those of the objective."""
+    for name in ("time_scale", "hidden_scale"):
+        if getattr(head.shape, name) != getattr(config, name):
+            raise ValueError(
+                f"head was made with {name} {getattr(head.shape, name):g}, config has {getattr(config, name):g}: "
+                "make it with VelocityHead.from_config"
+            )
 
 
 def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -148,3 +180,48 @@ def check_memory(
         raise ValueError(f"accum_dtype must be {either}, got {accum_dtype}")
     if accum_dtype == torch.float16:
         raise ValueError("accum_dtype must not be float16, which has no room for a sum over thousands of rows")
+
+
+def check_logit_options(softcap: float | None, logit_scale: float, label_smoothing: float, z_loss: float) -> None:
+    """Errors for what says how logits become a loss."""
+    named = dict(softcap=softcap, logit_scale=logit_scale, label_smoothing=label_smoothing, z_loss=z_loss)
+    for name, value in named.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"logit_scale must be finite, got {logit_scale}")
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device. A copy from pageable memory would hold the host up until all that was launched has run; one from
+    the caller's own pinned memory might see what is written there next."""
+    if x.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
+        return (x.clone() if x.is_pinned() else x).pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number, or a tensor of one, as a zero-dim tensor without a gradient."""
+    if isinstance(value, Tensor):
+        return moved(value.detach().reshape(()), device).to(dtype)
+    if torch.compiler.is_compiling():  # a float that changes is kept out of the graph only as a factor of a tensor
+        return torch.ones((), device=device, dtype=dtype) * value
+    return torch.full((), value, device=device, dtype=dtype)
+
+
+def normalizer_of(
+    normalizer: float | Tensor | None, default: int | Tensor, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The normalizer as a zero-dim tensor of `dtype`; 0 becomes 1, since it divides a sum over no rows."""
+    value = default if normalizer is None else normalizer
+    check_number("normalizer", value, least=0)
+    if not isinstance(value, Tensor):
+        return scalar(value or 1, device, dtype)
+    value = scalar(value, device, dtype)
+    return torch.where(value == 0, 1.0, value)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..kernels.softmax_xent import RowPartials, RowStats
+from ..kernels.softmax_xent import RowPartials, RowStats, softmax_gradient, softmax_partials
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class VocabShard:
 
 
 def sharded_softmax_xent(
+    backend: str,
+    shard: VocabShard,
     logits: Tensor,  # (n, V of this process); holds dlogits afterwards if need_grad
     labels: Tensor,  # (n,) int64, classes of the whole vocabulary
     row_weight: Tensor | None = None,  # (n,)
     *,
-    kernels,
-    shard: VocabShard,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
@@ -57,7 +57,7 @@ def sharded_softmax_xent(
     `debug`, else a NaN."""
     local = labels - shard.start
     z = dict(logit_scale=logit_scale, softcap=softcap)
-    part = kernels.softmax_partials(logits, local, **z, need_rest=label_smoothing != 0, need_stats=need_stats)
+    part = softmax_partials(backend, logits, local, **z, need_rest=label_smoothing != 0, need_stats=need_stats)
     columns = torch.full_like(part.top, logits.shape[1])
     *parts, columns = shard.gather(torch.stack([*part[:-1], part.best + shard.start, columns])).unbind(1)
     parts = RowPartials(*parts)  # (world, n) each
@@ -82,7 +82,7 @@ def sharded_softmax_xent(
         stats = RowStats(lse, predicted, log_total - moment / total, predicted == labels)
     if need_grad:
         share, uniform = (1 + 2 * z_loss * lse) / total, label_smoothing / vocab
-        kernels.softmax_gradient(logits, local, row_weight, top, share, uniform, **z, label_smoothing=label_smoothing)
+        softmax_gradient(backend, logits, local, row_weight, top, share, uniform, **z, label_smoothing=label_smoothing)
     return loss, stats
 
 
