@@ -19,11 +19,11 @@ LAYERS = [
     "config",
     "rows",
     "reference",
-    "leaves",
+    "kernels",
     "ops",
     "modules",
     "training",
-    "cli",
+    "commands",
     "__main__",
 ]
 # And these beside them are for training and the command line alone.
@@ -54,18 +54,69 @@ def test_the_benchmarks_are_read_in_half_an_hour():
     assert sum(lines.values()) + len((ROOT / "benchmarks/report/page.html").read_text().splitlines()) <= 3000
 
 
-def test_the_benchmarks_import_each_other_without_a_circle():
-    folder, graph = ROOT / "benchmarks", {}
-    for file in folder.rglob("*.py"):
-        package = file.relative_to(folder).parts[:-1]
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = "/".join((*package[: len(package) + 1 - node.level], *(node.module or "").split("."))).strip("/")
-                names = [base, *(f"{base}/{alias.name}".strip("/") for alias in node.names)]
-                found = {name for name in names if (folder / f"{name}.py").is_file()}
-                graph.setdefault(file.relative_to(folder).with_suffix("").as_posix(), set()).update(found)
-    assert {"case", "problem"} <= graph["limit"] and "peers/published" in graph["step/providers"]
+def imported_files(path: Path) -> set[Path]:
+    """The files of the checkout that one imports by relative imports, anywhere in it. A package stands for its
+    `__init__`, but for a name that is a file of it."""
+    found, package = set(), path.relative_to(ROOT).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.ImportFrom) and node.level):
+            continue
+        base = ROOT.joinpath(*package[: len(package) + 1 - node.level], *(node.module or "").split("."))
+        for place in (*(base / alias.name for alias in node.names), base):
+            found |= {file for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()}
+    return found - {path}
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "sfr_kernels"])
+def test_files_import_each_other_without_a_circle(folder):
+    """Imports inside functions count. An `__init__` is left out where it only gathers the names of its package."""
+    gathering = {ROOT / folder / name for name in ("__init__.py", "ops/__init__.py", "targets/__init__.py")}
+    graph = {f: imported_files(f) - gathering for f in (ROOT / folder).rglob("*.py") if f not in gathering}
+    if folder == "benchmarks":
+        assert {ROOT / f"benchmarks/{name}.py" for name in ("case", "problem")} <= graph[ROOT / "benchmarks/limit.py"]
+    else:
+        assert ROOT / "sfr_kernels/ops/chunks.py" in graph[ROOT / "sfr_kernels/ops/sfr_loss.py"]
     graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("op, most", [("linear_cross_entropy", 12), ("flow_loss", 15), ("sfr_loss", 18)])
+def test_an_op_is_few_files(op, most):
+    """What is read to understand an op on the torch backend, beside the contracts in the `__init__` of its kernels."""
+    package, seen = ROOT / "sfr_kernels", set()
+    todo = [package / f"ops/{op}.py"]
+    while todo:
+        file = todo.pop()
+        other = file.stem in ("triton", "cuda", "build", "reference") or file == package / "__init__.py"
+        if file in seen or other:
+            continue
+        seen.add(file)
+        todo += imported_files(file)
+        if file.name == "__init__.py" and (file.parent / "torch.py").is_file():
+            todo.append(file.parent / "torch.py")  # which `dispatch` imports by name
+    files = sorted(f.relative_to(package).as_posix() for f in seen if f.name != "__init__.py")
+    assert f"ops/{op}.py" in files and "kernels/scale/torch.py" in files and len(files) <= most, files
+
+
+# Public functions, or operators, whose arguments torch's schemas need one by one.
+WIDE = {"linear_cross_entropy", "flow_matching_loss", "sfr_loss", "build_targets", "build_with_ray"}
+OPERATORS = {"function", "fake_function", "_head_gradients", "_", "sharded_softmax_xent"}
+
+
+def test_no_function_above_the_operators_has_many_parameters():
+    """Past eight, a frozen description is packed once on the way in."""
+    found = {}
+    for path in PACKAGE:
+        if part_of(path) in ("kernels", "reference"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                for method in node.body:  # of public modules, twins of the functions
+                    method.public = path.name == "modules.py" and not node.name.startswith("_")
+            if isinstance(node, ast.FunctionDef) and not getattr(node, "public", False):
+                count = sum(a.arg != "self" for a in (*node.args.args, *node.args.kwonlyargs))
+                if count > 8 and node.name not in WIDE | OPERATORS:
+                    found[f"{path.relative_to(ROOT)}: {node.name}"] = count
+    assert not found
 
 
 def part_of(path: Path) -> str:

@@ -241,6 +241,7 @@ class CrossEntropyCall(NamedTuple):
     ignore_index: int | None  # None: every label counts, and nobody has to look
     per_row: bool  # the losses are wanted one by one, normalizer 1
     logits: LogitLoss  # labels and row_weight (n,); or (N,) with ignore_index
+    checked: bool = False  # the labels are known to be classes
 
 
 def _forward(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
@@ -253,7 +254,7 @@ def _forward(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
         n, row_weight = logits.labels.shape[0], logits.row_weight
         if n == 0:
             warn_of_no_rows()
-        if not logits.group:
+        if not (logits.group or call.checked):
             check_labels(logits.labels, x.weight.shape[0], logits.debug)
         early, late = split_normalizer(call.normalizer, h.dtype)
         if early is not None:
@@ -338,7 +339,7 @@ def _backward(ctx, upstream: Tensor, need: Need) -> tuple:
         row_weight = row_weight * call.logits.row_weight
     one = upstream.new_ones(())
     logits = call.logits._replace(row_weight=row_weight, need_stats=False, debug=False)
-    call = call._replace(per_row=False, normalizer=one, logits=logits)
+    call = call._replace(per_row=False, normalizer=one, logits=logits, checked=True)
     output = linear_cross_entropy_op.run(x, call, Need(*need[:3], params=False))
     return finish(*left_of(x, call, output), one, need)
 

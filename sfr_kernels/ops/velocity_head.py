@@ -235,8 +235,7 @@ def _fake(x: Inputs, call: HeadCall, need: Need) -> list[Tensor]:
     return [rows(n, d), *time, *normed, *(rows(n, width) for _ in range(layers))]
 
 
-@torch.library.custom_op("sfr_kernels::velocity_head_backward", mutates_args=())
-def velocity_head_backward(
+def _head_gradients(
     dv: Tensor,  # (n, d)
     h: Tensor,
     params: Sequence[Tensor],
@@ -260,7 +259,12 @@ def velocity_head_backward(
         return h.new_empty(0, 0) if dh is None else dh.contiguous(), *buffers
 
 
-@velocity_head_backward.register_fake
+velocity_head_backward_op = torch.library.custom_op(
+    "sfr_kernels::velocity_head_backward", _head_gradients, mutates_args=()
+)
+
+
+@velocity_head_backward_op.register_fake
 def _(dv, h, params, saved, tensors, floats, integers, text, need_hidden, need_params):
     dh = h.new_empty(h.shape) if need_hidden else h.new_empty(0, 0)
     return dh, *fake_parameter_grads(h, params, need_params)
@@ -276,7 +280,8 @@ def _backward(ctx, dv: Tensor, need: Need) -> tuple:
     h, *rest = ctx.saved_tensors
     params, rest = rest[: ctx.num_params], rest[ctx.num_params :]
     tensors, saved = rest[: ctx.num_tensors_of_call], rest[ctx.num_tensors_of_call :]
-    dh, *buffers = velocity_head_backward(dv, h, params, saved, tensors, *ctx.packed, need.hidden, any(need.params))
+    gradients = _head_gradients if type(dv) is Tensor else velocity_head_backward_op  # traced
+    dh, *buffers = gradients(dv, h, params, saved, tensors, *ctx.packed, need.hidden, any(need.params))
     shapes = [(p.shape, p.dtype) for p in params]
     return dh, None, None, parameter_grads(buffers, shapes, need.params)
 
