@@ -7,9 +7,9 @@ same function and the same backward.
 
 The losses leave gradients behind in forward, of the loss itself (in float16, of the loss times its normalizer). The
 velocity head's parameters share two buffers, one for matrices in the dtype of the products and one for vectors in
-float32, so that backward scales all of them in two launches. Where this backward frees the graph, what is kept in its
-final dtype is scaled in place, and not even read where the factor is 1: no second lm_head gradient, and in the usual
-case no time.
+float32, so that backward scales all of them in two launches. Where this backward frees the graph, a gradient kept in
+its final dtype is scaled in place, and not even read where the factor is 1: that saves a second lm_head gradient, and
+in the usual case all of the time.
 """
 
 import math
@@ -47,7 +47,8 @@ class Need(NamedTuple):
 
 
 def pack(call: tuple) -> tuple[list[Tensor], list[float], list[int], str]:
-    """A description as a schema can have it: tensors, floats, integers, and text, which begins with the kinds."""
+    """A description as an operator's schema takes it: tensors, floats, integers, and text, whose first line has a
+    letter for the kind of each field."""
     kinds, tensors, floats, integers, texts = "", [], [], [], []
     for value in _flat(call):
         if value is None:
@@ -141,7 +142,7 @@ class Operator:
         if has_tangent([*x[:3], *x.params]):
             raise NotImplementedError(
                 "the losses have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad, and what is "
-                "made of them), only a gradient: backend='reference' has both"
+                "built on them), only a gradient: backend='reference' has both"
             )
         if not grad or _is_watched(x, call):
             return self.run(x, call, need)
@@ -155,7 +156,7 @@ class Operator:
 
     def _setup_context(self, ctx, inputs, output):
         call = unpack(self.call_type, *inputs[4:8])
-        # torch wants [None, …] for a list of tensors, which an empty list is to it, and None for any other
+        # torch expects [None, …] for a list of tensors, as which it counts an empty list, and None for any other list
         lists = [isinstance(v, list | tuple) and all(isinstance(t, Tensor) for t in v) for v in inputs[4:]]
         ctx.rest = [[None] * len(v) if flag else None for v, flag in zip(inputs[4:], lists, strict=True)]
         self._keep(ctx, Inputs(*inputs[:4]), call, output)
@@ -199,7 +200,7 @@ class _Plain(torch.autograd.Function):
 
 
 def _is_watched(x: Inputs, call: tuple) -> bool:
-    """Whether a compiler, a mode, a transform or a subclass of Tensor wants to see the operator."""
+    """Whether a compiler, a mode, a transform or a subclass of Tensor must see the operator."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:

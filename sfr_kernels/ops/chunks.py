@@ -15,16 +15,16 @@ from .autograd import Need
 from .numerics import aligned, product_into, wide_dtype
 from .vocab_parallel import VocabShard, sharded_softmax_xent
 
-# Rows of a product at which cuBLAS runs at its rate; at some row counts above, 4096 among them, it is a fifth slower.
+# Rows of a product at which cuBLAS reaches its rate; at some larger counts, 4096 among them, it is a fifth slower.
 _PRODUCT_ROWS, _MANY_ROWS = 2048, 8192
-# The buffer of logits has a multiple of so many rows: a gigabyte of a size of its own for each number of supervised
-# rows would leave the allocator with as many blocks that fit no other.
+# The buffer of logits has a multiple of so many rows: with a size for every number of supervised rows, the allocator
+# would keep a gigabyte block for each, that fits no other request.
 _BUFFER_ROWS = 256
 _CPU_ROWS = 512
 
 
 class LogitLoss(NamedTuple):
-    """How the logits of a call become losses, and how they are held. Rows that are all supervised."""
+    """How the logits of supervised rows become losses, and how they are held in memory."""
 
     labels: Tensor  # (n,) int64
     row_weight: Tensor | None = None  # (n,)
@@ -41,17 +41,17 @@ class LogitLoss(NamedTuple):
     vocab_start: int = 0
 
     def options(self) -> dict[str, float | None]:
-        """Those of the formula, by name."""
+        """The options of the formula, by name."""
         names = ("softcap", "logit_scale", "label_smoothing", "z_loss")
         return {name: getattr(self, name) for name in names}
 
     def dweight_dtype(self, most: int, hidden: Tensor) -> torch.dtype:
-        """Of dW, where there can be so many rows."""
+        """The dtype in which dW is summed, for at most so many rows."""
         dtype, logits_dtype = hidden.dtype, self.logits_dtype or hidden.dtype
         return dweight_dtype_for(most, hidden.shape[1], dtype, logits_dtype, self.chunk_rows, self.accum_dtype)
 
     def empty_stats(self, h: Tensor, n: int) -> RowStats:
-        """Uninitialised statistics of n rows of logits that are products of h; of none where not asked for."""
+        """Uninitialised statistics of n rows of logits h Wᵀ; of no row where they are not asked for."""
         wide = wide_dtype(h.dtype)
         dtypes = (wide, torch.int64, wide, torch.bool)
         return RowStats(*(h.new_empty(n if self.need_stats else 0, dtype=t) for t in dtypes))
@@ -60,12 +60,12 @@ class LogitLoss(NamedTuple):
 def chunk_rows_for(n: int, hidden_size: int, dtype: torch.dtype, trained_head: bool, on_cpu: bool = False) -> int:
     """Rows of logits held at once.
 
-    Trained head: all of them while they take no more than the float32 dW accumulator that one chunk makes needless
+    Trained head: all of them while they take no more memory than the float32 dW accumulator that a single chunk saves
     (n · itemsize ≤ 4 H; float16 needs one all the same), else equal chunks of at most 1.4 H rows: every chunk reads and
-    writes the accumulator, and with it, in 16 bit, they take 2.4 times the weight's bytes beyond the gradient returned.
+    writes the accumulator; logits and accumulator together take, in 16 bit, 2.4 times the weight's bytes.
     Frozen head: chunks of at most H / 2 rows. Never below 1024: small products waste the machine.
-    On a CPU, in a dtype in which dW is its own accumulator: at most 512, where products run at their rate and fewer
-    pages of the buffer have to be mapped at every call.
+    On a CPU, in a dtype in which dW is its own accumulator: at most 512 rows, enough for the products' full rate, so
+    that fewer pages of the buffer are mapped at every call.
     """
     if on_cpu:
         return max(1, -(-n // max(1, -(-n // _CPU_ROWS))))
@@ -84,8 +84,8 @@ def dweight_dtype_for(
     chunk_rows: int,
     accum_dtype: torch.dtype | None,
 ) -> torch.dtype:
-    """float32 where dW may be a sum over chunks, unless the caller chose. One chunk needs no accumulator, but fp16 has
-    no room for a sum over thousands of rows."""
+    """float32 where dW may be a sum over chunks, unless the caller chose. One chunk needs no accumulator, but in
+    fp16 a sum over thousands of rows overflows or loses digits."""
     rows = chunk_rows or chunk_rows_for(most, hidden_size, logits_dtype, True)
     if rows >= most and dtype != torch.float16:
         return dtype
@@ -120,7 +120,7 @@ def run_chunks(
     loss: LogitLoss,
     need: Need,
     dweight_dtype: torch.dtype,
-    dh: Tensor | None = None,  # (n, H), where to write the gradient of h; may be h itself
+    dh: Tensor | None = None,  # (n, H), where to write the gradient of h; may be h
 ) -> tuple[Tensor, RowStats, Tensor, Tensor, Tensor]:
     """The chunk loop: row losses (n,) in float32, their statistics, and the gradients of Σ_r row_weight[r] ℓ_r: dh, dW
     in `dweight_dtype` and db in float32, empty where not needed; dh and dW of an odd H with padding between rows."""

@@ -150,8 +150,8 @@ def cka_loss(
         HSIC(A, B) = Σ Ã B̃ / (n(n − 3))      CKA = HSIC(K, L) / √(HSIC(K, K) HSIC(L, L))
 
     As published, CKA is kept within [0, 1].
-    Fewer than four responses: 0 as published, else ValueError. Those whose text was blank are not counted on a GPU,
-    which would be a wait, nor under a compiler: where they are why, the loss is NaN.
+    Fewer than four responses: 0 as published, else ValueError. Responses without text are counted on the
+    CPU alone, not on a GPU (a device sync) nor under a compiler: where only they are missing, the loss is NaN there.
     """
     wide = torch.promote_types(h.dtype, torch.float32)
     count = targets.shape[0]
@@ -159,7 +159,7 @@ def cka_loss(
         return h.to(wide).sum() * 0
     member = (torch.arange(count, device=h.device).unsqueeze(1) == anchor).to(wide)
     rows = member.sum(1, keepdim=True)
-    present = rows.squeeze(1) > 0  # the place of a response whose text was blank has no rows
+    present = rows.squeeze(1) > 0  # a response without text has no rows
     if not published:
         if h.device.type == "cpu" and not torch.compiler.is_compiling():
             count = int(present.sum())

@@ -1,8 +1,8 @@
 """Cross-entropy of logits = hidden · weightᵀ + bias over the supervised rows: the public function and its operator.
 
-Supervised rows are gathered and go through the chunk loop (chunks.py), so the forward pass leaves the gradients of the
-loss behind, and backward only scales them. A loss for each row has an upstream gradient for each row, known in backward
-only: there the operator runs again, each row weighted by its own.
+The supervised rows are gathered and go through the chunk loop (chunks.py), which computes the gradients together with
+the loss; backward only scales them. With reduction="none" every row has its own upstream gradient, known in backward
+only: there the operator runs again, with the upstream gradients as row weights.
 """
 
 import functools
@@ -64,7 +64,8 @@ def linear_cross_entropy(
 
     Formula: `reference.linear_cross_entropy`. Differentiable in hidden, weight and bias, once.
 
-    labels          classes, or `SupervisedRows`, which know the number of rows: without them a GPU is waited for once.
+    labels          classes, or `SupervisedRows`, which know the number of rows; counting bare labels costs one
+                    device sync.
     shift           position p predicts labels[..., p + shift]; True is 1. `SupervisedRows` are shifted as they are.
     reduction       "mean": Σ_r w_r ℓ_r / normalizer (default: the number of supervised rows, or with class_weight the
                     sum of those of their classes); "sum": the sum; "none": w_r ℓ_r like hidden without its last
@@ -82,8 +83,8 @@ def linear_cross_entropy(
     process_group   the group over which the vocabulary is spread: weight and bias hold the classes from `vocab_start`
                     on. All else must be the same in every process, and so are then the loss and hidden's gradient,
                     which is the whole one.
-    debug           wait for the check of the labels. Without it, a label outside [0, V) is a ValueError on the CPU and
-                    a failing assertion on a GPU (with process_group: a NaN).
+    debug           checks the labels at once, a device sync. Without it, a label outside [0, V) is a ValueError on
+                    the CPU and a failing assertion on a GPU (with process_group: a NaN).
 
     Under autocast, hidden and weight are cast as torch's linear casts them. No supervised row gives 0, still connected
     to the graph, and a warning, once. Raises TypeError or ValueError naming the argument.
@@ -123,7 +124,7 @@ def linear_cross_entropy(
     norm = normalizer_of(normalizer if reduction == "mean" else 1, count, hidden.device, wide)
     per_row = reduction == "none"
     if dtype == torch.float16 and not per_row and row_weight is not None and row_weight.numel():
-        # gradients of rows of weight one, which fit, and are divided by the rest in float32
+        # float16 holds gradients of rows of weight one; what is divided out here is applied in float32
         most = row_weight.abs().amax()
         most = torch.where(most == 0, 1.0, most)
         row_weight, norm = row_weight / most, norm / most
@@ -238,8 +239,8 @@ class CrossEntropyCall(NamedTuple):
     token_row: Tensor | None  # (N,) int32, with rows: the row of each token, negative where it has none
     normalizer: Tensor  # zero-dim
     backend: str
-    ignore_index: int | None  # None: every label counts, and nobody has to look
-    per_row: bool  # the losses are wanted one by one, normalizer 1
+    ignore_index: int | None  # None: every label is supervised
+    per_row: bool  # reduction="none": one loss a row, normalizer 1
     logits: LogitLoss  # labels and row_weight (n,); or (N,) with ignore_index
     checked: bool = False  # the labels are known to be classes
 
@@ -247,7 +248,7 @@ class CrossEntropyCall(NamedTuple):
 def _forward(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
     """[loss, lse, predicted, entropy, correct, (token_row where it was not given), dh (n, H), dW, db].
 
-    loss is a scalar, or (N,) with `per_row`; there backward runs this again, and no gradient is made here.
+    loss is a scalar, or (N,) with `per_row`, where the gradients are left to backward.
     """
     with as_written(x.hidden):
         h, logits, token_row = _gather(x.hidden, call)
@@ -261,7 +262,7 @@ def _forward(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
             row_weight = (1 / early).expand(n) if row_weight is None else row_weight.to(early.dtype) / early
         dw_dtype = logits.dweight_dtype(x.hidden.shape[0] if call.ignore_index is not None else n, h)
         need = Need(False, False, False, False) if call.per_row else need
-        # the last to read a copy of h writes over it
+        # h is a copy: its gradient may overwrite it
         logits, dh = logits._replace(row_weight=row_weight), h if h is not x.hidden else None
         loss, stats, *grads = run_chunks(call.backend, h, x.weight, x.bias, logits, need, dw_dtype, dh)
         if not call.per_row:
@@ -306,7 +307,7 @@ def _gather(hidden: Tensor, call: CrossEntropyCall) -> tuple[Tensor, LogitLoss, 
 
 
 def supervised_rows(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Where labels (N,) are not ignored, and the row of each token, −1 where it is. On a GPU this waits for a count."""
+    """Where labels (N,) are not ignored, and the row of each token, −1 where it is. The count is a device sync."""
     mask = labels != ignore_index
     rows = mask.nonzero().squeeze(1)
     return rows, torch.where(mask, mask.cumsum(0, dtype=torch.int32) - 1, -1).int()
@@ -353,8 +354,8 @@ def cross_entropy(x: Inputs, call: CrossEntropyCall) -> Sequence[Tensor]:
 
 
 def check_labels(labels: Tensor, vocab: int, debug: bool) -> None:
-    """Labels of supervised rows must be classes. On a GPU the check is an assertion on the device, which nobody waits
-    for, unless `debug`."""
+    """Labels of supervised rows must be classes. On a GPU the check is an assertion on the device, which avoids a
+    device sync, unless `debug`."""
     valid = ((labels >= 0) & (labels < vocab)).all()
     if labels.is_cuda and not debug:
         torch._assert_async(valid, f"labels must be in [0, {vocab}) or ignore_index")
@@ -365,6 +366,6 @@ def check_labels(labels: Tensor, vocab: int, debug: bool) -> None:
 
 @functools.cache
 def warn_of_no_rows() -> None:
-    """Once in the life of the process: in a long run it may be true of many batches."""
+    """Once a process: in a long run it may be true of many batches."""
     text = "no label is supervised: the loss of this batch is 0 and so are its gradients (said once)"
     warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -26,13 +26,13 @@ def check_tensor(name: str, value: Tensor, kind: str = FLOATING) -> None:
 
 
 def check_constant(name: str, value) -> None:
-    """ValueError for a tensor that wants a gradient, here where it would get none."""
+    """ValueError for a tensor that requires a gradient: the losses have none for constants."""
     if isinstance(value, Tensor) and ((torch.is_grad_enabled() and value.requires_grad) or has_tangent([value])):
         raise ValueError(f"{name} must not require a gradient, which the losses do not have for it: detach it")
 
 
 def check_number(name: str, value: float | Tensor, least: float = -math.inf) -> None:
-    """Errors for what is no number, and no tensor of one."""
+    """Errors for anything but a number or a one-element tensor."""
     if isinstance(value, Tensor):
         check_tensor(name, value, NUMBERS)
         check_constant(name, value)
@@ -179,7 +179,7 @@ def check_memory(
     if accum_dtype not in (None, dtype, wide_dtype(dtype)):
         raise ValueError(f"accum_dtype must be {either}, got {accum_dtype}")
     if accum_dtype == torch.float16:
-        raise ValueError("accum_dtype must not be float16, which has no room for a sum over thousands of rows")
+        raise ValueError("accum_dtype must not be float16, in which a sum over thousands of rows overflows")
 
 
 def check_logit_options(softcap: float | None, logit_scale: float, label_smoothing: float, z_loss: float) -> None:

@@ -116,7 +116,7 @@ def head_forward(call: HeadCall, weights: HeadWeights, h: Tensor) -> HeadActivat
 def head_backward(
     call: HeadCall,
     weights: HeadWeights,
-    saved: HeadActivations,  # with dv for v; emptied on the way, so that what is used up is freed
+    saved: HeadActivations,  # with dv in place of v; emptied on the way, to free what is used up
     h: Tensor,  # (n, H)
     db_out: Tensor,  # (d,), Σ dv
     *,

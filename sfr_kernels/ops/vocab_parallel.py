@@ -20,7 +20,7 @@ class VocabShard:
 
     group_name: str
     start: int  # the class of its first column
-    debug: bool = False  # wait for the check of the labels
+    debug: bool = False  # check the labels at once, a device sync
 
     @property
     def group(self) -> "dist.ProcessGroup":
