@@ -1,10 +1,15 @@
 """Fused kernels, a drop-in loss and a training integration for Semantic Flow Regularization (arXiv 2605.27971)."""
 
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .config import SFRConfig
 from .modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from .ops import SFROutput, flow_matching_loss, linear_cross_entropy, sfr_loss
 from .rows import SupervisedRows
+
+if TYPE_CHECKING:
+    from .training.attach import attach, detach
 
 __all__ = [
     "LinearCrossEntropy",
@@ -22,7 +27,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # `attach` and `detach` bring transformers along, which users of the losses alone need not have.
     if name in ("attach", "detach"):
         try:

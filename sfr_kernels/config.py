@@ -129,20 +129,18 @@ class SFRConfig:
     @classmethod
     def official(cls, **overrides: Any) -> "SFRConfig":
         """The arithmetic of the published code (DESIGN section 1, Presets)."""
-        return cls(
-            **dict(
-                target_scale=1.0,
-                time_scale=1.0,
-                hidden_scale=1.0,
-                time_sampling="sequence",
-                target_rule="published",
-                weighting="linear_decay",
-                flow_normalizer="weights",
-                encoder_pooling="mean",
-                encoder_max_tokens=512,
-            )
-            | overrides
+        published: dict[str, Any] = dict(
+            target_scale=1.0,
+            time_scale=1.0,
+            hidden_scale=1.0,
+            time_sampling="sequence",
+            target_rule="published",
+            weighting="linear_decay",
+            flow_normalizer="weights",
+            encoder_pooling="mean",
+            encoder_max_tokens=512,
         )
+        return cls(**published | overrides)
 
     def scale_for(self, target_size: int) -> float:
         """The factor from an embedding of `target_size` coordinates to x_1."""

@@ -6,6 +6,9 @@ the order [flow only | flow and CE | CE only], so that the rows of either loss a
 masks or gathers a second time. All of it follows from the labels (DESIGN section 1), with no loop over tokens.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +40,9 @@ class SupervisedRows:
     targets: Tensor | list[str | None] | None  # (A, d) embeddings, or the A texts to embed; `SFRCollator` adds them
     config: SFRConfig | None  # by whose rules they were made
 
-    def __init__(self, *, targets=None, config=None, **values):
+    def __init__(
+        self, *, targets: Tensor | list[str | None] | None = None, config: SFRConfig | None = None, **values: Any
+    ) -> None:
         values |= dict(targets=targets, config=config)
         for name in type(self).__annotations__:
             setattr(self, name, values.pop(name))
@@ -52,10 +57,10 @@ class SupervisedRows:
         if other := [f"{name}={a!r}, not {b!r}" for name, a, b in pairs if a != b]:
             raise ValueError(f"rows were made by another config than the loss's: {'; '.join(other)}")
 
-    def _values(self) -> dict:
+    def _values(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in type(self).__annotations__}
 
-    def replace(self, **values) -> "SupervisedRows":
+    def replace(self, **values: Any) -> "SupervisedRows":
         """A copy with other values."""
         return type(self)(**self._values() | values)
 
@@ -74,7 +79,7 @@ class SupervisedRows:
     def device(self) -> torch.device:
         return self.rows.device
 
-    def _map(self, fn) -> "SupervisedRows":
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> "SupervisedRows":
         return self.replace(**{name: fn(value) for name, value in self._values().items() if isinstance(value, Tensor)})
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "SupervisedRows":

@@ -177,6 +177,7 @@ def test_the_real_benchmarks_through_the_command_of_a_wheel(tmp_path):
     subprocess.run(build, cwd=source, env=os.environ | dict(SFR_BUILD_CUDA="0"), check=True, capture_output=True)
     shutil.unpack_archive(next(site.glob("*.whl")), site, "zip")
     assert not (site / "sfr_kernels/benchmarks/results").exists()
+    assert all((site / "sfr_kernels" / name).is_file() for name in ("py.typed", "kernels/fastest.json"))
     arguments = ["--device", "cpu", "--out", "here", "--only", "flow_mse"]
     done = subprocess.run([sys.executable, "-m", "sfr_kernels", "bench", *arguments], cwd=tmp_path, text=True,
                           capture_output=True, env=os.environ | dict(PYTHONPATH=str(site)))  # fmt: skip

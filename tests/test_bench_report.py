@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks.report import choose, compare, data, page, readme, tables
+from sfr_kernels.kernels import backend
 
 GPU = dict(name="NVIDIA H100", kind="cuda", capability="9.0", threads=16, clocks=dict(sm_mhz=1980))
 CPU = dict(name="AMD EPYC", kind="cpu", capability=None, threads=2, clocks=None)
@@ -33,11 +34,11 @@ def case(ours: float, peer: float = 4.0, limit: float = 1.0, **fields) -> list[d
     return [result("triton", "ours", ours, **dict(errors=errors) | fields), *(result(*x, **fields) for x in others)]
 
 
-def steps() -> list[dict]:
-    common = dict(op="training_step", label="B8 L2048", reference="SFT, HF's loss", worth=1, resident_bytes=3 * 2**20)
+def steps(ours: float = 100.0, label: str = "B8 L2048") -> list[dict]:
+    common = dict(op="training_step", label=label, reference="SFT, HF's loss", worth=1, resident_bytes=3 * 2**20)
     parts = dict(targets=10.0, loss=30.0, backward=60.0)
     return [result("SFT, HF's loss", "peer", 200.0, tokens_per_s=1000.0, parts=dict(loss=200.0), **common),
-            result("SFR, ours, stored targets", "ours", 100.0, tokens_per_s=2000.0, parts=parts, **common)]  # fmt: skip
+            result("SFR, ours, stored targets", "ours", ours, tokens_per_s=2000.0, parts=parts, **common)]  # fmt: skip
 
 
 def sample(**fields) -> list[dict]:
@@ -220,7 +221,7 @@ def test_other_devices_are_compared_when_asked(file, capsys):
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "README.md").write_text("a\n<!-- targets -->\n<!-- /targets -->\n<!-- bench -->\nb<!-- /bench -->\nc\n")
+    (tmp_path / "README.md").write_text("a\n<!-- bench -->\nb<!-- /bench -->\nc\n")
     (tmp_path / "benchmarks/README.md").write_text("<!-- bench --><!-- /bench -->")
     return tmp_path
 
@@ -228,29 +229,38 @@ def root(tmp_path):
 def test_readme_shows_the_newest_complete_file_of_a_gpu(root, file, capsys):
     """Each file has a time of its own, by which it is known."""
     readme.main([], root)
-    assert (root / "README.md").read_text().count("Nothing of this has been measured yet.") == 2
+    nothing = "Nothing of this has been measured yet."
+    assert (root / "README.md").read_text() == f"a\n<!-- bench -->\n{nothing}\n<!-- /bench -->\nc\n"
     files = dict(cpu=(dict(device=CPU, date="2026-12-01T"), 70.0), old=(dict(date="2026-01-01T"), 700.0),
                  new=(dict(date="2026-02-01T"), 7.0))  # fmt: skip
     for name, (fields, ms) in files.items():
-        file([run(**fields), *case(ms), *steps(), dict(line="end")], f"benchmarks/results/bench-{name}.jsonl")
-    file([run(date="2026-01-02T"), *case(7000.0), *case(7.7, label="other")], "benchmarks/results/bench-cut.jsonl")
+        file([run(**fields), *case(ms), *steps(ms + 2), dict(line="end")], f"benchmarks/results/bench-{name}.jsonl")
+    cut = [*case(7000.0), *case(7.7, label="other"), *steps(7002.0), *steps(9.7, label="other")]
+    file([run(date="2026-01-02T"), *cut], "benchmarks/results/bench-cut.jsonl")
     assert readme.main(["--check"], root) == 1 and "README.md" in capsys.readouterr().out
     assert readme.main([], root) == 0 and readme.main(["--check"], root) == 0
     text, manual = ((root / path).read_text() for path in ("README.md", "benchmarks/README.md"))
-    for shown in (text, manual):
-        assert "7.00 ms" in shown and "70.0 ms" not in shown and "700 ms" not in shown and "CPU" not in shown
-        assert "7.70 ms" in shown and "7.00 s" not in shown, "of a run that was cut, the cases that no other has"
-    assert text.startswith("a\n<!-- targets -->\nNothing of this") and text.endswith("<!-- /bench -->\nc\n")
-    assert "SFR, ours, stored targets" in text and "TFLOP/s" in manual and "TFLOP/s" not in text
-    assert "Goals missed" in manual and "Goals missed" not in text
-    file([run(device=CPU), sample()[-6], dict(line="end")], "benchmarks/results/bench-targets.jsonl")
+    for shown, ms in ((text, 2.0), (manual, 0.0), (manual, 2.0)):
+        assert f"{7 + ms:.2f} ms" in shown and f"{70 + ms:.1f} ms" not in shown and f"{700 + ms:.0f} ms" not in shown
+        assert f"{7.7 + ms:.2f} ms" in shown and "7.00 s" not in shown, "of a run that was cut, what no other has"
+        assert "CPU" not in shown
+    assert text.startswith("a\n<!-- bench -->\ndevice") and text.endswith("<!-- /bench -->\nc\n")
+    assert text.count("Reference: ") == 2 and "flow_loss" not in text, "of each file the training step, nothing else"
+    assert "Goals missed" in manual and "Goals missed" not in text and "TFLOP/s" in manual and "TFLOP/s" not in text
+
+
+def test_readme_shows_a_cpu_where_no_gpu_has_run_the_training_step(root, file):
+    file([run(), *case(7.0), dict(line="end")], "benchmarks/results/bench-gpu.jsonl")
+    file([run(device=CPU), *case(70.0), *steps(72.0), dict(line="end")], "benchmarks/results/bench-cpu.jsonl")
     readme.main([], root)
-    assert "90.0" in (root / "README.md").read_text().split("<!-- /targets -->")[0]
+    text, manual = ((root / path).read_text() for path in ("README.md", "benchmarks/README.md"))
+    assert "72.0 ms" in text and "These are times of a CPU" in text and "7.00 ms" not in text
+    assert "7.00 ms" in manual and "CPU" not in manual
 
 
 def test_readme_without_its_marks_is_refused(root):
-    (root / "README.md").write_text("<!-- bench --><!-- bench --><!-- /bench --><!-- targets --><!-- /targets -->")
-    with pytest.raises(ValueError, match=r"README\.md needs bench's two marks"):
+    (root / "README.md").write_text("<!-- bench --><!-- bench --><!-- /bench -->")
+    with pytest.raises(ValueError, match=r"README\.md needs <!-- bench --> and <!-- /bench -->"):
         readme.main([], root)
 
 
@@ -262,7 +272,7 @@ def test_the_faster_backend_is_chosen_with_its_origin(file, tmp_path, monkeypatc
     lines = [result(provider, "ours", ms, op="norm_act", label=label, size=size, issue_ms=issue)
              for label, size, provider, ms, issue in rows]  # fmt: skip
     lines += [result("cuda", "ours", 1.0, op="flow_mse", size="large"), *case(1.0)]
-    monkeypatch.setattr(fastest, "FILE", tmp_path / "fastest.json")
+    monkeypatch.setattr(backend, "FASTEST", tmp_path / "fastest.json")
     other = dict(capability="8.0", kernel="norm_act", size="large", backend="cuda", ms={}, origin="old.json")
     backend.FASTEST.write_text(json.dumps([other]))
     for _ in range(2):  # a second time it takes the place of the first

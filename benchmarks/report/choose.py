@@ -1,9 +1,10 @@
-"""Which backend `auto` takes for a leaf: the faster one of a result file, written to kernels/fastest.json."""
+"""Which backend `auto` takes for a kernel: the faster one of a result file, written to kernels/fastest.json."""
 
 import json
 from pathlib import Path
 
 from sfr_kernels.atomic import write_atomically
+from sfr_kernels.kernels import backend
 
 from .data import read
 

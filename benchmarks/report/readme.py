@@ -1,5 +1,5 @@
-"""Writes the tables of README.md and benchmarks/README.md, from the committed result files; with --check, only says
-which are not current, with exit status 1."""
+"""Writes the tables of README.md, the training step alone, and of benchmarks/README.md, all of them, from the committed
+result files; with --check, only says which are not current, with exit status 1."""
 
 import re
 import sys
@@ -13,9 +13,12 @@ from .data import KEY, read
 from .tables import LEGEND, goals, missing, of_op, render, summary
 
 ROOT, FOLDER = Path(__file__).resolve().parents[2], "benchmarks/results"
-TARGETS, MAIN = ("targets",), ("training_step", "linear_cross_entropy", "flow_loss", "sfr_loss")
-SHORT = "case", "", "time", "× reference", "tokens/s", "segments/s", "peak memory", "targets' share"
-SECTIONS = [("", "bench", MAIN, WHOLE), ("", "targets", TARGETS, MORE), ("benchmarks/", "bench", (), MORE)]  # folder, …
+BEGIN, END = "<!-- bench -->", "<!-- /bench -->"
+SHORT = "case", "", "time", "× reference", "tokens/s", "peak memory", "targets' share"
+SHORT_LEGEND = """\
+★: the fastest. Time: the median. × reference: the median of the rounds' ratios to the case's reference, with a 99% \
+bootstrap interval. Peak memory: with model and optimizer. Targets' share: of the time."""
+SECTIONS = {"": (("training_step",), WHOLE), "benchmarks/": ((), MORE)}  # folder: (ops, or all; up to which worth)
 
 
 def account(root: Path, ops: tuple[str, ...], worth: int) -> str:
@@ -35,17 +38,18 @@ def account(root: Path, ops: tuple[str, ...], worth: int) -> str:
             listed += [] if ops else [summary(mine), missing(mine), goals(frame)]
             parts += [f"{x.about} ({x.name}).", *(f"**{warning}**" for warning in x.warnings)]
             parts += [render(table, "markdown", columns=SHORT if ops else ()) for table in listed]
-    return "\n\n".join([*parts, LEGEND] if parts else ["Nothing of this has been measured yet."])
+    return "\n\n".join(
+        [*parts, SHORT_LEGEND if ops else LEGEND] if parts else ["Nothing of this has been measured yet."]
+    )
 
 
 def main(argv: list[str], root: Path = ROOT) -> int:
     """ValueError naming marks that are not there once, in order."""
-    old = {folder: (root / folder / "README.md").read_text() for folder, *_ in SECTIONS}
-    new = dict(old)
-    for folder, mark, *which in SECTIONS:
-        parts = re.split(f"(<!-- /?{mark} -->)", new[folder])
-        if parts[1::2] != [f"<!-- {mark} -->", f"<!-- /{mark} -->"]:
-            raise ValueError(f"{folder}README.md needs {mark}'s two marks, in order and once each")
+    old, new = {folder: (root / folder / "README.md").read_text() for folder in SECTIONS}, {}
+    for folder, which in SECTIONS.items():
+        parts = re.split(f"({BEGIN}|{END})", old[folder])
+        if parts[1::2] != [BEGIN, END]:
+            raise ValueError(f"{folder}README.md needs {BEGIN} and {END}, in order and once each")
         new[folder] = "".join([*parts[:2], f"\n{account(root, *which)}\n", *parts[3:]])
     for folder in (folder for folder in old if old[folder] != new[folder]):
         print(f"{folder}README.md is not what the result files say")

@@ -1,4 +1,4 @@
-"""The public functions and the composites behind them, written once over the kernels and `torch.mm`."""
+"""The losses, an op a file: public function, operator and backward, written once over the kernels and `torch.mm`."""
 
 from .flow_loss import flow_matching_loss
 from .linear_cross_entropy import linear_cross_entropy

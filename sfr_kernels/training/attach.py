@@ -10,7 +10,8 @@ measured once, by sending known numbers through, and handed to the loss.
 import contextlib
 import inspect
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -36,6 +37,8 @@ from .objectives import (
 )
 from .own_loss import OwnLoss, router_loss
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 @dataclass(eq=False)
 class _Call:
@@ -44,14 +47,14 @@ class _Call:
     sfr: Attachment | CrossEntropyAttachment
     linear: nn.Linear
     outer: nn.Module  # the linear layer, or what wraps it
-    inputs: dict | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
     probe: Tensor | None = None
     out: SFROutput | None = None
     answered: bool = False
     returned: Tensor | None = None  # by outer, after every hook
 
     @classmethod
-    def of(cls, base: nn.Module, **given) -> "_Call":
+    def of(cls, base: Any, **given: Any) -> "_Call":
         return cls(base.sfr, covered_linear(base), base.get_output_embeddings(), **given)
 
 
@@ -59,19 +62,19 @@ class _Call:
 _calls: list[_Call] = []
 
 
-def base_of(model: nn.Module) -> nn.Module:
+def base_of(model: Any) -> Any:  # of any class: its attributes are transformers' and ours
     """The transformers model inside a PEFT model, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def attach(
-    model: nn.Module,
+    model: Model,
     head_or_config: VelocityHead | SFRConfig | SFRLoss | LinearCrossEntropy | None = None,
     targets: TargetStore | OnlineTargets | None = None,
     *,
-    objective: str = "sfr",
+    objective: Literal["sfr", "ce"] = "sfr",
     target_size: int | None = None,
-) -> nn.Module:
+) -> Model:
     """Makes `model(input_ids=…, labels=…, rows=…, targets=…)` return the SFR loss; returns the same model.
 
     model           a transformers causal LM, or a PEFT model around one (wrap with PEFT first, then attach).
@@ -102,6 +105,7 @@ def attach(
         )
     if objective not in ("sfr", "ce"):
         raise ValueError(f"objective must be sfr or ce, got {objective!r}")
+    sfr: Attachment | CrossEntropyAttachment
     if objective == "ce":
         sfr = _cross_entropy(head_or_config, targets)
     else:
@@ -162,7 +166,9 @@ def _objective(
         return given
     if isinstance(given, VelocityHead):
         s = given.shape
-        sizes = dict(width=s.width, num_layers=s.num_blocks + 2, time_scale=s.time_scale, hidden_scale=s.hidden_scale)
+        sizes: dict[str, Any] = dict(
+            width=s.width, num_layers=s.num_blocks + 2, time_scale=s.time_scale, hidden_scale=s.hidden_scale
+        )
         return SFRLoss(SFRConfig(**sizes), given)
     if not isinstance(given, SFRConfig):
         raise TypeError(f"head_or_config must be a VelocityHead, SFRConfig or SFRLoss, got {type(given).__name__}")
@@ -189,12 +195,14 @@ def _cross_entropy(given, targets) -> CrossEntropyAttachment:
 
 def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -> None:
     """Errors for a head that does not fit the model or the targets; moves it to the model."""
-    if targets is not None and sfr.config.loss != "mtp":
+    if sfr.config is None or sfr.config.loss == "mtp":  # whose head predicts tokens
+        targets = None
+    if targets is not None:
         targets.check(sfr.config)
     shape = None if sfr.head is None else sfr.head.shape
     if shape and shape.hidden_size != linear.in_features:
         raise ValueError(f"head is for hidden size {shape.hidden_size}, the model's is {linear.in_features}")
-    if shape and targets is not None and sfr.config.loss != "mtp" and shape.target_size != targets.target_size:
+    if shape and targets is not None and shape.target_size != targets.target_size:
         raise ValueError(f"head is for target size {shape.target_size}, targets have {targets.target_size}")
     if shape and isinstance(linear.weight, DTensor):
         raise ValueError(
@@ -313,7 +321,7 @@ def _generate(self, *args, rows=None, targets=None, times=None, seed=None, sampl
     return plain(self, "generate")(*args, **kwargs)
 
 
-def _without_head(module: nn.Module, state: dict, prefix: str, _) -> None:
+def _without_head(module: Any, state: dict, prefix: str, _) -> None:
     """Accelerator.save_model writes a model's state as it is, and is to write that of the plain model: the names to
     leave out, of which save_pretrained asks, are not asked for. So with PEFT's, which looks for names of its own (every
     bias, say). Accelerator.save_state, and all else, get the head too."""

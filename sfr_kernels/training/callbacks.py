@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..config import SFRConfig
 from .checkpoint import pairing, restore_head
@@ -29,14 +29,15 @@ def schedule_at(config: SFRConfig, step: int, total: int) -> float:
 class _Mean:
     """The means of ce and flow over forwards, on the device until they are asked for."""
 
-    def __init__(self):
-        self.sums, self.weight = 0.0, 0.0
+    def __init__(self) -> None:
+        self.sums: float | Tensor = 0.0
+        self.weight: float | Tensor = 0.0
 
     def add(self, last: Tensor, by_sequence: bool) -> None:
         weight = last[2] if by_sequence else 1.0
         self.sums, self.weight = self.sums + last[:2] * weight, self.weight + weight
 
-    def take(self, args, weight: float | None = None) -> list[float] | None:
+    def take(self, args: TrainingArguments, weight: float | None = None) -> list[float] | None:
         """The means over all processes since the last time; None without a forward. `weight` in place of the sum."""
         if not isinstance(self.sums, Tensor):
             return None
@@ -48,7 +49,7 @@ class _Mean:
             dist.all_reduce(found)
             if args.average_tokens_across_devices:
                 found[2] /= dist.get_world_size()
-        self.__init__()
+        self.sums = self.weight = 0.0
         ce, flow, total = found.tolist()
         return [ce / total, flow / total]
 

@@ -6,6 +6,7 @@ lm_head's weight.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +127,7 @@ class Attachment(SFRLoss):
     """
 
     return_stats = False  # outputs have the `stats` of their rows
+    restore: dict[str, Any]  # what `attach` has changed of the model, for `detach`
 
     def __init__(self, loss: SFRLoss, store: TargetStore | OnlineTargets | None):
         super().__init__(loss.config, loss.head, **loss.options)
@@ -267,6 +269,7 @@ class CrossEntropyAttachment(LinearCrossEntropy):
     """Cross-entropy alone: no head, no targets."""
 
     config = head = store = None
+    restore: dict[str, Any]
     return_stats = False
 
     def __init__(self, loss: LinearCrossEntropy):
