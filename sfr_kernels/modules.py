@@ -1,5 +1,7 @@
 """The velocity head and the losses as `nn.Module`s."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -102,6 +104,8 @@ class LinearCrossEntropy(nn.Module):
     `loss = LinearCrossEntropy()(hidden, lm_head.weight, labels, lm_head.bias)`.
     """
 
+    class_weight: Tensor | None
+
     def __init__(
         self,
         *,
@@ -124,7 +128,7 @@ class LinearCrossEntropy(nn.Module):
     ):
         super().__init__()
         self.register_buffer("class_weight", class_weight)
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             shift=shift,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -185,7 +189,7 @@ class SFRLoss(nn.Module):
         if head is not None:
             check_scales(head, config)
         self.config, self.head = config, head
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             chunk_rows=chunk_rows,

@@ -1,5 +1,6 @@
 """mypy accepts the public modules and right calls of them, such as the README's, and refuses wrong ones."""
 
+import inspect
 import re
 import subprocess
 import sys
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from packages import needs
+
+from sfr_kernels import linear_cross_entropy
+from sfr_kernels.ops.linear_cross_entropy import CrossEntropyOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["files"]
@@ -21,7 +25,9 @@ loss: Tensor = out.loss
 model: nn.Sequential = attach(nn.Sequential(), config, target_size=8)
 sfr_loss(hidden, lm_head.weight, head, rows, targets, config=config)  # type: ignore[call-arg]
 sfr_loss(hidden, lm_head.weight, head, rows, targets, seed="3", config=config)  # type: ignore[arg-type]
-linear_cross_entropy(hidden, lm_head.weight, labels, logit_cap=30.0)  # type: ignore[call-arg]
+linear_cross_entropy(hidden, lm_head.weight, labels, logit_cap=30.0)  # type: ignore[call-overload]
+lse: Tensor = linear_cross_entropy(hidden, lm_head.weight, labels, return_stats=True)[1].lse
+loss = linear_cross_entropy(hidden, lm_head.weight, labels, softcap=30.0)
 SFRConfig(loss="flows")  # type: ignore[arg-type]
 attach(model, objective="cross-entropy")  # type: ignore[arg-type]
 detach(model).shape  # type: ignore[union-attr]
@@ -36,3 +42,8 @@ def test_mypy_tells_right_calls_from_wrong_ones(tmp_path):
     calls.write_text(CALLS)
     done = subprocess.run([sys.executable, "-m", "mypy", *FILES, calls], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_typed_options_are_those_of_the_function():
+    options = inspect.signature(linear_cross_entropy).parameters.keys() - {"hidden", "weight", "labels", "return_stats"}
+    assert CrossEntropyOptions.__annotations__.keys() == options

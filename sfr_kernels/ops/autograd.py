@@ -14,7 +14,7 @@ in the usual case all of the time.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Inputs(NamedTuple):
     """What an operator is differentiable in. All but the parameters share one dtype."""
 
     hidden: Tensor  # (N, H)
-    weight: Tensor | None = None  # (V, H)
+    weight: Tensor = None  # type: ignore[assignment]  # (V, H); None: the operator has no decoder
     bias: Tensor | None = None  # (V,)
     params: Sequence[Tensor] = ()  # of the velocity head
 
@@ -43,7 +43,7 @@ class Need(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
-    params: bool | Sequence[bool]  # forward: any of them; backward: each
+    params: Any  # forward: bool, any of them; backward: list of bool, each
 
 
 def pack(call: tuple) -> tuple[list[Tensor], list[float], list[int], str]:

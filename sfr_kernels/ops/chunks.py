@@ -4,7 +4,7 @@ Per chunk of rows the logits are made in one reused buffer, turned into their gr
 once: dW += dzᵀ h, dh = dz W.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class LogitLoss(NamedTuple):
     group: str = ""  # name of the process group over which the vocabulary is spread; empty: there is none
     vocab_start: int = 0
 
-    def options(self) -> dict[str, float | None]:
+    def options(self) -> dict[str, Any]:
         """The options of the formula, by name."""
         names = ("softcap", "logit_scale", "label_smoothing", "z_loss")
         return {name: getattr(self, name) for name in names}

@@ -5,7 +5,7 @@ alive; backward scales them by the upstream one. "cosine" is the head under auto
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ def check_finite(targets: Tensor) -> None:
         raise ValueError("targets contain NaN or infinite values")
 
 
-def reference_head(head: nn.Module | None, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, float]]:
+def reference_head(head: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The head as the reference takes it: parameters by name, and its scales."""
     if head is None:
         return {}, {"time_scale": 1.0}
@@ -115,7 +115,7 @@ def flow_normalizer(normalizer: Tensor, rows: SupervisedRows, config: SFRConfig)
 def cosine_or_cka(
     backend: str,
     h: Tensor,  # (N, H)
-    head: nn.Module | None,
+    head: Any,  # VelocityHead
     rows: SupervisedRows,
     targets: Tensor,
     config: SFRConfig,
@@ -208,8 +208,9 @@ def draw_times(
 
 def sequence_ids(rows: SupervisedRows) -> Tensor:
     """(B,) int64: the first identity among the rows of each sequence."""
+    index: Any = rows.time_index
     first = torch.zeros(rows.shape[0], dtype=torch.int64, device=rows.device)
-    return first.scatter_reduce_(0, rows.time_index.long(), rows.noise_id, "amin", include_self=False)
+    return first.scatter_reduce_(0, index.long(), rows.noise_id, "amin", include_self=False)
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
@@ -247,7 +248,7 @@ class Flow(NamedTuple):
 
 
 def flow_of(
-    rows: SupervisedRows, targets: Tensor, times: Tensor | None, seed: int | Tensor, config: SFRConfig, head: nn.Module
+    rows: SupervisedRows, targets: Tensor, times: Tensor | None, seed: int | Tensor, config: SFRConfig, head: Any
 ) -> Flow:
     n, index, sequence_id, num_times = rows.num_flow, rows.time_index, None, 0
     if config.is_dirac:
@@ -288,7 +289,8 @@ def run_flow(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses ℓ (n,), and the parameters' gradients of Σ_r coefficient[r] ℓ_r in two buffers."""
     check_finite(flow.targets)
-    times, time_index = flow.times, flow.time_index
+    times: Any = flow.times
+    time_index: Any = flow.time_index
     if times is None:
         times, time_index = draw_times(backend, flow.noise_id, time_index, flow.sequence_id, flow.seed, flow.num_times)
     path = FlowPath(
@@ -304,12 +306,12 @@ def run_flow(
     if backend == "cuda" and coefficient is not None and flow.num_times:
         from ..kernels.flow_loss import cuda as one_call
 
-        if one_call.serves_flow_loss(h, params, flow.targets, times.shape[0]):
+        if one_call.serves_flow_loss(h, list(params), flow.targets, times.shape[0]):
             shapes = [p.shape for p in params] if need_params else []
             matrices, vectors = new_matrices(shapes, h), new_vectors(shapes, h)
             loss = one_call.flow_loss(
                 h,
-                params,
+                list(params),
                 path,
                 coefficient,
                 flow.time_scale,

@@ -8,7 +8,7 @@ only: there the operator runs again, with the upstream gradients as row weights.
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -22,19 +22,53 @@ from .autograd import Inputs, Need, Operator, finish, finish_gradients, keep_gra
 from .chunks import LogitLoss, run_chunks
 from .numerics import as_written, autocast_dtype, gather_rows, split_normalizer, wide_dtype
 from .validate import (
-    INTEGER,
-    NUMBERS,
-    check_constant,
+    check_class_weight,
     check_decoder,
     check_hidden,
     check_logit_options,
     check_memory,
-    check_rows,
-    check_tensor,
+    check_reduction,
+    check_supervision,
     normalizer_of,
 )
 
 
+class CrossEntropyOptions(TypedDict, total=False):
+    """The options of `linear_cross_entropy`, for type checkers."""
+
+    bias: Tensor | None
+    shift: bool | int
+    ignore_index: int
+    reduction: str
+    normalizer: float | Tensor | None
+    row_weight: Tensor | None
+    class_weight: Tensor | None
+    softcap: float | None
+    logit_scale: float
+    label_smoothing: float
+    z_loss: float
+    logits_dtype: torch.dtype | None
+    chunk_rows: int | None
+    accum_dtype: torch.dtype | None
+    process_group: "dist.ProcessGroup | None"
+    vocab_start: int
+    debug: bool
+    backend: str | None
+
+
+Labels = Tensor | SupervisedRows
+
+
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Labels, *, return_stats: Literal[False] = False,
+    **options: Unpack[CrossEntropyOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Labels, *, return_stats: Literal[True],
+    **options: Unpack[CrossEntropyOptions],
+) -> tuple[Tensor, RowStats]: ...  # fmt: skip
 def linear_cross_entropy(
     hidden: Tensor,  # (..., H)
     weight: Tensor,  # (V, H)
@@ -91,12 +125,12 @@ def linear_cross_entropy(
     """
     check_hidden(hidden)
     check_decoder(hidden, weight, bias)
-    _check_labels_and_weights(hidden, labels, row_weight, ignore_index)
-    _check_reduction(labels, shift, reduction, normalizer)
+    check_supervision(hidden, labels, row_weight, ignore_index)
+    check_reduction(labels, shift, reduction, normalizer)
     check_memory(hidden, logits_dtype, chunk_rows, accum_dtype)
     check_logit_options(softcap, logit_scale, label_smoothing, z_loss)
     group = _group_name(process_group, vocab_start)
-    _check_class_weight(class_weight, weight, label_smoothing, group)
+    check_class_weight(class_weight, weight, label_smoothing, group)
     dtype, shape = autocast_dtype(hidden), hidden.shape[:-1]
     wide = wide_dtype(dtype)
     backend = resolve_backend(backend, hidden.device, dtype)
@@ -105,10 +139,12 @@ def linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     )
     row_weight = None if row_weight is None else row_weight.detach().reshape(-1).to(wide)
-    rows, token_row, ignored = None, None, None
+    rows: Any = None
+    count: Any
+    token_row, ignored = None, None
     if isinstance(labels, SupervisedRows):
-        rows, token_row = labels.rows[labels.ce_start :], labels.token_row - labels.ce_start
-        labels, count = labels.labels[labels.ce_start :], labels.num_ce
+        start, count = labels.ce_start, labels.num_ce
+        rows, token_row, labels = labels.rows[start:], labels.token_row - start, labels.labels[start:]
     else:
         labels = _shifted(labels.long(), int(shift), ignore_index).reshape(-1)  # an unsigned type has no ignore_index
         if torch.compiler.is_compiling() and backend != "reference":  # a traced graph cannot count: the operator does
@@ -153,52 +189,6 @@ def _class_weights(class_weight: Tensor, labels: Tensor, ignore_index: int | Non
     """The weight of each label's class, 0 where it is ignored. Those that are no class are left to `check_labels`."""
     weights = class_weight[labels.clamp(0, class_weight.shape[0] - 1)]
     return weights if ignore_index is None else torch.where(labels == ignore_index, 0.0, weights)
-
-
-def _check_labels_and_weights(hidden, labels, row_weight, ignore_index) -> None:
-    if isinstance(labels, SupervisedRows):
-        check_rows(labels, hidden)
-    else:
-        check_tensor("labels", labels, INTEGER)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
-    if row_weight is not None:
-        check_tensor("row_weight", row_weight, NUMBERS)
-        check_constant("row_weight", row_weight)
-    for name, value in (("labels", labels), ("row_weight", row_weight)):
-        if not isinstance(value, Tensor):
-            continue
-        if value.shape != hidden.shape[:-1]:
-            raise ValueError(f"{name} must be {tuple(hidden.shape[:-1])} like hidden, got {tuple(value.shape)}")
-        if value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
-
-
-def _check_reduction(labels, shift, reduction, normalizer) -> None:
-    if not isinstance(shift, int):
-        raise TypeError(f"shift must be a bool or an int, got {shift!r}")
-    if shift < 0:
-        raise ValueError(f"shift must be at least 0, got {shift}")
-    if shift and isinstance(labels, SupervisedRows):
-        raise ValueError("shift has no meaning with SupervisedRows, whose labels are those of the next tokens")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
-    if reduction != "mean" and normalizer is not None:
-        raise ValueError(f"normalizer divides the mean: it has no meaning with reduction={reduction!r}")
-
-
-def _check_class_weight(class_weight, weight: Tensor, label_smoothing: float, group: str) -> None:
-    if class_weight is None:
-        return
-    if label_smoothing or group:
-        other = "process_group" if group else "label_smoothing"
-        raise ValueError(f"class_weight is not served together with {other}")
-    check_tensor("class_weight", class_weight)
-    check_constant("class_weight", class_weight)
-    if class_weight.shape != weight.shape[:1]:
-        raise ValueError(f"class_weight must be (V,) = ({weight.shape[0]},), got {tuple(class_weight.shape)}")
-    if class_weight.device != weight.device:
-        raise ValueError(f"class_weight is on {class_weight.device}, weight on {weight.device}")
 
 
 def _group_name(process_group: "dist.ProcessGroup | None", vocab_start: int) -> str:
@@ -276,7 +266,8 @@ def _forward(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
 
 
 def _fake(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
-    (tokens, width), wide, n = x.hidden.shape, wide_dtype(x.hidden.dtype), call.logits.labels.shape[0]
+    (tokens, width), wide = x.hidden.shape, wide_dtype(x.hidden.dtype)
+    n: Any = call.logits.labels.shape[0]
     dw_dtype = call.logits.dweight_dtype(n, x.hidden)
     need = Need(False, False, False, False) if call.per_row else need
     if call.ignore_index is not None and (call.logits.need_stats or need.hidden):

@@ -4,7 +4,7 @@ The rows are ordered [flow only | both | CE only], so the head sees the first ro
 last ones, without another copy. Both write into one dh: first the lm_head's product, then the head's is added to it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -108,16 +108,16 @@ def sfr_loss(
             normalizer=norm,
             **logits.options(),
         )
-        return SFROutput(*(x.to(norm.dtype) for x in (loss, ce.detach(), flow.detach())))
+        return SFROutput(loss.to(norm.dtype), ce.detach().to(norm.dtype), flow.detach().to(norm.dtype))
     x = Inputs(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     )
     flow_norm = flow_normalizer(norm, rows, config)
     if config.loss in ("flow", "mse"):
         x = x._replace(params=[*named_parameters(head).values()])
-        flow = flow_of(rows, targets, times, seed, config, head)
-        call = SFRCall(rows.rows, rows.token_row, norm, backend, lam, flow_norm, logits, flow)
-        loss, ce, flow, *stats = sfr_loss_op(x, call)[:7]
+        path = flow_of(rows, targets, times, seed, config, head)
+        joint = SFRCall(rows.rows, rows.token_row, norm, backend, lam, flow_norm, logits, path)
+        loss, ce, flow, *stats = sfr_loss_op(x, joint)[:7]
         return SFROutput(loss, ce, flow, RowStats(*stats) if return_stats else None)
     token_row = rows.token_row - rows.ce_start
     call = CrossEntropyCall(rows.rows[rows.ce_start :], token_row, norm, backend, None, False, logits)
@@ -129,7 +129,7 @@ def sfr_loss(
     return SFROutput(ce + lam * flow, ce.detach(), flow.detach(), RowStats(*stats) if return_stats else None)
 
 
-def _mtp(x: Inputs, head: nn.Module, rows: SupervisedRows, targets: Tensor, call: CrossEntropyCall) -> Tensor:
+def _mtp(x: Inputs, head: Any, rows: SupervisedRows, targets: Tensor, call: CrossEntropyCall) -> Tensor:
     """Multi-token prediction: the head maps h to the hidden state whose logits predict the token mtp_offset ahead."""
     n = rows.num_flow
     anchor, h = rows.anchor[:n], x.hidden.index_select(0, rows.rows[:n])
@@ -168,7 +168,7 @@ def _forward(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
         early, late = split_normalizer(call.normalizer, x.hidden.dtype)
         h = gather_rows(x.hidden, call.rows)
         first = h.shape[0] - n
-        dh = empty_rows(*h.shape, h.dtype, h.device) if need.hidden else None
+        dh = empty_rows(len(h), h.shape[1], h.dtype, h.device) if need.hidden else None
         if dh is not None:
             dh[:first].zero_()  # rows without a label: only the head adds to them
         logits = call.logits._replace(row_weight=None if early is None else (1 / early).expand(n))

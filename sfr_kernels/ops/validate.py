@@ -163,6 +163,52 @@ def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{name} is {value.dtype}, hidden is {hidden.dtype}: cast one, or use autocast")
 
 
+def check_supervision(hidden, labels, row_weight, ignore_index) -> None:
+    if isinstance(labels, SupervisedRows):
+        check_rows(labels, hidden)
+    else:
+        check_tensor("labels", labels, INTEGER)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    if row_weight is not None:
+        check_tensor("row_weight", row_weight, NUMBERS)
+        check_constant("row_weight", row_weight)
+    for name, value in (("labels", labels), ("row_weight", row_weight)):
+        if not isinstance(value, Tensor):
+            continue
+        if value.shape != hidden.shape[:-1]:
+            raise ValueError(f"{name} must be {tuple(hidden.shape[:-1])} like hidden, got {tuple(value.shape)}")
+        if value.device != hidden.device:
+            raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
+
+
+def check_reduction(labels, shift, reduction, normalizer) -> None:
+    if not isinstance(shift, int):
+        raise TypeError(f"shift must be a bool or an int, got {shift!r}")
+    if shift < 0:
+        raise ValueError(f"shift must be at least 0, got {shift}")
+    if shift and isinstance(labels, SupervisedRows):
+        raise ValueError("shift has no meaning with SupervisedRows, whose labels are those of the next tokens")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")
+    if reduction != "mean" and normalizer is not None:
+        raise ValueError(f"normalizer divides the mean: it has no meaning with reduction={reduction!r}")
+
+
+def check_class_weight(class_weight, weight: Tensor, label_smoothing: float, group: str) -> None:
+    if class_weight is None:
+        return
+    if label_smoothing or group:
+        other = "process_group" if group else "label_smoothing"
+        raise ValueError(f"class_weight is not served together with {other}")
+    check_tensor("class_weight", class_weight)
+    check_constant("class_weight", class_weight)
+    if class_weight.shape != weight.shape[:1]:
+        raise ValueError(f"class_weight must be (V,) = ({weight.shape[0]},), got {tuple(class_weight.shape)}")
+    if class_weight.device != weight.device:
+        raise ValueError(f"class_weight is on {class_weight.device}, weight on {weight.device}")
+
+
 def check_memory(
     hidden: Tensor, logits_dtype: torch.dtype | None, chunk_rows: int | None, accum_dtype: torch.dtype | None
 ) -> None:

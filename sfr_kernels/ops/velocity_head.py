@@ -10,7 +10,7 @@ and with x_t add up in one buffer, and each gradient is written where it belongs
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -289,7 +289,7 @@ def _backward(ctx, dv: Tensor, need: Need) -> tuple:
 velocity_head_op = Operator("velocity_head", HeadCall, _forward, _fake, _save, _backward)
 
 
-def named_parameters(head: torch.nn.Module) -> dict[str, Tensor]:
+def named_parameters(head: Any) -> dict[str, Tensor]:
     """Those of a VelocityHead, in order; TypeError for codes of a quantized one."""
     named = dict(head.named_parameters())
     for name, p in named.items():
@@ -299,7 +299,7 @@ def named_parameters(head: torch.nn.Module) -> dict[str, Tensor]:
 
 def velocity_head(
     backend: str,
-    head: torch.nn.Module,  # a VelocityHead
+    head: Any,  # a VelocityHead
     h: Tensor,  # (n, H)
     x_t: Tensor | None,  # (n, d); None is x_t = 0
     times: Tensor,  # (M,)
