@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sfr_kernels import reference
-from sfr_kernels.kernels.backend import unavailable
+from sfr_kernels.kernels.backend import kernels_of, size_of, unavailable
 from sfr_kernels.kernels.flow import FlowPath
 
 from .case import LIMIT, MAIN, MORE, OURS, Case, Run, Suite, Work
@@ -98,7 +98,7 @@ def make(case: Case, device: torch.device) -> Work:
     def run(name: str) -> Run:
         return partial(call.run, kernels_of(name)) if name in OURS else call.peer(name)
 
-    size = dict(size=backend.size_of(call.first))
+    size = dict(size=size_of(call.first))
     return Work(run, judge, judged=oracle.exact.clear, bytes=call.bytes, prepare=call.restore, fields=size)
 
 

@@ -3,7 +3,7 @@
     python tests/machine_code.py            prints the table
     python tests/machine_code.py --write    keeps it in benchmarks/results and writes it into csrc/README.md
 
-`SOURCES` says which kernels: in bf16, vectors and targets too, as the leaves' benchmarks call them, with rows of 1024
+`SOURCES` says which kernels: in bf16, vectors and targets too, as the kernels' benchmarks call them, with rows of 1024
 numbers or 128256 logits. Where a kernel was changed, adapt its line. A pattern that finds no kernel, or several, is an
 error that names what there is.
 """
@@ -48,32 +48,14 @@ class Source:
     writes: int = 1  # 16-byte stores for 8 numbers
     loops: bool = True  # False: a thread has 16 bytes of each operand, and goes once through the kernel
     accesses: tuple[int, int] | None = None  # 16-byte loads and stores of the path to count; None: the most there are
-    launch: Callable[[object], object] | None = None  # of Triton's leaves
+    launch: Callable[[object], object] | None = None  # of Triton's kernels
 
 
-def _half(*shape: int) -> torch.Tensor:
-    return torch.zeros(*shape, dtype=torch.bfloat16)
-
-
-def _path() -> FlowPath:
-    index = torch.zeros(ROWS, dtype=torch.int32)
-    one = torch.zeros(1).long()
-    return FlowPath(_half(16, WIDTH), torch.zeros(256), torch.zeros(ROWS).long(), index, index, one, 2.0, 1.0)
-
-
-def _norm_act(leaves, **options):
-    kernels.norm_act(_half(ROWS, WIDTH), _half(WIDTH), _half(WIDTH), **options)
-
-
-def _bias() -> dict:
-    return dict(row_bias=torch.zeros(256, WIDTH), row_index=torch.zeros(ROWS, dtype=torch.int32))
-
-
-def _norm_act_backward(leaves):
-    rows, vector, stats = _half(ROWS, WIDTH), _half(WIDTH), torch.zeros(ROWS)
-    kernels.norm_act_backward(rows, rows, vector, vector, stats, stats)
-
-
+HALF = torch.bfloat16
+X, VECTOR, STATS = torch.zeros(ROWS, WIDTH, dtype=HALF), torch.zeros(WIDTH, dtype=HALF), torch.zeros(ROWS)
+INDEX, LABELS, FACTOR = torch.zeros(ROWS, dtype=torch.int32), torch.zeros(2, dtype=torch.int64), torch.zeros(())
+LOGITS, TABLE = torch.zeros(2, VOCAB, dtype=HALF), torch.zeros(256, WIDTH)
+PATH = FlowPath(X[:16], TABLE[:, 0], INDEX.long(), INDEX, INDEX, LABELS[:1], 2.0, 1.0)
 SLICE = -(-VOCAB // CLUSTER) * 2  # bytes of a row that a block of a cluster holds
 POST = 6192  # sizeof(Post) in softmax_xent.cu
 T = "__nv_bfloat16"
@@ -82,39 +64,31 @@ SOURCES = {
         rf"cluster_kernel<{T}, 8, false, false>", 4, 512, shared=2 * SLICE + POST, copied=SLICE
     ),
     "softmax_xent, two passes": Source(rf"softmax_xent_kernel<{T}, true, false, false>", 4, 1024),
-    "softmax_xent, Triton": Source(
-        "_softmax_xent_kernel", 4, launch=lambda k: k.softmax_xent(_half(2, VOCAB), torch.zeros(2).long())
-    ),
+    "softmax_xent, Triton": Source("_softmax_xent_kernel", 4, launch=lambda k: k.softmax_xent(LOGITS, LABELS)),
     "flow_path": Source(rf"flow_path_kernel<{T}, {T}, 8, true>", 4, 128, writes=2),
     "flow_path, Triton": Source(
-        "_flow_path_kernel", 4, writes=2, loops=False, launch=lambda k: k.flow_path(_path(), torch.bfloat16)
+        "_flow_path_kernel", 4, writes=2, loops=False, launch=lambda k: k.flow_path(PATH, HALF)
     ),
     "flow_mse": Source(rf"flow_mse_kernel<{T}, 8, true>", 6, 128),
-    "flow_mse, Triton": Source(
-        "_flow_mse_kernel", 6,
-        launch=lambda k: k.flow_mse(_half(ROWS, WIDTH), _half(ROWS, WIDTH), torch.zeros(ROWS)),
-    ),
+    "flow_mse, Triton": Source("_flow_mse_kernel", 6, launch=lambda k: k.flow_mse(X, X, STATS)),
     "norm_act, row bias": Source(rf"norm_act_kernel<{T}, {T}, 8, true>", 6, 128, writes=2, accesses=(3, 2)),
     "norm_act, row bias, Triton": Source(
-        "_norm_act_kernel", 6, writes=2, loops=False, launch=lambda k: _norm_act(k, **_bias())
+        "_norm_act_kernel", 6, writes=2, loops=False,
+        launch=lambda k: k.norm_act(X, VECTOR, VECTOR, row_bias=TABLE, row_index=INDEX),
     ),
     "norm_act, residual": Source(rf"norm_act_kernel<{T}, {T}, 8, true>", 6, 128, accesses=(2, 1)),
     "norm_act, residual, Triton": Source(
-        "_norm_act_kernel", 6, loops=False, launch=lambda k: _norm_act(k, residual=_half(ROWS, WIDTH))
+        "_norm_act_kernel", 6, loops=False, launch=lambda k: k.norm_act(X, VECTOR, VECTOR, residual=X)
     ),
     "norm_act_backward": Source(rf"norm_act_backward_kernel<{T}, {T}, 8, true, true>", 6, 128),
-    "norm_act_backward, Triton": Source("_norm_act_backward_kernel", 6, launch=_norm_act_backward),
-    "scale": Source(rf"scale_kernel<{T}, {T}, true>", 4, 256),
-    "scale, Triton": Source(
-        "_scale_kernel", 4, loops=False,
-        launch=lambda k: k.scale(_half(ROWS, WIDTH), torch.zeros(()), torch.bfloat16),
+    "norm_act_backward, Triton": Source(
+        "_norm_act_backward_kernel", 6, launch=lambda k: k.norm_act_backward(X, X, VECTOR, VECTOR, STATS, STATS)
     ),
+    "scale": Source(rf"scale_kernel<{T}, {T}, true>", 4, 256),
+    "scale, Triton": Source("_scale_kernel", 4, loops=False, launch=lambda k: k.scale(X, FACTOR, HALF)),
     "scatter_rows": Source(rf"scatter_rows_kernel<{T}, {T}, true>", 4, 256, loops=False, accesses=(1, 1)),
     "scatter_rows, Triton": Source(
-        "_scatter_rows_kernel", 4, loops=False,
-        launch=lambda k: k.scatter_rows(
-            _half(ROWS, WIDTH), torch.zeros(()), torch.zeros(ROWS, dtype=torch.int32), torch.bfloat16
-        ),
+        "_scatter_rows_kernel", 4, loops=False, launch=lambda k: k.scatter_rows(X, FACTOR, INDEX, HALF)
     ),
 }  # fmt: skip
 
@@ -203,14 +177,12 @@ def triton_kernels() -> dict[str, Kernel]:
 
     from sfr_kernels.kernels.backend import kernels_of
 
-    kernels = kernels_of("triton")
-
-    found = {}
+    kernels, found = kernels_of("triton"), {}
     for name, source in SOURCES.items():
         if source.launch is None:
             continue
         with ahead_of_time.recorded() as launched:
-            source.launch(leaves)
+            source.launch(kernels)
         matches = [launch for launch in launched if launch[0].__name__ == source.pattern]
         if len(matches) != 1:
             there = ", ".join(kernel.__name__ for kernel, *_ in launched)

@@ -1,5 +1,8 @@
-"""Which backend serves a call, what `info` says of it, and that nothing explicit is ever replaced."""
+"""Which backend serves a call, what `info` says of it, that nothing explicit is ever replaced, and that each backend
+keeps the kernels' contracts."""
 
+import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -12,8 +15,9 @@ from cases import make_case, small_config
 
 from sfr_kernels import flow_matching_loss, linear_cross_entropy, sfr_loss
 from sfr_kernels.commands import main
-from sfr_kernels.kernels.backend import ENVIRONMENT, automatic, resolve_backend, unavailable
-from sfr_kernels.ops import dispatch
+from sfr_kernels.kernels import backend, build
+from sfr_kernels.kernels.backend import ENVIRONMENT, automatic, kernels_of, resolve_backend, unavailable
+from sfr_kernels.kernels.flow import FlowPath
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -32,36 +36,29 @@ def hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
-def calls() -> list:
+def calls() -> dict:
     """Each public loss, as a function of its backend."""
     case = make_case(small_config())
-    flow = dict(seed=1, config=case.config)
-    inputs = (case.hidden, case.head, case.rows, case.targets)
-    joint = (case.hidden, case.weight, case.head, case.rows, case.targets)
-    return [
-        lambda backend: flow_matching_loss(*inputs, backend=backend, **flow),
-        lambda backend: linear_cross_entropy(case.hidden, case.weight, case.labels, backend=backend),
-        lambda backend: sfr_loss(*joint, backend=backend, **flow).loss,
-    ]
+    rest, flow = (case.head, case.rows, case.targets), dict(seed=1, config=case.config)
+    return {
+        "flow": lambda b: flow_matching_loss(case.hidden, *rest, backend=b, **flow),
+        "cross-entropy": lambda b: linear_cross_entropy(case.hidden, case.weight, case.labels, backend=b),
+        "sfr": lambda b: sfr_loss(case.hidden, case.weight, *rest, backend=b, **flow).loss,
+    }
 
 
-@pytest.mark.parametrize("call", calls(), ids=["flow", "cross-entropy", "sfr"])
-def test_triton_on_a_tensor_of_the_cpu_is_a_clear_error(call, monkeypatch):
-    with pytest.raises(RuntimeError, match=r"backend='triton' cannot serve a tensor on cpu: it needs a .*GPU"):
-        call("triton")
-    monkeypatch.setenv(ENVIRONMENT, "triton")
-    with pytest.raises(RuntimeError, match=f"{ENVIRONMENT}='triton' cannot serve"):
-        call(None)
-    assert torch.isfinite(call("torch"))  # the argument comes before the environment
-
-
-@pytest.mark.parametrize("call", calls(), ids=["flow", "cross-entropy", "sfr"])
-def test_unknown_names_are_refused_wherever_they_come_from(call, monkeypatch):
-    with pytest.raises(ValueError, match=r"backend must be one of torch, triton, cuda, reference, got 'metal'"):
-        call("metal")
-    monkeypatch.setenv(ENVIRONMENT, "tritno")
-    with pytest.raises(ValueError, match=rf"{ENVIRONMENT} must be one of .* got 'tritno'"):
-        call(None)
+@pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in calls().items()])
+def test_what_cannot_serve_or_is_unknown_is_a_clear_error(call, monkeypatch):
+    for name, error, words in (
+        ("triton", RuntimeError, "='triton' cannot serve a tensor on cpu: it needs a .*GPU"),
+        ("metal", ValueError, " must be one of torch, triton, cuda, reference, got 'metal'"),
+    ):
+        with pytest.raises(error, match=f"backend{words}"):
+            call(name)
+        monkeypatch.setenv(ENVIRONMENT, name)
+        with pytest.raises(error, match=f"{ENVIRONMENT}{words}"):
+            call(None)
+        assert torch.isfinite(call("torch"))  # the argument comes before the environment
 
 
 def test_order_of_argument_environment_and_device(monkeypatch):
@@ -73,24 +70,32 @@ def test_order_of_argument_environment_and_device(monkeypatch):
     assert resolve_backend(None, CPU) == "torch"
 
 
-def test_a_gpu_gets_triton_where_it_serves_the_dtype(hopper):
-    assert automatic(GPU) == automatic(GPU, torch.bfloat16) == automatic(GPU, torch.float16) == "triton"
-    assert automatic(GPU, torch.float64) == "torch"
-    assert resolve_backend(None, GPU, torch.float32) == "triton"
+@pytest.mark.parametrize(
+    "dtype, capability, missing, built, wanted",
+    [
+        (None, (9, 0), [], None, "triton"),
+        (torch.bfloat16, (9, 0), [], ROOT, "triton"),  # nothing was measured
+        (torch.float16, (8, 0), [], None, "triton"),
+        (torch.float64, (9, 0), [], ROOT, "torch"),
+        (torch.float16, (7, 5), [], ROOT, "torch"),
+        (torch.bfloat16, (9, 0), ["triton"], None, "torch"),  # nothing is compiled unasked
+        (torch.bfloat16, (9, 0), ["triton"], ROOT, "cuda"),
+        (torch.bfloat16, (9, 0), ["triton", "cuda"], ROOT, "torch"),
+    ],
+)
+def test_what_a_gpu_gets(dtype, capability, missing, built, wanted, hopper, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(backend, "_missing", lambda name: "it is not installed" if name in missing else None)
+    monkeypatch.setattr(build, "built", lambda: built)
+    assert resolve_backend(None, GPU, dtype) == automatic(GPU, dtype) == wanted
+    assert automatic(CPU, dtype) == "torch"
+
+
+def test_why_a_backend_does_not_serve(hopper, monkeypatch):
     with pytest.raises(RuntimeError, match=r"serves bfloat16, float16 and float32, not float64"):
         resolve_backend("triton", GPU, torch.float64)
-    assert automatic(CPU, torch.bfloat16) == "torch"
-
-
-def test_an_old_gpu_gets_torch(hopper, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert automatic(GPU, torch.float16) == "torch"
     assert unavailable("triton", GPU) == "it needs compute capability 8.0, this GPU has 7.5"
-
-
-def test_without_triton_a_gpu_gets_torch(hopper, monkeypatch):
-    monkeypatch.setattr(dispatch, "_missing", lambda backend: "Triton is not installed")
-    assert automatic(GPU, torch.bfloat16) == "torch"
 
 
 def test_the_interpreter_takes_tensors_of_the_cpu_if_asked_to(monkeypatch):
@@ -121,43 +126,33 @@ def test_info_runs_as_a_module():
     assert done.returncode == 0 and "auto picks" in done.stdout
 
 
-def test_the_backend_of_a_leaf_is_the_one_measured_faster(hopper, monkeypatch):
+def test_the_backend_of_a_kernel_is_the_one_measured_faster(hopper, monkeypatch):
     """By class of size, and only where both backends are there; otherwise Triton's."""
-    calls = []
 
-    def module(name):
-        def leaf(kind):
-            return lambda x, *_, **__: calls.append((name, kind, backend.size_of(x)))
+    def planted(x):
+        pass
 
-        return SimpleNamespace(__all__=["scale", "norm_act"], scale=leaf("scale"), norm_act=leaf("norm_act"))
+    planted.__module__ = "folder"
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(sys.modules, f"folder.{name}", SimpleNamespace(planted=lambda x, name=name: name))
+    monkeypatch.setattr(backend, "DISPATCHED", {})
+    row = dict(capability="9.0", kernel="planted", size="large", backend="cuda", ms={}, origin="a.json")
+    monkeypatch.setattr(backend, "measured", lambda capability: (row,))
+    index = torch.zeros(1024, dtype=torch.int32)
+    path = FlowPath(torch.zeros(1, 1024), torch.zeros(1), index, index, index, index, 1.0, 1.0)
+    small, large = torch.zeros(8), torch.zeros(1024, 1024)
+    kernel = backend.dispatch(planted)
+    chosen = [kernel("fastest", x) for x in (small, large, path._replace(noise_id=index[1:]), path)]
+    assert chosen == ["triton", "cuda", "triton", "cuda"]
+    assert backend._fastest("another", large) == "triton"
 
-    table = (dict(capability="9.0", kernel="norm_act", size="large", backend="cuda", ms={}, origin="a.json"),)
-    modules = {"triton": module("triton"), "cuda": module("cuda")}
-    chosen = fastest.Fastest(table, modules, otherwise="triton")
-    small, large = torch.zeros(8), torch.empty(backend.SMALL, dtype=torch.uint8)
-    for x in (small, large):
-        chosen.norm_act(x)
-        chosen.scale(x)
-    assert calls == [
-        ("triton", "norm_act", "small"),
-        ("triton", "scale", "small"),
-        ("cuda", "norm_act", "large"),
-        ("triton", "scale", "large"),
-    ]
-    monkeypatch.setattr(dispatch, "_missing", lambda backend: None)
-    monkeypatch.setattr(fastest, "rows", lambda capability: table)
-    monkeypatch.setattr(dispatch, "_is_built", lambda: True)
+    monkeypatch.setattr(backend, "_missing", lambda backend: None)
+    monkeypatch.setattr(build, "built", lambda: ROOT)
     assert automatic(GPU, torch.bfloat16) == "fastest"
     with pytest.raises(ValueError, match="backend must be one of"):  # a name for what auto does, not a choice
         resolve_backend("fastest", GPU)
-    monkeypatch.setattr(dispatch, "_is_built", lambda: False)
+    monkeypatch.setattr(build, "built", lambda: None)
     assert automatic(GPU, torch.bfloat16) == "triton"  # nothing is compiled unasked
-
-
-def test_without_triton_a_gpu_gets_the_cuda_kernels_that_were_installed(hopper, monkeypatch):
-    monkeypatch.setattr(dispatch, "_missing", lambda b: "Triton is not installed" if b == "triton" else None)
-    monkeypatch.setattr(dispatch, "_is_built", lambda: True)
-    assert automatic(GPU, torch.bfloat16) == "cuda"
 
 
 def test_every_measured_choice_has_its_times_and_its_origin():
@@ -165,3 +160,22 @@ def test_every_measured_choice_has_its_times_and_its_origin():
     for row in json.loads(backend.FASTEST.read_text()):
         assert row["backend"] == min(row["ms"], key=row["ms"].get) and row["size"] in backend.SIZES
         assert (ROOT / "benchmarks/results" / row["origin"]).is_file()
+
+
+def signature(file: Path, name: str) -> tuple[list[str], list[tuple]]:
+    """What is positional and what is returned, and the keyword-only parameters, without importing the file."""
+    (function,) = (f for f in ast.parse(file.read_text()).body if isinstance(f, ast.FunctionDef) and f.name == name)
+    args = function.args
+    options = [(ast.unparse(a), d and ast.unparse(d)) for a, d in zip(args.kwonlyargs, args.kw_defaults, strict=True)]
+    args.kwonlyargs, args.kw_defaults = [], []
+    return [ast.unparse(args), ast.unparse(function.returns)], options
+
+
+@pytest.mark.parametrize("name", vars(kernels_of("torch")))
+def test_every_backend_has_the_signature_of_the_contract(name):
+    """It may add keyword-only parameters of its own."""
+    contract = Path(inspect.getfile(backend.DISPATCHED[name].__wrapped__))
+    wanted, options = signature(contract, name)
+    for file in ("torch.py", "triton.py", "cuda.py"):
+        found, own = signature(contract.with_name(file), name)
+        assert found == wanted and own[: len(options)] == options, file

@@ -10,13 +10,12 @@ import torch
 from cases import SEED
 
 from sfr_kernels import SFRConfig, SupervisedRows, VelocityHead, flow_matching_loss, linear_cross_entropy, sfr_loss
-from sfr_kernels.kernels.backend import unavailable
+from sfr_kernels.kernels.backend import kernels_of, unavailable
 from sfr_kernels.kernels.flow import FlowPath
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 KERNELS = [b for b in ("triton", "cuda") if unavailable(b) is None]
-BACKENDS = [*KERNELS, "torch"]
 CONFIG = SFRConfig(width=48, stride=8, min_tokens=4, segment_tokens=16)
 H, V, D = 72, 331, 34
 
@@ -37,16 +36,7 @@ def inputs(dtype, device, batch=4, length=60, hidden_size=H, vocab=V, target_siz
     return *leaves, head.to(device, dtype), rows.to(device), targets.to(device)
 
 
-def gradients(dtype, device, backend):
-    hidden, weight, head, rows, targets = inputs(dtype, device)
-    out = sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG, backend=backend)
-    out.loss.backward()
-    return [
-        t.detach().double().cpu() for t in (out.loss, hidden.grad, weight.grad, *(p.grad for p in head.parameters()))
-    ]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*KERNELS, "torch"])
 @pytest.mark.parametrize("loss", ["flow", "mse", "cosine", "mtp"])
 def test_a_step_never_waits_for_the_device(loss, backend):
     config = replace(CONFIG, loss=loss)
@@ -75,13 +65,6 @@ def test_rows_of_the_collator_come_without_a_wait():
         rows.to("cuda")
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_two_runs_give_the_same_bits(dtype, backend):
-    first, second = (gradients(dtype, "cuda", backend) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -133,33 +116,34 @@ def test_compiled_equals_eager(dynamic):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)
 
 
+def loss_and_leaves(arguments) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    hidden, weight, head, *_ = arguments
+    return sfr_loss(*arguments, seed=3, config=CONFIG).loss, [hidden, weight, *head.parameters()]
+
+
 def test_a_second_backward_and_an_upstream_gradient():
-    hidden, weight, head, rows, targets = inputs(torch.bfloat16, "cuda")
-    wanted = [hidden, weight, *head.parameters()]
-    loss = sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG).loss
-    upstream = torch.tensor(4.0, device="cuda")
-    first = torch.autograd.grad(loss, wanted, retain_graph=True)
-    fourfold = torch.autograd.grad(loss, wanted, upstream, retain_graph=True)
-    again = torch.autograd.grad(loss, wanted)
+    loss, leaves = loss_and_leaves(inputs(torch.bfloat16, "cuda"))
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    fourfold = torch.autograd.grad(loss, leaves, torch.full_like(loss, 4.0), retain_graph=True)
+    again = torch.autograd.grad(loss, leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert all(torch.equal(4 * a, b) for a, b in zip(first, fourfold, strict=True))  # a power of two rounds nothing
 
 
 @pytest.mark.parametrize("needed", range(1, 8))
 def test_every_combination_of_gradients_wanted(needed):
-    hidden, weight, head, rows, targets = inputs(torch.bfloat16, "cuda")
-    leaves = [hidden, weight, *head.parameters()]
-    full = torch.autograd.grad(sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG).loss, leaves)
-    full = dict(zip(map(id, leaves), full, strict=True))
+    arguments = inputs(torch.bfloat16, "cuda")
+    loss, leaves = loss_and_leaves(arguments)
+    full = torch.autograd.grad(loss, leaves)
     for k, t in enumerate(leaves):
         t.requires_grad_(bool(needed >> min(k, 2) & 1))
-    wanted = [t for t in leaves if t.requires_grad]
-    loss = sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG).loss
-    for t, grad in zip(wanted, torch.autograd.grad(loss, wanted), strict=True):
+    wanted = [(t, g) for t, g in zip(leaves, full, strict=True) if t.requires_grad]
+    found = torch.autograd.grad(loss_and_leaves(arguments)[0], [t for t, _ in wanted])
+    for mine, (_, grad) in zip(found, wanted, strict=True):
         # another choice of GEMM may round another way
-        torch.testing.assert_close(grad, full[id(t)], rtol=2e-2, atol=1e-2 * full[id(t)].abs().max().item())
+        torch.testing.assert_close(mine, grad, rtol=2e-2, atol=1e-2 * grad.abs().max().item())
     with torch.no_grad():
-        assert not sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG).loss.requires_grad
+        assert not loss_and_leaves(arguments)[0].requires_grad
 
 
 def needs(gib: float) -> None:
@@ -178,7 +162,7 @@ def test_offsets_past_two_to_the_31(backend, large):
     identity = torch.arange(n, device=device)
     targets, times = torch.randn(1, d, device=device), torch.tensor([0.3], device=device)
     path = FlowPath(targets, times, identity, zeros, zeros, torch.tensor([SEED], device=device), 2.0, 1.0)
-    tail = replace(path, noise_id=identity[-last:], anchor=zeros[-last:], time_index=zeros[-last:])
+    tail = path._replace(noise_id=identity[-last:], anchor=zeros[-last:], time_index=zeros[-last:])
     x_t, u = kernels.flow_path(path, torch.bfloat16)
     ends = kernels.flow_path(tail, torch.bfloat16)
     assert all(torch.equal(whole[-last:], end) for whole, end in zip((x_t, u), ends, strict=True))
@@ -199,24 +183,3 @@ def test_offsets_past_two_to_the_31(backend, large):
     token_row = torch.arange(n - 1, -1, -1, dtype=torch.int32, device=device)  # reversed
     scattered = kernels.scatter_rows(x_t, factor, token_row, torch.bfloat16)
     assert torch.equal(scattered[-1], x_t[0] * 0.5) and torch.equal(scattered[0], x_t[-1] * 0.5)
-
-
-def test_the_flow_loss_needs_at_most_eight_buffers_beyond_its_gradients():
-    config = SFRConfig()
-    hidden, _, head, rows, targets = inputs(
-        torch.bfloat16, "cuda", 2, 2048, hidden_size=2048, vocab=8, target_size=1024, config=config
-    )
-    wanted = [hidden, *head.parameters()]
-    for measured in (False, True):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        loss = flow_matching_loss(hidden, head, rows, targets, seed=1, config=config)
-        if measured:
-            forward = torch.cuda.max_memory_allocated() - before
-            kept = torch.cuda.memory_allocated() - before
-        torch.autograd.grad(loss, wanted)
-    buffer = rows.num_flow * 1024 * 2
-    dh, parameters = rows.num_flow * 2048 * 2, sum(p.numel() for p in head.parameters()) * 2
-    assert kept <= dh + parameters + 2**20, "more than gradients is alive after forward"
-    assert forward <= dh + parameters + 8 * buffer

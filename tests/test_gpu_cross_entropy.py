@@ -7,31 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import make_case, small_config
+from test_gpu import needs
 
 from benchmarks.timing import allocated
 from sfr_kernels import SupervisedRows, linear_cross_entropy
+from sfr_kernels.kernels.softmax_xent import softmax_xent
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-
-
-def needs(gib: float) -> None:
-    if torch.cuda.mem_get_info()[0] < gib * 2**30:
-        pytest.skip(f"needs {gib} GiB of free GPU memory")
-
-
-def test_logits_past_two_to_the_31(large):
-    needs(16)
-    from sfr_kernels.kernels.backend import kernels_of
-
-    kernels = kernels_of("triton")
-
-    n, vocab, last = 17000, 128256, 8
-    logits = torch.randn(n, vocab, dtype=torch.bfloat16, device="cuda")
-    labels = torch.randint(vocab, (n,), device="cuda")
-    small = logits[-last:].clone()
-    loss, _ = kernels.softmax_xent(logits, labels)
-    wanted, _ = kernels.softmax_xent(small, labels[-last:])
-    assert torch.equal(loss[-last:], wanted) and torch.equal(logits[-last:], small)
 
 
 def test_a_call_with_more_than_two_to_the_31_logits_at_once(large):
@@ -39,17 +21,22 @@ def test_a_call_with_more_than_two_to_the_31_logits_at_once(large):
     needs(16)
     n, vocab, last = 17000, 128256, 8
     g = torch.Generator("cuda").manual_seed(0)
+    labels = torch.randint(vocab, (n,), device="cuda", generator=g)
+    logits = torch.randn(n, vocab, dtype=torch.bfloat16, device="cuda", generator=g)
+    small = logits[-last:].clone()
+    (loss, _), (wanted, _) = softmax_xent("triton", logits, labels), softmax_xent("triton", small, labels[-last:])
+    assert torch.equal(loss[-last:], wanted) and torch.equal(logits[-last:], small)
+    del logits
     hidden = torch.randn(n, 64, dtype=torch.bfloat16, device="cuda", generator=g)
     weight = torch.randn(vocab, 64, dtype=torch.bfloat16, device="cuda", generator=g) / 8
-    labels = torch.randint(vocab, (n,), device="cuda", generator=g)
     results = []
     for rows in (slice(None), slice(n - last, None)):
         h = hidden[rows].clone().requires_grad_()
         loss = linear_cross_entropy(h, weight, labels[rows], reduction="none", chunk_rows=n)
         (grad,) = torch.autograd.grad(loss.sum(), h)
         results.append((loss[-last:].detach(), grad[-last:]))
-    for large, small in zip(*results, strict=True):  # cuBLAS may take another kernel for another shape
-        torch.testing.assert_close(large.float(), small.float(), rtol=2e-2, atol=2e-2)
+    for found, alone in zip(*results, strict=True):  # cuBLAS may take another kernel for another shape
+        torch.testing.assert_close(found.float(), alone.float(), rtol=2e-2, atol=2e-2)
 
 
 # Options, a frozen head or not, and the most bytes beyond the returned gradients, in units of the weight's own.
@@ -131,22 +118,14 @@ def test_one_process_of_a_group_has_the_whole_vocabulary(backend, tmp_path):
         dist.destroy_process_group()
 
 
-def test_rows_and_labels_give_the_same():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_every_dtype_by_labels_and_by_rows(dtype):
+    """With the backend that `auto` takes."""
     case = make_case(small_config())
-    hidden, weight = (t.to("cuda", torch.bfloat16).requires_grad_() for t in (case.hidden, case.weight))
-    rows = SupervisedRows.from_labels(case.labels).to("cuda")
-    losses = [
-        linear_cross_entropy(hidden, weight, case.labels.cuda(), shift=True),
-        linear_cross_entropy(hidden, weight, rows),
-    ]
-    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
-
-
-def test_linear_cross_entropy_serves_every_dtype_by_default():
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        case = make_case(small_config())
-        hidden, weight = (t.to("cuda", dtype).requires_grad_() for t in (case.hidden, case.weight))
-        loss = linear_cross_entropy(hidden, weight, case.labels.cuda(), shift=True)
-        loss.backward()
-        wanted = linear_cross_entropy(case.hidden, case.weight, case.labels, shift=True)
-        torch.testing.assert_close(loss.cpu().double(), wanted, rtol=2e-2, atol=1e-3)
+    hidden, weight = (t.to("cuda", dtype).requires_grad_() for t in (case.hidden, case.weight))
+    loss = linear_cross_entropy(hidden, weight, case.labels.cuda(), shift=True)
+    loss.backward()
+    by_rows = linear_cross_entropy(hidden, weight, SupervisedRows.from_labels(case.labels).to("cuda"))
+    torch.testing.assert_close(by_rows, loss, rtol=1e-6, atol=0)
+    wanted = linear_cross_entropy(case.hidden, case.weight, case.labels, shift=True)
+    torch.testing.assert_close(loss.cpu().double(), wanted, rtol=2e-2, atol=1e-3)

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from sfr_kernels.leaves.cuda.softmax_xent import cluster_for
-from sfr_kernels.leaves.torch.softmax_xent import softmax_xent as eager
 from test_gpu import CONFIG, inputs
 
 from sfr_kernels import flow_matching_loss, sfr_loss
 from sfr_kernels.kernels.backend import unavailable
+from sfr_kernels.kernels.softmax_xent import softmax_xent
+from sfr_kernels.kernels.softmax_xent.cuda import cluster_for
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,23 +18,22 @@ pytestmark = [
 
 def losses(device: str) -> list[torch.Tensor]:
     hidden, weight, head, rows, targets = inputs(torch.bfloat16, device)
-    wanted = [hidden, weight, *head.parameters()]
     loss = sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG, backend="cuda").loss
-    return [loss.detach(), *torch.autograd.grad(loss, wanted)]
+    return [loss.detach(), *torch.autograd.grad(loss, [hidden, weight, *head.parameters()])]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_second_device_while_the_first_is_current():
-    first, second = losses("cuda:0"), losses("cuda:1")
+    first, second = map(losses, ("cuda:0", "cuda:1"))
     assert torch.cuda.current_device() == 0 and all(t.device.index == 1 for t in second)
     assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
 
 
 def test_a_side_stream_is_the_one_that_is_worked_on():
     """A kernel that went to another stream would read the logits before they are there."""
-    kernels, source = kernels_of("cuda"), torch.randn(2048, 32768, device="cuda")
+    source = torch.randn(2048, 32768, device="cuda")
     labels = torch.zeros(2048, dtype=torch.int64, device="cuda")
-    wanted, _ = eager(source.clone(), labels)
+    wanted, _ = softmax_xent("torch", source.clone(), labels)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     for cluster in sorted({0, cluster_for(source)}):
@@ -42,7 +41,7 @@ def test_a_side_stream_is_the_one_that_is_worked_on():
             logits = torch.full_like(source, torch.nan)
             torch.cuda._sleep(10**8)
             logits.copy_(source)
-            loss, _ = kernels.softmax_xent(logits, labels, cluster=cluster)
+            loss, _ = softmax_xent("cuda", logits, labels, cluster=cluster)
             found = loss.clone()
         side.synchronize()
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
@@ -65,20 +64,19 @@ def test_a_side_stream_gives_the_same_bits():
 @pytest.mark.parametrize("vocab", [32000, 50257, 128256, 256000])
 def test_rows_held_by_clusters(vocab, dtype):
     """Many more rows than clusters, at the sizes of real vocabularies; some rows wider than eight blocks hold."""
-    kernels, g = kernels_of("cuda"), torch.Generator("cuda").manual_seed(0)
+    g = torch.Generator("cuda").manual_seed(0)
     wide = (3 * torch.randn(300, -(-vocab // 64) * 64, device="cuda", generator=g)).to(dtype)
     logits = wide[:, :vocab]
     labels = torch.randint(vocab, (300,), device="cuda", generator=g)
     cluster = cluster_for(logits)
     assert cluster or logits[0].nbytes > 2**19
     exact, mine, theirs = logits.double(), wide.clone()[:, :vocab], logits.clone()
-    wanted, _ = eager(exact, labels)
-    eager_loss, _ = eager(theirs, labels)
-    loss, _ = kernels.softmax_xent(mine, labels)
+    (wanted, _), (eager_loss, _) = (softmax_xent("torch", x, labels) for x in (exact, theirs))
+    loss, _ = softmax_xent("cuda", mine, labels)
     for ours, other, true in ((loss, eager_loss, wanted), (mine, theirs, exact)):
         assert (ours.double() - true).norm() <= 1.5 * (other.double() - true).norm() + 2.0**-22 * true.norm()
     again = wide.clone()[:, :vocab]
-    repeated, _ = kernels.softmax_xent(again, labels)
+    repeated, _ = softmax_xent("cuda", again, labels)
     assert torch.equal(loss, repeated) and torch.equal(mine, again)
 
 

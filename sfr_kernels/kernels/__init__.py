@@ -2,8 +2,9 @@
 `cuda.py` beside it implement them.
 
 To add a kernel, declare it in a folder's `__init__` with `@dispatch`, and define a function of the same name and
-parameters in each backend's file. `backend.py` chooses the backend of a call; `triton.py`, `cuda.py` and `build.py`
-are what the kernels of one backend share. The contracts' tensors may have any strides unless they say otherwise.
+parameters in each backend's file; a backend may add keyword-only parameters of its own at the end. `backend.py` chooses
+the backend of a call; `triton.py`, `elementary.py`, `cuda.py` and `build.py` are what the kernels of one backend share.
+Tensors may have any strides unless a contract says otherwise.
 """
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor
 
 ACCESS_BYTES = 16  # of one vector load or store; rows that start on a multiple of them are read fastest
 _PADDED = 64  # elements, to a multiple of which an odd row is padded
-_BLOCK_ELEMENTS = 1 << 22
 
 
 def empty_rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -21,7 +21,7 @@ def empty_rows(n: int, width: int, dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(n, -(-width // _PADDED) * _PADDED, dtype=dtype, device=device)[:, :width]
 
 
-def row_blocks(x: Tensor, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
+def row_blocks(x: Tensor, elements: int = 1 << 22) -> list[slice]:
     """Slices of x's rows of about so many elements, so that a float32 copy of one stays small."""
     step = max(1, elements // max(1, x[:1].numel()))
     return [slice(start, start + step) for start in range(0, x.shape[0], step)]

@@ -5,9 +5,10 @@ import importlib
 import importlib.util
 import json
 import os
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (8, 0)  # bf16
 
 # Written by `python -m sfr_kernels bench choose RESULT_FILE`: a row for each compute capability, kernel and class of
-# size, with the times behind it and the result file they came from. What no row speaks of is Triton's.
+# size, with the times behind it and the result file they came from. A kernel without a row is Triton's.
 FASTEST = Path(__file__).with_name("fastest.json")
 SMALL = 4 * 2**20  # bytes: below, a kernel takes less time than its launch
 SIZES = ("small", "large")
@@ -39,15 +40,10 @@ def _missing(backend: str) -> str | None:
     return None
 
 
-def _interpreted() -> bool:
-    """True where Triton runs its kernels in Python, on tensors of the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
-
-
 def _on_cpu(backend: str) -> bool:
     """Whether the backend's kernels run on tensors of the CPU here, for tests: interpreted, or emulated."""
     if backend == "triton":
-        return _interpreted()
+        return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
     from .cuda import emulated
 
     return emulated()
@@ -79,23 +75,19 @@ def automatic(device: torch.device | str, dtype: torch.dtype | None = None) -> s
     """The backend of the device, where neither an argument nor the environment names one.
 
     "fastest" is, kernel by kernel, the one that fastest.json has measured on this kind of GPU. Nothing is compiled
-    for it with nvcc: the cuda backend takes part where it was installed with its kernels.
+    with nvcc for it: the cuda backend takes part only where it was installed with its kernels.
     """
     device = torch.device(device)
     if device.type != "cuda":
         return "torch"
     triton = unavailable("triton", device, dtype) is None
     if triton and not measured(torch.cuda.get_device_capability(device)):
-        return "triton"  # whatever else there is: looking for it would cost every call
-    if _is_built() and unavailable("cuda", device, dtype) is None:
-        return "fastest" if triton else "cuda"
-    return "triton" if triton else "torch"
-
-
-def _is_built() -> bool:
+        return "triton"  # without a look at the cuda backend, which would cost every call
     from .build import built
 
-    return built() is not None
+    if built() is not None and unavailable("cuda", device, dtype) is None:
+        return "fastest" if triton else "cuda"
+    return "triton" if triton else "torch"
 
 
 def resolve_backend(backend: str | None, device: torch.device, dtype: torch.dtype | None = None) -> str:
@@ -121,17 +113,17 @@ resolve_backend._dynamo_marked_constant = True
 
 @functools.cache
 def measured(capability: tuple[int, int]) -> tuple[dict, ...]:
-    """What was measured on GPUs of this compute capability: kernel, size, backend, ms of each backend, origin."""
+    """The rows of fastest.json for GPUs of this compute capability."""
     name = "{}.{}".format(*capability)
     return tuple(row for row in json.loads(FASTEST.read_text()) if row["capability"] == name)
 
 
 def size_of(argument) -> str:
-    """The class of a call, by the first argument of its kernel: a tensor, or the path of the rows that it makes."""
-    if not isinstance(argument, torch.Tensor):  # a FlowPath
-        count = argument.noise_id.shape[0] * argument.targets.shape[1] * argument.targets.element_size()
-    else:
+    """The class of size of a kernel's call, by its first argument: a tensor, or the FlowPath of the rows to make."""
+    if isinstance(argument, torch.Tensor):
         count = argument.numel() * argument.element_size()
+    else:
+        count = argument.noise_id.shape[0] * argument.targets.shape[1] * argument.targets.element_size()
     return "small" if count < SMALL else "large"
 
 
@@ -143,19 +135,17 @@ def _fastest(name: str, argument) -> str:
 
 
 def dispatch(contract: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
-    """The kernel that a folder's `__init__` declares: called with a resolved backend before the arguments of
-    `contract`, it calls the function of that name in the backend's file of the folder."""
+    """The kernel that a folder's `__init__` declares: it takes a resolved backend before the arguments of `contract`,
+    and calls the function of that name in the backend's file of the folder."""
     folder, name = contract.__module__, contract.__name__
-    modules: dict[str, ModuleType] = {}
+
+    @functools.cache
+    def function(backend: str) -> Callable[P, R]:
+        return getattr(importlib.import_module(f"{folder}.{backend}"), name)
 
     @functools.wraps(contract)
     def kernel(backend: str, *args: P.args, **kwargs: P.kwargs) -> R:
-        if backend == "fastest":
-            backend = _fastest(name, args[0])
-        module = modules.get(backend)
-        if module is None:
-            module = modules[backend] = importlib.import_module(f"{folder}.{backend}")
-        return getattr(module, name)(*args, **kwargs)
+        return function(_fastest(name, args[0]) if backend == "fastest" else backend)(*args, **kwargs)
 
     DISPATCHED[name] = kernel
     return kernel
@@ -163,6 +153,7 @@ def dispatch(contract: Callable[P, R]) -> Callable[Concatenate[str, P], R]:
 
 def kernels_of(backend: str) -> SimpleNamespace:
     """Every kernel bound to a resolved backend: `kernels_of("triton").norm_act(…)`, for tests and benchmarks."""
-    for folder in ("softmax_xent", "norm_act", "flow", "times", "scale"):
-        importlib.import_module(f"{__package__}.{folder}")
+    for entry in pkgutil.iter_modules([str(Path(__file__).parent)], prefix=f"{__package__}."):
+        if entry.ispkg:
+            importlib.import_module(entry.name)
     return SimpleNamespace(**{name: functools.partial(kernel, backend) for name, kernel in DISPATCHED.items()})

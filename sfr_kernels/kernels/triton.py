@@ -1,8 +1,7 @@
-"""Kernels and their launches: the one place where every kernel of this package is made and every launch passes.
+"""What every Triton kernel is made with: how it is compiled and launched, and how it reads and writes rows.
 
-Reading and writing a block of the columns of a row, 16 bytes a thread at once wherever the rows lie so.
-
-Columns past `width` are neither read nor written: a row may be part of a wider one. ACCESS says how:
+A thread reads or writes a block of a row's columns 16 bytes at a time where it can, and none past `width`, since a row
+may be part of a wider one. ACCESS says how:
 
     "whole"   rows start at multiples of 16 bytes, and 16 divides `width`: vectors alone
     "ragged"  rows start so: vectors up to the last multiple of 16 columns, and one by one after it
@@ -22,9 +21,9 @@ MAX_BLOCK = 4096
 def kernel(function):
     """A Triton kernel that is compiled once for given dtypes and constants, whatever its other arguments are.
 
-    Triton's own rule, a variant for each argument that is 1 or a multiple of 16, would compile anew in the middle of
-    training, whenever a count of rows or the start of a slice has a pattern that was not seen before. What a kernel has
-    to know of alignment, its launcher says by a constant (row.py).
+    Triton's own rule, a variant for each argument that is 1 or a multiple of 16, would compile in the middle of
+    training whenever a count of rows or the start of a slice has a new pattern. What a kernel has to know of alignment,
+    its launcher says by a constant, ACCESS.
     """
     parameters = inspect.signature(function).parameters.items()
     return triton.jit(function, do_not_specialize=[name for name, p in parameters if p.annotation is not tl.constexpr])
@@ -67,7 +66,7 @@ def columns(start, stride, offs, ACCESS: tl.constexpr):
 
 @triton.jit
 def read(start, stride, offs, width, ACCESS: tl.constexpr):
-    """The columns `offs` of a row, as they are stored, and 0 past `width`."""
+    """Columns `offs` of a row, as they are stored, and 0 past `width`."""
     at = columns(start, stride, offs, ACCESS)
     if ACCESS == "single":
         return tl.load(at, mask=offs < width, other=0.0)

@@ -9,6 +9,8 @@ from torch import Tensor
 from benchmarks.case import LIMIT, PRODUCTS, Case, Gemm, Run, Suite, Work
 from benchmarks.oracle import Oracle
 from sfr_kernels.kernels.backend import unavailable
+from sfr_kernels.kernels.flow import flow_mse
+from sfr_kernels.kernels.softmax_xent import softmax_xent
 
 ONE_READ, FUSED = "one_read", "fused_output"
 TWICE, APART = "softmax_xent", "cuBLAS + flow_mse"  # what the package does
@@ -48,11 +50,10 @@ def one_read(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Wo
     labels, logits = torch.randint(vocab, (n,), device=device, generator=g), source.clone()
 
     def call(name: str, z: Tensor) -> list[Tensor]:
-        loss = experiment(z, labels, WARPS[name]) if name in WARPS else kernels_of("triton").softmax_xent(z, labels)[0]
-        return [loss, z]
+        return [experiment(z, labels, WARPS[name]) if name in WARPS else softmax_xent("triton", z, labels)[0], z]
 
     def torch_call(z: Tensor) -> list[Tensor]:
-        return [kernels_of("torch").softmax_xent(z, labels)[0], z]
+        return [softmax_xent("torch", z, labels)[0], z]
 
     oracle = Oracle(["loss", "dlogits"], torch_call(source.double()), torch_call(source.clone()))
 
@@ -76,11 +77,9 @@ def fused_output(n: int, width: int, dtype: torch.dtype, device: torch.device) -
     coefficient = torch.ones(n, dtype=torch.float32, device=device)
 
     def apart(a: Tensor, w: Tensor, b: Tensor, u: Tensor, v: Tensor, backend: str) -> list[Tensor]:
-        loss, db = kernels_of(backend).flow_mse(torch.addmm(b, a, w.T, out=v), u, coefficient.to(db_dtype(a)))
+        wide = torch.promote_types(a.dtype, torch.float32)
+        loss, db = flow_mse(backend, torch.addmm(b, a, w.T, out=v), u, coefficient.to(wide))
         return [loss, v, db]
-
-    def db_dtype(a: Tensor) -> torch.dtype:
-        return torch.promote_types(a.dtype, torch.float32)
 
     def run_of(name: str) -> Run:
         if name in TILES:

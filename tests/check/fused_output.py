@@ -57,11 +57,11 @@ def fused_output(
     """ℓ (n,) float32, dv (n, d) in a's dtype, db (d,) float32."""
     (n, width), d = a.shape, w_out.shape[0]
     rows, columns, depth, warps, stages = tile
-    parts, blocks = triton.cdiv(n, rows), triton.cdiv(d, columns)
+    row_tiles, column_tiles = triton.cdiv(n, rows), triton.cdiv(d, columns)
     dv = torch.empty(n, d, dtype=a.dtype, device=a.device)
-    loss = torch.empty(n, blocks, dtype=torch.float32, device=a.device)
-    partial = loss.new_empty(1, parts, d)
+    loss = torch.empty(n, column_tiles, dtype=torch.float32, device=a.device)
+    partial = loss.new_empty(1, row_tiles, d)
     sizes = dict(BLOCK_N=rows, BLOCK_D=columns, BLOCK_K=depth, num_warps=warps, num_stages=stages)
-    grid = (parts * blocks,)
+    grid = (row_tiles * column_tiles,)
     launch(_fused_output_kernel, grid, a, w_out, b_out, u, dv, loss, partial, coefficient, n, d, width, **sizes)
     return loss.sum(1), dv, column_sum(partial)[0]

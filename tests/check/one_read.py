@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sfr_kernels.kernels.elementary import exp
 from sfr_kernels.kernels.triton import launch
 
 WIDEST = 32768
@@ -32,7 +33,7 @@ def _one_read_kernel(x_ptr, x_row, label_ptr, loss_ptr, n, V, BLOCK: tl.constexp
         label = tl.load(label_ptr + row)
         z_label = tl.load(at + label).to(tl.float32)
         top = tl.max(z, axis=0)
-        e = tl.exp2(1.4426950408889634 * (z - top))
+        e = exp(z - top)
         total = tl.sum(e, axis=0)
         tl.store(loss_ptr + row, tl.log(total) - (z_label - top))
         dz = e * (1.0 / total)

@@ -32,19 +32,18 @@ if not ON_GPU and BACKEND == "triton":
 from benchmarks.oracle import Oracle  # noqa: E402
 from sfr_kernels.kernels.backend import kernels_of  # noqa: E402
 
-kernels = kernels_of(BACKEND)
-# The modules of the sums over rows, whose block counts small tests change.
+kernels, eager = kernels_of(BACKEND), kernels_of("torch")
 sums = import_module(f"sfr_kernels.kernels.sums.{BACKEND}")
-scales = import_module(f"sfr_kernels.kernels.scale.{BACKEND}")
 
 
-def only_triton() -> None:
-    if BACKEND != "triton":
-        pytest.skip("of Triton's kernels alone", allow_module_level=True)
+def few_row_blocks(monkeypatch) -> None:
+    """Nine rows are three programs of three, as thousands would be."""
+    monkeypatch.setattr(sums, "MAX_BLOCKS", 4)
 
 
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    return (found.double().cpu() - exact.double().cpu()).norm().item()
+def every_other(t: torch.Tensor) -> torch.Tensor:
+    """The same values, with a gap behind each."""
+    return torch.stack([t, torch.zeros_like(t)], dim=-1).flatten(-2)[..., ::2]
 
 
 def assert_as_good(found, eager, exact, k: float = 1.5) -> None:

@@ -1,9 +1,10 @@
-"""Kernels that show what Triton's generator makes."""
+"""Kernels that show what our generator makes in Triton, and Triton's own."""
 
 import triton
 import triton.language as tl
 
-from sfr_kernels.kernels.philox.triton import circle, radius, sincos_turns, words
+from sfr_kernels.kernels.elementary import sincos_turns
+from sfr_kernels.kernels.philox.triton import circle, radius, words
 
 
 @triton.jit
@@ -13,6 +14,17 @@ def words_kernel(out_ptr, identity_ptr, seed_ptr, STREAM: tl.constexpr, BLOCK: t
     found = words(tl.load(seed_ptr), tl.load(identity_ptr + row), block, STREAM)
     for lane in tl.static_range(4):
         tl.store(out_ptr + (row * BLOCK + block) * 4 + lane, found[lane].to(tl.int64))
+
+
+@triton.jit
+def tritons_kernel(out_ptr, counter_ptr, seed_ptr, SIZE: tl.constexpr):
+    """(4, SIZE) words of as many counters."""
+    at = counter_ptr + tl.arange(0, SIZE)
+    c0, c1 = tl.load(at).to(tl.uint32), tl.load(at + SIZE).to(tl.uint32)
+    c2, c3 = tl.load(at + 2 * SIZE).to(tl.uint32), tl.load(at + 3 * SIZE).to(tl.uint32)
+    found = tl.philox(tl.load(seed_ptr), c0, c1, c2, c3)
+    for lane in tl.static_range(4):
+        tl.store(out_ptr + lane * SIZE + tl.arange(0, SIZE), found[lane].to(tl.int64))
 
 
 @triton.jit

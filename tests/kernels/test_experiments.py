@@ -4,20 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from device import DEVICE, DTYPES, assert_as_good, only_triton
+from device import BACKEND, DEVICE, DTYPES, assert_as_good, eager
 from test_softmax_xent import make
 
-only_triton()
+if BACKEND != "triton":
+    pytest.skip("of Triton's kernels alone", allow_module_level=True)
 
-from check import experiments  # noqa: E402
-from check.fused_output import fused_output  # noqa: E402
-from check.one_read import WIDEST, one_read  # noqa: E402
+from check import experiments
+from check.fused_output import fused_output
+from check.one_read import WIDEST, one_read
 
-from sfr_kernels.kernels.backend import kernels_of  # noqa: E402
-
-eager = kernels_of("torch")
-
-from benchmarks.race import race  # noqa: E402
+from benchmarks.race import race
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -25,8 +22,7 @@ from benchmarks.race import race  # noqa: E402
 def test_one_read(vocab, dtype):
     logits, labels, _ = make(5, vocab, dtype)
     exact, theirs, mine = logits.double(), logits.clone(), logits.to(DEVICE, copy=True)
-    wanted, _ = eager.softmax_xent(exact, labels)
-    eager_loss, _ = eager.softmax_xent(theirs, labels)
+    (wanted, _), (eager_loss, _) = (eager.softmax_xent(x, labels) for x in (exact, theirs))
     assert_as_good(one_read(mine, labels.to(DEVICE), warps=1), eager_loss, wanted)
     assert_as_good(mine, theirs, exact)
 

@@ -1,13 +1,14 @@
-"""The flow loss of the cuda backend as one call, against the composite over its leaves and against float64."""
+"""The flow loss of the cuda backend as one call, against the composite over its kernels and against float64."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import evaluate, judge, make_case, reference_flow, reference_sfr, small_config
-from device import BACKEND, DEVICE, ON_GPU, kernels
+from device import BACKEND, DEVICE, ON_GPU
 
 from sfr_kernels import flow_matching_loss, sfr_loss
+from sfr_kernels.kernels.flow_loss import cuda as one_call
 
 if BACKEND != "cuda":
     pytest.skip("the cuda backend alone has it", allow_module_level=True)
@@ -46,8 +47,8 @@ def run(case, joint=False):
 @pytest.fixture
 def calls(monkeypatch):
     """How often the one call was taken."""
-    made, real = [], kernels.flow_loss
-    monkeypatch.setattr(leaves, "flow_loss", lambda *a, **k: made.append(1) or real(*a, **k))
+    made, real = [], one_call.flow_loss
+    monkeypatch.setattr(one_call, "flow_loss", lambda *a, **k: made.append(1) or real(*a, **k))
     return made
 
 
@@ -62,16 +63,16 @@ def test_float32_as_good_as_eager(name, joint, calls):
 
 
 @pytest.mark.parametrize("name", ["four layers", "whole vectors", "official"])
-def test_bfloat16_as_good_as_the_leaves_one_by_one(name, calls, monkeypatch):
+def test_bfloat16_as_good_as_the_kernels_one_by_one(name, calls, monkeypatch):
     """Beside float64, whose error both share in the main: of products that are rounded to 16 bit."""
     error, bound, scale = ({}, {}, {})
-    serves = leaves.serves_flow_loss
+    serves = one_call.serves_flow_loss
     for length in (13, 16, 19):  # of one draw alone the two differ by more
         case = case_of(**CONFIGS[name], length=length)
         exact = evaluate(reference_flow(case), case.inputs())
-        monkeypatch.setattr(leaves, "serves_flow_loss", serves)
+        monkeypatch.setattr(one_call, "serves_flow_loss", serves)
         whole = evaluate(run(case), case.inputs(torch.bfloat16))
-        monkeypatch.setattr(leaves, "serves_flow_loss", lambda *arguments: False)
+        monkeypatch.setattr(one_call, "serves_flow_loss", lambda *arguments: False)
         apart = evaluate(run(case), case.inputs(torch.bfloat16))
         for key, true in exact.items():
             for sums, x in ((error, whole[key] - true), (bound, apart[key] - true), (scale, true)):
@@ -98,7 +99,7 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(needed, calls):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_numbers_of_another_width_are_not_misread(dtype):
-    """Rows, weights and targets that torch's leaves take as they are."""
+    """Rows, weights and targets that torch's kernels take as they are."""
     case = case_of()
     wanted = evaluate(run(case), case.inputs(dtype))
     rows = case.rows
@@ -118,7 +119,7 @@ def test_numbers_of_another_width_are_not_misread(dtype):
 
 
 @pytest.mark.parametrize("why", ["a float32 head", "float16", "no gradient", "mse", "odd H", "odd d", "odd D"])
-def test_what_it_does_not_serve_goes_leaf_by_leaf(why, calls):
+def test_what_it_does_not_serve_goes_kernel_by_kernel(why, calls):
     odd = {"odd H": dict(hidden_size=15), "odd d": dict(target_size=7), "odd D": dict(width=18)}
     case = case_of(**odd.get(why, dict(loss="mse") if why == "mse" else {}))
     dtype = {"float16": torch.float16, "a float32 head": torch.bfloat16}.get(why, torch.float32)

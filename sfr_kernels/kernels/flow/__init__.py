@@ -29,7 +29,6 @@ class FlowPath(NamedTuple):
 @dispatch
 def flow_path(path: FlowPath, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """x_t and u (n, d) in `dtype`, rounded once from float32."""
-    raise NotImplementedError
 
 
 @dispatch
@@ -39,4 +38,3 @@ def flow_mse(
     coefficient: Tensor | None = None,  # (n,) float32; None: no gradient
 ) -> tuple[Tensor, Tensor | None]:
     """ℓ (n,) and db (d,), in float32 (float64 for float64 v)."""
-    raise NotImplementedError

@@ -1,12 +1,4 @@
-"""The flow path of each row, from its identity, anchor and time:
-
-x_0 = source_std · ε(seed, noise_id)        x_1 = target_scale · targets[anchor]
-x_t = (1 − t) x_0 + t x_1                   u = x_1 − x_0
-
-The matching loss of each row and its gradient:
-
-e = v − u      ℓ = mean_j e²      dv = (2 / d) · coefficient · e      db = Σ_r dv
-"""
+"""In torch operations on whole tensors."""
 
 import torch
 from torch import Tensor
@@ -16,7 +8,6 @@ from . import FlowPath
 
 
 def flow_path(path: FlowPath, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x_t and u (n, d) in `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)
     u = path.targets.to(wide).mul(path.target_scale)[path.anchor]
     t = path.times.to(wide)[path.time_index].unsqueeze(1)
@@ -27,12 +18,7 @@ def flow_path(path: FlowPath, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x_0.addcmul_(u, t).to(dtype), u.to(dtype)
 
 
-def flow_mse(
-    v: Tensor,  # (n, d), predicted velocity; holds dv afterwards if there is a coefficient
-    u: Tensor,  # (n, d), target velocity
-    coefficient: Tensor | None = None,  # (n,) float32; None: no gradient
-) -> tuple[Tensor, Tensor | None]:
-    """ℓ (n,) and db (d,), in float32 (float64 for float64 v)."""
+def flow_mse(v: Tensor, u: Tensor, coefficient: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     wide = torch.promote_types(v.dtype, torch.float32)
     e = v.to(wide) - u.to(wide)
     loss = torch.linalg.vector_norm(e, dim=1).square_().div_(v.shape[1])

@@ -1,14 +1,4 @@
-"""The flow path of each row, from its identity, anchor and time:
-
-x_0 = source_std · ε(seed, noise_id)        x_1 = target_scale · targets[anchor]
-u = x_1 − x_0                               x_t = x_0 + t u
-
-Both are rounded once, from float32.
-
-The matching loss of each row and its gradient, in one read of v and of the target velocity u:
-
-e = v − u      ℓ = mean_j e²      dv = (2 / d) · coefficient · e      db = Σ_r dv
-"""
+"""The path in one write of x_t = x_0 + t u and of u, the loss and its gradient in one read of v and u."""
 
 import torch
 import triton
@@ -17,7 +7,7 @@ from torch import Tensor
 
 from .. import empty_rows
 from ..philox.triton import gaussian
-from ..sums.triton import column_sum, empty_partial, parts_for
+from ..sums.triton import blocks_for, column_sum, partial_sums
 from ..triton import access, kernel, launch, read, row_block, warps_for, write
 from . import FlowPath
 
@@ -32,7 +22,7 @@ def _flow_path_kernel(
     first = tl.program_id(1) * BLOCK
     offs = first + tl.arange(0, BLOCK)
     anchor, time_index = tl.load(anchor_ptr + row).to(tl.int64), tl.load(time_index_ptr + row)
-    # Not waited for before the noise is made.
+    # Asked for here, and waited for once the noise is made.
     x_1 = read(targets_ptr + anchor * targets_row, 1, offs, d, TARGETS)
     t = tl.load(times_ptr + time_index).to(tl.float32)
     if HAS_NOISE:
@@ -48,36 +38,20 @@ def _flow_path_kernel(
 
 
 def flow_path(path: FlowPath, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x_t and u (n, d) in `dtype`."""
     n, d = path.noise_id.shape[0], path.targets.shape[1]
     targets = path.targets if path.targets.stride(1) == 1 else path.targets.contiguous()
     x_t, u = (empty_rows(n, d, dtype, targets.device) for _ in range(2))
     # Four counters a thread, sixteen coordinates: what a thread does once is spread over more, and registers are left
     # for many threads. Half of it where the ends of rows need some of them.
     block, rows = row_block(d, most=1024), access(d, x_t, u)
+    vectors = (v.contiguous() for v in (path.times, path.noise_id, path.anchor, path.time_index))
     launch(
-        _flow_path_kernel,
-        (n, triton.cdiv(d, block)),
-        x_t,
-        u,
-        u.stride(0),
-        targets,
-        targets.stride(0),
-        path.times.contiguous(),
-        path.noise_id.contiguous(),
-        path.anchor.contiguous(),
-        path.time_index.contiguous(),
-        path.seed,
-        path.target_scale,
-        path.source_std,
-        d,
-        HAS_NOISE=path.source_std != 0,
-        BLOCK=block,
-        ROWS=rows,
-        TARGETS=access(d, targets),
+        _flow_path_kernel, (n, triton.cdiv(d, block)), x_t, u, u.stride(0), targets, targets.stride(0),
+        *vectors, path.seed, path.target_scale, path.source_std, d,
+        HAS_NOISE=path.source_std != 0, BLOCK=block, ROWS=rows, TARGETS=access(d, targets),
         num_warps=warps_for(block, each=16 if rows == "whole" else 8),
         contract=False,  # the noise has the interpreter's bits
-    )
+    )  # fmt: skip
     return x_t, u
 
 
@@ -86,11 +60,11 @@ def _flow_mse_kernel(
     v_ptr, v_row, v_col, u_ptr, u_row, u_col, coefficient_ptr, loss_ptr, partial_ptr, n, d, rows,
     NEED_GRAD: tl.constexpr, BLOCK: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, c): rows p · rows … and the c-th block of columns; ℓ in one part for each block of columns."""
-    part, blocks = tl.program_id(0).to(tl.int64), tl.num_programs(1)
+    """Program (p, c): the p-th block of rows and the c-th of columns, each of which adds a part to its rows' ℓ."""
+    p, col_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(1)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     db = tl.zeros((BLOCK,), dtype=tl.float32)
-    first = part * rows
+    first = p * rows
     stop = tl.minimum(first + rows, n)
     inverse = 1.0 / d
     v = read(v_ptr + first * v_row, v_col, offs, d, ACCESS)
@@ -103,7 +77,7 @@ def _flow_mse_kernel(
         next_v = read(v_ptr + (row + 1) * v_row, v_col, offs, width, ACCESS)
         next_u = read(u_ptr + (row + 1) * u_row, u_col, offs, width, ACCESS)
         e = v.to(tl.float32) - u.to(tl.float32)
-        tl.store(loss_ptr + row * blocks + tl.program_id(1), tl.sum(e * e, axis=0) * inverse)
+        tl.store(loss_ptr + row * col_blocks + tl.program_id(1), tl.sum(e * e, axis=0) * inverse)
         if NEED_GRAD:
             dv = e * (2.0 * inverse * coefficient)
             write(v_ptr + row * v_row, v_col, offs, d, dv, ACCESS)
@@ -112,40 +86,22 @@ def _flow_mse_kernel(
         v, u = next_v, next_u
     if NEED_GRAD:
         padded = tl.cdiv(d, 16) * 16
-        write(partial_ptr + part * padded, 1, offs, padded, db, "whole")
+        write(partial_ptr + p * padded, 1, offs, padded, db, "whole")
 
 
-def flow_mse(
-    v: Tensor,  # (n, d), predicted velocity; holds dv afterwards if there is a coefficient
-    u: Tensor,  # (n, d), target velocity
-    coefficient: Tensor | None = None,  # (n,) float32; None: no gradient
-) -> tuple[Tensor, Tensor | None]:
-    """ℓ (n,) and db (d,) in float32."""
+def flow_mse(v: Tensor, u: Tensor, coefficient: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     n, d = v.shape
-    parts, rows = parts_for(n)
+    num_blocks, rows = blocks_for(n)
     # A row of at most 2048 columns is one block, so its ℓ is whole.
     block = row_block(d, most=2048)
-    blocks = triton.cdiv(d, block)
-    loss = torch.empty(n, blocks, dtype=torch.float32, device=v.device)
+    col_blocks = triton.cdiv(d, block)
+    loss = torch.empty(n, col_blocks, dtype=torch.float32, device=v.device)
     need_grad = coefficient is not None
-    partial = empty_partial(1, parts, d, v.device) if need_grad else None
+    coefficient = coefficient.contiguous() if need_grad else None
+    partial = partial_sums(1, num_blocks, d, v.device) if need_grad else None
     launch(
-        _flow_mse_kernel,
-        (parts, blocks),
-        v,
-        *v.stride(),
-        u,
-        *u.stride(),
-        None if coefficient is None else coefficient.contiguous(),
-        loss,
-        partial,
-        n,
-        d,
-        rows,
-        NEED_GRAD=need_grad,
-        BLOCK=block,
-        ACCESS=access(d, v, u),
-        num_warps=warps_for(block),
-    )
-    loss = loss.view(n) if blocks == 1 else loss.sum(1)
+        _flow_mse_kernel, (num_blocks, col_blocks), v, *v.stride(), u, *u.stride(), coefficient, loss, partial,
+        n, d, rows, NEED_GRAD=need_grad, BLOCK=block, ACCESS=access(d, v, u), num_warps=warps_for(block),
+    )  # fmt: skip
+    loss = loss.view(n) if col_blocks == 1 else loss.sum(1)
     return loss, column_sum(partial)[0, :d] if need_grad else None

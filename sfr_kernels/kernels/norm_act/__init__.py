@@ -26,7 +26,6 @@ def norm_act(
     residual: Tensor | None = None,  # (n, D)
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out (n, D) in y's dtype; μ and ρ (n,) in float32."""
-    raise NotImplementedError
 
 
 @dispatch
@@ -43,4 +42,3 @@ def norm_act_backward(
     dy: Tensor | None = None,  # (n, D), where to write dy; may be y or dout itself
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dy (n, D) in y's dtype; dγ, dβ (D,) and d row_bias (M, D) in float32; Σ dy (1, D) where row_index is None."""
-    raise NotImplementedError

@@ -1,12 +1,4 @@
-"""LayerNorm and SiLU, with the row bias before and the residual after:
-
-    y ← y + row_bias[row_index]      x̂ = (y − μ) ρ      z = γ x̂ + β      out = SiLU(z) (+ residual)
-
-Backward needs y, μ and ρ (DESIGN section 2):
-
-    dz = dout σ(z)(1 + z(1 − σ(z)))      q = γ dz      dy = ρ (q − mean(q) − x̂ mean(q x̂))
-    dγ = Σ dz x̂      dβ = Σ dz      d row_bias[m] = Σ_{row_index = m} dy
-"""
+"""In torch's own LayerNorm and SiLU."""
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +12,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def norm_act(
-    y: Tensor,  # (n, D); replaced by y + row_bias[row_index] where there is one
-    gamma: Tensor,  # (D,)
-    beta: Tensor,  # (D,)
-    *,
-    row_bias: Tensor | None = None,  # (M, D)
-    row_index: Tensor | None = None,  # (n,) int32
-    residual: Tensor | None = None,  # (n, D)
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out (n, D) in y's dtype; μ and ρ (n,) in float32."""
+    y: Tensor, gamma: Tensor, beta: Tensor, *,
+    row_bias: Tensor | None = None, row_index: Tensor | None = None, residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = _wide(y)
     if row_bias is not None:
         wide = torch.add(wide, row_bias[row_index], out=wide if wide is y else None)
@@ -42,18 +28,9 @@ def norm_act(
 
 
 def norm_act_backward(
-    dout: Tensor,  # (n, D)
-    y: Tensor,  # (n, D), as norm_act left it
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor,  # (n,)
-    rstd: Tensor,  # (n,)
-    *,
-    row_index: Tensor | None = None,  # (n,) int32
-    num_bias: int = 1,  # M
-    dy: Tensor | None = None,  # (n, D), where to write dy; may be y or dout itself
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy (n, D) in y's dtype; dγ, dβ (D,) and d row_bias (M, D) in float32; Σ dy (1, D) where row_index is None."""
+    dout: Tensor, y: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, *,
+    row_index: Tensor | None = None, num_bias: int = 1, dy: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     wide, shape = _wide(y), gamma.shape
     gamma, beta, mean, rstd = gamma.to(wide.dtype), beta.to(wide.dtype), mean.unsqueeze(1), rstd.unsqueeze(1)
     z, _, _ = torch.native_layer_norm(wide, shape, gamma, beta, EPS)

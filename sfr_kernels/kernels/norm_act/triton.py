@@ -1,16 +1,5 @@
-"""LayerNorm and SiLU, with the row bias before and the residual after:
-
-    y ← y + row_bias[row_index]      x̂ = (y − μ) ρ      z = γ x̂ + β      out = SiLU(z) (+ residual)
-
-Backward (norm_act_backward.py) needs y, μ and ρ.
-
-Backward of LayerNorm and SiLU (DESIGN section 2), from y, μ and ρ:
-
-    x̂ = (y − μ) ρ      z = γ x̂ + β      dz = dout σ(z)(1 + z(1 − σ(z)))      q = γ dz
-    dy = ρ (q − mean(q) − x̂ mean(q x̂))      dγ = Σ dz x̂      dβ = Σ dz      d row_bias[m] = Σ_{row_index = m} dy
-
-One kernel makes dy and the partial sums of row blocks, a second adds those up (column_sum.py). The sums per row index
-read dy once more (index_sum.py).
+"""Forward takes a row a program. Backward takes a block of rows a program, makes dy, and leaves their sums for γ, β and
+the bias to `column_sum`; the sums by row index read dy once more.
 """
 
 import torch
@@ -19,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import empty_rows
-from ..philox.triton import sigmoid
-from ..sums.triton import column_sum, empty_partial, parts_for, sum_by_index
+from ..elementary import sigmoid
+from ..sums.triton import blocks_for, column_sum, partial_sums, sum_by_index
 from ..triton import access, kernel, launch, read, row_block, warps_for, write
 from . import EPS
 
@@ -96,15 +85,9 @@ def _norm_act_kernel(
 
 
 def norm_act(
-    y: Tensor,  # (n, D); replaced by y + row_bias[row_index] where there is one
-    gamma: Tensor,  # (D,)
-    beta: Tensor,  # (D,)
-    *,
-    row_bias: Tensor | None = None,  # (M, D)
-    row_index: Tensor | None = None,  # (n,) int32
-    residual: Tensor | None = None,  # (n, D)
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out (n, D) in y's dtype; μ and ρ (n,) in float32."""
+    y: Tensor, gamma: Tensor, beta: Tensor, *,
+    row_bias: Tensor | None = None, row_index: Tensor | None = None, residual: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     n, width = y.shape
     out = empty_rows(n, width, y.dtype, y.device)
     mean, rstd = (torch.empty(n, dtype=torch.float32, device=y.device) for _ in range(2))
@@ -115,31 +98,13 @@ def norm_act(
     # sums over its threads, is spread over more.
     block = row_block(width)
     launch(
-        _norm_act_kernel,
-        (n,),
-        y,
-        *y.stride(),
-        gamma,
-        beta,
-        row_bias,
-        0 if row_bias is None else row_bias.stride(0),
-        None if row_index is None else row_index.contiguous(),
-        residual,
-        *((0, 0) if residual is None else residual.stride()),
-        out,
-        out.stride(0),
-        mean,
-        rstd,
-        width,
-        EPS,
-        HAS_BIAS=row_bias is not None,
-        HAS_RESIDUAL=residual is not None,
-        ONE_BLOCK=width <= block,
-        BLOCK=block,
-        ROWS=access(width, y, residual, out),
-        VECTORS=access(width, gamma, beta, row_bias),
+        _norm_act_kernel, (n,), y, *y.stride(), gamma, beta,
+        row_bias, 0 if row_bias is None else row_bias.stride(0), None if row_index is None else row_index.contiguous(),
+        residual, *((0, 0) if residual is None else residual.stride()), out, out.stride(0), mean, rstd, width, EPS,
+        HAS_BIAS=row_bias is not None, HAS_RESIDUAL=residual is not None, ONE_BLOCK=width <= block, BLOCK=block,
+        ROWS=access(width, y, residual, out), VECTORS=access(width, gamma, beta, row_bias),
         num_warps=warps_for(block, each=32 // y.element_size()),
-    )
+    )  # fmt: skip
     return out, mean, rstd
 
 
@@ -181,15 +146,15 @@ def _norm_act_backward_kernel(
     dy_ptr, dy_row, dy_col, partial_ptr, n, D, rows,
     SUM_DY: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr,
 ):  # fmt: skip
-    """Program (p, c): rows p · rows … and the c-th block of columns."""
-    part, parts = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
+    """Program (p, c): the p-th block of rows and the c-th of columns."""
+    p, num_blocks = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gamma = read(gamma_ptr, 1, offs, D, VECTORS).to(tl.float32)
     beta = read(beta_ptr, 1, offs, D, VECTORS).to(tl.float32)
     dgamma = tl.zeros((BLOCK,), dtype=tl.float32)
     dbeta = tl.zeros((BLOCK,), dtype=tl.float32)
     db = tl.zeros((BLOCK,), dtype=tl.float32)
-    first = part * rows
+    first = p * rows
     stop = tl.minimum(first + rows, n)
     inverse = 1.0 / D
     y = read(y_ptr + first * y_row, y_col, offs, D, ROWS)
@@ -219,59 +184,35 @@ def _norm_act_backward_kernel(
             db += dy
         y, dout, mean, rstd = next_y, next_dout, next_mean, next_rstd
     padded = tl.cdiv(D, 16) * 16
-    write(partial_ptr + part * padded, 1, offs, padded, dgamma, "whole")
-    write(partial_ptr + (parts + part) * padded, 1, offs, padded, dbeta, "whole")
+    write(partial_ptr + p * padded, 1, offs, padded, dgamma, "whole")
+    write(partial_ptr + (num_blocks + p) * padded, 1, offs, padded, dbeta, "whole")
     if SUM_DY:
-        write(partial_ptr + (2 * parts + part) * padded, 1, offs, padded, db, "whole")
+        write(partial_ptr + (2 * num_blocks + p) * padded, 1, offs, padded, db, "whole")
 
 
 def norm_act_backward(
-    dout: Tensor,  # (n, D)
-    y: Tensor,  # (n, D), as norm_act left it
-    gamma: Tensor,
-    beta: Tensor,
-    mean: Tensor,  # (n,)
-    rstd: Tensor,  # (n,)
-    *,
-    row_index: Tensor | None = None,  # (n,) int32
-    num_bias: int = 1,  # M
-    dy: Tensor | None = None,  # (n, D), where to write dy; may be y or dout itself
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dy (n, D) in y's dtype; dγ, dβ (D,) and d row_bias (M, D) in float32; Σ dy (1, D) where row_index is None."""
+    dout: Tensor, y: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor, rstd: Tensor, *,
+    row_index: Tensor | None = None, num_bias: int = 1, dy: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     n, width = y.shape
     dy = empty_rows(n, width, y.dtype, y.device) if dy is None else dy
     gamma, beta = gamma.contiguous(), beta.contiguous()
     # A whole row a program, as in norm_act; half its widest block, since three sums stay in registers between rows.
     block = row_block(width, most=2048)
-    blocks = triton.cdiv(width, block)
-    meta = dict(
-        BLOCK=block,
-        ROWS=access(width, dout, y, dy),
-        VECTORS=access(width, gamma, beta),
-        num_warps=warps_for(block),
-    )
-    parts, rows = parts_for(n)
+    col_blocks = triton.cdiv(width, block)
+    meta = dict(BLOCK=block, ROWS=access(width, dout, y, dy), VECTORS=access(width, gamma, beta))
+    meta["num_warps"] = warps_for(block)
+    num_blocks, rows = blocks_for(n)
     inputs = (dout, *dout.stride(), y, *y.stride(), gamma, beta, mean.contiguous(), rstd.contiguous())
     moments = None
-    if blocks > 1:
+    if col_blocks > 1:
         moments = mean.new_empty(n, 2)
         launch(_moments_kernel, (n,), *inputs, moments, width, **meta)
     sum_dy = row_index is None
-    partial = empty_partial(3 if sum_dy else 2, parts, width, y.device)
+    partial = partial_sums(3 if sum_dy else 2, num_blocks, width, y.device)
     launch(
-        _norm_act_backward_kernel,
-        (parts, blocks),
-        *inputs,
-        moments,
-        dy,
-        *dy.stride(),
-        partial,
-        n,
-        width,
-        rows,
-        SUM_DY=sum_dy,
-        ONE_BLOCK=blocks == 1,
-        **meta,
-    )
+        _norm_act_backward_kernel, (num_blocks, col_blocks), *inputs, moments, dy, *dy.stride(), partial,
+        n, width, rows, SUM_DY=sum_dy, ONE_BLOCK=col_blocks == 1, **meta,
+    )  # fmt: skip
     sums = column_sum(partial)[:, :width]
     return dy, sums[0], sums[1], sums[2:] if sum_dy else sum_by_index(dy, row_index, num_bias)

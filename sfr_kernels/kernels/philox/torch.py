@@ -1,8 +1,4 @@
-"""Philox4x32-10 in torch, for the noise and the times of the torch leaves.
-
-key = the 64-bit seed; counter = (block, identity low, identity high, stream)
-streams: 0 noise, 1 time of a row, 2 the table of times, 3 time of a sequence
-"""
+"""Philox in int64, of which the low 32 bits count, and the noise made of it."""
 
 import math
 
@@ -12,7 +8,6 @@ from torch import Tensor
 from .. import row_blocks
 
 _LOW, _M0, _M1 = 0xFFFFFFFF, 0xD2511F53, 0xCD9E8D57
-_BLOCK_ELEMENTS = 1 << 18  # of noise at a time: the words, of 64 bits here, stay in cache
 
 
 def random_words(
@@ -30,7 +25,7 @@ def _planes(seed: int | Tensor, identity: Tensor, stream: int, blocks: int) -> l
     n, device = identity.numel(), identity.device
     seed = seed.to(device).reshape(()) if isinstance(seed, Tensor) else seed
     keys = [((seed + i * 0x9E3779B9) & _LOW, ((seed >> 32) + i * 0xBB67AE85) & _LOW) for i in range(10)]
-    c0, c2 = torch.arange(blocks, device=device), ((identity >> 32) & _LOW).unsqueeze(1)
+    c0, c2 = torch.arange(blocks, dtype=torch.int64, device=device), ((identity >> 32) & _LOW).unsqueeze(1)
     c1, c3 = (identity & _LOW).unsqueeze(1), torch.full((), stream, dtype=torch.int64, device=device)
     # int64 products wrap modulo 2⁶⁴. Of c1 and c3 the low 32 bits count; the mask takes off what else comes along.
     for k0, k1 in keys[:3]:  # a word depends on the row or on the block alone, until the third round has mixed them
@@ -53,10 +48,10 @@ def to_uniform(words: Tensor) -> Tensor:
 
 
 def gaussian(seed: int | Tensor, identity: Tensor, size: int) -> Tensor:
-    """(n, size) float32 standard normal noise: lanes (0, 1) and (2, 3) of a block are Box–Muller pairs."""
+    """(n, size) float32 standard normal noise."""
     n, blocks = identity.numel(), -(-size // 4)
     out = torch.empty(n, blocks, 2, 2, device=identity.device, dtype=torch.float32)
-    for rows in row_blocks(out, _BLOCK_ELEMENTS):
+    for rows in row_blocks(out, elements=1 << 18):  # whose words, of 64 bits, stay in cache
         w0, w1, w2, w3 = _planes(seed, identity[rows], 0, blocks)
         radius = to_uniform(torch.stack([w0, w2], dim=2)).log_().mul_(-2.0).sqrt_()
         angle = to_uniform(torch.stack([w1, w3], dim=2)).mul_(2 * math.pi)

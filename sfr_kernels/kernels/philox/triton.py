@@ -1,13 +1,8 @@
-"""Philox4x32-10 in registers, for the noise and the times of the Triton leaves (DESIGN section 1).
+"""Philox in registers, and the noise made of it.
 
-key = the 64-bit seed; counter = (block, identity low, identity high, stream)
-streams: 0 noise, 1 time of a row, 2 the table of times, 3 time of a sequence
-
-Elementary functions in float32 operations alone, with no library call.
-
-`radius` and `circle` are what noise is made with. Their operations are the same, in the same order, in every kernel
-that makes noise, so where no product is contracted (`contract=False` in `launch`) the bits are the same too, also in
-the interpreter, which stands in for a GPU where there is none. Their polynomials and the quotient are minimax fits.
+`radius` and `circle` have the same operations, in the same order, in every kernel that makes noise, so where no product
+is contracted (`contract=False` in `launch`) the bits are the same too, also in the interpreter, which stands in for a
+GPU where there is none. Their polynomials and the quotient are minimax fits.
 """
 
 import triton
@@ -18,7 +13,7 @@ import triton.language as tl
 def words(seed, identity, block, STREAM: tl.constexpr):
     """Four uint32 words of each counter; identity is int64, block int32, of shapes that broadcast.
 
-    `tl.philox` wants counters of one shape; so the first rounds of what all blocks of a row share are made only once.
+    `tl.philox` wants counters of one shape; here the first rounds, of what all blocks of a row share, are made once.
     """
     c0, c1, c2 = block.to(tl.uint32), identity.to(tl.uint32), (identity >> 32).to(tl.uint32)
     c3 = tl.full((), STREAM, dtype=tl.uint32)
@@ -38,22 +33,13 @@ def uniform(word):
 
 
 @triton.jit
-def gaussian(seed, identity, block, std):
-    """std · ε of the four coordinates of each block, side by side: lanes (0, 1) and (2, 3) are Box–Muller pairs."""
-    w0, w1, w2, w3 = words(seed, identity, block, 0)
-    x0, x1 = circle(radius(w0) * std, w1)
-    x2, x3 = circle(radius(w2) * std, w3)
-    return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))
-
-
-@triton.jit
 def radius(w):
     """√(−2 ln u), u = (w + ½) 2⁻³², of a uint32 word; within 1e-6, at the smallest u, and 1e-7 on average.
 
     u = 2^e m with m in [√½, √2). N / D = −4 ln u, whose half has the root √(N² / (2 N D)) = N · (2 N D)^(−½): a first
-    guess from the bits, a quadratic and a step of Newton's give that inverse root, with no division and no root.
+    guess from the bits, a quadratic and one Newton step give that inverse root, with no division and no root.
     """
-    u = (w.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    u = uniform(w)
     bits = u.to(tl.int32, bitcast=True)
     t = (bits - 0x3F3504F3) & -0x800000  # 2²³ e
     g = (bits - t).to(tl.float32, bitcast=True) - 1.0
@@ -86,38 +72,9 @@ def circle(r, w):
 
 
 @triton.jit
-def sincos_turns(r):
-    """sin 2πr and cos 2πr for |r| ≤ 1, within two units of the last place: three times as exact as `circle`, for times,
-    which are few. The reduction to an eighth of a turn is exact and the polynomials are Taylor's."""
-    quadrant = tl.floor(4.0 * r + 0.5)
-    x = (r - 0.25 * quadrant) * 6.283185307179586
-    w = x * x
-    sine = x + x * w * (-1.0 / 6.0 + w * (1.0 / 120.0 + w * (-1.0 / 5040.0 + w * (1.0 / 362880.0))))
-    cosine = 1.0 - 0.5 * w + w * w * (1.0 / 24.0 + w * (-1.0 / 720.0 + w * (1.0 / 40320.0 + w * (-1.0 / 3628800.0))))
-    q = quadrant.to(tl.int32) & 3
-    odd = (q & 1) != 0
-    s, c = tl.where(odd, cosine, sine), tl.where(odd, sine, cosine)
-    return tl.where(q >= 2, -s, s), tl.where((q == 1) | (q == 2), -c, c)
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(−x)) as the square of a root's reciprocal, which a GPU has in one instruction: a division, and an
-    exponential that keeps subnormal numbers, take three or four each."""
-    root = tl.rsqrt(1.0 + tl.exp2(-1.4426950408889634 * x))
-    return root * root
-
-
-@triton.jit
-def tanh(x):
-    """tanh x and its derivative, to a few units in the last place also where either is small; `tl.exp2` makes a GPU's
-    bits its own."""
-    size = tl.abs(x)
-    w = x * x
-    series = 62.0 / 2835.0 + w * (-1382.0 / 155925.0 + w * (21844.0 / 6081075.0))
-    series = w * (-1.0 / 3.0 + w * (2.0 / 15.0 + w * (-17.0 / 315.0 + w * series)))
-    # Of a negative exponent, so that nothing overflows.
-    e = tl.exp2(-2.0 * 1.4426950408889634 * size)
-    far = (1.0 - e) / (1.0 + e)
-    t = tl.where(size < 0.4, x + x * series, tl.where(x < 0.0, -far, far))
-    return t, 4.0 * e / ((1.0 + e) * (1.0 + e))
+def gaussian(seed, identity, block, std):
+    """std · ε of the four coordinates of each block, side by side."""
+    w0, w1, w2, w3 = words(seed, identity, block, 0)
+    x0, x1 = circle(radius(w0) * std, w1)
+    x2, x3 = circle(radius(w2) * std, w3)
+    return tl.interleave(tl.interleave(x0, x2), tl.interleave(x1, x3))

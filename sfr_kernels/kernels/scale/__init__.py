@@ -18,7 +18,6 @@ def scale(
     dtype: torch.dtype,
 ) -> Tensor:
     """x · factor in `dtype`."""
-    raise NotImplementedError
 
 
 @dispatch
@@ -26,8 +25,7 @@ def scale_(
     x: Tensor,  # contiguous
     factor: Tensor,  # zero-dim float32 (float64 for float64 x)
 ) -> Tensor:
-    """x *= factor, and x. Where the factor is 1, x is not even read."""
-    raise NotImplementedError
+    """x *= factor; returns x, which is not even read where the factor is 1."""
 
 
 @dispatch
@@ -38,7 +36,6 @@ def scatter_rows(
     dtype: torch.dtype,
 ) -> Tensor:
     """(N, H) in `dtype`: factor · x[token_row], and zero where there is no row."""
-    raise NotImplementedError
 
 
 @dispatch
@@ -49,4 +46,3 @@ def split(
     z: Tensor | None = None,  # (M, d), contiguous
 ) -> Tensor:
     """[hi; lo] (2M, d) in a `dtype` of 16 bit; else x alone, (M, d)."""
-    raise NotImplementedError

@@ -1,19 +1,11 @@
-"""What backward does with the gradients that forward left: factor · x in float32, rounded once.
-
-`scatter_rows` also puts compact rows back in their places: every token looks for its row, so that the zeros of the
-others are written in the same pass.
-
-A float32 matrix as two of 16 bit, x = hi + lo, so that products with it are nearly those of float32:
-
-x ← Σ parts of x (· SiLU'(z))      hi = round(x)      lo = round(x − hi)
-"""
+"""One pass each. In `scatter_rows` every token looks for its row, so that the zeros of the others are written too."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..philox.triton import sigmoid
+from ..elementary import sigmoid
 from ..triton import access, kernel, launch, read, row_block, write
 
 # 16 programs of 128 threads fill a multiprocessor, of which a chip has at most 160.
@@ -36,12 +28,26 @@ def _scale_end(x_ptr, out_ptr, factor, numel):
         _scale_block(x_ptr, out_ptr, factor, numel // 16 * 16 + tl.arange(0, 16), numel, False)
 
 
+def _aligned(*flat: Tensor) -> bool:
+    return not any(x.data_ptr() % 16 for x in flat)
+
+
 @kernel
 def _scale_kernel(x_ptr, factor_ptr, out_ptr, numel: tl.int64, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     _scale_block(x_ptr, out_ptr, factor, offs, numel // 16 * 16, ALIGNED)
     _scale_end(x_ptr, out_ptr, factor, numel)
+
+
+def scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty_like(x, dtype=dtype)
+    # 16 bytes a thread, twice; blocks no larger, so that small tensors still fill the chip.
+    launch(
+        _scale_kernel, (triton.cdiv(x.numel(), 2048),), x, factor, out, x.numel(),
+        ALIGNED=_aligned(x, out), BLOCK=2048, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 @kernel
@@ -52,6 +58,12 @@ def _scale_in_place_kernel(x_ptr, factor_ptr, numel: tl.int64, ALIGNED: tl.const
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, tl.num_programs(0) * BLOCK):
             _scale_block(x_ptr, x_ptr, factor, start + tl.arange(0, BLOCK), numel // 16 * 16, ALIGNED)
         _scale_end(x_ptr, x_ptr, factor, numel)
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    programs = min(triton.cdiv(x.numel(), 4096), MAX_PROGRAMS)
+    launch(_scale_in_place_kernel, (programs,), x, factor, x.numel(), ALIGNED=_aligned(x), BLOCK=4096, num_warps=4)
+    return x
 
 
 @kernel
@@ -68,60 +80,15 @@ def _scatter_rows_kernel(
     write(out_ptr + token * H, 1, offs, H, x, OUT_ACCESS)
 
 
-def _aligned(*flat: Tensor) -> bool:
-    return not any(x.data_ptr() % 16 for x in flat)
-
-
-def scale(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x · factor in `dtype`; x contiguous, factor a zero-dim float32."""
-    out = torch.empty_like(x, dtype=dtype)
-    # 16 bytes a thread, twice; blocks no larger, so that small tensors still fill the chip.
-    launch(
-        _scale_kernel,
-        (triton.cdiv(x.numel(), 2048),),
-        x,
-        factor,
-        out,
-        x.numel(),
-        ALIGNED=_aligned(x, out),
-        BLOCK=2048,
-        num_warps=4,
-    )
-    return out
-
-
-def scale_(x: Tensor, factor: Tensor) -> Tensor:
-    """x *= factor, and x; x contiguous, factor a zero-dim float32. Where it is 1, x is not even read."""
-    programs = min(triton.cdiv(x.numel(), 4096), MAX_PROGRAMS)
-    launch(_scale_in_place_kernel, (programs,), x, factor, x.numel(), ALIGNED=_aligned(x), BLOCK=4096, num_warps=4)
-    return x
-
-
-def scatter_rows(
-    x: Tensor,  # (n, H)
-    factor: Tensor,  # zero-dim float32
-    token_row: Tensor,  # (N,) int32, the row of each token; −1, or n and more: none
-    dtype: torch.dtype,
-) -> Tensor:
-    """(N, H) in `dtype`: factor · x[token_row], and zero where there is no row."""
+def scatter_rows(x: Tensor, factor: Tensor, token_row: Tensor, dtype: torch.dtype) -> Tensor:
     tokens, width = token_row.shape[0], x.shape[1]
     out = torch.empty(tokens, width, dtype=dtype, device=x.device)
     block = row_block(width, most=2048)  # as in `scale`
     launch(
-        _scatter_rows_kernel,
-        (tokens, triton.cdiv(width, block)),
-        x,
-        *x.stride(),
-        factor,
-        token_row.contiguous(),
-        out,
-        x.shape[0],
-        width,
-        BLOCK=block,
-        ACCESS=access(width, x),
-        OUT_ACCESS=access(width, out),
-        num_warps=4,
-    )
+        _scatter_rows_kernel, (tokens, triton.cdiv(width, block)),
+        x, *x.stride(), factor, token_row.contiguous(), out, x.shape[0], width,
+        BLOCK=block, ACCESS=access(width, x), OUT_ACCESS=access(width, out), num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -144,30 +111,14 @@ def _split_kernel(
         write(out_ptr + numel, 1, offs, numel, x - hi.to(tl.float32), ACCESS)
 
 
-def split(
-    x: Tensor,  # (j · M, d) float32, contiguous: j parts of M rows, one or two, to be added
-    size: int,  # M
-    dtype: torch.dtype,
-    z: Tensor | None = None,  # (M, d), contiguous
-) -> Tensor:
-    """[hi; lo] (2M, d) in a `dtype` of 16 bit; else x alone, (M, d)."""
+def split(x: Tensor, size: int, dtype: torch.dtype, z: Tensor | None = None) -> Tensor:
     width, parts = x.shape[1], 2 if dtype.itemsize == 2 else 1
     out = torch.empty(parts * size, width, dtype=dtype, device=x.device)
     flat = [t.view(-1) for t in (x, z, out) if t is not None]
     # Where 16 does not divide the parts, the second of them lies off the vectors.
     how = "single" if size * width % 16 else access(size * width, *flat)
     launch(
-        _split_kernel,
-        (triton.cdiv(size * width, 1024),),
-        x,
-        z,
-        out,
-        size * width,
-        TWO_PARTS=x.shape[0] > size,
-        HAS_Z=z is not None,
-        SPLIT=parts == 2,
-        BLOCK=1024,
-        ACCESS=how,
-        num_warps=4,
-    )
+        _split_kernel, (triton.cdiv(size * width, 1024),), x, z, out, size * width,
+        TWO_PARTS=x.shape[0] > size, HAS_Z=z is not None, SPLIT=parts == 2, BLOCK=1024, ACCESS=how, num_warps=4,
+    )  # fmt: skip
     return out

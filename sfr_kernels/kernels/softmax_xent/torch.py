@@ -1,19 +1,4 @@
-"""Cross-entropy of rows of logits, and its gradient written over them:
-
-    z = cap · tanh(s x / cap)      lse = log Σ_j exp z_j
-    ℓ = lse − (1 − ε) z_y − ε mean(z) + λ_z lse²
-    dz = p (1 + 2 λ_z lse) − (1 − ε) onehot(y) − ε / V      dx = w s (1 − (z / cap)²) dz
-
-Rows are taken a few at a time, so that they stay in cache from one operation to the next.
-
-The two halves of `softmax_xent`, for logits of which each process of a group has some columns:
-
-    partials: top = max z      total = Σ exp(z − top)      and what else one part adds (`RowPartials`)
-    gradient: dx = w s (1 − (z / cap)²) (share · exp(z − top) − (1 − ε) onehot(y) − uniform)
-
-Between them the processes exchange the partials; top, share = (1 + 2 λ_z lse) / total and uniform = ε / V are then
-those of the whole vocabulary.
-"""
+"""In torch operations on blocks of rows."""
 
 import torch
 from torch import Tensor
@@ -21,34 +6,24 @@ from torch import Tensor
 from .. import row_blocks
 from . import RowPartials, RowStats
 
-_BLOCK_ELEMENTS = 1 << 19
-
 
 def softmax_xent(
-    logits: Tensor,  # (n, V); holds dlogits afterwards if need_grad
-    labels: Tensor,  # (n,) int64 in [0, V)
-    row_weight: Tensor | None = None,  # (n,) float32
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    need_grad: bool = True,
-    need_stats: bool = False,
-) -> tuple[Tensor, RowStats | None]:
-    """row_weight · ℓ (n,) in float32 (float64 for float64 logits), and the statistics if asked for."""
+    logits: Tensor, labels: Tensor, row_weight: Tensor | None = None, *,
+    logit_scale: float = 1.0, softcap: float | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    need_grad: bool = True, need_stats: bool = False,
+) -> tuple[Tensor, RowStats | None]:  # fmt: skip
     n, vocab = logits.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
     loss, lse = torch.empty(2, n, dtype=wide, device=logits.device)
     predicted = torch.empty(n if need_stats else 0, dtype=torch.int64, device=logits.device)
     entropy = loss.new_empty(predicted.shape)
     in_place = need_grad and logits.dtype == wide
-    for block in row_blocks(logits, _BLOCK_ELEMENTS):
+    for block in row_blocks(logits, elements=1 << 19):  # which stay in cache from one operation to the next
         z = logits[block] if in_place else logits[block].to(wide, copy=True)
-        bend = None
+        tanh_slope = None
         if softcap is not None:
             z.mul_(logit_scale / softcap).tanh_()
-            bend = 1 - z.square() if need_grad else None
+            tanh_slope = 1 - z.square() if need_grad else None
             z.mul_(softcap)
         elif logit_scale != 1:
             z.mul_(logit_scale)
@@ -83,35 +58,29 @@ def softmax_xent(
             if label_smoothing:
                 dz.sub_(slope * (label_smoothing / vocab))
             dz.scatter_add_(1, y, (label_smoothing - 1) * slope)
-            if bend is not None:
-                dz.mul_(bend)
+            if tanh_slope is not None:
+                dz.mul_(tanh_slope)
             if not (in_place and dz is z):
                 logits[block] = dz
     return loss, RowStats(lse, predicted, entropy, predicted == labels) if need_stats else None
 
 
-def _squash(x: Tensor, wide: torch.dtype, logit_scale: float, softcap: float | None) -> Tensor:
+def _z_of(x: Tensor, wide: torch.dtype, logit_scale: float, softcap: float | None) -> Tensor:
     z = x.to(wide) * logit_scale
     return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
 
 
 def softmax_partials(
-    logits: Tensor,  # (n, V), unchanged
-    labels: Tensor,  # (n,) int64; outside [0, V): the class is in another part
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    need_rest: bool = False,
-    need_stats: bool = False,
-) -> RowPartials:
-    """What these columns add to each row's softmax, in float32 (float64 for float64 logits)."""
+    logits: Tensor, labels: Tensor, *,
+    logit_scale: float = 1.0, softcap: float | None = None, need_rest: bool = False, need_stats: bool = False,
+) -> RowPartials:  # fmt: skip
     n, vocab = logits.shape
     wide = torch.promote_types(logits.dtype, torch.float32)
     owned = (labels >= 0) & (labels < vocab)
     out = RowPartials(*torch.zeros(7, n, dtype=wide, device=logits.device))
     out.owned.copy_(owned)
     for block in row_blocks(logits):
-        z = _squash(logits[block], wide, logit_scale, softcap)
+        z = _z_of(logits[block], wide, logit_scale, softcap)
         top, best = z.max(dim=1, keepdim=True)
         chosen = z.gather(1, labels[block].clamp(0, vocab - 1).unsqueeze(1)).squeeze(1)
         d = z.sub_(torch.where(top == -torch.inf, 0.0, top))  # where no class of this part has a probability
@@ -126,23 +95,14 @@ def softmax_partials(
 
 
 def softmax_gradient(
-    logits: Tensor,  # (n, V); holds dlogits afterwards
-    labels: Tensor,  # (n,) int64; outside [0, V): the class is in another part
-    row_weight: Tensor | None,  # (n,)
-    top: Tensor,  # (n,)
-    share: Tensor,  # (n,)
-    uniform: Tensor,  # zero-dim
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-) -> None:
-    """Turns logits into the gradient of row_weight · ℓ, for what is known of their rows in the whole vocabulary."""
+    logits: Tensor, labels: Tensor, row_weight: Tensor | None, top: Tensor, share: Tensor, uniform: Tensor, *,
+    logit_scale: float = 1.0, softcap: float | None = None, label_smoothing: float = 0.0,
+) -> None:  # fmt: skip
     vocab = logits.shape[1]
     slope = torch.full_like(top, logit_scale) if row_weight is None else row_weight.to(top.dtype) * logit_scale
     owned = ((labels >= 0) & (labels < vocab)).to(top.dtype)
     for block in row_blocks(logits):
-        z = _squash(logits[block], top.dtype, logit_scale, softcap)
+        z = _z_of(logits[block], top.dtype, logit_scale, softcap)
         dz = torch.exp(z - top[block].unsqueeze(1)).mul_(share[block].unsqueeze(1)).sub_(uniform)
         onehot = ((label_smoothing - 1) * owned[block]).unsqueeze(1)
         dz.scatter_add_(1, labels[block].clamp(0, vocab - 1).unsqueeze(1), onehot)

@@ -17,7 +17,6 @@ def stratified_times(
     num_times: int,  # M
 ) -> tuple[Tensor, Tensor]:
     """The table of jittered, stratified times (M,) float32, and each row's index into it (n,) int32."""
-    raise NotImplementedError
 
 
 @dispatch
@@ -26,10 +25,8 @@ def sequence_times(
     seed: Tensor,  # (1,) int64
 ) -> Tensor:
     """A uniform time (B,) float32 for each sequence."""
-    raise NotImplementedError
 
 
 @dispatch
 def sinusoid(times: Tensor, size: int, time_scale: float, dtype: torch.dtype) -> Tensor:
     """(M, size) in `dtype`: [sin(s t ω) ; cos(s t ω)]."""
-    raise NotImplementedError

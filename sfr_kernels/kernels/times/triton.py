@@ -1,11 +1,12 @@
-"""The flow times of a step, drawn from the seed, and their sinusoid: each a single launch."""
+"""Each a single launch."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..philox.triton import sincos_turns, uniform, words
+from ..elementary import sincos_turns
+from ..philox.triton import uniform, words
 from ..triton import kernel, launch, row_block
 
 
@@ -26,12 +27,30 @@ def _stratified_kernel(noise_id_ptr, seed_ptr, times_ptr, index_ptr, n, M, BLOCK
     tl.store(times_ptr + offs, times, mask=offs < M)
 
 
+def stratified_times(noise_id: Tensor, seed: Tensor, num_times: int) -> tuple[Tensor, Tensor]:
+    n, device = noise_id.shape[0], noise_id.device
+    times = torch.empty(num_times, dtype=torch.float32, device=device)
+    index = torch.empty(n, dtype=torch.int32, device=device)
+    launch(
+        _stratified_kernel, (triton.cdiv(max(n, num_times), 128),), noise_id.contiguous(), seed, times, index,
+        n, num_times, BLOCK=128, num_warps=4, contract=False,
+    )  # fmt: skip
+    return times, index
+
+
 @kernel
 def _uniform_kernel(identity_ptr, seed_ptr, out_ptr, n, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     identity = tl.load(identity_ptr + offs, mask=offs < n, other=0)
     word, _, _, _ = words(tl.load(seed_ptr), identity, offs * 0, 3)
     tl.store(out_ptr + offs, uniform(word), mask=offs < n)
+
+
+def sequence_times(sequence_id: Tensor, seed: Tensor) -> Tensor:
+    batch, identity = sequence_id.shape[0], sequence_id.contiguous()
+    times = torch.empty(batch, dtype=torch.float32, device=sequence_id.device)
+    launch(_uniform_kernel, (triton.cdiv(batch, 128),), identity, seed, times, batch, BLOCK=128, num_warps=4)
+    return times
 
 
 @kernel
@@ -48,63 +67,11 @@ def _sinusoid_kernel(times_ptr, out_ptr, d, time_scale, BLOCK: tl.constexpr):
     tl.store(out_ptr + m * d + offs, value.to(out_ptr.dtype.element_ty), mask=offs < d)
 
 
-def stratified_times(
-    noise_id: Tensor,  # (n,) int64
-    seed: Tensor,  # (1,) int64
-    num_times: int,  # M
-) -> tuple[Tensor, Tensor]:
-    """The table of jittered, stratified times (M,) float32, and each row's index into it (n,) int32."""
-    n, device = noise_id.shape[0], noise_id.device
-    times = torch.empty(num_times, dtype=torch.float32, device=device)
-    index = torch.empty(n, dtype=torch.int32, device=device)
-    launch(
-        _stratified_kernel,
-        (triton.cdiv(max(n, num_times), 128),),
-        noise_id.contiguous(),
-        seed,
-        times,
-        index,
-        n,
-        num_times,
-        BLOCK=128,
-        num_warps=4,
-        contract=False,
-    )
-    return times, index
-
-
-def sequence_times(
-    sequence_id: Tensor,  # (B,) int64
-    seed: Tensor,  # (1,) int64
-) -> Tensor:
-    """A uniform time (B,) float32 for each sequence."""
-    batch = sequence_id.shape[0]
-    times = torch.empty(batch, dtype=torch.float32, device=sequence_id.device)
-    launch(
-        _uniform_kernel,
-        (triton.cdiv(batch, 128),),
-        sequence_id.contiguous(),
-        seed,
-        times,
-        batch,
-        BLOCK=128,
-        num_warps=4,
-    )
-    return times
-
-
 def sinusoid(times: Tensor, size: int, time_scale: float, dtype: torch.dtype) -> Tensor:
-    """(M, size) in `dtype`: [sin(s t ω) ; cos(s t ω)], DESIGN section 1."""
     out = torch.empty(times.shape[0], size, dtype=dtype, device=times.device)
     block = row_block(size, most=512)
     launch(
-        _sinusoid_kernel,
-        (times.shape[0], triton.cdiv(size, block)),
-        times.contiguous(),
-        out,
-        size,
-        time_scale,
-        BLOCK=block,
-        num_warps=4,
-    )
+        _sinusoid_kernel, (times.shape[0], triton.cdiv(size, block)), times.contiguous(), out, size, time_scale,
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip
     return out
