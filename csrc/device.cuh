@@ -1,4 +1,4 @@
-// What a kernel file needs of CUDA: from nvcc, or from the emulation on a CPU (emulation.h).
+// What a kernel file needs of CUDA: from nvcc, or from the emulation on a CPU (tests/emulation.h).
 #pragma once
 
 #include <stdint.h>
@@ -42,6 +42,27 @@ __device__ inline float reciprocal_root(float x) {
     float y;
     asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// All 64 bits, in one instruction: of the same in C++ the compiler makes a product of 64 by 64 bits and corrects it.
+__device__ inline uint64_t product(uint32_t a, uint32_t b) {
+    uint64_t out;
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(out) : "r"(a), "r"(b));
+    return out;
+}
+
+// Blocks that the current device holds at once, so many of them on a multiprocessor.
+inline int64_t most_resident(int on_each) {
+    int device = 0, count = 132;
+    if (cudaGetDevice(&device) == cudaSuccess)
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    return static_cast<int64_t>(count) * on_each;
+}
+
+// The architecture (80, 90, …) of the code that the current device would run of a kernel; 0: none.
+template <typename Kernel> int code_of(Kernel *kernel) {
+    cudaFuncAttributes found{};
+    return cudaFuncGetAttributes(&found, kernel) ? 0 : found.ptxVersion;
 }
 
 inline cudaError_t clear(void *at, size_t bytes, void *stream) {
@@ -106,6 +127,7 @@ __device__ inline unsigned shared_address(const void *at) {
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define SFR_CLUSTERS // this code may be run by clusters of blocks
 __device__ inline int cluster_rank() { return static_cast<int>(cooperative_groups::this_cluster().block_rank()); }
 __device__ inline int cluster_size() { return static_cast<int>(cooperative_groups::this_cluster().num_blocks()); }
 __device__ inline void cluster_sync() { cooperative_groups::this_cluster().sync(); }
@@ -162,6 +184,13 @@ __device__ inline void wait_for_all_copies_but_the_last() { asm volatile("cp.asy
 
 } // namespace sfr
 #endif
+
+namespace sfr {
+
+constexpr int MOST_STATIC_SHARED = 48 << 10; // bytes of shared memory that a block may declare
+constexpr int MOST_SHARED = 227 << 10;       // and that a launch may give it, on sm_90 and sm_100
+
+} // namespace sfr
 
 // A launcher: called through ctypes, returns a cudaError_t.
 #define SFR_API extern "C" __attribute__((visibility("default"))) int

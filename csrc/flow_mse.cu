@@ -2,9 +2,10 @@
 //
 //     e = v (+ b) − u      ℓ = mean_j e²      dv = (2 / d) · coefficient · e      db = Σ_r dv
 //
-// A block takes some rows and some columns: ℓ comes in one part for each block of columns, db in one for each block of
-// rows (sums.cu adds those up).
+// A block takes some rows and some columns: ℓ comes as a partial sum of each block of columns, db as one of each
+// block of rows (sums.cu adds those up).
 
+#include "launchers.h"
 #include "reduce.cuh"
 #include "types.cuh"
 
@@ -16,7 +17,7 @@ template <typename T> struct FlowMse {
     const T *bias;            // (d,), or null
     const float *coefficient; // (n,); null: no gradient
     float *loss;              // (n, blocks of columns)
-    float *partial;           // (parts, d), rows `partial_row` apart
+    float *partial;           // (row blocks, d), rows `partial_row` apart
     int64_t partial_row, n;
     int d, rows;
     float over_d; // 1 / d
@@ -63,30 +64,27 @@ __global__ void __launch_bounds__(256, 2) flow_mse_kernel(FlowMse<T> a) {
 
 } // namespace sfr
 
-// loss (n, blocks of columns) float32, partial (parts, d) float32, v holds dv afterwards if there is a coefficient.
-// A block has 16 bytes of a row for each of its threads.
-SFR_API sfr_flow_mse(void *v, int dtype, int64_t v_row, int64_t v_col, const void *u, int64_t u_row, int64_t u_col,
-                     const void *bias, const float *coefficient, float *loss, float *partial, int64_t partial_row,
-                     int64_t n, int d, int parts, int rows, int threads, void *stream) {
-    if (n == 0) return cudaSuccess;
+SFR_API sfr_flow_mse(const sfr::FlowMseArguments &f, int dtype, void *stream) {
+    if (f.n == 0) return cudaSuccess;
     SFR_DISPATCH(dtype, T, {
         constexpr int VECTOR = 16 / sizeof(T);
-        const sfr::FlowMse<T> a{{static_cast<T *>(v), v_row, v_col},
-                                {static_cast<const T *>(u), u_row, u_col},
-                                static_cast<const T *>(bias),
-                                coefficient,
-                                loss,
-                                partial,
-                                partial_row,
-                                n,
-                                d,
-                                rows,
-                                1.0f / d};
-        const dim3 grid(parts, (d + threads * VECTOR - 1) / (threads * VECTOR));
-        const bool vectors = sfr::aligned(a.v) && sfr::aligned(a.u) && sfr::aligned(bias, 16, 16) &&
-                             sfr::aligned(partial, partial_row * sizeof(float), 16);
-        if (vectors) return SFR_LAUNCH((sfr::flow_mse_kernel<T, VECTOR, true>), grid, threads, 0, stream, a);
-        return SFR_LAUNCH((sfr::flow_mse_kernel<T, VECTOR, false>), grid, threads, 0, stream, a);
+        sfr::FlowMse<T> a;
+        a.v = {static_cast<T *>(f.v), f.v_row, f.v_col};
+        a.u = {static_cast<const T *>(f.u), f.u_row, f.u_col};
+        a.bias = static_cast<const T *>(f.bias);
+        a.coefficient = f.coefficient;
+        a.loss = f.loss;
+        a.partial = f.partial;
+        a.partial_row = f.partial_row;
+        a.n = f.n;
+        a.d = f.d;
+        a.rows = f.rows;
+        a.over_d = 1.0f / f.d;
+        const dim3 grid(f.num_blocks, (f.d + f.threads * VECTOR - 1) / (f.threads * VECTOR));
+        const bool vectors = sfr::aligned(a.v) && sfr::aligned(a.u) && sfr::aligned(f.bias, 16, 16) &&
+                             sfr::aligned(f.partial, f.partial_row * sizeof(float), 16);
+        SFR_BOOL(vectors, ALIGNED,
+                 return SFR_LAUNCH((sfr::flow_mse_kernel<T, VECTOR, ALIGNED>), grid, f.threads, 0, stream, a))
     })
     return cudaErrorInvalidValue;
 }

@@ -5,6 +5,7 @@
 //
 // Both are stored: reading u again costs less than its noise does.
 
+#include "launchers.h"
 #include "philox.cuh"
 #include "types.cuh"
 
@@ -54,37 +55,35 @@ __global__ void __launch_bounds__(128) flow_path_kernel(FlowPath<T, E> a) {
 template <typename T, typename E> int launch_flow_path(const FlowPath<T, E> &a, void *stream) {
     // 16 bytes of x_t a thread: two counters in 16 bit, one in float32
     constexpr int VECTOR = 16 / sizeof(T);
+    static_assert(VECTOR % 4 == 0, "a counter makes the noise of four columns");
     const int threads = a.d >= 128 * VECTOR ? 128 : ((a.d + VECTOR - 1) / VECTOR + 31) / 32 * 32;
     const dim3 grid(resident_blocks(a.n, threads, 1536), (a.d + threads * VECTOR - 1) / (threads * VECTOR));
     const bool vectors = aligned(a.x_t, a.row * sizeof(T), 16) && aligned(a.u, 16, 16) &&
                          aligned(a.targets, a.target_row * sizeof(E), 16);
-    if (vectors) return SFR_LAUNCH((flow_path_kernel<T, E, VECTOR, true>), grid, threads, 0, stream, a);
-    return SFR_LAUNCH((flow_path_kernel<T, E, VECTOR, false>), grid, threads, 0, stream, a);
+    SFR_BOOL(vectors, ALIGNED,
+             return SFR_LAUNCH((flow_path_kernel<T, E, VECTOR, ALIGNED>), grid, threads, 0, stream, a))
 }
 
 } // namespace sfr
 
-// x_t and u (n, d), their rows `row` numbers apart.
-SFR_API sfr_flow_path(void *x_t, void *u, int dtype, int64_t row, const void *targets, int targets_dtype,
-                      int64_t target_row, const float *times, const int64_t *noise_id, const int32_t *anchor,
-                      const int32_t *time_index, const int64_t *seed, float target_scale, float source_std, int64_t n,
-                      int d, void *stream) {
-    if (n == 0) return cudaSuccess;
-    SFR_DISPATCH(targets_dtype, E, SFR_DISPATCH(dtype, T, {
-                     const sfr::FlowPath<T, E> a{static_cast<T *>(x_t),
-                                                 static_cast<T *>(u),
-                                                 row,
-                                                 static_cast<const E *>(targets),
-                                                 target_row,
-                                                 times,
-                                                 noise_id,
-                                                 anchor,
-                                                 time_index,
-                                                 seed,
-                                                 target_scale,
-                                                 source_std,
-                                                 n,
-                                                 d};
+SFR_API sfr_flow_path(const sfr::FlowPathArguments &f, int dtype, void *stream) {
+    if (f.n == 0) return cudaSuccess;
+    SFR_DISPATCH(f.targets_dtype, E, SFR_DISPATCH(dtype, T, {
+                     sfr::FlowPath<T, E> a;
+                     a.x_t = static_cast<T *>(f.x_t);
+                     a.u = static_cast<T *>(f.u);
+                     a.row = f.row;
+                     a.targets = static_cast<const E *>(f.targets);
+                     a.target_row = f.target_row;
+                     a.times = f.times;
+                     a.noise_id = f.noise_id;
+                     a.anchor = f.anchor;
+                     a.time_index = f.time_index;
+                     a.seed = f.seed;
+                     a.target_scale = f.target_scale;
+                     a.source_std = f.source_std;
+                     a.n = f.n;
+                     a.d = f.d;
                      return sfr::launch_flow_path(a, stream);
                  }))
     return cudaErrorInvalidValue;

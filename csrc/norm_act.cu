@@ -11,6 +11,7 @@
 // A row that fits a block of threads stays in registers. A wider one is read three times forward; backward a first
 // kernel leaves mean(q) and mean(q x̂).
 
+#include "launchers.h"
 #include "reduce.cuh"
 #include "sigmoid.cuh"
 #include "types.cuh"
@@ -162,7 +163,7 @@ template <typename T, typename G> struct NormActBackward {
     const float *mean, *rstd; // (n,)
     float *moments;           // (n, 2), where a row is wider than a block
     Matrix<T> dy;
-    float *partial; // (3 or 2, parts, D): Σ dy if SUM_DY, dγ, dβ; rows `partial_row` apart
+    float *partial; // (3 or 2, row blocks, D): Σ dy if SUM_DY, dγ, dβ; rows `partial_row` apart
     int64_t partial_row, n;
     int width, rows;
     float over_width; // 1 / D
@@ -289,87 +290,78 @@ __global__ void __launch_bounds__(256, 2) norm_act_backward_kernel(NormActBackwa
         return cudaErrorInvalidValue;                                                                                  \
     })
 
-SFR_API sfr_norm_act(void *y, int dtype, int64_t y_row, int64_t y_col, const void *bias, const void *gamma,
-                     const void *beta, int vector_dtype, const float *row_bias, int64_t bias_row,
-                     const int32_t *row_index, const void *residual, int64_t residual_row, int64_t residual_col,
-                     void *out, int64_t out_row, float *mean, float *rstd, int64_t n, int width, float eps, int threads,
-                     void *stream) {
-    if (n == 0) return cudaSuccess;
-    SFR_DISPATCH_PAIR(dtype, vector_dtype, T, G, {
+SFR_API sfr_norm_act(const sfr::NormActArguments &f, int dtype, void *stream) {
+    if (f.n == 0) return cudaSuccess;
+    SFR_DISPATCH_PAIR(dtype, f.vector_dtype, T, G, {
         constexpr int VECTOR = 16 / sizeof(T);
-        const sfr::NormAct<T, G> a{{static_cast<T *>(y), y_row, y_col},
-                                   static_cast<const T *>(bias),
-                                   static_cast<const G *>(gamma),
-                                   static_cast<const G *>(beta),
-                                   row_bias,
-                                   bias_row,
-                                   row_index,
-                                   {static_cast<const T *>(residual), residual_row, residual_col},
-                                   static_cast<T *>(out),
-                                   out_row,
-                                   mean,
-                                   rstd,
-                                   n,
-                                   width,
-                                   eps,
-                                   1.0f / width};
-        const bool vectors = sfr::aligned(a.y) && sfr::aligned(a.residual) && sfr::aligned(bias, 16, 16) &&
-                             sfr::aligned(gamma, 16, 16) && sfr::aligned(beta, 16, 16) &&
-                             sfr::aligned(row_bias, bias_row * sizeof(float), 16) &&
-                             sfr::aligned(out, out_row * sizeof(T), 16);
-        if (width > threads * VECTOR) {
-            const dim3 grid(static_cast<unsigned>(n));
-            if (vectors)
-                return SFR_LAUNCH((sfr::norm_act_wide_kernel<T, G, VECTOR, true>), grid, threads, 0, stream, a);
-            return SFR_LAUNCH((sfr::norm_act_wide_kernel<T, G, VECTOR, false>), grid, threads, 0, stream, a);
+        sfr::NormAct<T, G> a;
+        a.y = {static_cast<T *>(f.y), f.y_row, f.y_col};
+        a.bias = static_cast<const T *>(f.bias);
+        a.gamma = static_cast<const G *>(f.gamma);
+        a.beta = static_cast<const G *>(f.beta);
+        a.row_bias = f.row_bias;
+        a.bias_row = f.row_bias_row;
+        a.row_index = f.row_index;
+        a.residual = {static_cast<const T *>(f.residual), f.residual_row, f.residual_col};
+        a.out = static_cast<T *>(f.out);
+        a.out_row = f.out_row;
+        a.mean = f.mean;
+        a.rstd = f.rstd;
+        a.n = f.n;
+        a.width = f.width;
+        a.eps = f.eps;
+        a.over_width = 1.0f / f.width;
+        const bool vectors = sfr::aligned(a.y) && sfr::aligned(a.residual) && sfr::aligned(f.bias, 16, 16) &&
+                             sfr::aligned(f.gamma, 16, 16) && sfr::aligned(f.beta, 16, 16) &&
+                             sfr::aligned(f.row_bias, f.row_bias_row * sizeof(float), 16) &&
+                             sfr::aligned(f.out, f.out_row * sizeof(T), 16);
+        if (f.width > f.threads * VECTOR) {
+            const dim3 grid(static_cast<unsigned>(f.n));
+            SFR_BOOL(vectors, ALIGNED,
+                     return SFR_LAUNCH((sfr::norm_act_wide_kernel<T, G, VECTOR, ALIGNED>), grid, f.threads, 0, stream,
+                                       a))
         }
-        const dim3 grid(sfr::resident_blocks(n, threads, 768));
-        if (vectors) return SFR_LAUNCH((sfr::norm_act_kernel<T, G, VECTOR, true>), grid, threads, 0, stream, a);
-        return SFR_LAUNCH((sfr::norm_act_kernel<T, G, VECTOR, false>), grid, threads, 0, stream, a);
+        const dim3 grid(sfr::resident_blocks(f.n, f.threads, 768));
+        SFR_BOOL(vectors, ALIGNED,
+                 return SFR_LAUNCH((sfr::norm_act_kernel<T, G, VECTOR, ALIGNED>), grid, f.threads, 0, stream, a))
     })
 }
 
-SFR_API sfr_norm_act_backward(const void *dout, int dtype, int64_t dout_row, int64_t dout_col, const void *y,
-                              int64_t y_row, int64_t y_col, const void *bias, const void *gamma, const void *beta,
-                              int vector_dtype, const float *mean, const float *rstd, float *moments, void *dy,
-                              int64_t dy_row, int64_t dy_col, float *partial, int64_t partial_row, int sum_dy,
-                              int64_t n, int width, int parts, int rows, int threads, void *stream) {
-    if (n == 0) return cudaSuccess;
-    SFR_DISPATCH_PAIR(dtype, vector_dtype, T, G, {
+SFR_API sfr_norm_act_backward(const sfr::NormActBackwardArguments &f, int dtype, void *stream) {
+    if (f.n == 0) return cudaSuccess;
+    SFR_DISPATCH_PAIR(dtype, f.vector_dtype, T, G, {
         constexpr int VECTOR = 16 / sizeof(T);
-        sfr::NormActBackward<T, G> a{{static_cast<const T *>(dout), dout_row, dout_col},
-                                     {static_cast<const T *>(y), y_row, y_col},
-                                     static_cast<const T *>(bias),
-                                     static_cast<const G *>(gamma),
-                                     static_cast<const G *>(beta),
-                                     mean,
-                                     rstd,
-                                     moments,
-                                     {static_cast<T *>(dy), dy_row, dy_col},
-                                     partial,
-                                     partial_row,
-                                     n,
-                                     width,
-                                     rows,
-                                     1.0f / width};
+        sfr::NormActBackward<T, G> a;
+        a.dout = {static_cast<const T *>(f.dout), f.dout_row, f.dout_col};
+        a.y = {static_cast<const T *>(f.y), f.y_row, f.y_col};
+        a.bias = static_cast<const T *>(f.bias);
+        a.gamma = static_cast<const G *>(f.gamma);
+        a.beta = static_cast<const G *>(f.beta);
+        a.mean = f.mean;
+        a.rstd = f.rstd;
+        a.dy = {static_cast<T *>(f.dy), f.dy_row, f.dy_col};
+        a.partial = f.partial;
+        a.partial_row = f.partial_row;
+        a.n = f.n;
+        a.width = f.width;
+        a.rows = f.rows;
+        a.over_width = 1.0f / f.width;
         const bool vectors = sfr::aligned(a.dout) && sfr::aligned(a.y) && sfr::aligned(a.dy) &&
-                             sfr::aligned(bias, 16, 16) && sfr::aligned(gamma, 16, 16) && sfr::aligned(beta, 16, 16) &&
-                             sfr::aligned(partial, partial_row * sizeof(float), 16);
-        const dim3 grid(parts, (width + threads * VECTOR - 1) / (threads * VECTOR));
-        if (grid.y == 1) a.moments = nullptr;
+                             sfr::aligned(f.bias, 16, 16) && sfr::aligned(f.gamma, 16, 16) &&
+                             sfr::aligned(f.beta, 16, 16) &&
+                             sfr::aligned(f.partial, f.partial_row * sizeof(float), 16);
+        const dim3 grid(f.num_blocks, (f.width + f.threads * VECTOR - 1) / (f.threads * VECTOR));
+        a.moments = grid.y == 1 ? nullptr : f.moments;
         if (a.moments != nullptr) {
-            const dim3 all(static_cast<unsigned>(n));
+            const dim3 all(static_cast<unsigned>(f.n));
             const int error =
-                vectors ? SFR_LAUNCH((sfr::moments_kernel<T, G, VECTOR, true>), all, threads, 0, stream, a)
-                        : SFR_LAUNCH((sfr::moments_kernel<T, G, VECTOR, false>), all, threads, 0, stream, a);
+                vectors ? SFR_LAUNCH((sfr::moments_kernel<T, G, VECTOR, true>), all, f.threads, 0, stream, a)
+                        : SFR_LAUNCH((sfr::moments_kernel<T, G, VECTOR, false>), all, f.threads, 0, stream, a);
             if (error != cudaSuccess) return error;
         }
-        if (vectors && sum_dy)
-            return SFR_LAUNCH((sfr::norm_act_backward_kernel<T, G, VECTOR, true, true>), grid, threads, 0, stream, a);
-        if (vectors)
-            return SFR_LAUNCH((sfr::norm_act_backward_kernel<T, G, VECTOR, true, false>), grid, threads, 0, stream, a);
-        if (sum_dy)
-            return SFR_LAUNCH((sfr::norm_act_backward_kernel<T, G, VECTOR, false, true>), grid, threads, 0, stream, a);
-        return SFR_LAUNCH((sfr::norm_act_backward_kernel<T, G, VECTOR, false, false>), grid, threads, 0, stream, a);
+        SFR_BOOL(vectors, ALIGNED,
+                 SFR_BOOL(f.sum_dy != 0, SUM_DY,
+                          return SFR_LAUNCH((sfr::norm_act_backward_kernel<T, G, VECTOR, ALIGNED, SUM_DY>), grid,
+                                            f.threads, 0, stream, a)))
     })
 }

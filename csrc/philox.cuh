@@ -16,17 +16,6 @@ struct Words {
     uint32_t w[4];
 };
 
-// All 64 bits, in one instruction: of the same in C++ the compiler makes a product of 64 by 64 bits and corrects it.
-__device__ inline uint64_t product(uint32_t a, uint32_t b) {
-#ifdef SFR_EMULATION
-    return static_cast<uint64_t>(a) * b;
-#else
-    uint64_t out;
-    asm("mul.wide.u32 %0, %1, %2;" : "=l"(out) : "r"(a), "r"(b));
-    return out;
-#endif
-}
-
 __device__ inline Words philox(uint64_t seed, uint64_t identity, uint32_t block, uint32_t stream) {
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
     uint32_t c0 = block, c1 = static_cast<uint32_t>(identity), c2 = static_cast<uint32_t>(identity >> 32), c3 = stream;

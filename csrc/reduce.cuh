@@ -5,11 +5,15 @@
 
 namespace sfr {
 
+constexpr int MOST_WARPS = 32; // of a block
+constexpr int PADDED_WARPS = MOST_WARPS + 4; // so that the last warp can fill up four sums, which are read at once
+static_assert(PADDED_WARPS % 4 == 0 && PADDED_WARPS >= MOST_WARPS + 3, "rows of whole float4");
+
 // Every thread gets the sums. All threads of the block must call it; a block is whole warps, at most 32 of them. Calls
 // that follow each other take turns, 0 and 1: the sums of one are then read before those of the next but one are
 // written.
 template <int N> __device__ inline void block_sum(float (&value)[N], int turn) {
-    __shared__ __align__(16) float parts[2][N][36];
+    __shared__ __align__(16) float parts[2][N][PADDED_WARPS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
 #pragma unroll
     for (int offset = 16; offset > 0; offset >>= 1) {

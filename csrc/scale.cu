@@ -4,12 +4,14 @@
 //     scatter: out[token] = factor · x[token_row[token]], zero where there is no such row
 //     split: x ← Σ parts of x (· SiLU'(z))      hi = round(x)      lo = round(x − hi)
 
+#include "launchers.h"
 #include "sigmoid.cuh"
 #include "types.cuh"
 
 namespace sfr {
 
 constexpr int THREADS = 256, VECTOR = 8;
+static_assert(THREADS % 32 == 0 && VECTOR * 2 == 16, "whole warps; 16 bytes of the smallest type");
 
 template <typename T, typename O, bool ALIGNED>
 __global__ void __launch_bounds__(THREADS) scale_kernel(const T *x, const float *factor, O *out, int64_t numel) {
@@ -78,27 +80,23 @@ SFR_API sfr_scale(const void *x, int dtype, const float *factor, void *out, int 
     SFR_DISPATCH(dtype, T, SFR_DISPATCH(out_dtype, O, {
                      const T *from = static_cast<const T *>(x);
                      O *to = static_cast<O *>(out);
-                     if (sfr::aligned(x, 16, 16) && sfr::aligned(out, 16, 16))
-                         return SFR_LAUNCH((sfr::scale_kernel<T, O, true>), grid, sfr::THREADS, 0, stream, from, factor,
-                                           to, numel);
-                     return SFR_LAUNCH((sfr::scale_kernel<T, O, false>), grid, sfr::THREADS, 0, stream, from, factor,
-                                       to, numel);
+                     SFR_BOOL((sfr::aligned(x, 16, 16) && sfr::aligned(out, 16, 16)), ALIGNED,
+                              return SFR_LAUNCH((sfr::scale_kernel<T, O, ALIGNED>), grid, sfr::THREADS, 0, stream,
+                                                from, factor, to, numel))
                  }))
     return cudaErrorInvalidValue;
 }
 
-SFR_API sfr_scatter_rows(const void *x, int dtype, const float *factor, const int32_t *token_row, void *out,
-                         int out_dtype, int64_t tokens, int n, int width, void *stream) {
-    if (tokens == 0 || width == 0) return cudaSuccess;
-    const dim3 grid(static_cast<unsigned>(tokens));
-    SFR_DISPATCH(dtype, T, SFR_DISPATCH(out_dtype, O, {
-                     const T *from = static_cast<const T *>(x);
-                     O *to = static_cast<O *>(out);
-                     if (width % sfr::VECTOR == 0 && sfr::aligned(x, 16, 16) && sfr::aligned(out, 16, 16))
-                         return SFR_LAUNCH((sfr::scatter_rows_kernel<T, O, true>), grid, sfr::THREADS, 0, stream, from,
-                                           factor, token_row, to, n, width);
-                     return SFR_LAUNCH((sfr::scatter_rows_kernel<T, O, false>), grid, sfr::THREADS, 0, stream, from,
-                                       factor, token_row, to, n, width);
+SFR_API sfr_scatter_rows(const sfr::ScatterRowsArguments &f, int dtype, void *stream) {
+    if (f.tokens == 0 || f.width == 0) return cudaSuccess;
+    const dim3 grid(static_cast<unsigned>(f.tokens));
+    const bool whole = f.width % sfr::VECTOR == 0 && sfr::aligned(f.x, 16, 16) && sfr::aligned(f.out, 16, 16);
+    SFR_DISPATCH(dtype, T, SFR_DISPATCH(f.out_dtype, O, {
+                     const T *from = static_cast<const T *>(f.x);
+                     O *to = static_cast<O *>(f.out);
+                     SFR_BOOL(whole, WHOLE,
+                              return SFR_LAUNCH((sfr::scatter_rows_kernel<T, O, WHOLE>), grid, sfr::THREADS, 0, stream,
+                                                from, f.factor, f.token_row, to, f.n, f.width))
                  }))
     return cudaErrorInvalidValue;
 }

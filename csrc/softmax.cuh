@@ -83,6 +83,7 @@ template <bool EXTRA> __device__ inline Sums warp_merge(Sums s) {
 // Adds N neighbouring logits, from column `first` on, to what a thread has seen; only `count` of them are there.
 template <int N, bool SOFTCAP, bool EXTRA>
 __device__ inline void add(Sums &s, const float (&x)[N], int first, int count, const Squash &how) {
+    static_assert((N & (N - 1)) == 0, "added by halves");
     float z[N], part[N], bend;
 #pragma unroll
     for (int i = 0; i < N; ++i) part[i] = z[i] = i < count ? squash<SOFTCAP>(x[i], how, &bend) : -INFINITY;

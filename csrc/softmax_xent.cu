@@ -11,12 +11,15 @@
 //
 // Clusters claim their rows as they go. A row's result does not depend on who has claimed it, nor on when.
 
+#include "launchers.h"
 #include "softmax.cuh"
 #include "types.cuh"
+#include <stddef.h>
 
 namespace sfr {
 
 constexpr int WARPS = 32; // at most
+static_assert(WARPS <= 32, "the lanes of one warp merge the sums of all");
 // Vectors of global memory that a thread waits for at once; a softcap takes long to compute, and many registers.
 template <bool SOFTCAP> constexpr int LOADS = SOFTCAP ? 2 : 4;
 
@@ -93,7 +96,12 @@ struct alignas(16) Post {
     Told told[2]; // about rows of either parity
     uint64_t all_told[2];
 };
-static_assert(sizeof(Post) <= 8192, "leaves/cuda/softmax_xent.py leaves room for so much");
+constexpr int POST_BYTES = 8192; // the room that kernels/softmax_xent/cuda.py leaves
+static_assert(sizeof(Post) <= POST_BYTES, "the post and two buffers fill a block's shared memory");
+static_assert(sizeof(Post) % 16 == 0 && sizeof(Told) % 16 == 0, "the buffers behind begin on whole vectors");
+static_assert(sizeof(Sums) == 24 && offsetof(Sums, moment) == 8, "three words of 8 bytes, top and total in the first");
+static_assert(CLUSTER_THREADS % 32 == 0 && CLUSTER_THREADS <= 1024, "whole warps");
+static_assert(MOST_BLOCKS <= 8 && (MOST_BLOCKS & (MOST_BLOCKS - 1)) == 0, "clusters that every chip allows");
 
 // Two of each are enough: a warp sends about a row once all warps have told it about the row before, which they did
 // after they had read about the row before that. A block may end while others go on: all that they send it about its
@@ -102,7 +110,8 @@ template <typename T, int VECTOR, bool SOFTCAP, bool EXTRA>
 __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
     cluster_kernel(T *logits, int64_t row_stride, int64_t n, int vocab, int slice, int64_t *claimed, Squash how, Loss a,
                    bool need_grad) {
-#if defined(SFR_EMULATION) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900)
+#ifdef SFR_CLUSTERS
+    static_assert(VECTOR * sizeof(T) == 16, "an asynchronous copy");
     SFR_DYNAMIC_SHARED(shared);
     Post &post = *reinterpret_cast<Post *>(shared);
     T *buffers = reinterpret_cast<T *>(shared + sizeof(Post));
@@ -191,105 +200,78 @@ template <typename T> bool whole_vectors(const T *at, int64_t row, int64_t col) 
 
 } // namespace sfr
 
-#define SFR_BOOL(value, NAME, ...)                                                                                     \
-    if (value) {                                                                                                       \
-        constexpr bool NAME = true;                                                                                    \
-        __VA_ARGS__;                                                                                                   \
-    } else {                                                                                                           \
-        constexpr bool NAME = false;                                                                                   \
-        __VA_ARGS__;                                                                                                   \
-    }
+// The architecture that the cluster kernel was compiled for, of what runs on the current device; 0: none.
+SFR_API sfr_cluster_code() { return sfr::code_of(sfr::cluster_kernel<float, 4, false, false>); }
 
-// softcap 0: none. lse, predicted and entropy are null together.
-SFR_API sfr_softmax_xent(void *logits, int dtype, int64_t row_stride, int64_t col, const int64_t *labels,
-                         const float *row_weight, float *loss, float *lse, int64_t *predicted, float *entropy, int64_t n,
-                         int vocab, float logit_scale, float softcap, float label_smoothing, float z_loss, int need_grad,
-                         void *stream) {
-    if (n == 0) return cudaSuccess;
-    const sfr::Squash how = sfr::squash_of(logit_scale, softcap);
-    const sfr::Loss a{labels, row_weight, loss, lse, entropy, predicted, logit_scale, label_smoothing, z_loss};
-    const dim3 grid(static_cast<unsigned>(n));
+SFR_API sfr_softmax_xent(const sfr::SoftmaxXentArguments &f, int dtype, void *stream) {
+    if (f.n == 0) return cudaSuccess;
+    const sfr::Squash how = sfr::squash_of(f.logit_scale, f.softcap);
+    sfr::Loss a;
+    a.labels = f.labels;
+    a.row_weight = f.row_weight;
+    a.loss = f.loss;
+    a.lse = f.lse;
+    a.entropy = f.entropy;
+    a.predicted = f.predicted;
+    a.logit_scale = f.logit_scale;
+    a.label_smoothing = f.label_smoothing;
+    a.z_loss = f.z_loss;
+    const bool extra = f.lse != nullptr || f.label_smoothing != 0.0f, need_grad = f.need_grad != 0;
     SFR_DISPATCH(dtype, T, {
-        T *x = static_cast<T *>(logits);
-        const int threads = sfr::threads_for(static_cast<int64_t>(vocab) * sizeof(T));
-        SFR_BOOL(sfr::whole_vectors(x, row_stride, col), WHOLE,
-                 SFR_BOOL(softcap != 0.0f, SOFTCAP,
-                          SFR_BOOL(lse != nullptr || label_smoothing != 0.0f, EXTRA,
-                                   return SFR_LAUNCH((sfr::softmax_xent_kernel<T, WHOLE, SOFTCAP, EXTRA>), grid,
-                                                     threads, 0, stream, x, row_stride, col, vocab, how, a,
-                                                     need_grad != 0))))
-    })
-    return cudaErrorInvalidValue;
-}
-
-// The architecture (80, 90, …) that the cluster kernel was compiled for, of what runs on the current device; 0: none.
-SFR_API sfr_cluster_code() {
-#ifdef SFR_EMULATION
-    return 90;
-#else
-    cudaFuncAttributes found{};
-    return cudaFuncGetAttributes(&found, sfr::cluster_kernel<float, 4, false, false>) ? 0 : found.ptxVersion;
-#endif
-}
-
-// As sfr_softmax_xent, rows aligned to 16 bytes held on chip by clusters of `cluster` blocks (1, 2, 4 or 8); sm_90 on.
-// claimed: room for one number.
-SFR_API sfr_softmax_xent_cluster(void *logits, int dtype, int64_t row_stride, const int64_t *labels,
-                                 const float *row_weight, float *loss, float *lse, int64_t *predicted, float *entropy,
-                                 int64_t n, int vocab, float logit_scale, float softcap, float label_smoothing,
-                                 float z_loss, int need_grad, int cluster, int64_t *claimed, void *stream) {
-    if (n == 0) return cudaSuccess;
-    const sfr::Squash how = sfr::squash_of(logit_scale, softcap);
-    const sfr::Loss a{labels, row_weight, loss, lse, entropy, predicted, logit_scale, label_smoothing, z_loss};
-    SFR_DISPATCH(dtype, T, {
+        T *x = static_cast<T *>(f.logits);
+        const bool whole = sfr::whole_vectors(x, f.logits_row, f.logits_col);
+        if (f.cluster == 0) {
+            const dim3 grid(static_cast<unsigned>(f.n));
+            const int threads = sfr::threads_for(static_cast<int64_t>(f.vocab) * sizeof(T));
+            SFR_BOOL(whole, WHOLE,
+                     SFR_BOOL(f.softcap != 0.0f, SOFTCAP,
+                              SFR_BOOL(extra, EXTRA,
+                                       return SFR_LAUNCH((sfr::softmax_xent_kernel<T, WHOLE, SOFTCAP, EXTRA>), grid,
+                                                         threads, 0, stream, x, f.logits_row, f.logits_col, f.vocab,
+                                                         how, a, need_grad))))
+        }
         constexpr int VECTOR = 16 / sizeof(T);
-        T *x = static_cast<T *>(logits);
-        if (!sfr::whole_vectors(x, row_stride, 1)) return cudaErrorInvalidValue;
-        const int packs = (vocab + VECTOR - 1) / VECTOR, slice = (packs + cluster - 1) / cluster * VECTOR;
+        const int packs = (f.vocab + VECTOR - 1) / VECTOR, slice = (packs + f.cluster - 1) / f.cluster * VECTOR;
         const size_t shared = sizeof(sfr::Post) + 2 * slice * sizeof(T);
-        if (const int error = sfr::clear(claimed, 8, stream)) return error;
-        SFR_BOOL(softcap != 0.0f, SOFTCAP,
-                 SFR_BOOL(lse != nullptr || label_smoothing != 0.0f, EXTRA,
-                          return SFR_LAUNCH_CLUSTER((sfr::cluster_kernel<T, VECTOR, SOFTCAP, EXTRA>), n,
-                                                    sfr::CLUSTER_THREADS, shared, cluster, stream, x, row_stride, n,
-                                                    vocab, slice, claimed, how, a,
-                                                    need_grad != 0)))
+        const bool power = f.cluster > 0 && (f.cluster & (f.cluster - 1)) == 0;
+        if (!whole || !power || f.cluster > sfr::MOST_BLOCKS || shared > sfr::MOST_SHARED) return cudaErrorInvalidValue;
+        if (const int error = sfr::clear(f.claimed, 8, stream)) return error;
+        SFR_BOOL(f.softcap != 0.0f, SOFTCAP,
+                 SFR_BOOL(extra, EXTRA,
+                          return SFR_LAUNCH_CLUSTER((sfr::cluster_kernel<T, VECTOR, SOFTCAP, EXTRA>), f.n,
+                                                    sfr::CLUSTER_THREADS, shared, f.cluster, stream, x, f.logits_row,
+                                                    f.n, f.vocab, slice, f.claimed, how, a, need_grad)))
     })
     return cudaErrorInvalidValue;
 }
 
-// out (7, n) float32: the fields of RowPartials, with Σ (z − top) and the moment always.
-SFR_API sfr_softmax_partials(const void *logits, int dtype, int64_t row_stride, int64_t col, const int64_t *labels,
-                             float *out, int64_t n, int vocab, float logit_scale, float softcap, void *stream) {
-    if (n == 0) return cudaSuccess;
-    const sfr::Squash how = sfr::squash_of(logit_scale, softcap);
-    const dim3 grid(static_cast<unsigned>(n));
+SFR_API sfr_softmax_partials(const sfr::SoftmaxPartialsArguments &f, int dtype, void *stream) {
+    if (f.n == 0) return cudaSuccess;
+    const sfr::Squash how = sfr::squash_of(f.logit_scale, f.softcap);
+    const dim3 grid(static_cast<unsigned>(f.n));
     SFR_DISPATCH(dtype, T, {
-        const T *x = static_cast<const T *>(logits);
-        const int threads = sfr::threads_for(static_cast<int64_t>(vocab) * sizeof(T));
-        SFR_BOOL(sfr::whole_vectors(x, row_stride, col), WHOLE,
-                 SFR_BOOL(softcap != 0.0f, SOFTCAP,
-                          return SFR_LAUNCH((sfr::partials_kernel<T, WHOLE, SOFTCAP>), grid, threads, 0, stream,
-                                            x, row_stride, col, vocab, how, labels, out, n)))
+        const T *x = static_cast<const T *>(f.logits);
+        const int threads = sfr::threads_for(static_cast<int64_t>(f.vocab) * sizeof(T));
+        SFR_BOOL(sfr::whole_vectors(x, f.logits_row, f.logits_col), WHOLE,
+                 SFR_BOOL(f.softcap != 0.0f, SOFTCAP,
+                          return SFR_LAUNCH((sfr::partials_kernel<T, WHOLE, SOFTCAP>), grid, threads, 0, stream, x,
+                                            f.logits_row, f.logits_col, f.vocab, how, f.labels, f.out, f.n)))
     })
     return cudaErrorInvalidValue;
 }
 
-SFR_API sfr_softmax_gradient(void *logits, int dtype, int64_t row_stride, int64_t col, const int64_t *labels,
-                             const float *row_weight, const float *top, const float *share, const float *uniform,
-                             int64_t n, int vocab, float logit_scale, float softcap, float label_smoothing,
-                             void *stream) {
-    if (n == 0) return cudaSuccess;
-    const sfr::Squash how = sfr::squash_of(logit_scale, softcap);
-    const dim3 grid(static_cast<unsigned>(n));
+SFR_API sfr_softmax_gradient(const sfr::SoftmaxGradientArguments &f, int dtype, void *stream) {
+    if (f.n == 0) return cudaSuccess;
+    const sfr::Squash how = sfr::squash_of(f.logit_scale, f.softcap);
+    const dim3 grid(static_cast<unsigned>(f.n));
     SFR_DISPATCH(dtype, T, {
-        T *x = static_cast<T *>(logits);
-        const int threads = sfr::threads_for(static_cast<int64_t>(vocab) * sizeof(T));
-        SFR_BOOL(sfr::whole_vectors(x, row_stride, col), WHOLE,
-                 SFR_BOOL(softcap != 0.0f, SOFTCAP,
-                          return SFR_LAUNCH((sfr::gradient_kernel<T, WHOLE, SOFTCAP>), grid, threads, 0, stream,
-                                            x, row_stride, col, vocab, how, labels, row_weight, top, share, uniform,
-                                            logit_scale, label_smoothing)))
+        T *x = static_cast<T *>(f.logits);
+        const int threads = sfr::threads_for(static_cast<int64_t>(f.vocab) * sizeof(T));
+        SFR_BOOL(sfr::whole_vectors(x, f.logits_row, f.logits_col), WHOLE,
+                 SFR_BOOL(f.softcap != 0.0f, SOFTCAP,
+                          return SFR_LAUNCH((sfr::gradient_kernel<T, WHOLE, SOFTCAP>), grid, threads, 0, stream, x,
+                                            f.logits_row, f.logits_col, f.vocab, how, f.labels, f.row_weight, f.top,
+                                            f.share, f.uniform, f.logit_scale, f.label_smoothing)))
     })
     return cudaErrorInvalidValue;
 }

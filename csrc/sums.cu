@@ -1,21 +1,28 @@
 // Sums of rows in a fixed order, with no atomics: the same call gives the same bits.
 //
-//     column_sum:    (S, P, D) → (S, D), the second half of a sum over rows whose first half a kernel left in P parts
+//     column_sum:    (S, P, D) → (S, D), the second half of a sum over rows whose first half a kernel left as P partial
+//                    sums
 //     group:         the rows in the order of an index, those of each value in their own order: a counting sort
-//     sum_by_index:  out[m] = Σ_{index = m} x over rows so ordered. A part of them has whole groups, which it adds up,
+//     sum_by_index:  out[m] = Σ_{index = m} x over rows so ordered. A block of them has whole groups, which it adds up,
 //                    and at its ends pieces of some, which it leaves for a second kernel: all rows are read once.
 
+#include "launchers.h"
 #include "reduce.cuh"
 #include "types.cuh"
 
 namespace sfr {
 
-constexpr int COLUMNS = 32; // side by side: a line of 128 bytes
+constexpr int COLUMNS = 32;                  // side by side: a line of 128 bytes, and the lanes of a warp
+constexpr int SUM_ROWS = 32;                 // added at a time by column_sum
+constexpr int JOIN_ROWS = 8, JOIN_LINES = 4; // and by the second kernel of sum_by_index, of so many lines
+static_assert(SUM_ROWS * COLUMNS == 1024 && JOIN_ROWS * COLUMNS == 256, "as their launch bounds say");
 
 // out = Σ value(p, column) of EACH · COLUMNS columns from `first` on: ROWS · EACH lines in flight.
 template <int ROWS, int EACH, typename F>
 __device__ inline void tile_sum(int64_t begin, int64_t end, int first, int width, float *out, F &&value) {
+    static_assert(EACH <= ROWS, "a row of threads adds up one line");
     __shared__ float tile[ROWS][EACH][COLUMNS];
+    static_assert(sizeof(tile) <= MOST_STATIC_SHARED, "what a block may declare");
     const int lane = threadIdx.x % COLUMNS, part = threadIdx.x / COLUMNS;
     float sum[EACH] = {};
     for (int64_t p = begin + part; p < end; p += ROWS) {
@@ -37,14 +44,16 @@ __device__ inline void tile_sum(int64_t begin, int64_t end, int first, int width
 
 template <typename T>
 __global__ void __launch_bounds__(1024)
-    column_sum_kernel(const T *partial, int64_t row, float *out, int64_t parts, int width) {
-    const T *at = partial + blockIdx.y * parts * row;
-    tile_sum<32, 1>(0, parts, blockIdx.x * COLUMNS, width, out + blockIdx.y * static_cast<int64_t>(width),
-                 [&](int64_t p, int column) { return to_float(at[p * row + column]); });
+    column_sum_kernel(const T *partial, int64_t row, float *out, int64_t num_blocks, int width) {
+    const T *at = partial + blockIdx.y * num_blocks * row;
+    tile_sum<SUM_ROWS, 1>(0, num_blocks, blockIdx.x * COLUMNS, width, out + blockIdx.y * static_cast<int64_t>(width),
+                          [&](int64_t p, int column) { return to_float(at[p * row + column]); });
 }
 
 constexpr int CHUNK = 256;        // rows that a block of the sort looks at
 constexpr int MOST_GROUPS = 1024; // values of an index that it sorts by
+static_assert(CHUNK % 32 == 0 && CHUNK <= 1024, "whole warps");
+static_assert((MOST_GROUPS + CHUNK / 32) * sizeof(int32_t) <= MOST_STATIC_SHARED, "what place_kernel declares");
 
 // rank: of a row among those of its value in its chunk; counts (chunks, size): of each value in each chunk.
 __global__ void __launch_bounds__(CHUNK)
@@ -112,7 +121,7 @@ __global__ void __launch_bounds__(CHUNK)
 template <typename T> struct Groups {
     Matrix<const T> x;
     const int32_t *index, *order;
-    float *pieces; // (2 · parts, D): what a part has of its first group, and of its last
+    float *pieces; // (2 · row blocks, D): what a block has of its first group, and of its last
     float *out;    // (size, D)
     int n, width, rows;
 };
@@ -156,50 +165,61 @@ __global__ void __launch_bounds__(256) part_kernel(Groups<T> a) {
 __global__ void __launch_bounds__(256)
     join_kernel(const float *pieces, const int32_t *bounds, float *out, int n, int width, int rows) {
     const int64_t m = blockIdx.x;
-    const int start = bounds[m], stop = bounds[m + 1], first = start / rows; // the first part that has some of it
+    const int start = bounds[m], stop = bounds[m + 1], first = start / rows; // the first block that has some of it
     const int end = (first + 1) * rows < n ? (first + 1) * rows : n;
     if (start < stop && start > first * rows && stop < end) return; // and had it whole, between two others
     const int last = start < stop ? (stop - 1) / rows : first - 1;
-    tile_sum<8, 4>(first, last + 1, blockIdx.y * 4 * COLUMNS, width, out + m * width, [&](int64_t part, int column) {
-        return pieces[(2 * part + (part * rows < start)) * width + column];
-    });
+    tile_sum<JOIN_ROWS, JOIN_LINES>(first, last + 1, blockIdx.y * JOIN_LINES * COLUMNS, width, out + m * width,
+                                    [&](int64_t block, int column) {
+                                        return pieces[(2 * block + (block * rows < start)) * width + column];
+                                    });
 }
 
 } // namespace sfr
 
-SFR_API sfr_column_sum(const void *partial, int dtype, int64_t row, float *out, int sums, int64_t parts, int width,
+SFR_API sfr_column_sum(const void *partial, int dtype, int64_t row, float *out, int sums, int64_t num_blocks, int width,
                        void *stream) {
     const dim3 grid((width + sfr::COLUMNS - 1) / sfr::COLUMNS, sums);
     SFR_DISPATCH(dtype, T,
-                 return SFR_LAUNCH((sfr::column_sum_kernel<T>), grid, 1024, 0, stream, static_cast<const T *>(partial),
-                                   row, out, parts, width))
+                 return SFR_LAUNCH((sfr::column_sum_kernel<T>), grid, sfr::SUM_ROWS * sfr::COLUMNS, 0, stream,
+                                   static_cast<const T *>(partial), row, out, num_blocks, width))
     return cudaErrorInvalidValue;
 }
 
-// order (n,) and bounds (size + 1,) int32; at most MOST_GROUPS values. room: n + size · ⌈n / 256⌉ int32.
-SFR_API sfr_group(const int32_t *index, int32_t *order, int32_t *bounds, int32_t *room, int n, int size, void *stream) {
+// order (n,) and bounds (size + 1,); at most MOST_GROUPS values. To work in: n + size · ⌈n / CHUNK⌉ int32, one chunk at
+// least.
+SFR_API sfr_group(const int32_t *index, int32_t *order, int32_t *bounds, int32_t *rank_and_counts, int n, int size,
+                  void *stream) {
     if (size > sfr::MOST_GROUPS) return cudaErrorInvalidValue;
     const dim3 grid(n > 0 ? (n + sfr::CHUNK - 1) / sfr::CHUNK : 1);
-    const int error = SFR_LAUNCH(sfr::count_kernel, grid, sfr::CHUNK, 0, stream, index, room, room + n, n, size);
+    int32_t *rank = rank_and_counts, *counts = rank + n;
+    const int error = SFR_LAUNCH(sfr::count_kernel, grid, sfr::CHUNK, 0, stream, index, rank, counts, n, size);
     if (error != cudaSuccess) return error;
-    return SFR_LAUNCH(sfr::place_kernel, grid, sfr::CHUNK, 0, stream, index, room, room + n, order, bounds, n, size);
+    return SFR_LAUNCH(sfr::place_kernel, grid, sfr::CHUNK, 0, stream, index, rank, counts, order, bounds, n, size);
 }
 
-// order and bounds as above. pieces: room for 2 · parts rows of `width` float32.
-SFR_API sfr_sum_by_index(const void *x, int dtype, int64_t x_row, int64_t x_col, const int32_t *index,
-                         const int32_t *order, const int32_t *bounds, float *pieces, float *out, int n, int width,
-                         int size, int parts, int rows, int threads, void *stream) {
+SFR_API sfr_sum_by_index(const sfr::SumByIndexArguments &f, int dtype, void *stream) {
     SFR_DISPATCH(dtype, T, {
         constexpr int VECTOR = 16 / sizeof(T);
-        const sfr::Groups<T> a{{static_cast<const T *>(x), x_row, x_col}, index, order, pieces, out, n, width, rows};
-        const dim3 grid(parts, (width + threads * VECTOR - 1) / (threads * VECTOR));
-        const bool vectors = sfr::aligned(a.x) && sfr::aligned(pieces, 16, 16) && sfr::aligned(out, 16, 16);
+        sfr::Groups<T> a;
+        a.x = {static_cast<const T *>(f.x), f.x_row, f.x_col};
+        a.index = f.index;
+        a.order = f.order;
+        a.pieces = f.pieces;
+        a.out = f.out;
+        a.n = f.n;
+        a.width = f.width;
+        a.rows = f.rows;
+        const dim3 grid(f.num_blocks, (f.width + f.threads * VECTOR - 1) / (f.threads * VECTOR));
+        const bool vectors = sfr::aligned(a.x) && sfr::aligned(f.pieces, 16, 16) && sfr::aligned(f.out, 16, 16);
         int error = cudaSuccess;
-        if (n > 0)
-            error = vectors ? SFR_LAUNCH((sfr::part_kernel<T, VECTOR, true>), grid, threads, 0, stream, a)
-                            : SFR_LAUNCH((sfr::part_kernel<T, VECTOR, false>), grid, threads, 0, stream, a);
+        if (f.n > 0)
+            error = vectors ? SFR_LAUNCH((sfr::part_kernel<T, VECTOR, true>), grid, f.threads, 0, stream, a)
+                            : SFR_LAUNCH((sfr::part_kernel<T, VECTOR, false>), grid, f.threads, 0, stream, a);
         if (error != cudaSuccess) return error;
     })
-    const dim3 tiles(size, (width + 4 * sfr::COLUMNS - 1) / (4 * sfr::COLUMNS));
-    return SFR_LAUNCH(sfr::join_kernel, tiles, 256, 0, stream, pieces, bounds, out, n, width, rows);
+    constexpr int TILE = sfr::JOIN_LINES * sfr::COLUMNS;
+    const dim3 tiles(f.size, (f.width + TILE - 1) / TILE);
+    return SFR_LAUNCH(sfr::join_kernel, tiles, sfr::JOIN_ROWS * sfr::COLUMNS, 0, stream, f.pieces, f.bounds, f.out, f.n,
+                      f.width, f.rows);
 }

@@ -31,6 +31,7 @@ template <> struct Raw<4> { using type = uint32_t; };
 // N numbers side by side in global memory (a load may be from shared memory), aligned to all of them, in one access.
 template <int N, typename T> using Packed = typename Raw<N * sizeof(T)>::type;
 template <int N, typename T> __device__ inline Packed<N, T> load_packed(const T *at) {
+    static_assert(sizeof(Packed<N, T>) == N * sizeof(T) && alignof(Packed<N, T>) == N * sizeof(T), "one access");
     check_alignment(at, N * sizeof(T));
     return *reinterpret_cast<const Packed<N, T> *>(at);
 }
@@ -48,6 +49,7 @@ __device__ inline void unpack(uint32_t bits, float *out, __nv_bfloat16) {
 }
 template <typename T, int N> __device__ inline void unpack(const Packed<N, T> &packed, float (&out)[N]) {
     constexpr int WORDS = N * sizeof(T) / 4, EACH = 4 / sizeof(T);
+    static_assert(WORDS * EACH == N, "whole words");
     uint32_t words[WORDS];
     memcpy(words, &packed, sizeof(words));
 #pragma unroll
@@ -75,18 +77,20 @@ __device__ inline uint32_t pack(const float *x, __nv_bfloat16) {
 
 template <int N, typename T> __device__ inline void store(T *at, const float (&in)[N]) {
     constexpr int WORDS = N * sizeof(T) / 4, EACH = 4 / sizeof(T);
+    static_assert(WORDS * EACH == N, "whole words");
     check_alignment(at, N * sizeof(T));
     uint32_t words[WORDS];
 #pragma unroll
     for (int i = 0; i < WORDS; ++i) words[i] = pack(in + i * EACH, T());
-    typename Raw<N * sizeof(T)>::type raw;
+    Packed<N, T> raw;
     memcpy(&raw, words, sizeof(raw));
-    store_global(reinterpret_cast<typename Raw<N * sizeof(T)>::type *>(at), raw);
+    store_global(reinterpret_cast<Packed<N, T> *>(at), raw);
 }
 
 // N numbers as memory has them, in as few registers.
 template <int N, typename T> struct Columns {
     static constexpr int EACH = N * sizeof(T) <= 16 ? N : 16 / sizeof(T); // in one access
+    static_assert(N % EACH == 0, "whole accesses");
     Packed<EACH, T> accesses[N / EACH];
 
     __device__ void unpack(float (&out)[N]) const {
@@ -126,7 +130,7 @@ __device__ inline void load_columns(const T *row, int64_t stride, int first, int
 template <int N, bool ALIGNED, typename T>
 __device__ inline void store_columns(T *row, int64_t stride, int first, int width, const float (&in)[N]) {
     if (ALIGNED && first + N <= width) {
-        constexpr int AT_ONCE = N * sizeof(T) <= 16 ? N : 16 / sizeof(T);
+        constexpr int AT_ONCE = Columns<N, T>::EACH;
 #pragma unroll
         for (int i = 0; i < N; i += AT_ONCE) {
             float part[AT_ONCE];
@@ -154,14 +158,7 @@ inline bool aligned(const void *at, int64_t stride_bytes, int bytes) {
 // Blocks for n rows, each taking one after another: as many as the device holds at once, with so many threads on a
 // multiprocessor.
 inline unsigned resident_blocks(int64_t n, int threads, int on_each) {
-#ifdef SFR_EMULATION
-    const int64_t most = 2; // so that tests have blocks with several rows
-#else
-    int device = 0, count = 132;
-    if (cudaGetDevice(&device) == cudaSuccess)
-        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    const int64_t most = static_cast<int64_t>(count) * (on_each / threads);
-#endif
+    const int64_t most = most_resident(on_each / threads);
     return static_cast<unsigned>(n < most ? n : most);
 }
 
@@ -191,4 +188,14 @@ template <typename T> bool aligned(const Matrix<T> &m) {
         break;                                                                                                         \
     }                                                                                                                  \
     default: return cudaErrorInvalidValue;                                                                             \
+    }
+
+// Runs `...` with NAME as the constant that `value` is.
+#define SFR_BOOL(value, NAME, ...)                                                                                     \
+    if (value) {                                                                                                       \
+        constexpr bool NAME = true;                                                                                    \
+        __VA_ARGS__;                                                                                                   \
+    } else {                                                                                                           \
+        constexpr bool NAME = false;                                                                                   \
+        __VA_ARGS__;                                                                                                   \
     }

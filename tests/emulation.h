@@ -25,7 +25,6 @@
 #define __launch_bounds__(...)
 #undef __align__
 #define __align__(n) __attribute__((aligned(n)))
-#define __restrict__ __restrict
 
 namespace emulation {
 
@@ -47,7 +46,7 @@ struct Barrier {
 struct Copy {
     void *to;
     const void *from;
-    int bytes; // of 16; −1: the end of a group
+    int bytes; // of 16
 };
 
 struct Message {
@@ -68,7 +67,7 @@ struct Thread {
     uint32_t parity;
     uint64_t sent[2]; // what it gives to a shuffle, and to the next: nobody is further ahead
     unsigned shuffles;
-    std::vector<Copy> copies; // asynchronous ones
+    std::vector<std::vector<Copy>> copies; // asynchronous ones, by groups; the last group is open
 };
 
 struct Machine {
@@ -177,7 +176,7 @@ inline int run(dim3 grid, dim3 size, size_t shared, int cluster, unsigned at_onc
                 t.block = {static_cast<unsigned>(x + t.place), y, 0};
                 t.wait = Wait::NONE;
                 t.shuffles = 0;
-                t.copies.clear();
+                t.copies.assign(1, {});
                 getcontext(&t.context);
                 t.context.uc_stack.ss_sp = t.stack.get();
                 t.context.uc_stack.ss_size = STACK;
@@ -212,29 +211,6 @@ template <typename T> T shuffle(T value, int source) {
 
 inline int lane() { return machine().now->thread.x & 31; }
 
-} // namespace emulation
-
-#define threadIdx (emulation::machine().now->thread)
-#define blockIdx (emulation::machine().now->block)
-#define blockDim (emulation::machine().size)
-#define gridDim (emulation::machine().grid)
-
-inline void __syncthreads() { emulation::wait(emulation::Wait::BLOCK); }
-inline void __syncwarp(unsigned = 0xFFFFFFFFu) { emulation::wait(emulation::Wait::WARP); }
-template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
-    return emulation::shuffle(value, emulation::lane() ^ mask);
-}
-template <typename T> T __shfl_sync(unsigned, T value, int source) { return emulation::shuffle(value, source); }
-
-#define SFR_LAUNCH(kernel, grid, block, shared, stream, ...)                                                          \
-    emulation::run((grid), (block), (shared), 1, 1, [=]() mutable { (kernel)(__VA_ARGS__); })
-#define SFR_DYNAMIC_SHARED(name)                                                                                      \
-    unsigned char *name = reinterpret_cast<unsigned char *>(emulation::shared_of(emulation::machine().now->place))
-#define SFR_LAUNCH_CLUSTER(kernel, most, block, shared, cluster, stream, ...)                                         \
-    emulation::run_clusters((most), (block), (shared), (cluster), [=]() mutable { (kernel)(__VA_ARGS__); })
-
-namespace emulation {
-
 inline uintptr_t shared_of(size_t place) {
     return (reinterpret_cast<uintptr_t>(machine().shared[place].data()) + 15) & ~uintptr_t(15);
 }
@@ -246,11 +222,33 @@ inline int run_clusters(int64_t most, int block, size_t shared, int cluster, std
 
 } // namespace emulation
 
+#define threadIdx (emulation::machine().now->thread)
+#define blockIdx (emulation::machine().now->block)
+#define blockDim (emulation::machine().size)
+#define gridDim (emulation::machine().grid)
+
+inline void __syncthreads() { emulation::wait(emulation::Wait::BLOCK); }
+template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
+    return emulation::shuffle(value, emulation::lane() ^ mask);
+}
+template <typename T> T __shfl_sync(unsigned, T value, int source) { return emulation::shuffle(value, source); }
+
+#define SFR_CLUSTERS
+#define SFR_LAUNCH(kernel, grid, block, shared, stream, ...)                                                          \
+    emulation::run((grid), (block), (shared), 1, 1, [=]() mutable { (kernel)(__VA_ARGS__); })
+#define SFR_DYNAMIC_SHARED(name)                                                                                      \
+    unsigned char *name = reinterpret_cast<unsigned char *>(emulation::shared_of(emulation::machine().now->place))
+#define SFR_LAUNCH_CLUSTER(kernel, most, block, shared, cluster, stream, ...)                                         \
+    emulation::run_clusters((most), (block), (shared), (cluster), [=]() mutable { (kernel)(__VA_ARGS__); })
+
 namespace sfr {
 
 inline int cluster_rank() { return static_cast<int>(emulation::machine().now->place % emulation::machine().cluster); }
 inline int cluster_size() { return emulation::machine().cluster; }
 inline void cluster_sync() { emulation::wait(emulation::Wait::CLUSTER); }
+
+template <typename Kernel> int code_of(Kernel *) { return 90; }
+inline int64_t most_resident(int) { return emulation::RESIDENT; } // so that tests have blocks with several rows
 
 inline int64_t claim(int64_t *at) { return (*at)++; }
 
@@ -280,28 +278,23 @@ template <typename T> void send(T *to, int rank, T value, uint64_t *barrier) {
 }
 
 template <typename T> void copy_async(T *to, const T *from, int bytes) {
-    emulation::machine().now->copies.push_back({to, from, bytes});
+    emulation::machine().now->copies.back().push_back({to, from, bytes});
 }
-inline void commit_copies() { emulation::machine().now->copies.push_back({nullptr, nullptr, -1}); }
+inline void commit_copies() { emulation::machine().now->copies.emplace_back(); }
 inline void wait_for_all_copies_but_the_last() {
-    auto &copies = emulation::machine().now->copies;
-    size_t groups = 0, done = 0;
-    for (const auto &copy : copies) groups += copy.bytes < 0;
-    for (; groups > 1; ++done) {
-        if (copies[done].bytes < 0) {
-            --groups;
-            continue;
+    auto &groups = emulation::machine().now->copies;
+    for (; groups.size() > 2; groups.erase(groups.begin()))
+        for (const auto &copy : groups.front()) {
+            memset(copy.to, 0, 16);
+            memcpy(copy.to, copy.from, copy.bytes);
         }
-        memset(copies[done].to, 0, 16);
-        memcpy(copies[done].to, copies[done].from, copies[done].bytes);
-    }
-    copies.erase(copies.begin(), copies.begin() + done);
 }
 
 inline void check_alignment(const void *at, size_t bytes) {
     if (reinterpret_cast<uintptr_t>(at) % bytes) emulation::machine().fault = cudaErrorMisalignedAddress;
 }
 template <typename T> void store_global(T *at, T value) { *at = value; }
+inline uint64_t product(uint32_t a, uint32_t b) { return static_cast<uint64_t>(a) * b; }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal(float x) { return 1.0f / x; }
 inline float reciprocal_root(float x) { return 1.0f / sqrtf(x); }

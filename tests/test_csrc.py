@@ -1,6 +1,7 @@
 """csrc/ without a GPU: emulated on the CPU against the oracle, compiled for every chip without a spill, and loaded."""
 
 import ctypes
+import mmap
 import os
 import re
 import shutil
@@ -13,11 +14,16 @@ import emulation
 import pytest
 import sass
 import torch
-from sfr_kernels.leaves.torch import softmax_shard as eager_halves
-from sfr_kernels.leaves.torch.softmax_xent import softmax_xent as eager
 
-from sfr_kernels.kernels import build
-from sfr_kernels.kernels.flow_loss.cuda import Arguments
+from sfr_kernels.kernels import build, cuda
+from sfr_kernels.kernels.backend import kernels_of
+from sfr_kernels.kernels.flow import cuda as flow
+from sfr_kernels.kernels.flow_loss import cuda as flow_loss
+from sfr_kernels.kernels.norm_act import cuda as norm_act
+from sfr_kernels.kernels.scale import cuda as scale
+from sfr_kernels.kernels.softmax_xent import cuda as softmax_xent
+from sfr_kernels.kernels.softmax_xent import torch as eager
+from sfr_kernels.kernels.sums import cuda as sums
 
 ROOT = Path(__file__).resolve().parents[1]
 emulated_only = pytest.mark.skipif(bool(emulation.missing()), reason=emulation.missing() or "")
@@ -25,18 +31,14 @@ emulated_only = pytest.mark.skipif(bool(emulation.missing()), reason=emulation.m
 
 @pytest.fixture
 def loaded(emulated, monkeypatch):
-    """The leaves on the emulated kernels."""
+    """The kernels, emulated."""
     monkeypatch.setattr(cuda, "_library", cuda.Library(emulated))
-    from sfr_kernels.kernels.backend import kernels_of
-
-    cuda = kernels_of("cuda")
-
-    return cuda
+    return kernels_of("cuda")
 
 
 @pytest.mark.slow
 @emulated_only
-def test_the_leaves_tests_on_emulated_kernels(emulated):
+def test_the_kernels_tests_on_emulated_kernels(emulated):
     tests = Path(__file__).parent
     environment = os.environ | {
         "SFR_TEST_KERNELS": "cuda",
@@ -72,8 +74,8 @@ def test_a_row_held_by_a_cluster(loaded, cluster, dtype, options):
         labels, weight = torch.randint(vocab, (n,), generator=g), torch.rand(n, generator=g)
         labels[0], labels[-1] = 0, vocab - 1
         exact, theirs = logits.double(), logits.clone()
-        wanted, stats = eager(exact, labels, weight, need_stats=True, **options)
-        eager_loss, _ = eager(theirs, labels, weight, **options)
+        wanted, stats = eager.softmax_xent(exact, labels, weight, need_stats=True, **options)
+        eager_loss, _ = eager.softmax_xent(theirs, labels, weight, **options)
         for blocks in (cluster, 0):
             wide = torch.full((n, vocab + 3), torch.nan, dtype=dtype)
             mine = wide[:, :vocab].copy_(logits)
@@ -97,12 +99,12 @@ def test_the_halves_of_rows_that_are_no_multiple_of_16_bytes(loaded):
     mine = torch.full((3, 1024), torch.nan)
     view = mine[:, :1021].copy_(logits)
     found = loaded.softmax_partials(view, labels, need_rest=True, need_stats=True)
-    wanted = eager_halves.softmax_partials(logits, labels, need_rest=True, need_stats=True)
+    wanted = eager.softmax_partials(logits, labels, need_rest=True, need_stats=True)
     for values, same in zip(found, wanted, strict=True):
         torch.testing.assert_close(values, same, rtol=2e-6, atol=1e-6)
     rest = wanted.top, 1 / wanted.total, torch.tensor(0.1 / 1021)
     loaded.softmax_gradient(view, labels, None, *rest, label_smoothing=0.1)
-    eager_halves.softmax_gradient(logits, labels, None, *rest, label_smoothing=0.1)
+    eager.softmax_gradient(logits, labels, None, *rest, label_smoothing=0.1)
     torch.testing.assert_close(view, logits, rtol=2e-6, atol=1e-8)
     assert mine[:, 1021:].isnan().all()
 
@@ -130,27 +132,20 @@ RUN = ("norm_act.cu", "scale.cu", "softmax_xent.cu")  # what the following calls
 
 def _run_fault(path: Path, fault: int) -> None:
     """LayerNorm of rows that end where memory does, and rows of logits held by clusters."""
-    import ctypes
-    import mmap
-
-    from sfr_kernels.kernels.backend import kernels_of
-
-    cuda = kernels_of("cuda")
-
     os.environ["SFR_PLANTED"] = str(fault)
-    cuda._library = cuda.Library(path)
+    cuda._library, kernels = cuda.Library(path), kernels_of("cuda")
     page = mmap.PAGESIZE
     room = mmap.mmap(-1, 3 * page)
     start = ctypes.addressof(ctypes.c_char.from_buffer(room))
     assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + 2 * page), ctypes.c_size_t(page), 0) == 0
     y = torch.frombuffer(room, dtype=torch.float32, count=2 * page // 4)[-997:].view(1, 997)
-    cuda.norm_act(y, torch.ones(997), torch.zeros(997))
-    cuda.scale(torch.ones(99)[1:], torch.ones(()), torch.float32)
+    kernels.norm_act(y, torch.ones(997), torch.zeros(997))
+    kernels.scale(torch.ones(99)[1:], torch.ones(()), torch.float32)
     for need_grad in (True, False):
         logits, labels = torch.randn(7, 4488), torch.zeros(7, dtype=torch.int64)
         theirs = logits.clone()
-        expected, _ = eager(theirs, labels, need_grad=need_grad)
-        loss, _ = cuda.softmax_xent(logits, labels, cluster=2, need_grad=need_grad)
+        expected, _ = eager.softmax_xent(theirs, labels, need_grad=need_grad)
+        loss, _ = kernels.softmax_xent(logits, labels, cluster=2, need_grad=need_grad)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(logits, theirs)
 
@@ -163,7 +158,7 @@ def test_faults_do_not_pass(emulated, tmp_path):
         text = (folder / name).read_text()
         assert found in text
         (folder / name).write_text(text.replace(found, planted.replace("PLANTED", f"(sfr_planted == {number})")))
-    with open(folder / "emulation.h", "a") as file:
+    with open(folder / "device.cuh", "a") as file:
         file.write('#include <stdlib.h>\ninline const int sfr_planted = atoi(getenv("SFR_PLANTED"));\n')
     path = emulation.compile_emulation(tmp_path, folder, built=emulated.parent, changed=RUN)
     context = get_context("forkserver")
@@ -180,25 +175,40 @@ def test_faults_do_not_pass(emulated, tmp_path):
 
 def test_signatures_are_those_of_the_sources():
     kinds = {"int64_t": "l", "int": "i", "float": "f", "double": "d"}
-    declared = {}
-    for file in sorted((ROOT / "csrc").glob("*.cu")):
-        text = re.sub(r"#ifdef SFR_EMULATION\n.*?#(else|endif)", "", file.read_text(), flags=re.DOTALL)
-        for name, parameters in re.findall(r"SFR_API (\w+)\(([^)]+)\) \{", text):
-            declared[name] = "".join("p" if "*" in p else kinds[p.split()[0]] for p in parameters.split(","))
+    declared, values = {}, {}
+    for file in sorted(build.sources().glob("*.cu*")):
+        for name, parameters in re.findall(r"SFR_API (\w+)\(([^)]+)\) \{", file.read_text()):
+            codes = ("s" if "&" in p else "p" if "*" in p else kinds[p.split()[0]] for p in parameters.split(","))
+            declared[name] = "".join(codes)
+        values |= re.findall(r"(\w+) = (\d+)", file.read_text())
     assert declared == cuda.SIGNATURES
+    copies = {str(dtype).removeprefix("torch.").upper(): number for dtype, number in cuda.DTYPES.items()}
+    copies |= {"MOST_GROUPS": sums.MOST_GROUPS, "CHUNK": sums.CHUNK, "POST_BYTES": softmax_xent._POST_BYTES}
+    assert copies == {name: int(values[name]) for name in copies}
 
 
-def test_the_arguments_of_the_flow_loss_lie_as_in_the_sources():
-    text = (ROOT / "csrc/launchers.h").read_text()
-    body = re.sub(r"//.*", "", text.split("struct FlowLoss {")[1].split("};")[0])
-    kinds = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "float": ctypes.c_float}
-    found = []
-    for line in filter(None, (part.strip() for part in body.split(";"))):
-        kind = line.replace("const ", "").split()[0]
-        for name in line.removeprefix("const ").split(maxsplit=1)[1].split(","):
-            pointer = "*" in name or "*" in line or kind == "Gemm"
-            found.append((re.findall(r"\w+", name)[-1], ctypes.c_void_p if pointer else kinds[kind]))
-    assert found == Arguments._fields_
+@emulated_only
+def test_structures_lie_as_in_the_sources(tmp_path):
+    """Their fields have the names, the order, the kinds and the places that the compiler gives those of launchers.h."""
+    modules = (flow, flow_loss, norm_act, scale, softmax_xent, sums)
+    found = {name: x for m in modules for name, x in vars(m).items() if isinstance(x, type(ctypes.Structure))}
+    assert {*found} == {*re.findall(r"\bstruct (\w+) \{", (build.sources() / "launchers.h").read_text())}
+    kinds = {ctypes.c_void_p: "pointer", ctypes.c_int64: "integral", ctypes.c_int: "integral"}
+    lines = [f"#include <{name}>" for name in ("launchers.h", "type_traits", "stddef.h")]
+    for name, structure in found.items():
+        fields = ", ".join(field for field, _ in structure._fields_)
+        lines.append(f"void all_fields(sfr::{name} &all) {{ auto &[{fields}] = all; }}")
+        lines.append(f'static_assert(sizeof(sfr::{name}) == {ctypes.sizeof(structure)}, "{name}");')
+        for field, kind in structure._fields_:
+            at, size = (getattr(getattr(structure, field), what) for what in ("offset", "size"))
+            there = f"offsetof(sfr::{name}, {field}) == {at} && sizeof(sfr::{name}::{field}) == {size}"
+            same = f"std::is_{kinds.get(kind, 'floating_point')}<decltype(sfr::{name}::{field})>::value"
+            lines.append(f'static_assert({there} && {same}, "{name}.{field}");')
+    file = tmp_path / "layout.cpp"
+    file.write_text("\n".join(lines))
+    command = emulation.command_of(build.sources(), "-fsyntax-only", str(file))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
 
 
 @pytest.mark.slow
@@ -219,8 +229,8 @@ def test_every_kernel_compiles_for_every_chip_without_a_spill(compiled):
     assert "STG" in accesses(f"flow_path_kernel{half}")
     assert accesses(f"cluster_kernel{half}") >= {"LDGSTS", "LDS"}
     assert accesses(f"cluster_kernel{half}") & {"STG", "ST"}
-    loaded = cuda.Library(compiled)
-    assert not loaded.emulated
+    library = cuda.Library(compiled)
+    assert not library.emulated
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"sfr_philox: .*CUDA error"):
-            loaded.philox(None, None, None, 1, 0, 1, None)
+            library.philox(None, None, None, 1, 0, 1, None)

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,11 +16,11 @@ import pytest
 import torch
 from setuptools import Distribution, Extension
 
-from sfr_kernels.kernels import build
-from sfr_kernels.ops import dispatch
+from sfr_kernels.kernels import backend, build, cuda
+from sfr_kernels.kernels.sums.cuda import SumByIndexArguments
 
 ROOT = Path(__file__).resolve().parents[1]
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+FILES = len(list((ROOT / "csrc").glob("*.cu"))) + 1  # that a build makes, with the library
 # In nvcc's place: answers --version, and puts a library at what follows -o, slowly; or fails.
 NVCC = """#!/bin/sh
 [ "$1" = --version ] && echo "release 13.0" && exit
@@ -31,7 +32,7 @@ cp {library} "$2"
 """
 
 
-FIND = "from sfr_kernels.kernels import build; from pathlib import Path; build.PACKAGED = Path('none'); "
+forget = build.find.cache_clear  # as another process would, which then looks for the library anew
 
 
 @pytest.fixture
@@ -41,16 +42,18 @@ def clean(monkeypatch, tmp_path):
     monkeypatch.setenv("SFR_KERNELS_CACHE", str(tmp_path / "cache"))
     for name in (build.LIBRARY_VARIABLE, "TORCH_CUDA_ARCH_LIST", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    build.find.cache_clear()
-    dispatch._missing.cache_clear()
+    forget()
+    backend._missing.cache_clear()
     monkeypatch.setattr(cuda, "_library", None)
     yield tmp_path
-    build.find.cache_clear()
-    dispatch._missing.cache_clear()
+    forget()
+    backend._missing.cache_clear()
 
 
 def stub(folder: Path, code: int = 0) -> Path:
     """A library whose every launcher returns `code`."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
     names = "".join(f"int {name}() {{ return {code}; }}\n" for name in cuda.SIGNATURES)
     source = folder / "stub.c"
     text = 'const char *sfr_error(int code) { return "no kernel image"; }\nint sfr_cluster_code() { return 0; }\n'
@@ -81,158 +84,141 @@ def launch(found: cuda.Library) -> None:
     found.scale(None, 0, None, None, 0, 0, 1, None)
 
 
-@needs_compiler
+def in_a_process(statement: str, **options) -> subprocess.Popen:
+    """Runs it where `build` is imported and no library is packaged."""
+    script = "from sfr_kernels.kernels import build; from pathlib import Path; build.PACKAGED = Path('none'); "
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script + statement]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.STDOUT, **options)
+
+
 def test_built_once_into_the_cache_and_found_again(compiler, clean, capsys):
     log = compiler()
     first = build.find()
-    files = len(list((ROOT / "csrc").glob("*.cu")))
-    assert first.is_relative_to(clean / "cache") and log.read_text().count("built") == files + 1  # and the link
+    assert first.is_relative_to(clean / "cache") and log.read_text().count("built") == FILES
     assert f"compiling the CUDA kernels for {build.ARCHITECTURES}" in capsys.readouterr().err
     assert sorted(p.name for p in first.parent.iterdir()) == [build.NAME, build.NAME + ".sha256", "lock"]  # no more
-    build.find.cache_clear()
-    assert build.find() == first and log.read_text().count("built") == files + 1
+    forget()
+    assert build.find() == first and log.read_text().count("built") == FILES
     launch(cuda.library())
 
 
-@needs_compiler
 def test_the_key_is_sources_compiler_and_architecture(compiler, clean, monkeypatch):
     compiler()
-    found = {build.find()}
-    for change in ("architecture", "compiler", "sources"):
-        build.find.cache_clear()
-        if change == "architecture":
-            monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-        elif change == "compiler":
-            file = clean / "cuda/bin/nvcc"
-            file.write_text(file.read_text().replace("13.0", "13.1"))
-        else:
-            copy = shutil.copytree(ROOT / "csrc", clean / "csrc")
-            monkeypatch.setattr(build, "sources", lambda copy=copy: copy)
-            for name in ("reduce.cuh", "scale.cu", "launchers.h"):
-                build.find.cache_clear()
-                (copy / name).write_text((copy / name).read_text() + "//\n")
-                found.add(build.find())
-        found.add(build.find())
-    assert len(found) == 6
+    found = [build.find()]
+
+    def find_again():
+        forget()
+        found.append(build.find())
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    find_again()
+    nvcc, copy = clean / "cuda/bin/nvcc", shutil.copytree(ROOT / "csrc", clean / "csrc")
+    nvcc.write_text(nvcc.read_text().replace("13.0", "13.1"))
+    find_again()
+    monkeypatch.setattr(build, "sources", lambda: copy)
+    for name in ("reduce.cuh", "scale.cu", "launchers.h"):
+        (copy / name).write_text((copy / name).read_text() + "//\n")
+        find_again()
+    assert len(set(found)) == 6
 
 
-@needs_compiler
 def test_two_processes_at_once_build_one_library(compiler, clean):
     log = compiler()
-    script = FIND + "print('found', build.find(), flush=True)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", script]
-    both = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for _ in range(2)
-    ]
+    both = [in_a_process("print('found', build.find())", stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [p.communicate(timeout=120)[0] for p in both]
     assert all(p.returncode == 0 for p in both)
     assert len({re.search("found (.*)", text)[1] for text in outputs}) == 1
-    assert log.read_text().count("built") == len(list((ROOT / "csrc").glob("*.cu"))) + 1
+    assert log.read_text().count("built") == FILES
     assert sum("compiling" in text for text in outputs) == 1
 
 
-@needs_compiler
 def test_a_builder_that_was_killed_leaves_no_lock(compiler, clean):
     compiler(body=f"touch {clean}/began; sleep 60")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", FIND + "build.find()"], env=environment)
+    process = in_a_process("build.find()", start_new_session=True)
     while not (clean / "began").exists():
         time.sleep(0.02)
         assert process.poll() is None
     process.kill()
     process.wait()
-    subprocess.run(["pkill", "-f", str(clean)], check=False)  # what the killed process has started
+    os.killpg(process.pid, signal.SIGKILL)  # what it has started
     compiler()
     assert build.find().is_file()
 
 
-@needs_compiler
 def test_a_library_that_is_there_needs_no_permission_to_write(compiler, monkeypatch):
     """One that was built into an image, say, for another user."""
     compiler()
     found = build.find()
-    build.find.cache_clear()
-    monkeypatch.setattr(build, "_alone", lambda folder: pytest.fail("nothing is to be written"))
+    forget()
+    monkeypatch.setattr(build.fcntl, "flock", lambda *_: pytest.fail("nothing is to be written"))
     assert build.find() == found
 
 
-@needs_compiler
 def test_a_folder_may_have_a_space_in_its_name(compiler, clean, monkeypatch):
     compiler()
     monkeypatch.setenv("SFR_KERNELS_CACHE", str(clean / "my $home"))
     assert build.find().is_file()
 
 
-@needs_compiler
-def test_a_failing_compiler_is_quoted(compiler):
+def test_a_failing_compiler_is_quoted_and_a_cache_that_cannot_be_written_named(compiler, clean, monkeypatch):
     compiler(body="echo 'softmax_xent.cu(12): error: no such thing' >&2; exit 1")
     with pytest.raises(RuntimeError, match=r"compiling the CUDA kernels failed(.|\n)*no such thing"):
         build.find()
-
-
-@needs_compiler
-def test_a_cache_that_cannot_be_written_says_what_to_set(compiler, clean, monkeypatch):
-    compiler()
     (clean / "file").touch()
     monkeypatch.setenv("SFR_KERNELS_CACHE", str(clean / "file" / "cache"))
     with pytest.raises(RuntimeError, match=r"cannot be kept in .*SFR_KERNELS_CACHE"):
         build.find()
 
 
-@needs_compiler
 @pytest.mark.parametrize("change", ["cut", "empty", "flipped", "no checksum"])
 def test_a_corrupt_library_is_built_anew(compiler, change):
     log = compiler()
     path = build.find()
-    whole, files = path.read_bytes(), log.read_text().count("built")
+    whole = path.read_bytes()
     flipped = bytes([*whole[:5000], whole[5000] ^ 1, *whole[5001:]])
     if change == "no checksum":
         build._checksum_of(path).unlink()
     else:
         path.write_bytes({"cut": whole[:1000], "empty": b"", "flipped": flipped}[change])
-    build.find.cache_clear()
-    assert build.find().read_bytes() == whole and log.read_text().count("built") == 2 * files
+    forget()
+    assert build.find().read_bytes() == whole and log.read_text().count("built") == 2 * FILES
     launch(cuda.library())
 
 
-def test_a_file_that_is_no_library_is_named(clean, monkeypatch):
-    (clean / "none.so").write_text("text")
-    monkeypatch.setenv(build.LIBRARY_VARIABLE, str(clean / "none.so"))
-    with pytest.raises(RuntimeError, match=r"none\.so cannot be loaded .*remove the file"):
-        cuda.library()
+def test_another_file_is_refused(clean, monkeypatch):
+    (clean / "text.so").write_text("text")
+    for file, words in (
+        (clean / "none.so", "is no file"),
+        (clean / "text.so", r"text\.so cannot be loaded .*remove the file"),
+        (_ctypes.__file__, "is not a library of these CUDA kernels"),
+    ):
+        monkeypatch.setenv(build.LIBRARY_VARIABLE, str(file))
+        forget()
+        with pytest.raises(RuntimeError, match=words):
+            cuda.library()
 
 
-def test_another_library_is_refused(clean, monkeypatch):
-    monkeypatch.setenv(build.LIBRARY_VARIABLE, str(clean / "none.so"))
-    with pytest.raises(RuntimeError, match="is no file"):
-        cuda.library()
-    build.find.cache_clear()
-    monkeypatch.setenv(build.LIBRARY_VARIABLE, _ctypes.__file__)
-    with pytest.raises(RuntimeError, match="is not a library of these CUDA kernels"):
-        cuda.library()
-
-
-@needs_compiler
-def test_a_library_of_other_sources_is_refused(clean, monkeypatch):
-    path = stub(clean)
+def test_a_library_of_other_sources_or_for_another_gpu_is_refused(clean, monkeypatch):
+    library = cuda.Library(stub(clean, code=209))
+    with pytest.raises(RuntimeError, match=r"sfr_scale: no kernel image .*209.*TORCH_CUDA_ARCH_LIST"):
+        launch(library)
     monkeypatch.setitem(cuda.SIGNATURES, "sfr_new", "p")
     with pytest.raises(RuntimeError, match="other sources: it lacks sfr_new"):
-        cuda.Library(path)
+        cuda.Library(library.path)
 
 
-@needs_compiler
-def test_a_gpu_that_the_library_has_no_code_for(clean):
-    with pytest.raises(RuntimeError, match=r"sfr_scale: no kernel image .*209.*TORCH_CUDA_ARCH_LIST"):
-        launch(cuda.Library(stub(clean, code=209)))
+def test_a_name_that_is_no_field_of_a_structure_is_an_error():
+    assert SumByIndexArguments(n=3, x=5).width == 0
+    with pytest.raises(AttributeError, match="col"):
+        SumByIndexArguments(col=1)
 
 
 def test_without_nvcc_the_backend_says_so(clean, monkeypatch):
     monkeypatch.setattr(build, "nvcc", lambda: None)
     with pytest.raises(RuntimeError, match="no nvcc"):
         build.find()
-    assert "no nvcc" in dispatch.unavailable("cuda")
+    assert "no nvcc" in backend.unavailable("cuda")
     monkeypatch.setattr(build, "sources", lambda: None)
     assert "without its CUDA kernels" in build.missing()
 
@@ -253,12 +239,21 @@ def test_architectures_become_options():
 
 @pytest.fixture
 def setup(monkeypatch):
-    """setup.py as a module."""
+    """setup.py as a module; its `command_in(folder)` builds there."""
     monkeypatch.setattr("setuptools.setup", lambda **options: None)
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setenv("SFR_BUILD_CUDA", "0")
     spec.loader.exec_module(module)
+
+    def command_in(folder: Path):
+        extension = Extension("sfr_kernels.kernels.libsfr", [])
+        command = module.BuildKernels(Distribution(dict(ext_modules=[extension])))
+        command.build_lib, command.build_temp = str(folder), str(folder)
+        command.ensure_finalized()
+        return command
+
+    module.command_in = command_in
     return module
 
 
@@ -283,22 +278,17 @@ def test_an_nvcc_that_fails_is_fatal_only_where_it_is_asked_for(choice, setup, m
 
     monkeypatch.setattr(setup.build, "compile_library", fail)
     monkeypatch.setenv("SFR_BUILD_CUDA", choice)
-    command = setup.BuildKernels(Distribution(dict(ext_modules=[Extension("sfr_kernels.kernels.libsfr", [])])))
-    command.build_lib, command.build_temp = str(tmp_path), str(tmp_path)
-    command.ensure_finalized()
     kind, raised = (RuntimeError, pytest.raises) if choice == "1" else (UserWarning, pytest.warns)
     with raised(kind, match="Unsupported gpu"):
-        command.run()
+        setup.command_in(tmp_path).run()
 
 
 @pytest.mark.parametrize("editable", [True, False])
 def test_an_editable_install_leaves_the_kernels_to_the_first_call(editable, setup, monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(setup.build, "compile_library", lambda *arguments: made.append(arguments))
-    extension = Extension("sfr_kernels.kernels.libsfr", [])
-    command = setup.BuildKernels(Distribution(dict(ext_modules=[extension])))
-    command.build_lib, command.build_temp, command.editable_mode = str(tmp_path), str(tmp_path), editable
-    command.ensure_finalized()
+    command = setup.command_in(tmp_path)
+    command.editable_mode = editable
     command.run()
     assert len(made) == (not editable)
 
@@ -307,9 +297,9 @@ def test_an_editable_install_leaves_the_kernels_to_the_first_call(editable, setu
 def test_the_backend_serves_the_cpu_where_its_kernels_are_emulated(emulated, clean, monkeypatch):
     """And only where the environment names the emulation."""
     with pytest.raises(RuntimeError, match="backend='cuda' cannot serve a tensor on cpu"):
-        dispatch.resolve_backend("cuda", torch.device("cpu"), torch.float32)
+        backend.resolve_backend("cuda", torch.device("cpu"), torch.float32)
     monkeypatch.setenv(build.LIBRARY_VARIABLE, str(emulated))
-    build.find.cache_clear()
-    assert dispatch.resolve_backend("cuda", torch.device("cpu"), torch.float32) == "cuda"
+    forget()
+    assert backend.resolve_backend("cuda", torch.device("cpu"), torch.float32) == "cuda"
     with pytest.raises(RuntimeError, match="not float64"):
-        dispatch.resolve_backend("cuda", torch.device("cpu"), torch.float64)
+        backend.resolve_backend("cuda", torch.device("cpu"), torch.float64)

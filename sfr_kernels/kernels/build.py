@@ -6,7 +6,6 @@ nvcc. setup.py builds with the same function.
     SFR_KERNELS_CACHE             the folder of the cache
 """
 
-import contextlib
 import fcntl
 import functools
 import hashlib
@@ -18,7 +17,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,9 +37,9 @@ def sources() -> Path | None:
 
 
 def nvcc() -> str | None:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    found = (shutil.which("nvcc", path=os.path.join(home, "bin")) for home in homes)
-    return next(filter(None, found), None) or shutil.which("nvcc")
+    homes = filter(None, map(os.environ.get, ("CUDA_HOME", "CUDA_PATH")))
+    folders = [*(os.path.join(home, "bin") for home in homes), os.environ.get("PATH", os.defpath)]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
 def built() -> Path | None:
@@ -97,16 +95,16 @@ def compile_library(
         depend = ["-MD", "-MF", f"{objects[-1]}.d"]
         commands.append([compiler, *flags, *extra, *depend, "-c", str(file), "-o", str(objects[-1])])
     link = [compiler, "-shared", "--cudart=static", *map(str, objects), "-o", str(out)]
-    ninja = shutil.which("ninja")
-    if ninja is not None:
-        _run([ninja, "-C", str(work)], _ninja_file(work, commands, link))
+    if ninja := shutil.which("ninja"):
+        _write_ninja_file(work, commands, link)
+        _run([ninja, "-C", str(work)])
         return
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
     _run(link)
 
 
-def _ninja_file(work: Path, commands: list[list[str]], link: list[str]) -> Path:
+def _write_ninja_file(work: Path, commands: list[list[str]], link: list[str]) -> None:
     def escape(text: str) -> str:
         return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -118,12 +116,10 @@ def _ninja_file(work: Path, commands: list[list[str]], link: list[str]) -> Path:
         lines += [f"build {escape(command[-1])}: run {escape(command[-3])}", f"  line = {line(command)}"]
     objects = " ".join(escape(command[-1]) for command in commands)
     lines += [f"build {escape(link[-1])}: link {objects}", f"  line = {line(link)}"]
-    file = work / "build.ninja"
-    file.write_text("\n".join(lines) + "\n")
-    return file
+    (work / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
-def _run(command: list[str], *_) -> None:
+def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"compiling the CUDA kernels failed: {' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -144,7 +140,8 @@ def find() -> Path:
 def _cached(folder: Path, compiler: str) -> Path:
     import torch
 
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or _own_architecture(torch)
+    own = "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else ARCHITECTURES
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or own
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     key = hashlib.sha256(f"{version}\n{architectures}\n{platform.machine()} {platform.libc_ver()}".encode())
     for file in [_HERE, *sorted(f for f in folder.iterdir() if f.suffix in (".cu", ".cuh", ".h"))]:
@@ -156,7 +153,9 @@ def _cached(folder: Path, compiler: str) -> Path:
     if _is_whole(out):  # in a folder that may be another user's
         return out
     try:
-        with _alone(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out.parent / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process at a time; one that ends lets the next in
             if not _is_whole(out):
                 where = f"for {architectures}, once, into {out.parent}"
                 print(f"sfr_kernels: compiling the CUDA kernels {where}", file=sys.stderr, flush=True)
@@ -187,19 +186,3 @@ def _is_whole(library: Path) -> bool:
     """Loading a part of a library would end the process."""
     checksum = _checksum_of(library)
     return library.is_file() and checksum.is_file() and checksum.read_text() == _digest(library)
-
-
-def _own_architecture(torch) -> str:
-    if not torch.cuda.is_available():
-        return ARCHITECTURES
-    major, minor = torch.cuda.get_device_capability()
-    return f"{major}.{minor}"
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One process at a time; a process that ends lets the next one in."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -3,6 +3,7 @@
 import ctypes
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -11,31 +12,34 @@ from .build import LIBRARY_VARIABLE, find
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as DType in csrc/types.cuh
 
-# The parameters of each launcher, in order: p pointer, i int, l int64, f float, d double. The last is the stream; that
-# of sfr_flow_loss is in its structure of arguments.
+# The parameters of each launcher, in order: p pointer, i int, l int64, d double, s the address of a `structure`. The
+# last is the stream.
 SIGNATURES = {
-    "sfr_flow_path": "ppilpilpppppfflip",
-    "sfr_flow_mse": "pillpllpppplliiiip",
-    "sfr_flow_loss": "pi",
-    "sfr_norm_act": "pillpppiplppllplpplifip",
-    "sfr_norm_act_backward": "pillpllpppippppllpliliiiip",
     "sfr_column_sum": "pilpilip",
     "sfr_group": "ppppiip",
     "sfr_philox": "pppliip",
-    "sfr_sum_by_index": "pillpppppiiiiiip",
     "sfr_scale": "pippilip",
-    "sfr_scatter_rows": "pipppiliip",
     "sfr_split": "pppilip",
     "sfr_stratified_times": "pppplip",
     "sfr_sequence_times": "ppplp",
     "sfr_sinusoid": "ppiiiidp",
-    "sfr_softmax_xent": "pillppppppliffffip",
-    "sfr_softmax_xent_cluster": "pilppppppliffffiipp",
-    "sfr_softmax_partials": "pillppliffp",
-    "sfr_softmax_gradient": "pillppppplifffp",
 }
+SIGNATURES |= dict.fromkeys(
+    ["sfr_flow_loss", "sfr_flow_mse", "sfr_flow_path", "sfr_norm_act", "sfr_norm_act_backward", "sfr_scatter_rows",
+     "sfr_softmax_gradient", "sfr_softmax_partials", "sfr_softmax_xent", "sfr_sum_by_index"],
+    "sip",
+)  # fmt: skip
+_KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "d": ctypes.c_double}
+_KINDS["s"] = SimpleNamespace(from_param=ctypes.byref)  # takes a structure, and passes its address
 _NO_IMAGE = 209  # cudaErrorNoKernelImageForDevice
-_CODES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+
+
+def structure(name: str, *, pointers: str, int64: str = "", int32: str = "", float32: str = "") -> type:
+    """The structure `name` of csrc/launchers.h, whose fields are filled by name; one that is not named is null or 0."""
+    kinds = {ctypes.c_void_p: pointers, ctypes.c_int64: int64, ctypes.c_int: int32, ctypes.c_float: float32}
+    fields = [(field, kind) for kind, names in kinds.items() for field in names.split()]
+    # without slots, a name that is no field would be taken for an attribute
+    return type(name, (ctypes.Structure,), {"__slots__": (), "_fields_": fields})
 
 
 class Library:
@@ -49,7 +53,7 @@ class Library:
             raise RuntimeError(f"the CUDA kernels at {path} cannot be loaded ({error}): remove the file") from error
         if not hasattr(handle, "sfr_error"):
             raise RuntimeError(f"{path} is not a library of these CUDA kernels")
-        self.path, self._error, self.emulated = path, handle.sfr_error, hasattr(handle, "sfr_emulated")
+        self.path, self._error, self.emulated = path, handle.sfr_error, hasattr(handle, "sfr_emulated_gemm")
         self._error.argtypes, self._error.restype = [ctypes.c_int], ctypes.c_char_p
         self.cluster_code = handle.sfr_cluster_code
         if self.emulated:
@@ -58,18 +62,16 @@ class Library:
             if not hasattr(handle, name):
                 raise RuntimeError(f"the CUDA kernels at {path} were compiled from other sources: it lacks {name}")
             function = getattr(handle, name)
-            function.argtypes, function.restype = [_CODES[c] for c in codes], ctypes.c_int
+            function.argtypes, function.restype = [_KINDS[c] for c in codes], ctypes.c_int
             setattr(self, name.removeprefix("sfr_"), self._checked(name, function))
 
     def _checked(self, name: str, function):
         def launch(*arguments) -> None:
             if error := function(*arguments):
-                hint = ""
+                words = f"{name}: {self._error(error).decode()} (CUDA error {error})"
                 if error == _NO_IMAGE:
-                    hint = (
-                        f": {self.path} has no code for this GPU, build with its architecture in TORCH_CUDA_ARCH_LIST"
-                    )
-                raise RuntimeError(f"{name}: {self._error(error).decode()} (CUDA error {error}){hint}")
+                    words += f": {self.path} has no code for this GPU, name its architecture in TORCH_CUDA_ARCH_LIST"
+                raise RuntimeError(words)
 
         return launch
 

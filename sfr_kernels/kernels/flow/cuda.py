@@ -1,82 +1,66 @@
-"""The flow path of each row: csrc/flow_path.cu.
-
-The matching loss of each row and its gradient: csrc/flow_mse.cu.
-"""
+"""csrc/flow_path.cu and csrc/flow_mse.cu."""
 
 import torch
 from torch import Tensor
 
 from .. import empty_rows
-from ..cuda import DTYPES, address, library, stream_of, threads_for
-from ..sums.cuda import column_sum, partial_sums, parts_for
+from ..cuda import DTYPES, library, stream_of, structure, threads_for
+from ..sums.cuda import blocks_for, column_sum, partial_sums
 from . import FlowPath
 
+FlowPathArguments = structure(
+    "FlowPathArguments",
+    pointers="x_t u targets times noise_id anchor time_index seed",
+    int64="row target_row n",
+    int32="d targets_dtype",
+    float32="target_scale source_std",
+)
+FlowMseArguments = structure(
+    "FlowMseArguments",
+    pointers="v u bias coefficient loss partial",
+    int64="v_row v_col u_row u_col partial_row n",
+    int32="d num_blocks rows threads",
+)
 
-def path_arguments(path: FlowPath) -> tuple[Tensor, Tensor, Tensor]:
-    """targets, noise_id and anchor as the kernels take them."""
-    targets = path.targets if path.targets.dtype in DTYPES else path.targets.float()
+
+def contiguous_path(path: FlowPath) -> FlowPath:
+    """The path in the dtypes and strides that the kernels take."""
+    targets, times, noise_id, anchor, time_index, *rest = path
+    targets = targets if targets.dtype in DTYPES else targets.float()
     targets = targets if targets.stride(1) == 1 else targets.contiguous()
-    return targets, path.noise_id.long().contiguous(), path.anchor.int().contiguous()
+    times, noise_id = times.float().contiguous(), noise_id.long().contiguous()
+    return FlowPath(targets, times, noise_id, anchor.int().contiguous(), time_index.int().contiguous(), *rest)
 
 
 def flow_path(path: FlowPath, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x_t and u (n, d) in `dtype`."""
-    targets, noise_id, anchor = path_arguments(path)
+    targets, times, noise_id, anchor, time_index, seed, target_scale, source_std = contiguous_path(path)
     n, d = noise_id.shape[0], targets.shape[1]
-    times, time_index = path.times.float().contiguous(), path.time_index.int().contiguous()
     x_t, u = (empty_rows(n, d, dtype, targets.device) for _ in range(2))
-    library().flow_path(
-        x_t.data_ptr(),
-        u.data_ptr(),
-        DTYPES[dtype],
-        x_t.stride(0),
-        targets.data_ptr(),
-        DTYPES[targets.dtype],
-        targets.stride(0),
-        times.data_ptr(),
-        noise_id.data_ptr(),
-        anchor.data_ptr(),
-        time_index.data_ptr(),
-        path.seed.data_ptr(),
-        path.target_scale,
-        path.source_std,
-        n,
-        d,
-        stream_of(x_t),
-    )
+    arguments = FlowPathArguments(
+        x_t=x_t.data_ptr(), u=u.data_ptr(), row=x_t.stride(0), n=n, d=d,
+        targets=targets.data_ptr(), targets_dtype=DTYPES[targets.dtype], target_row=targets.stride(0),
+        times=times.data_ptr(), time_index=time_index.data_ptr(), anchor=anchor.data_ptr(),
+        noise_id=noise_id.data_ptr(), seed=seed.data_ptr(), target_scale=target_scale, source_std=source_std,
+    )  # fmt: skip
+    library().flow_path(arguments, DTYPES[dtype], stream_of(x_t))
     return x_t, u
 
 
-def flow_mse(
-    v: Tensor,  # (n, d), predicted velocity; holds dv afterwards if there is a coefficient
-    u: Tensor,  # (n, d), target velocity
-    coefficient: Tensor | None = None,  # (n,) float32; None: no gradient
-) -> tuple[Tensor, Tensor | None]:
-    """ℓ (n,) and db (d,) in float32."""
+def flow_mse(v: Tensor, u: Tensor, coefficient: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     (n, d), u = v.shape, u.to(v.dtype)
     threads = threads_for(d, v.dtype, 256)
-    parts, rows = parts_for(n, threads)
-    blocks = -(-d * v.dtype.itemsize // (16 * threads))
-    loss = torch.empty(n, blocks, dtype=torch.float32, device=v.device)
-    coefficient = None if coefficient is None else coefficient.float().contiguous()
-    partial = None if coefficient is None else partial_sums(1, parts, d, v.device)
-    library().flow_mse(
-        v.data_ptr(),
-        DTYPES[v.dtype],
-        *v.stride(),
-        u.data_ptr(),
-        *u.stride(),
-        None,  # no bias: the product has it
-        address(coefficient),
-        loss.data_ptr(),
-        address(partial),
-        0 if partial is None else partial.stride(1),
-        n,
-        d,
-        parts,
-        rows,
-        threads,
-        stream_of(v),
-    )
-    loss = loss.view(n) if blocks == 1 else loss.sum(1)
+    num_blocks, rows = blocks_for(n, threads)
+    col_blocks = -(-d * v.dtype.itemsize // (16 * threads))
+    loss = torch.empty(n, col_blocks, dtype=torch.float32, device=v.device)
+    arguments = FlowMseArguments(
+        v=v.data_ptr(), v_row=v.stride(0), v_col=v.stride(1), u=u.data_ptr(), u_row=u.stride(0), u_col=u.stride(1),
+        loss=loss.data_ptr(), n=n, d=d, num_blocks=num_blocks, rows=rows, threads=threads,
+    )  # fmt: skip
+    partial = None
+    if coefficient is not None:
+        coefficient, partial = coefficient.float().contiguous(), partial_sums(1, num_blocks, d, v.device)
+        arguments.coefficient, arguments.partial = coefficient.data_ptr(), partial.data_ptr()
+        arguments.partial_row = partial.stride(1)
+    library().flow_mse(arguments, DTYPES[v.dtype], stream_of(v))
+    loss = loss.view(n) if col_blocks == 1 else loss.sum(1)
     return loss, None if partial is None else column_sum(partial)[0]

@@ -1,42 +1,33 @@
-"""The flow loss and its gradients in one call: csrc/flow_loss.cu, with products by the cuBLAS that torch has loaded.
-
-Everything it writes is allocated here, the room it works in as one tensor; the call itself launches and returns.
-"""
+"""csrc/flow_loss.cu, with products by the cuBLAS that torch has loaded. Everything that the call writes is allocated
+here, the room that it works in as one tensor; the call itself only launches."""
 
 import ctypes
 import functools
-from collections.abc import Iterable
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
 
 from .. import ACCESS_BYTES, empty_rows
-from ..cuda import DTYPES, library, stream_of, threads_for
+from ..cuda import DTYPES, address, library, stream_of, structure, threads_for
 from ..flow import FlowPath
-from ..flow.cuda import path_arguments
+from ..flow.cuda import contiguous_path
 from ..norm_act import EPS
-from ..sums.cuda import MOST_GROUPS, parts_for, room_to_group
+from ..sums.cuda import MOST_GROUPS, blocks_for, rank_and_counts
 
 _ALIGNMENT = 256  # bytes
-_TENSORS = "h coefficient targets times noise_id anchor time_index seed"
-_POINTERS = f"gemm handle stream {_TENSORS} params matrices work vectors dh loss"
-_SIZES = "n hidden target_row h_row dh_row d_row width_row"
-_NUMBERS = (
-    "d inner width num_times layers gain_dtype targets_dtype add_to_dh "
-    "mse_threads mse_parts mse_rows act_threads back_threads back_parts back_rows"
+
+FlowLossLayer = structure("FlowLossLayer", pointers="weight bias gamma beta y a mean rstd d_weight")
+FlowLossArguments = structure(
+    "FlowLossArguments",
+    pointers="gemm handle h coefficient targets times noise_id anchor time_index seed w_1 b_1 w_2 b_2 w_out b_out "
+    "layers d_w_1 d_w_2 d_w_out vectors dh loss x_t v u sinusoid gate silu tau table partial moments wide "
+    "order bounds rank_and_counts split",
+    int64="n hidden target_row h_row dh_row d_row width_row",
+    int32="d inner width num_times num_layers vector_dtype targets_dtype add_to_dh "
+    "mse_threads mse_blocks mse_rows act_threads back_threads back_blocks back_rows",
+    float32="time_scale hidden_scale target_scale source_std eps",
 )
-_SCALES = "time_scale hidden_scale target_scale source_std eps"
-
-
-class Arguments(ctypes.Structure):
-    """`FlowLoss` of csrc/launchers.h."""
-
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in _POINTERS.split()]
-        + [(name, ctypes.c_int64) for name in _SIZES.split()]
-        + [(name, ctypes.c_int) for name in _NUMBERS.split()]
-        + [(name, ctypes.c_float) for name in _SCALES.split()]
-    )
 
 
 @functools.cache
@@ -49,20 +40,6 @@ def _gemm() -> int | None:
         return ctypes.cast(ctypes.CDLL(name).cublasGemmEx, ctypes.c_void_p).value
     except (AttributeError, OSError):
         return None
-
-
-def _addresses(values: Iterable[int]) -> ctypes.Array:
-    values = list(values)
-    return (ctypes.c_void_p * len(values))(*values)
-
-
-def _room(bytes_of: list[int], device: torch.device) -> tuple[Tensor, list[int]]:
-    """One tensor for buffers of so many bytes, and where each begins in it."""
-    starts, end = [], 0
-    for count in bytes_of:
-        starts.append(end)
-        end += -(-count // _ALIGNMENT) * _ALIGNMENT
-    return torch.empty(end, dtype=torch.uint8, device=device), starts
 
 
 def serves_flow_loss(h: Tensor, params: list[Tensor], targets: Tensor, num_times: int) -> bool:
@@ -92,50 +69,60 @@ def flow_loss(
     add_to_dh: bool,
 ) -> Tensor:
     """ℓ (n,) in float32."""
-    coefficient = coefficient.float().contiguous()
-    (n, hidden), (d, inner), width, dtype = h.shape, params[2].shape, params[4].shape[0], h.dtype
-    (targets, noise_id, anchor), layers = path_arguments(path), (len(params) - 6) // 4
-    times, time_index = path.times.float().contiguous(), path.time_index.int().contiguous()
-    num_times, size = times.shape[0], dtype.itemsize
+    path, coefficient, dtype = contiguous_path(path), coefficient.float().contiguous(), h.dtype
+    w_1, b_1, w_2, b_2, *of_layers, w_out, b_out = params
+    (n, hidden), (d, inner), width, num_layers = h.shape, w_2.shape, of_layers[0].shape[0], len(of_layers) // 4
+    d_w_1, d_w_2, *d_weights, d_w_out = map(Tensor.data_ptr, matrices) if matrices else [None] * (num_layers + 3)
+    num_times, size = path.times.shape[0], dtype.itemsize
     mse_threads, back_threads = threads_for(d, dtype, 256), threads_for(width, dtype, 256)
-    mse_parts, back_parts = parts_for(n, mse_threads), parts_for(n, back_threads)
-    twice = 2 if size == 2 else 1
-    columns = -(-d * size // (16 * mse_threads))
+    (mse_blocks, mse_rows), (back_blocks, back_rows) = blocks_for(n, mse_threads), blocks_for(n, back_threads)
+    col_blocks = -(-d * size // (16 * mse_threads))
     d_row, width_row = (empty_rows(0, w, dtype, h.device).stride(0) for w in (d, width))
-    bytes_of = [
-        *[n * d_row * size] * 3,  # x_t; v, then dv; u
-        twice * num_times * d * size,  # sinusoid
-        num_times * inner * size,  # its layer before the activation
-        twice * num_times * inner * size,  # and after
-        twice * num_times * d * size,  # τ
-        4 * num_times * (width + 3),  # the table of row biases, then its gradient
-        4 * max(mse_parts[0] * (d + 3), 3 * back_parts[0] * (width + 3)),  # partial sums
-        8 * n if width * size > 16 * back_threads else 0,  # moments of rows wider than a block
-        4 * twice * num_times * max(d, inner),  # products of so many rows, not yet rounded
-        4 * (n + num_times + 1 + room_to_group(n, num_times)),  # rows by time
-        twice * num_times * max(inner, width) * size,  # their parts
-        *[n * width_row * size, n * width_row * size, 4 * n, 4 * n] * layers,
-    ]
-    room, starts = _room(bytes_of, h.device)
-    loss = torch.empty(n, columns, dtype=torch.float32, device=h.device)
-    on_host = [
-        _addresses(p.data_ptr() for p in params),
-        _addresses(m.data_ptr() for m in matrices),
-        _addresses(room.data_ptr() + start for start in starts),
-    ]
-    arguments = Arguments(
-        _gemm(),
-        torch.cuda.current_blas_handle() if h.is_cuda else None,
-        stream_of(h),
-        *(t.data_ptr() for t in (h, coefficient, targets, times, noise_id, anchor, time_index, path.seed)),
-        *map(ctypes.addressof, on_host),
-        None if vectors is None else vectors.data_ptr(),
-        None if dh is None else dh.data_ptr(),
-        loss.data_ptr(),
-        *(n, hidden, targets.stride(0), h.stride(0), 0 if dh is None else dh.stride(0), d_row, width_row),
-        *(d, inner, width, num_times, layers, DTYPES[params[6].dtype], DTYPES[targets.dtype], add_to_dh),
-        *(mse_threads, *mse_parts, threads_for(width, dtype, 512), back_threads, *back_parts),
-        *(time_scale, hidden_scale, path.target_scale, path.source_std, EPS),
+    twice = 2 if size == 2 else 1
+    sizes = dict(  # bytes, by the names of csrc/launchers.h
+        x_t=n * d_row * size,
+        v=n * d_row * size,
+        u=n * d_row * size,
+        sinusoid=twice * num_times * d * size,
+        gate=num_times * inner * size,
+        silu=twice * num_times * inner * size,
+        tau=twice * num_times * d * size,
+        table=4 * num_times * (width + 3),
+        partial=4 * max(mse_blocks * (d + 3), 3 * back_blocks * (width + 3)),
+        moments=8 * n if width * size > 16 * back_threads else 0,
+        wide=4 * twice * num_times * max(d, inner),
+        order=4 * n,
+        bounds=4 * (num_times + 1),
+        rank_and_counts=4 * rank_and_counts(n, num_times),
+        split=twice * num_times * max(inner, width) * size,
     )
-    library().flow_loss(ctypes.byref(arguments), DTYPES[dtype])
-    return loss.view(n) if columns == 1 else loss.sum(1)
+    layer_sizes = dict(y=n * width_row * size, a=n * width_row * size, mean=4 * n, rstd=4 * n)
+    padded = [-(-b // _ALIGNMENT) * _ALIGNMENT for b in (*sizes.values(), *[*layer_sizes.values()] * num_layers)]
+    room = torch.empty(sum(padded), dtype=torch.uint8, device=h.device)
+    starts = accumulate(padded, initial=room.data_ptr())
+    buffers = dict(zip(sizes, starts, strict=False))
+    layers = (FlowLossLayer * num_layers)()
+    for k, layer in enumerate(layers):
+        weight, bias, gamma, beta = of_layers[4 * k : 4 * k + 4]
+        layer.weight, layer.bias, layer.d_weight = weight.data_ptr(), bias.data_ptr(), d_weights[k]
+        layer.gamma, layer.beta = gamma.data_ptr(), beta.data_ptr()
+        layer.y, layer.a, layer.mean, layer.rstd = islice(starts, 4)
+    loss = torch.empty(n, col_blocks, dtype=torch.float32, device=h.device)
+    arguments = FlowLossArguments(
+        gemm=_gemm(), handle=torch.cuda.current_blas_handle() if h.is_cuda else None,
+        h=h.data_ptr(), h_row=h.stride(0), dh=address(dh), dh_row=0 if dh is None else dh.stride(0),
+        add_to_dh=add_to_dh, coefficient=coefficient.data_ptr(), loss=loss.data_ptr(),
+        targets=path.targets.data_ptr(), target_row=path.targets.stride(0), targets_dtype=DTYPES[path.targets.dtype],
+        times=path.times.data_ptr(), time_index=path.time_index.data_ptr(), anchor=path.anchor.data_ptr(),
+        noise_id=path.noise_id.data_ptr(), seed=path.seed.data_ptr(),
+        target_scale=path.target_scale, source_std=path.source_std,
+        w_1=w_1.data_ptr(), b_1=b_1.data_ptr(), w_2=w_2.data_ptr(), b_2=b_2.data_ptr(),
+        w_out=w_out.data_ptr(), b_out=b_out.data_ptr(), layers=ctypes.addressof(layers),
+        d_w_1=d_w_1, d_w_2=d_w_2, d_w_out=d_w_out, vectors=address(vectors), vector_dtype=DTYPES[of_layers[2].dtype],
+        n=n, hidden=hidden, d=d, d_row=d_row, inner=inner, width=width, width_row=width_row,
+        num_times=num_times, num_layers=num_layers, time_scale=time_scale, hidden_scale=hidden_scale, eps=EPS,
+        mse_threads=mse_threads, mse_blocks=mse_blocks, mse_rows=mse_rows, act_threads=threads_for(width, dtype, 512),
+        back_threads=back_threads, back_blocks=back_blocks, back_rows=back_rows, **buffers,
+    )  # fmt: skip
+    library().flow_loss(arguments, DTYPES[dtype], stream_of(h))
+    return loss.view(n) if col_blocks == 1 else loss.sum(1)

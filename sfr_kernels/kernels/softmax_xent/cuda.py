@@ -1,15 +1,36 @@
-"""Cross-entropy of rows of logits, and its gradient written over them: csrc/softmax_xent.cu."""
+"""csrc/softmax_xent.cu: rows held on chip by clusters of blocks where they fit, else two passes."""
 
 import functools
 
 import torch
 from torch import Tensor
 
-from ..cuda import DTYPES, address, library, stream_of
+from ..cuda import DTYPES, address, library, stream_of, structure
 from . import RowPartials, RowStats
 
+SoftmaxXentArguments = structure(
+    "SoftmaxXentArguments",
+    pointers="logits labels row_weight loss lse predicted entropy claimed",
+    int64="logits_row logits_col n",
+    int32="vocab need_grad cluster",
+    float32="logit_scale softcap label_smoothing z_loss",
+)
+SoftmaxPartialsArguments = structure(
+    "SoftmaxPartialsArguments",
+    pointers="logits labels out",
+    int64="logits_row logits_col n",
+    int32="vocab",
+    float32="logit_scale softcap",
+)
+SoftmaxGradientArguments = structure(
+    "SoftmaxGradientArguments",
+    pointers="logits labels row_weight top share uniform",
+    int64="logits_row logits_col n",
+    int32="vocab",
+    float32="logit_scale softcap label_smoothing",
+)
 _CLUSTERS = (1, 2, 4, 8)
-_POST_BYTES = 8192  # of shared memory, beside the two buffers of a block: at least `Post` of csrc/softmax_xent.cu
+_POST_BYTES = 8192  # of shared memory, beside the two buffers of a block: POST_BYTES of csrc/softmax_xent.cu
 
 
 def cluster_for(logits: Tensor) -> int:
@@ -32,71 +53,53 @@ def _slice_bytes(device: torch.device) -> int:
 
 
 def softmax_xent(
-    logits: Tensor,  # (n, V); holds dlogits afterwards if need_grad
-    labels: Tensor,  # (n,) int64 in [0, V)
-    row_weight: Tensor | None = None,  # (n,) float32
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    need_grad: bool = True,
-    need_stats: bool = False,
+    logits: Tensor, labels: Tensor, row_weight: Tensor | None = None, *,
+    logit_scale: float = 1.0, softcap: float | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0,
+    need_grad: bool = True, need_stats: bool = False,
     cluster: int | None = None,  # of blocks a row; 0: two passes; None: `cluster_for`
-) -> tuple[Tensor, RowStats | None]:
-    """row_weight · ℓ (n,) in float32, and the statistics if asked for."""
+) -> tuple[Tensor, RowStats | None]:  # fmt: skip
     (n, vocab), labels = logits.shape, labels.long().contiguous()
     row_weight = None if row_weight is None else row_weight.float().contiguous()
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
-    stats = (torch.empty_like(loss), torch.empty_like(labels), torch.empty_like(loss)) if need_stats else (None,) * 3
+    arguments = SoftmaxXentArguments(
+        logits=logits.data_ptr(), logits_row=logits.stride(0), logits_col=logits.stride(1), labels=labels.data_ptr(),
+        row_weight=address(row_weight), loss=loss.data_ptr(), n=n, vocab=vocab, need_grad=need_grad,
+        logit_scale=logit_scale, softcap=softcap or 0.0, label_smoothing=label_smoothing, z_loss=z_loss,
+    )  # fmt: skip
+    if need_stats:
+        lse, predicted, entropy = torch.empty_like(loss), torch.empty_like(labels), torch.empty_like(loss)
+        arguments.lse, arguments.predicted, arguments.entropy = lse.data_ptr(), predicted.data_ptr(), entropy.data_ptr()
     cluster = cluster_for(logits) if cluster is None else cluster
-    pointers = (labels.data_ptr(), address(row_weight), loss.data_ptr(), *map(address, stats))
-    options = (n, vocab, logit_scale, softcap or 0.0, label_smoothing, z_loss, need_grad)
-    where = logits.data_ptr(), DTYPES[logits.dtype], logits.stride(0)
     if cluster:
         claimed = torch.empty(1, dtype=torch.int64, device=logits.device)
-        library().softmax_xent_cluster(*where, *pointers, *options, cluster, claimed.data_ptr(), stream_of(logits))
-    else:
-        library().softmax_xent(*where, logits.stride(1), *pointers, *options, stream_of(logits))
-    return loss, RowStats(*stats, stats[1] == labels) if need_stats else None
+        arguments.cluster, arguments.claimed = cluster, claimed.data_ptr()
+    library().softmax_xent(arguments, DTYPES[logits.dtype], stream_of(logits))
+    return loss, RowStats(lse, predicted, entropy, predicted == labels) if need_stats else None
 
 
 def softmax_partials(
-    logits: Tensor,  # (n, V), unchanged
-    labels: Tensor,  # (n,) int64; outside [0, V): the class is in another part
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    need_rest: bool = False,
-    need_stats: bool = False,
-) -> RowPartials:
-    """What these columns add to each row's softmax, in float32, all of it whether asked for or not."""
+    logits: Tensor, labels: Tensor, *,
+    logit_scale: float = 1.0, softcap: float | None = None, need_rest: bool = False, need_stats: bool = False,
+) -> RowPartials:  # fmt: skip
     (n, vocab), labels = logits.shape, labels.long().contiguous()
     out = torch.empty(7, n, dtype=torch.float32, device=logits.device)
-    library().softmax_partials(
-        logits.data_ptr(), DTYPES[logits.dtype], *logits.stride(), labels.data_ptr(), out.data_ptr(), n, vocab,
-        logit_scale, softcap or 0.0, stream_of(logits),
+    arguments = SoftmaxPartialsArguments(
+        logits=logits.data_ptr(), logits_row=logits.stride(0), logits_col=logits.stride(1), labels=labels.data_ptr(),
+        out=out.data_ptr(), n=n, vocab=vocab, logit_scale=logit_scale, softcap=softcap or 0.0,
     )  # fmt: skip
+    library().softmax_partials(arguments, DTYPES[logits.dtype], stream_of(logits))
     return RowPartials(*out)
 
 
 def softmax_gradient(
-    logits: Tensor,  # (n, V); holds dlogits afterwards
-    labels: Tensor,  # (n,) int64; outside [0, V): the class is in another part
-    row_weight: Tensor | None,  # (n,) float32
-    top: Tensor,  # (n,) float32
-    share: Tensor,  # (n,) float32
-    uniform: Tensor,  # zero-dim float32
-    *,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    label_smoothing: float = 0.0,
-) -> None:
-    """Turns logits into the gradient of row_weight · ℓ, for what is known of their rows in the whole vocabulary."""
+    logits: Tensor, labels: Tensor, row_weight: Tensor | None, top: Tensor, share: Tensor, uniform: Tensor, *,
+    logit_scale: float = 1.0, softcap: float | None = None, label_smoothing: float = 0.0,
+) -> None:  # fmt: skip
     (n, vocab), labels, top, share = logits.shape, labels.long().contiguous(), top.contiguous(), share.contiguous()
     row_weight = None if row_weight is None else row_weight.float().contiguous()
-    library().softmax_gradient(
-        logits.data_ptr(), DTYPES[logits.dtype], *logits.stride(), labels.data_ptr(), address(row_weight),
-        top.data_ptr(), share.data_ptr(), uniform.data_ptr(), n, vocab, logit_scale, softcap or 0.0, label_smoothing,
-        stream_of(logits),
+    arguments = SoftmaxGradientArguments(
+        logits=logits.data_ptr(), logits_row=logits.stride(0), logits_col=logits.stride(1), labels=labels.data_ptr(),
+        row_weight=address(row_weight), top=top.data_ptr(), share=share.data_ptr(), uniform=uniform.data_ptr(),
+        n=n, vocab=vocab, logit_scale=logit_scale, softcap=softcap or 0.0, label_smoothing=label_smoothing,
     )  # fmt: skip
+    library().softmax_gradient(arguments, DTYPES[logits.dtype], stream_of(logits))

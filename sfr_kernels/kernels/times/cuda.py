@@ -1,4 +1,4 @@
-"""The flow times of a step, drawn from the seed, and their sinusoid: csrc/times.cu."""
+"""csrc/times.cu, each kernel in a single launch."""
 
 import torch
 from torch import Tensor
@@ -6,26 +6,16 @@ from torch import Tensor
 from ..cuda import DTYPES, library, stream_of
 
 
-def stratified_times(
-    noise_id: Tensor,  # (n,) int64
-    seed: Tensor,  # (1,) int64
-    num_times: int,  # M
-) -> tuple[Tensor, Tensor]:
-    """The table of jittered, stratified times (M,) float32, and each row's index into it (n,) int32."""
-    noise_id, device = noise_id.long().contiguous(), noise_id.device
-    n = noise_id.shape[0]
-    times = torch.empty(num_times, dtype=torch.float32, device=device)
-    index = torch.empty(n, dtype=torch.int32, device=device)
+def stratified_times(noise_id: Tensor, seed: Tensor, num_times: int) -> tuple[Tensor, Tensor]:
+    noise_id, n = noise_id.long().contiguous(), noise_id.shape[0]
+    times = torch.empty(num_times, dtype=torch.float32, device=noise_id.device)
+    index = torch.empty(n, dtype=torch.int32, device=noise_id.device)
     pointers = (t.data_ptr() for t in (noise_id, seed, times, index))
     library().stratified_times(*pointers, n, num_times, stream_of(noise_id))
     return times, index
 
 
-def sequence_times(
-    sequence_id: Tensor,  # (B,) int64
-    seed: Tensor,  # (1,) int64
-) -> Tensor:
-    """A uniform time (B,) float32 for each sequence."""
+def sequence_times(sequence_id: Tensor, seed: Tensor) -> Tensor:
     sequence_id = sequence_id.long().contiguous()
     times = torch.empty(sequence_id.shape[0], dtype=torch.float32, device=sequence_id.device)
     pointers = (t.data_ptr() for t in (sequence_id, seed, times))
@@ -34,10 +24,9 @@ def sequence_times(
 
 
 def sinusoid(times: Tensor, size: int, time_scale: float, dtype: torch.dtype) -> Tensor:
-    """(M, size) in `dtype`: [sin(s t ω) ; cos(s t ω)], DESIGN section 1."""
     times = times.float().contiguous()
-    out = torch.empty(times.shape[0], size, dtype=dtype, device=times.device)
+    out, copies = torch.empty(times.shape[0], size, dtype=dtype, device=times.device), 1
     library().sinusoid(
-        times.data_ptr(), out.data_ptr(), DTYPES[dtype], times.shape[0], 1, size, time_scale, stream_of(times)
+        times.data_ptr(), out.data_ptr(), DTYPES[dtype], times.shape[0], copies, size, time_scale, stream_of(times)
     )
     return out
