@@ -5,14 +5,12 @@ import os
 import tempfile
 from pathlib import Path
 
-PARTIAL = ".partial-"  # what the name of a file that is being written begins with
+PARTIAL = ".partial-"  # the prefix of a file while it is written
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds either what it held or all of `data`, whenever the process ends, also after a loss of power.
-
-    OSError naming the file if there is no room for it; what was there stays.
-    """
+    """Writes `data` to `path`, which holds its old content or all of the new, even after a crash or a loss of power.
+    OSError naming the file if there is no room for it; the old content stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(prefix=f"{PARTIAL}{path.name}-", dir=path.parent)
     try:
@@ -22,19 +20,14 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(partial, 0o644)
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        if os.name == "posix":  # makes the rename itself survive a loss of power
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except BaseException as error:
         Path(partial).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OSError(error.errno, f"no room left for {path} ({len(data)} bytes)") from error
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in the folder survive a loss of power, where the system can."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -3,7 +3,7 @@
     L = L_CE + λ · L_flow
 
 Everything runs on any device, in the dtype of `hidden` (float64 included), under autograd. Noise and times are float32
-by definition and then cast. Nothing here is fast, and no other file takes code from this one: it judges them.
+by definition and then cast. It shares no code with the implementations that it judges.
 """
 
 import math
@@ -22,18 +22,15 @@ WORD = 0xFFFFFFFF
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32-bit words of a · b, through 16-bit halves so that nothing exceeds 64 bits."""
+    """High and low 32-bit words of a · b, by 16-bit halves of b, so that int64 holds every product."""
     b_low, b_high = b & 0xFFFF, b >> 16
     low, high = a * b_low, a * b_high
     middle = (low >> 16) + high
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor],  # four words, broadcastable
-    key: tuple[Tensor, Tensor],  # two words
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32: four random 32-bit words, as int64."""
+def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox4x32: four random words for a counter of four, which are broadcast."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
     for _ in range(10):
@@ -70,8 +67,8 @@ def gaussian_noise(seed: int | Tensor, noise_id: Tensor, size: int) -> Tensor:
 def draw_times(rows: SupervisedRows, seed: int | Tensor, config: SFRConfig) -> tuple[Tensor, Tensor]:
     """`times` (M,) float32 and `time_index` (n,) of a step.
 
-    Stratified: t_m = (m + u_m) / M, u_m from stream 2; a row's index is the high word of M · w, w from stream 1.
-    Sequence: t_b uniform from stream 3 at the identity of the sequence's first row. Dirac losses: t = 0.
+    "stratified": t_m = (m + u_m) / M, u_m from stream 2; a row's index is the high word of M · w, w from stream 1.
+    "sequence": t_b uniform from stream 3 at the smallest noise_id of the sequence's rows. Dirac losses: t = 0.
     """
     n, device = len(rows), rows.device
     if config.is_dirac:
@@ -108,7 +105,7 @@ def velocity(
     time_scale: float,
     hidden_scale: float = 1.0,
 ) -> Tensor:
-    """v(x_t, t, h) (n, d): sinusoid → MLP, then input layer, residual blocks and output layer."""
+    """v(x_t, t, h) (n, d): sinusoid and MLP of t, then input layer, residual blocks and output layer."""
 
     def linear(name, x):
         return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
@@ -127,7 +124,7 @@ def velocity(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The losses. Each takes every row; those it does not concern are selected away by a mask.
+# The losses. Each is given all rows, and selects its own by a mask.
 
 
 def linear_cross_entropy(
@@ -176,7 +173,7 @@ def flow_matching_loss(
     weight: Tensor | None = None,  # (V, H), the decoder of "mtp"
     decoder_options: dict | None = None,
 ) -> Tensor:
-    """L_flow = Σ_r weight[r] ℓ_r / normalizer, for every loss kind; "cka" has one ℓ for all rows, and no weights."""
+    """L_flow = Σ_r weight[r] ℓ_r / normalizer, for every `config.loss`; "cka" has one ℓ for all rows and no weights."""
     dtype = hidden.dtype
     used = rows.anchor >= 0
     h = hidden.reshape(-1, hidden.shape[-1])[rows.rows[used]]
@@ -252,24 +249,13 @@ def sfr_loss(
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(L_CE + λ L_flow, L_CE, L_flow)."""
-    logits = dict(softcap=softcap, logit_scale=logit_scale, label_smoothing=label_smoothing, z_loss=z_loss)
-    decoder = dict(bias=bias, **logits)
+    decoder = dict(bias=bias, softcap=softcap, logit_scale=logit_scale, label_smoothing=label_smoothing, z_loss=z_loss)
     h = hidden.reshape(-1, hidden.shape[-1])[rows.rows]
     ce = linear_cross_entropy(h, weight, rows.labels, **decoder).sum() / _normalizer(normalizer, rows)
     flow = flow_matching_loss(
-        hidden,
-        params,
-        rows,
-        targets,
-        times,
-        seed=seed,
-        config=config,
-        time_scale=time_scale,
-        hidden_scale=hidden_scale,
-        normalizer=normalizer,
-        weight=weight,
-        decoder_options=decoder,
-    )
+        hidden, params, rows, targets, times, seed=seed, config=config, time_scale=time_scale,
+        hidden_scale=hidden_scale, normalizer=normalizer, weight=weight, decoder_options=decoder,
+    )  # fmt: skip
     return ce + (config.flow_weight if flow_weight is None else flow_weight) * flow, ce, flow
 
 

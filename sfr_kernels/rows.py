@@ -3,7 +3,7 @@
 A row is a token position. It carries cross-entropy if its *next* label is supervised, and the flow loss if it has an
 anchor: the place in the response from which its target, the embedding of the text ahead, was made. Rows are stored in
 the order [flow only | flow and CE | CE only], so that the rows of either loss are one contiguous slice and no kernel
-masks or gathers a second time. All of it follows from the labels (DESIGN section 1), with no loop over tokens.
+masks or gathers a second time. Everything follows from the labels (DESIGN section 1).
 """
 
 from collections.abc import Callable
@@ -15,16 +15,14 @@ from torch import Tensor
 from .config import SFRConfig
 
 IGNORE_INDEX = -100
+# The fields of a config on which rows depend.
 RULES = ("loss", "target_rule", "segment", "segment_tokens", "stride", "min_tokens", "mtp_offset", "weighting",
          "time_sampling")  # fmt: skip
 
 
 class SupervisedRows:
-    """The n supervised rows of a batch of B sequences of L tokens. Build it with `from_labels`.
-
-    A batch carries it as one object, not a dataclass and not a tuple: libraries that slice, concatenate or cast the
-    tensors of a batch by sample would take these for such.
-    """
+    """The n supervised rows of a batch of B sequences of L tokens. Build it with `from_labels`. Neither a dataclass nor
+    a tuple, since libraries slice, concatenate or cast the tensors that they find in those."""
 
     rows: Tensor  # (n,) int64, index into the flattened (B·L) tokens
     noise_id: Tensor  # (n,) int64, identity of the row for noise and time
@@ -33,12 +31,12 @@ class SupervisedRows:
     weight: Tensor  # (n,) float32, weight of the row in the flow loss
     time_index: Tensor | None  # (n,) int32, index into the times; None until the times of the step are drawn
     token_row: Tensor  # (B·L,) int32, index into the rows of each token; -1 where it is none
-    segments: Tensor  # (A, 2) int64: anchor a's text is labels.flatten()[start:stop] less -100; empty: a zero target
+    segments: Tensor  # (A, 2) int64: anchor a's text is labels.flatten()[start:stop] without -100; empty: no text
     shape: tuple[int, int]  # (B, L)
     num_flow: int  # rows[:num_flow] carry the flow loss
     num_ce: int  # rows[n - num_ce:] carry cross-entropy
     targets: Tensor | list[str | None] | None  # (A, d) embeddings, or the A texts to embed; `SFRCollator` adds them
-    config: SFRConfig | None  # by whose rules they were made
+    config: SFRConfig | None  # whose rules they follow
 
     def __init__(
         self, *, targets: Tensor | list[str | None] | None = None, config: SFRConfig | None = None, **values: Any
@@ -50,7 +48,7 @@ class SupervisedRows:
             raise TypeError(f"SupervisedRows has no {', '.join(values)}")
 
     def check_rules(self, config: SFRConfig) -> None:
-        """ValueError naming every rule of rows in which a loss's configuration differs from the one they follow."""
+        """ValueError naming every rule in which a loss's configuration differs from that of the rows."""
         if self.config is None or self.config == config:
             return
         pairs = [(name, getattr(self.config, name), getattr(config, name)) for name in RULES]
@@ -83,7 +81,7 @@ class SupervisedRows:
         return self.replace(**{name: fn(value) for name, value in self._values().items() if isinstance(value, Tensor)})
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "SupervisedRows":
-        """The same rows on `device`. By default only a copy to the CPU waits: it may be read at once."""
+        """The same rows on `device`. By default only a copy to the CPU is synchronous."""
         if non_blocking is None:
             non_blocking = torch.device(device).type != "cpu"
         return self._map(lambda t: t.to(device, non_blocking=non_blocking))
@@ -100,15 +98,15 @@ class SupervisedRows:
         noise_id: Tensor | None = None,  # like labels, int64: identity of each token; default its flat index
         has_targets: Tensor | None = None,  # like labels, 0 or 1: responses that start at a 0 have no flow loss
         real: Tensor | None = None,  # like labels, 0 or 1: a token at a 0 is padding, and no row
-        blank: Tensor | None = None,  # (A,) bool: anchors of these rules whose text is blank, which are none
+        blank: Tensor | None = None,  # (A,) bool: anchors to drop, since their text is blank
     ) -> "SupervisedRows":
         """The supervised rows of a batch, by the rules of `config`.
 
-        A is a property of the labels alone: an anchor that falls away, because of its text or for too few tokens,
-        keeps its place with an empty segment.
+        A depends on labels and rules alone: an anchor that is dropped, for a blank text or too few tokens, keeps its
+        place with an empty segment.
 
-        Call it where the labels are, on the CPU, and move the result with `.to(device)`. On a GPU it works too, but
-        has to wait for the counts. Raises TypeError or ValueError naming the argument.
+        Call it on the CPU and move the result with `.to(device)`: on a GPU it works too, but the counts make it wait.
+        Raises TypeError or ValueError naming the argument.
         """
         config = SFRConfig() if config is None else config
         labels, segment_ids, noise_id, has_targets, real = _validate(labels, segment_ids, noise_id, has_targets, real)
@@ -130,7 +128,7 @@ class SupervisedRows:
         if real is not None:
             has_ce, own = (x & (real.reshape(-1) != 0) for x in (has_ce, own))
 
-        # Of each row of a response that response, and its place i among the m rows of it.
+        # Of each row of a response: the response, and the row's place i among its m rows.
         member = (has_ce if following else own).nonzero().squeeze(1)
         begins = _begins(member, together, following)
         response, start = begins.cumsum(0).sub_(1), begins.nonzero().squeeze(1)
@@ -139,15 +137,14 @@ class SupervisedRows:
         lacking = None if has_targets is None else _at(has_targets.reshape(-1), _at(member, start)) == 0
         if config.loss == "mtp":
             # The target of a row is the label of the row mtp_offset - 1 ahead of it: anchors index rows, not segments.
-            anchor = torch.where(
-                i + config.mtp_offset - 1 < ahead, i + _at(start, response) + config.mtp_offset - 1, -1
-            )
+            target = i + config.mtp_offset - 1
+            anchor = torch.where(target < ahead, target + _at(start, response), -1)
             if lacking is not None:
                 anchor.masked_fill_(_at(lacking, response), -1)
         else:
             anchor, segments = _anchors(member, start, response, m, i, lacking, blank, config)
 
-        position, ce = member, None  # the rows of CE are those of the responses
+        position, ce = member, None  # by the rule "following" every row of a response has CE
         if not following:
             position = (has_ce | own).nonzero().squeeze(1)
             ce, at = _at(has_ce, position), _at(own, position).nonzero().squeeze(1)
@@ -186,7 +183,7 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 
 
 def _begins(member: Tensor, together: Tensor, following: bool) -> Tensor:
-    """Which members begin a response: a maximal run of them, or, as published, all of a packed sample."""
+    """Which members begin a response: a maximal run of positions, or, as published, all members of a packed sample."""
     if following:
         group = member - torch.arange(member.numel(), device=member.device)
     else:
@@ -197,19 +194,19 @@ def _begins(member: Tensor, together: Tensor, following: bool) -> Tensor:
 
 
 def _anchors(
-    member: Tensor,  # (k,) positions of the rows of responses
-    start: Tensor,  # (R,) where each response starts among them
-    response: Tensor,  # (k,) of each row
-    m: Tensor,  # (R,) rows of each response
-    i: Tensor,  # (k,) place of each row in its response
-    lacking: Tensor | None,  # (R,) bool: has no targets
-    blank: Tensor | None,  # (A,) bool
+    member: Tensor,  # (k,) positions of the responses' rows
+    start: Tensor,  # (R,) index of each response's first member
+    response: Tensor,  # (k,) each member's response
+    m: Tensor,  # (R,) number of members of each response
+    i: Tensor,  # (k,) each member's place in its response
+    lacking: Tensor | None,  # (R,) bool: responses without targets
+    blank: Tensor | None,  # (A,) bool, as in `from_labels`
     config: SFRConfig,
 ) -> tuple[Tensor, Tensor]:
     """The anchor of each row, −1 for none, and the segment (A, 2) of each anchor."""
     following, whole = config.target_rule == "following", config.segment_tokens == 0
     stride, least, reach = config.stride, config.min_tokens, config.segment_tokens
-    last = (m - least).clamp_(min=0)  # as published, anchors are on the grid alone
+    last = (m - least).clamp_(min=0)  # the row of the last anchor; as published, there are only multiples of the stride
     if whole:
         count = torch.ones_like(m)
     else:
@@ -221,12 +218,13 @@ def _anchors(
     row = (torch.arange(of.numel(), device=m.device) - _at(offset, of)) * stride
     if following:
         row = torch.minimum(row, _at(last, of))
-    at = _at(start, of) + row  # (A,) the anchor among the members
-    place, end = _at(member, at), _at(member, _at(start + m - 1, of)) + 1  # of the segment's last label, or after it
+    at = _at(start, of) + row  # (A,) each anchor's index among the members
+    place = _at(member, at)  # its position
+    end = _at(member, _at(start + m - 1, of)) + 1  # after the last member of its response
     begin = place + (following or not whole)
     stop = end + following if whole else torch.minimum(place + 1 + reach, end + following)
     keep = torch.ones_like(of, dtype=torch.bool)
-    if not (following or whole):  # supervised labels within the reach
+    if not (following or whole):  # enough supervised labels in the segment
         keep = torch.searchsorted(member, stop) - at - 1 >= least
     if blank is not None:
         if blank.shape != keep.shape or blank.dtype != torch.bool:
@@ -236,21 +234,21 @@ def _anchors(
 
     first = _at(offset, response)  # (k,) the first anchor of each row's response
     if following:
-        # on the grid, while the last row that has enough text ahead is not behind; row 0 always counts
+        # the next multiple of the stride; rows after the last with enough text ahead have none, row 0 always has one
         wanted = first if whole else first + (i + stride - 1) // stride
         left = keep.nonzero().squeeze(1)
         anchor = _first_of(left, wanted, of, response)
         if not whole:
             anchor = anchor.masked_fill(i > _at(last, response), -1)
     elif whole or stride == 1:
-        anchor = first + i * (not whole)  # one for all, or each its own; a zero target where that fell away
+        anchor = first + i * (not whole)  # one for all rows, or one each; a zero target where it was dropped
     else:
         anchor = _nearest(member, place, keep.nonzero().squeeze(1), of, response, first)
     return (anchor if lacking is None else anchor.masked_fill(_at(lacking, response), -1)), segments
 
 
 def _first_of(left: Tensor, wanted: Tensor, of: Tensor, response: Tensor) -> Tensor:
-    """Of the anchors that are left, the first at or after the one wanted that is of the row's response; −1 for none."""
+    """Of the anchors `left`, the first at or after `wanted` in the row's response; −1 where there is none."""
     if left.numel() == of.numel():
         return wanted
     place = torch.searchsorted(left, wanted)
@@ -259,8 +257,8 @@ def _first_of(left: Tensor, wanted: Tensor, of: Tensor, response: Tensor) -> Ten
 
 
 def _nearest(member: Tensor, place: Tensor, left: Tensor, of: Tensor, response: Tensor, first: Tensor) -> Tensor:
-    """Of the anchors that are left in each row's response the nearest, of two the earlier; the response's first, whose
-    target is then zero, where none is left."""
+    """Of the anchors `left` in a row's response the nearest, or the earlier of two; where none is left the first, whose
+    target is then zero."""
     if left.numel() == 0:
         return first
     place, of = _at(place, left), _at(of, left)

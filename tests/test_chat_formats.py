@@ -6,8 +6,7 @@ import pytest
 from corpora import Words
 from tiny import chat, write_chats
 
-from sfr_kernels.training.chat_file import ChatFile
-from sfr_kernels.training.data import read_chats, split_by_prompt
+from sfr_kernels.training.data import ChatFile, read_chats, split_by_prompt
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}

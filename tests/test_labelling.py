@@ -10,8 +10,7 @@ from tiny import chat, write_chats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sfr_kernels.training.chat_file import ChatFile
-from sfr_kernels.training.data import read_chats, tokenize
+from sfr_kernels.training.data import ChatFile, read_chats, tokenize
 
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 

@@ -17,7 +17,7 @@ from corpora import SMALL, HashEncoder, Words, files_of, random_samples, write_l
 
 from sfr_kernels.commands import main
 from sfr_kernels.targets import DamagedStore, OnlineTargets, SampleList, TargetStore, build_targets
-from sfr_kernels.training.chat_file import ChatFile
+from sfr_kernels.training.data import ChatFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAMPLES = random_samples(12)
@@ -291,7 +291,7 @@ def peak_memory(tmp_path: Path, segments: int) -> int:
 import resource
 from sfr_kernels import SFRConfig
 from sfr_kernels.targets import build_targets
-from sfr_kernels.training.chat_file import ChatFile
+from sfr_kernels.training.data import ChatFile
 config = SFRConfig(stride=2, min_tokens=2, segment_tokens=2)
 class Forgetful(HashEncoder):
     def encode_document(self, texts, **options):

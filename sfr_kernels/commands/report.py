@@ -1,4 +1,4 @@
-"""How a run is shown: a progress bar while it trains, the loss curves and a table of answers afterwards."""
+"""What the `train` command shows: a progress bar, and afterwards the loss curves and a table of answers."""
 
 import itertools
 import time
@@ -12,7 +12,7 @@ from ..training.formats import Example
 
 
 class ProgressBar(TrainerCallback):
-    """One bar of optimizer steps with the losses and the rate of tokens."""
+    """A bar of optimizer steps, with the losses and tokens per second."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
@@ -21,15 +21,15 @@ class ProgressBar(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or "loss" not in logs:
             return
-        shown = {"ce": logs.get("ce_loss", logs["loss"])}
+        shown = {"ce": f"{logs.get('ce_loss', logs['loss']):.3f}"}
         if "flow_loss" in logs:
-            shown["flow"] = logs["flow_loss"]
+            shown["flow"] = f"{logs['flow_loss']:.3f}"
         tokens = state.num_input_tokens_seen
-        if self.seen is not None and tokens > self.seen:
-            shown["tok/s"] = (tokens - self.seen) / (time.monotonic() - self.start)
-        elif self.seen is None:
+        if self.seen is None:  # the first step warms up
             self.start, self.seen = time.monotonic(), tokens
-        self.bar.set_postfix({k: f"{v:.0f}" if k == "tok/s" else f"{v:.3f}" for k, v in shown.items()}, refresh=False)
+        elif tokens > self.seen:
+            shown["tok/s"] = f"{(tokens - self.seen) / (time.monotonic() - self.start):.0f}"
+        self.bar.set_postfix(shown, refresh=False)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update(state.global_step - self.bar.n)
@@ -39,7 +39,7 @@ class ProgressBar(TrainerCallback):
 
 
 def loss_curves(history: list[dict], results: dict, path: Path) -> None:
-    """A PNG of the training losses, with the held-out values before and after."""
+    """Draws the training losses, with the held-out values before and after, as PNG."""
     from matplotlib.figure import Figure
 
     names = [n for n in ("ce_loss", "flow_loss") if n in history[0]] or ["loss"]
@@ -69,15 +69,15 @@ def samples_table(examples: list[Example], before: list[str], after: list[str], 
     from rich.text import Text
 
     lines, console = ["# Held-out prompts, before and after"], Console()
-    shown = list(zip(examples, before, after, strict=True))
-    for prompt, group in itertools.groupby(shown, key=lambda row: row[0].prompt):
+    for prompt, group in itertools.groupby(zip(examples, before, after, strict=True), key=lambda row: row[0].prompt):
         lines += ["", f"## {prompt}", "", "| persona | before | after |", "|---|---|---|"]
         table = Table(title=prompt, title_justify="left", show_lines=True)
         for column, ratio in (("persona", 1), ("before", 4), ("after", 4)):
             table.add_column(column, ratio=ratio)
-        for example, old, new in group:
-            table.add_row(*(Text(text) for text in (example.persona, old, new)))
-            cells = [text.replace("|", "\\|").replace("\n", "<br>") for text in (example.persona, old, new)]
-            lines.append(f"| {' | '.join(cells)} |")
+        for example, *answers in group:
+            cells = [example.persona, *answers]
+            table.add_row(*map(Text, cells))
+            escaped = [text.replace("|", "\\|").replace("\n", "<br>") for text in cells]
+            lines.append(f"| {' | '.join(escaped)} |")
         console.print(table)
     write_atomically(path, ("\n".join(lines) + "\n").encode())

@@ -1,1 +1,1 @@
-"""What training changed: losses on held-out prompts, and the answers to them."""
+"""What training changed: losses on held-out prompts, and answers to them."""

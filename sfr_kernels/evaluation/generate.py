@@ -17,7 +17,7 @@ def generate(
     batch_size: int = 16,
     seed: int = 0,
 ) -> list[str]:
-    """One sampled answer a prompt. The global random state is left as it was, and the model in the mode it was in."""
+    """A sampled answer to each prompt. The global random state and the model's mode are left as they were."""
     device = next(model.parameters()).device
     side, training = tokenizer.padding_side, model.training
     tokenizer.padding_side = "left"
@@ -27,8 +27,8 @@ def generate(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for start in range(0, len(prompts), batch_size):
-                texts = list(prompts[start : start + batch_size])
-                batch = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
+                part = list(prompts[start : start + batch_size])
+                batch = tokenizer(part, add_special_tokens=False, padding=True, return_tensors="pt").to(device)
                 out = model.generate(
                     **batch, do_sample=True, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens,
                     pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,

@@ -1,7 +1,7 @@
 """Losses on held-out samples, and the flow loss of a head that cannot see the hidden states.
 
-The flow loss alone says little: part of it is noise no head can predict. What the hidden states contribute is the
-distance to a head of the same size, trained on the same targets as long, that is given zeros in their place.
+The flow loss alone says little: part of it is noise that no head can predict. How much the hidden states tell is seen
+from a head of the same size, trained as long on the same targets, that is given zeros in their place.
 """
 
 from collections.abc import Callable, Iterable
@@ -46,10 +46,8 @@ def frozen_flow_loss(
     warmup: int,
     device: torch.device,
 ) -> float:
-    """L_flow on held-out samples of a new head that was trained on hidden states as they are.
-
-    It is trained as the `train` command trains its own: AdamW, linear decay after `warmup` steps, clipping at 1.
-    """
+    """L_flow on held-out samples of a new head, trained on frozen hidden states. It is trained as the `train` command
+    trains its head: AdamW, linear decay after `warmup` steps, clipping at 1."""
 
     def loss_of(batch, seed):
         rows, hidden = batch["rows"].to(device), hidden_of(batch).to(device)
@@ -57,8 +55,8 @@ def frozen_flow_loss(
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        some = next(iter(held_out_batches))
-        head = VelocityHead.from_config(config, hidden_of(some).shape[-1], some["rows"].targets.shape[1]).to(device)
+        first = next(iter(held_out_batches))
+        head = VelocityHead.from_config(config, hidden_of(first).shape[-1], first["rows"].targets.shape[1]).to(device)
         optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.0)
         schedule = get_scheduler("linear", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         for step, batch in enumerate(tqdm(train_batches, total=steps, desc="blind head", unit="step")):

@@ -9,15 +9,5 @@ from .segments import rows_and_texts, segment_texts
 from .shards import DamagedStore
 from .store import TargetStore
 
-__all__ = [
-    "DamagedStore",
-    "OnlineTargets",
-    "SFRCollator",
-    "SampleList",
-    "TargetStore",
-    "build_targets",
-    "encode",
-    "load_encoder",
-    "rows_and_texts",
-    "segment_texts",
-]
+__all__ = ["DamagedStore", "OnlineTargets", "SFRCollator", "SampleList", "TargetStore", "build_targets", "encode",
+           "load_encoder", "rows_and_texts", "segment_texts"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""`SFRCollator`: wraps the collator people have, and adds what the SFR loss needs."""
+"""`SFRCollator`: wraps another collator, and adds what the SFR loss needs to its batches."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -17,18 +17,15 @@ from .store import NO_TARGETS, TargetStore
 class SFRCollator:
     """Batches of the wrapped collator, plus `rows` (SupervisedRows), which carry their targets (A, d).
 
-    Features carry "sample_id", their index in the store; it also makes the noise of a row independent of batching,
-    padding, packing and ranks. One whose id is None or −1 trains on cross-entropy alone. The wrapped collator may pad
-    (attention_mask) or pack (position_ids that restart), but must keep the samples in order and whole. A sample that is
-    itself packed says so in "position_ids" or in "seq_lengths".
+    Features need "sample_id", their index in the store; it also makes a row's noise independent of batching, padding,
+    packing and ranks. A sample whose id is None or −1 trains on cross-entropy alone. The wrapped collator may pad
+    (attention_mask) or pack (position_ids that restart), but must keep the samples in order and whole. A feature that
+    is packed already needs "position_ids" that restart, or "seq_lengths". Evaluation data have targets in the same
+    store, see `TargetStore.concat`.
 
-    With OnlineTargets, `rows.targets` are the A texts, which the attached model embeds; a sample without "sample_id"
-    then has the noise of its place in the batch. Evaluation data have targets in the same store, see
-    `TargetStore.concat`.
-
-    The seed is that of the step, which a collator in another process cannot know: the attached model makes it. For a
-    loop of one's own `seed` is asked at each batch, and its answer added as a (1,) int64 tensor. The times of a step
-    follow from its seed on the device (`times=None` of the losses).
+    With OnlineTargets, `rows.targets` are the A texts, which the attached model embeds; without "sample_id" the noise
+    of a sample then follows from its place in the batch. The attached model makes the seed from the step, which a
+    collator in another process cannot know.
     """
 
     def __init__(
@@ -37,7 +34,7 @@ class SFRCollator:
         targets: TargetStore | OnlineTargets | None,  # None for losses without an encoder ("mtp")
         collator: Callable[[list[dict]], dict[str, Any]],
         *,
-        seed: Callable[[], int] | None = None,  # for example lambda: step_seed(config.seed, step)
+        seed: Callable[[], int] | None = None,  # for a loop of your own: called at each batch, added as (1,) int64
     ):
         if config.loss == "mtp":
             targets = None
@@ -48,7 +45,7 @@ class SFRCollator:
         self.config, self.targets, self.collator, self.seed = config, targets, collator, seed
 
     def __getstate__(self) -> dict:
-        # A dataloader's worker makes texts, and has no use for the encoder.
+        # A dataloader's worker makes texts, and needs no encoder.
         state = dict(self.__dict__)
         if isinstance(self.targets, OnlineTargets):
             state["targets"] = copy.copy(self.targets)
@@ -63,15 +60,14 @@ class SFRCollator:
         if not named and not isinstance(self.targets, OnlineTargets):
             raise ValueError(
                 "features have no 'sample_id', the index of the sample in the target store. With a Trainer, attach "
-                "the model first or set remove_unused_columns=False, so that the column reaches the collator; where "
-                "samples are packed, add it to the packs. If that is so, something has replaced model.forward, whose "
-                "signature Trainer reads: use_liger_kernel with its fused cross-entropy, or TRL's SFTTrainer (use "
-                "SFRTrainer)"
+                "first or set remove_unused_columns=False, so that the column reaches the collator; where samples are "
+                "packed, add it to the packs. If that is so, something has replaced model.forward, whose signature "
+                "Trainer reads: the cross-entropy of use_liger_kernel, or TRL's SFTTrainer (use SFRTrainer)"
             )
         ids = [feature.pop("sample_id", None) for feature in features]
         ids = [NO_TARGETS if i is None else int(i) for i in ids] if named else None
         lengths = starts = None
-        if all("input_ids" in feature for feature in features):  # else the wrapped collator makes them
+        if all("input_ids" in feature for feature in features):  # else the wrapped collator tokenizes
             lengths = [len(feature["input_ids"]) for feature in features]
             starts = [packed_starts(feature, f"feature {i} of a batch") for i, feature in enumerate(features)]
         batch = dict(self.collator(features))
@@ -83,12 +79,12 @@ class SFRCollator:
 
 def sfr_inputs(
     batch: dict[str, Any],  # with "labels", and "attention_mask" or "position_ids" where samples are padded or packed
-    sample_ids: list[int] | None,  # in order; −1: no targets. None, without a store: they have no identity
+    sample_ids: list[int] | None,  # in order; −1: no targets. None, without a store: noise by place in the batch
     config: SFRConfig,
     targets: TargetStore | OnlineTargets | None,
     *,
-    lengths: list[int] | None = None,  # tokens of each sample; needed where samples that are packed hold several
-    starts: list[list[int]] | None = None,  # where in each sample those begin that are packed into it
+    lengths: list[int] | None = None,  # tokens of each sample; needed where the collator packs samples that are packs
+    starts: list[list[int]] | None = None,  # of each sample, where the samples packed into it begin
 ) -> dict[str, Any]:
     """`rows` of a batch, with their targets. ValueError if its labels are not those the targets were made of."""
     labels = batch["labels"]
@@ -102,8 +98,8 @@ def sfr_inputs(
         if NO_TARGETS in sample_ids:
             identity["has_targets"] = (ids >= 0).int().expand(labels.shape)
     if isinstance(targets, OnlineTargets) and config.loss != "mtp":
-        on_cpu = {name: None if x is None else x.cpu() for name, x in identity.items()}
-        rows, texts = rows_and_texts(labels.cpu(), config, targets.tokenizer, **on_cpu)
+        identity = {name: None if x is None else x.cpu() for name, x in identity.items()}
+        rows, texts = rows_and_texts(labels.cpu(), config, targets.tokenizer, **identity)
         return {"rows": rows.to(labels.device).replace(targets=texts)}
     if config.loss == "mtp" or targets is None:
         rows = SupervisedRows.from_labels(labels, config, **identity)
@@ -113,9 +109,8 @@ def sfr_inputs(
         for i, a, b in zip(sample_ids, found, wanted, strict=True):
             if a != b and i != NO_TARGETS:
                 raise ValueError(
-                    f"the labels of sample {i} are not those its targets were made of: they were cut, masked or "
-                    "tokenized differently, or sample_id is not the sample's index in the store (evaluation data's "
-                    "count on from the training data's: TargetStore.concat)"
+                    f"the labels of sample {i} are not those its targets were made of: cut, masked or tokenized "
+                    "differently, or sample_id is not its index in the store (for evaluation data: TargetStore.concat)"
                 )
     embeddings, blank = targets.lookup(sample_ids).to(labels.device), targets.blank(sample_ids).to(labels.device)
     try:
@@ -132,11 +127,11 @@ def _token_identity(
     batch: dict[str, Any], count: int, lengths: list[int] | None, starts: list[list[int]] | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Of each token: its sample (B, L) or (B, 1), its position there, whether it begins a sample or one packed into it,
-    and, where there is a mask, 0 for padding."""
+    and, where there is a mask, 0 for padding and 1 for others."""
     labels, positions = batch["labels"], batch.get("position_ids")
     device = labels.device
     if positions is not None and positions.dim() == 3:
-        positions = positions[0]  # of a vision model's axes the text's
+        positions = positions[0]  # a vision model has several axes: the first is that of the text
     real, padding = _real(batch.get("attention_mask"), labels, positions)
     if labels.shape[0] == count:
         sample = torch.arange(count, device=device)[:, None]
@@ -161,8 +156,8 @@ def _token_identity(
                 raise ValueError(f"the samples have {total} tokens, the packed batch {labels.numel()}: some were cut")
             if total < labels.numel() and labels.shape[0] > 1:
                 raise ValueError(
-                    f"the samples have {total} tokens, {labels.shape[0]} packed rows {labels.numel()}: whose sample is "
-                    "whose cannot be told where each row is padded; pack a batch into one row"
+                    f"the samples have {total} tokens, {labels.shape[0]} packed rows {labels.numel()}: each row is "
+                    "padded, and by how much is unknown; pack a batch into one row"
                 )
             size = torch.tensor(lengths, dtype=torch.int64, device=device)
             size[-1] += labels.numel() - total  # padding at the end
@@ -171,7 +166,7 @@ def _token_identity(
             position = torch.arange(labels.numel(), device=device) - (size.cumsum(0) - size).index_select(0, sample)
             first = restarts | (position == 0)
             sample, position, first = (x.view(labels.shape) for x in (sample, position, first))
-    if starts is not None and positions is None and any(starts):  # the wrapped collator has dropped what tells
+    if starts is not None and positions is None and any(starts):  # the wrapped collator has dropped the position_ids
         where = [(i << 32) + at for i, places in enumerate(starts) for at in places]
         where = torch.tensor(where, dtype=torch.int64, device=device)
         first |= torch.isin((sample << 32) + position, where)
@@ -179,20 +174,17 @@ def _token_identity(
 
 
 def _real(mask, labels: Tensor, positions: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(B, L) 0 for padding, else 1, and (B, 1) how many tokens of padding are on the left; None without a mask.
-
-    What is masked between tokens is none: some mask every end token, which is also what they pad with.
-    """
+    """(B, L) 0 for padding, else 1, and (B, 1) how many tokens of padding are on the left; None without a mask. A
+    masked token between others is no padding: some collators mask every end token, since they pad with it."""
     if mask is None or (positions is not None and getattr(mask, "shape", None) != labels.shape):
         return None, None
     length = labels.shape[1]
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] < length:
         got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"attention_mask must be {tuple(labels.shape)} like labels, or come with position_ids, got {got}"
-        )
+        wanted = tuple(labels.shape)
+        raise ValueError(f"attention_mask must be {wanted} like labels, or come with position_ids, got {got}")
     if (mask > 1).any():
         raise ValueError("attention_mask must be 0 or 1: where samples are packed, give position_ids that restart")
-    mask = (mask[:, -length:] != 0).int()  # less what an adapter's prefix has added
+    mask = (mask[:, -length:] != 0).int()  # an adapter's prefix adds columns on the left
     before, after = mask.cumsum(1), mask.flip(1).cumsum(1).flip(1)
     return ((before > 0) & (after > 0)).int(), (before == 0).sum(1, keepdim=True)

@@ -1,13 +1,10 @@
-"""What a store was made from, what it holds, and whether that is what someone is about to use.
-
-`manifest.json` is written last, so a folder with one is a whole store. Its own checksum is its field "checksum".
-"""
+"""`manifest.json`: what a store was made from and what it holds. Written last: a folder with one is a whole store."""
 
 import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +14,15 @@ from .shards import DamagedStore
 
 FORMAT = 3
 FILE = "manifest.json"
-_INFORMS = ("name", "file")  # says what something was called, which may change without it
-
-
-_MEANS = {
+_NAMES = ("name", "file")  # fields for people to read, which are not compared
+_HINTS = {
     "data.labels": " (the samples are not those it was built of: other data, or cut, masked, tokenized or packed "
     "differently)"
 }
 
 
 class StaleTargets(ValueError):
-    """The store in a folder is another than what is to be used there. Its argument says how."""
+    """A store was made of something else than what it is to be used with. Its argument says what differs."""
 
     def __str__(self) -> str:
         return (
@@ -45,21 +40,13 @@ class Identity:
     segments: dict  # of segment_rules
     data: dict  # fingerprint of the samples
     dtype: str  # of the embeddings
-    batch_size: int  # of the encoder: the company of a text changes its last bits
+    batch_size: int  # of the encoder: batch composition changes rounding
     cu_samples: Sequence[int]  # where shards start and stop
 
     def fields(self) -> dict[str, Any]:
-        """What the manifest says of it."""
-        return {
-            "format": FORMAT,
-            "encoder": self.encoder,
-            "tokenizer": self.tokenizer,
-            "segments": self.segments,
-            "data": self.data,
-            "samples": self.cu_samples[-1],
-            "dtype": self.dtype,
-            "batch_size": self.batch_size,
-        }
+        """Its fields in the manifest."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cu_samples"}
+        return {"format": FORMAT} | values | {"samples": self.cu_samples[-1]}
 
     @property
     def key(self) -> str:
@@ -68,16 +55,16 @@ class Identity:
 
 
 def segment_rules(config: SFRConfig) -> dict[str, Any]:
-    """The fields of the config that decide where segments are, and what an encoder makes of their text."""
-    names = ("segment", "segment_tokens", "stride", "min_tokens", "target_rule")
-    names += ("encoder_pooling", "encoder_max_tokens")
+    """The fields of the config that decide where segments are, and how their text is embedded."""
+    names = ("segment", "segment_tokens", "stride", "min_tokens", "target_rule", "encoder_pooling",
+             "encoder_max_tokens")  # fmt: skip
     return {name: getattr(config, name) for name in names}
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """A hash of all that decides the text of tokens."""
+    """A hash of everything that decides the text of tokens."""
     if getattr(tokenizer, "is_fast", False):
-        # What comes before the tokens are truncation and padding, which the last call has set.
+        # Before the tokens stand truncation and padding, which every call may change.
         text = tokenizer.backend_tokenizer.to_str()
         state = hashlib.sha256(text[text.index('"added_tokens"') :].encode()).hexdigest()
     else:
@@ -90,9 +77,9 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Every field of `wanted` in which `stored` differs, in words."""
     a, b = _flat(stored), _flat(wanted)
     found = [
-        f"{key}: stored {_short(a.get(key))!r}, wanted {_short(value)!r}{_MEANS.get(key, '')}"
+        f"{key}: stored {_short(a.get(key))!r}, wanted {_short(value)!r}{_HINTS.get(key, '')}"
         for key, value in b.items()
-        if a.get(key) != value and key.split(".")[-1] not in _INFORMS
+        if a.get(key) != value and key.split(".")[-1] not in _NAMES
     ]
     if any(text.startswith("encoder.") for text in found):
         found.insert(0, f"encoder: stored {a.get('encoder.name')!r}, wanted {b.get('encoder.name')!r}")
@@ -100,7 +87,7 @@ def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> Any:
-    """Of a hash its beginning, which tells two of them apart."""
+    """The first digits of a hash; another value as it is."""
     return value[:8] if isinstance(value, str) and re.fullmatch("[0-9a-f]{32,64}", value) else value
 
 
@@ -109,9 +96,9 @@ def write_manifest(folder: Path, content: dict[str, Any]) -> None:
     write_atomically(folder / FILE, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """FileNotFoundError if the folder is no store, or not yet; StaleTargets if it is of another format; DamagedStore if
-    its manifest was changed."""
+def read_manifest(folder: Path, wanted: dict[str, Any] | None = None) -> dict[str, Any]:
+    """FileNotFoundError if the folder has no whole store; StaleTargets, naming every difference, if its format or a
+    field is not the one wanted; DamagedStore if it was changed."""
     try:
         content = json.loads((folder / FILE).read_text())
         checksum = content.pop("checksum", None)
@@ -124,6 +111,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise StaleTargets(f"the targets in {folder} have format {content.get('format')!r}, not {FORMAT}")
     if checksum != _hash(content):
         raise DamagedStore(f"{folder / FILE} is damaged: its checksum does not fit")
+    if found := differences(content, wanted or {}):
+        raise StaleTargets(f"the targets in {folder} were made differently: {'; '.join(found)}")
     return content
 
 
@@ -133,7 +122,7 @@ def _hash(value: Any) -> str:
 
 def _without_names(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_names(v) for k, v in value.items() if k not in _INFORMS}
+        return {k: _without_names(v) for k, v in value.items() if k not in _NAMES}
     return value
 
 

@@ -1,8 +1,7 @@
-"""`OnlineTargets`: targets of data that cannot be encoded ahead, such as the model's own answers.
+"""`OnlineTargets`, in place of a `TargetStore` for data that cannot be encoded ahead, as the model's own answers.
 
-It stands where a `TargetStore` stands. The collator, in whatever process it runs, makes the texts; the attached model
-has them embedded on its own device, on a GPU by a thread and on a stream beside the decoder's, and waits for them where
-the loss needs them.
+The collator, in any process, makes the texts; the attached model has them embedded on its own device (on a GPU by a
+thread, on a second stream) and waits for them where the loss needs them.
 """
 
 import copy
@@ -20,12 +19,12 @@ from .encoder import as_configured, check_encoder, target_size
 
 @dataclass
 class PendingTargets:
-    """Targets (A, d) on their way."""
+    """Targets (A, d) that are being computed."""
 
     future: "Future[tuple[Tensor, torch.cuda.Event | None]]"
 
     def wait(self) -> Tensor:
-        """The targets, for the current stream, which waits for the device; the CPU waits until all is launched."""
+        """The targets. The CPU waits until their kernels are launched, the current stream until they are done."""
         value, ready = self.future.result()
         if ready is not None:
             stream = torch.cuda.current_stream(value.device)
@@ -35,14 +34,14 @@ class PendingTargets:
 
 
 class OnlineTargets:
-    """Embeds segments when a batch has them; the last `capacity` distinct ones are remembered on the device."""
+    """Embeds the segments of each batch; the last `capacity` distinct ones are cached on the device."""
 
     def __init__(
         self,
         encoder,  # SentenceTransformer, frozen
         tokenizer,  # of the language model
         *,
-        capacity: int = 16384,  # segments that are remembered, 2 d bytes each
+        capacity: int = 16384,  # segments in the cache, 2 d bytes each
         batch_size: int = 64,
     ):
         check_encoder(encoder)
@@ -52,33 +51,33 @@ class OnlineTargets:
         self.encoder, self.tokenizer = encoder.eval().requires_grad_(False), tokenizer
         self.capacity, self.batch_size = capacity, batch_size
         self.target_size = target_size(encoder)
-        self.encoded = 0  # segments that were embedded so far
-        self._slots: OrderedDict[str, int] = OrderedDict()  # the least recently used first
+        self.encoded = 0  # segments embedded so far, less those found in the cache
+        self._slots: OrderedDict[str, int] = OrderedDict()  # rows of the cache, the least recently used first
         self._table: Tensor | None = None  # (capacity, d) float16
         self._stream = self._thread = None
 
     def __getstate__(self) -> dict:
-        """A pickle holds the encoder, and nothing of what it remembers."""
+        """A pickle holds the encoder, and an empty cache."""
         return self.__dict__ | {"_slots": OrderedDict(), "_table": None, "_stream": None, "_thread": None}
 
     def __deepcopy__(self, memo: dict) -> "OnlineTargets":
-        """One that shares the encoder, which is frozen, and remembers for itself."""
+        """A copy that shares the encoder, which is frozen, and has a cache of its own."""
         memo[id(self)] = twin = copy.copy(self)
         return twin
 
     def check(self, config: SFRConfig) -> None:
-        """Segments are made by whatever rules the config has; of the encoder it may say pooling and length."""
+        """Gives the encoder the pooling and the length of the config; the collator makes segments by its rules."""
         if self.encoder is not None:
             self.encoder = as_configured(self.encoder, config)
 
     def start(self, texts: Sequence[str | None], device: torch.device | str) -> PendingTargets:
-        """Begins to embed the texts: (A, d) float16, unit norm, zero where the text is None."""
+        """Begins to embed the texts as (A, d) float16, unit norm, zero where the text is None."""
         if self.encoder is None:
             raise RuntimeError("the encoder stays in the process that made OnlineTargets: embed there")
         device = torch.empty(0, dtype=torch.uint8, device=device).device  # with its index
-        if device.type == "cpu":  # the cores are the decoder's, too, and a second thread's OpenMP team slows every op
+        if device.type == "cpu":  # the decoder needs the same cores: the OpenMP team of another thread slows every op
             done = Future()
-            with torch.inference_mode(False), torch.autocast("cpu", enabled=False):  # whatever the caller's are
+            with torch.inference_mode(False), torch.autocast("cpu", enabled=False):  # whatever modes the caller is in
                 done.set_result(self._run(list(texts), device))
             return PendingTargets(done)
         if self._thread is None:
@@ -106,27 +105,28 @@ class OnlineTargets:
             out[index[0]] = self._table[index[1]]
             for i, _ in known:
                 self._slots.move_to_end(texts[i])
-        fresh = sorted({t for t in texts if t is not None and t not in self._slots}, key=lambda t: (-len(t), t))
-        if fresh:
-            found = self.encoder.encode_document(
-                fresh, batch_size=self.batch_size, normalize_embeddings=True, convert_to_tensor=True,
+        new = sorted({t for t in texts if t is not None and t not in self._slots}, key=lambda t: (-len(t), t))
+        if new:
+            values = self.encoder.encode_document(
+                new, batch_size=self.batch_size, normalize_embeddings=True, convert_to_tensor=True,
                 show_progress_bar=False,
             ).half()  # fmt: skip
-            self.encoded += len(fresh)
-            if device.type == "cpu" and not (finite := found.isfinite().all(1)).all():  # on a GPU the loss shows it
-                text = fresh[int((~finite).nonzero()[0])]
+            self.encoded += len(new)
+            # on a GPU the check would be a device sync, and the loss is NaN
+            if device.type == "cpu" and not (finite := values.isfinite().all(1)).all():
+                text = new[int((~finite).nonzero()[0])]
                 raise ValueError(f"the encoder returned NaN or infinite values for {text[:200]!r}")
-            place = {text: i for i, text in enumerate(fresh)}
+            place = {text: i for i, text in enumerate(new)}
             index = [(i, place[t]) for i, t in enumerate(texts) if t in place]
             index = torch.tensor(index, dtype=torch.int64).T.to(device)
-            out[index[0]] = found[index[1]]
-            self._remember(fresh[: self.capacity], found)
+            out[index[0]] = values[index[1]]
+            self._cache(new[: self.capacity], values)
         return out
 
-    def _remember(self, texts: list[str], found: Tensor) -> None:
+    def _cache(self, texts: list[str], values: Tensor) -> None:
         slots = []
         for text in texts:
             slot = len(self._slots) if len(self._slots) < self.capacity else self._slots.popitem(last=False)[1]
             self._slots[text] = slot
             slots.append(slot)
-        self._table[torch.tensor(slots, dtype=torch.int64).to(self._table.device)] = found[: len(texts)]
+        self._table[torch.tensor(slots, dtype=torch.int64).to(self._table.device)] = values[: len(texts)]

@@ -1,4 +1,4 @@
-"""Building a store with Ray Data: shards become segments in tasks, segments become embeddings in actors.
+"""Building a store with Ray Data: tasks turn shards into segments, actors turn segments into embeddings.
 
 Every node must see the data and the store's folder under the same path.
 """
@@ -23,24 +23,26 @@ class _Encode:
             raise ValueError(f"encoder {name!r} is another one on this node than where the build was started")
 
     def __call__(self, row: dict) -> dict:
-        found = pickle.loads(row["segments"])
-        shard = int(row["shard"])
+        shard, found = int(row["shard"]), pickle.loads(row["segments"])
         write(self.plan, shard, found, self.plan.embed(shard, found, self.encoder))
         return {"shard": row["shard"]}
 
 
 def build_with_ray(
-    plan: Plan, corpus: Corpus, config: SFRConfig, tokenizer, shards: list[int], *,
-    encoder: str, device: str, truncate_dim: int | None, workers: int,
-) -> None:  # fmt: skip
-    """Encodes and writes the shards on a Ray cluster: the one that is connected, or one on this machine.
-
-    encoder  name or folder, loaded by each of the `workers`; each takes a GPU if `device` is "cuda".
-
-    ModuleNotFoundError without the extra "ray".
-    """
+    plan: Plan,
+    corpus: Corpus,
+    config: SFRConfig,
+    tokenizer,
+    encoder: str,  # name or folder, which every worker loads
+    device: str,  # "cpu", or "cuda": a GPU for each worker
+    truncate_dim: int | None,
+    workers: int,
+) -> None:
+    """Encodes and writes the missing shards on a Ray cluster: the one that is connected, or one on this machine.
+    ModuleNotFoundError without the extra "ray"."""
     import ray
 
+    shards = plan.missing()
     if not shards:
         return
     if not ray.is_initialized():
@@ -52,10 +54,8 @@ def build_with_ray(
 
     def segments(row: dict) -> dict:
         corpus, config, tokenizer = ray.get(source)
-        return {
-            "shard": row["item"],
-            "segments": pickle.dumps(segments_of(corpus.read(row["item"]), config, tokenizer)),
-        }
+        found = segments_of(corpus.read(row["item"]), config, tokenizer)
+        return {"shard": row["item"], "segments": pickle.dumps(found)}
 
     rows = ray.data.from_items(shards, override_num_blocks=len(shards)).map(segments)
     done = rows.map(

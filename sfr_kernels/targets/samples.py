@@ -1,4 +1,4 @@
-"""Where samples come from: a corpus is cut into shards, each of which can be read on its own."""
+"""A corpus: samples in shards, each of which can be read on its own."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,17 @@ SHARD_TOKENS = 131072  # supervised tokens: 4096 anchors at the default stride, 
 
 
 class Corpus(Protocol):
-    """Samples, shard by shard. Must be picklable, and read the same wherever it is."""
+    """Samples, shard by shard. It must be picklable, and read the same in every process."""
 
     cu_samples: list[int]  # shard i has samples cu_samples[i] to cu_samples[i + 1]; the last is their number
-    fingerprint: dict[str, Any]  # of every sample, JSON
+    fingerprint: dict[str, Any]  # hashes of all samples, JSON
 
     def read(self, shard: int) -> list[dict]:
         """The samples of a shard: "labels", and where a sample is packed what `packed_starts` reads."""
 
 
 class SampleList:
-    """A sequence of samples as it is: a list, or a map-style data set that fetches a sample when it is asked."""
+    """The corpus of a list, or of a map-style data set."""
 
     def __init__(self, samples: Sequence[dict], shard_tokens: int = SHARD_TOKENS):
         if isinstance(samples, Mapping):
@@ -31,18 +31,16 @@ class SampleList:
         if isinstance(samples, str) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
             raise TypeError(
                 f"samples must have a length and an index, got {type(samples).__name__}: a stream has no sample_id. "
-                "Give a list or a map-style data set, or a file to `python -m sfr_kernels targets`; or train with "
-                "OnlineTargets, which need nothing ahead"
+                "Give a list, a map-style data set, a file to `python -m sfr_kernels targets`, or use OnlineTargets"
             )
-        self.samples = samples
-        self.cu_samples, digest, tokens = [0], hashlib.sha256(), 0
+        self.samples, self.cu_samples = samples, [0]
+        digest, tokens = hashlib.sha256(), 0
         for i in range(len(samples)):
             sample = samples[i]
             if sample.get("labels") is None:
                 raise ValueError(
-                    f"sample {i} has no 'labels', only {', '.join(sample)}: targets are made of the labels that the "
-                    "wrapped collator gives, so where it makes them (of completion_mask, assistant_masks or messages), "
-                    "make them before, or train with OnlineTargets, which need none"
+                    f"sample {i} has no 'labels', only {', '.join(sample)}: where the wrapped collator makes them (of "
+                    "completion_mask, assistant_masks or messages), make them before, or train with OnlineTargets"
                 )
             for name in ("labels", "position_ids", "seq_lengths"):
                 if (values := sample.get(name)) is not None:

@@ -1,7 +1,7 @@
 """The anchors of samples and the text of each anchor's segment (DESIGN section 1, Targets).
 
-Which positions are anchors is decided by `SupervisedRows.from_labels`; here the labels ahead of each become text, and
-those whose text is blank fall away. Many samples are laid end to end, so that one call finds all of their anchors.
+`SupervisedRows.from_labels` decides which positions are anchors; here the labels ahead of each become text, and
+anchors whose text is blank are dropped.
 """
 
 import re
@@ -15,8 +15,8 @@ from torch import Tensor
 from ..config import SFRConfig
 from ..rows import IGNORE_INDEX, SupervisedRows
 
-_PART = "\ufffd"  # what a decoder shows for a part of a character
-_LONGEST = 4  # bytes of a character: no more tokens than that share one
+_PART = "\ufffd"  # a decoder's replacement for a part of a character
+_LONGEST = 4  # bytes of a character, so at most as many tokens
 # A stop, with closing quotes and brackets, before a space; a full-width stop; the end of a line.
 _SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s|$)|[。！？｡]+[」』”’)）]*|\n")
 
@@ -26,13 +26,14 @@ class Segments:
     """The anchors of S samples, sample after sample."""
 
     cu_anchors: Tensor  # (S + 1,) int64: sample i has anchors cu_anchors[i] to cu_anchors[i + 1]
-    positions: Tensor  # (A, 2) int32: where in its sample the labels of an anchor start and stop; equal: no target
+    positions: Tensor  # (A, 2) int32: where in its sample each anchor's labels start and stop; equal: no target
     label_hash: Tensor  # (S,) int64, of `hash_labels`
     texts: list[str | None]  # A; None where there is no target
 
 
 def segments_of(samples: Sequence[dict], config: SFRConfig, tokenizer) -> Segments:
-    """Anchors and texts of samples with "labels" and, where a sample is packed, what `packed_starts` reads."""
+    """Anchors and texts of samples with "labels" and, where a sample is packed, what `packed_starts` reads. The samples
+    are laid end to end, so that one call finds all their anchors."""
     lengths = torch.tensor([len(s["labels"]) for s in samples], dtype=torch.int64)
     sample = torch.repeat_interleave(torch.arange(len(samples)), lengths)
     start = lengths.cumsum(0) - lengths
@@ -54,17 +55,15 @@ def segments_of(samples: Sequence[dict], config: SFRConfig, tokenizer) -> Segmen
 
 
 def packed_starts(sample: dict, name: str) -> list[int]:
-    """Where samples begin that are packed into this one: "position_ids" that restart, or "seq_lengths", as TRL packs.
-
-    ValueError naming the sample if they do not fit its length.
-    """
+    """Where the samples packed into this one begin, by "position_ids" that restart, or by TRL's "seq_lengths".
+    ValueError naming the sample if they do not fit its length."""
     length = len(sample["labels" if sample.get("labels") is not None else "input_ids"])
     if (positions := sample.get("position_ids")) is not None:
         positions = np.asarray(positions)
         if positions.shape[-1:] != (length,):
             raise ValueError(f"{name} has {length} labels and {positions.shape[-1]} position_ids")
         while positions.ndim > 1:
-            positions = positions[0]  # of the axes of a vision model the text's
+            positions = positions[0]  # a vision model has several axes: the first is that of the text
         return np.flatnonzero(positions == 0).tolist()
     if (lengths := sample.get("seq_lengths")) is not None:
         ends = np.cumsum(np.asarray(lengths, dtype=np.int64))
@@ -76,21 +75,18 @@ def packed_starts(sample: dict, name: str) -> list[int]:
 
 def hash_labels(
     labels: Tensor,  # (S, L) int64, a sample a row; or (1, N), samples end to end
-    position: Tensor,  # like labels, int64, the place of each in its sample
-    sample: Tensor,  # (S, 1) int64, or like labels: the sample of each
-    first: Tensor,  # like labels, bool: begins a sample, or one that is packed into it
+    position: Tensor,  # like labels, int64: the token's place in its sample
+    sample: Tensor,  # (S, 1) int64, or like labels: the token's sample
+    first: Tensor,  # like labels, bool: the token begins a sample, or one that is packed into it
     num_samples: int,
     config: SFRConfig,
 ) -> Tensor:  # (S,) int64
-    """A hash of each sample's supervised labels and their places: equal hashes, equal targets.
-
-    A label that nothing predicts (the first, but for the rule "published") does not count: collators that pack samples
-    mask it.
-    """
+    """A hash of each sample's supervised labels and their places, from which its targets follow. The first label of a
+    sample, which no token predicts, does not count (but with target_rule "published"): collators that pack mask it."""
     counts = labels != IGNORE_INDEX
     if config.target_rule == "following":
         counts &= ~first
-    # Wrapping products of odd numbers with a shift between them, summed, so that the order of tokens is free.
+    # Multiply and xorshift, modulo 2⁶⁴; then a sum, for which the order of tokens does not matter.
     mixed = (labels + 1).mul_(-7046029254386353131)
     mixed ^= mixed >> 29
     mixed *= (position * -4658895280553007688).sub_(7723592293110705685)
@@ -108,7 +104,7 @@ def rows_and_texts(
     tokenizer,  # of the language model
     **identity: Tensor | None,  # segment_ids, noise_id, has_targets and real of `SupervisedRows.from_labels`
 ) -> tuple[SupervisedRows, list[str | None]]:
-    """The rows of labels whose anchors all have a text, and the A texts; None where an anchor fell away."""
+    """The rows of labels, and the A texts; None where an anchor was dropped: blank text, or too few tokens."""
     rows = SupervisedRows.from_labels(labels, config, **identity)
     texts = segment_texts(labels, rows, tokenizer, config)
     blank = [text is None for text in texts]
@@ -124,8 +120,7 @@ def segment_texts(
     tokenizer,  # of the language model
     config: SFRConfig,
 ) -> list[str | None]:  # A texts
-    """The future text of every anchor, without special tokens and without parts of characters at its ends; None where
-    nothing but white space is left of it, or it has no labels."""
+    """The text ahead of every anchor, without special tokens and parts of characters at its ends; None where blank."""
     flat = labels.reshape(-1).tolist()
     pieces = [[x for x in flat[start:stop] if x != IGNORE_INDEX] for start, stop in rows.segments.tolist()]
     texts = _decode_whole(tokenizer, pieces)
@@ -140,10 +135,8 @@ def _decode(tokenizer, pieces: list[list[int]]) -> list[str]:
 
 
 def _decode_whole(tokenizer, pieces: list[list[int]]) -> list[str]:
-    """The text of each piece, less the tokens at its ends that hold a part of a character.
-
-    Parts beside whole characters of the same kind would spoil these too (byte fallback), so tokens go, not text.
-    """
+    """The text of each piece without the tokens at its ends that hold a part of a character. Tokens are dropped, not
+    text: with byte fallback such a part makes the decoder replace whole characters beside it."""
     pieces, texts = list(pieces), _decode(tokenizer, pieces)
     for _ in range(_LONGEST - 1):
         broken = [i for i, text in enumerate(texts) if text.startswith(_PART) or text.endswith(_PART)]
@@ -155,5 +148,5 @@ def _decode_whole(tokenizer, pieces: list[list[int]]) -> list[str]:
 
 
 def _first_sentence(text: str, least: int) -> str:
-    """Up to the first end of a sentence that is not before `least` characters; all of it if there is none."""
+    """The text up to the first end of a sentence at or after `least` characters; all of it if there is none."""
     return next((text[: end.end()] for end in _SENTENCE_END.finditer(text) if end.end() >= least), text)

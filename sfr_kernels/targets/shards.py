@@ -1,12 +1,12 @@
-"""One shard of a store: the targets of some consecutive samples, in one safetensors file that is never changed.
+"""One shard of a store: the targets of consecutive samples, in one safetensors file that is never changed.
 
     embeddings  (A, d) float16, float32 or int8        scales  (A,) float32, with int8: embedding = int8 · scale
     cu_anchors  (S + 1,) int64                         positions  (A, 2) int32, as in `Segments`
     label_hash  (S,) int64, as in `Segments`           checksum  (S,) int64, CRC-32 of each sample's embeddings
 
 A shard's record in the manifest has its size, its SHA-256, and the SHA-256 of all but the embeddings. The latter is
-checked when the shard is first touched, a sample's checksum when the sample is: a byte that flipped is never a target,
-and no one waits for gigabytes to be read.
+checked when a shard is first used, a sample's checksum when the sample is: damaged embeddings never become targets,
+and opening a store does not read it.
 """
 
 import hashlib
@@ -25,10 +25,11 @@ from .segments import Segments
 
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 _INDEX = {"cu_anchors": torch.int64, "positions": torch.int32, "label_hash": torch.int64, "checksum": torch.int64}
+_REPAIR = "`python -m sfr_kernels targets` with its options makes it again"
 
 
 class DamagedStore(ValueError):
-    """A file of a store is not what its manifest says."""
+    """A file of a store is missing, or differs from its manifest."""
 
 
 def shard_of(segments: Segments, embeddings: np.ndarray, dtype: str) -> dict[str, Tensor]:
@@ -66,7 +67,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> dict:
 
 
 def is_whole(path: Path, record: dict) -> bool:
-    """Whether the file is, byte for byte, the one of the record. Reads all of it."""
+    """Whether the file is, byte for byte, that of the record. Reads all of it."""
     if not path.is_file() or path.stat().st_size != record["bytes"]:
         return False
     with open(path, "rb") as file:
@@ -86,12 +87,11 @@ def _index_hash(tensors: dict[str, Tensor]) -> str:
 
 
 class Shard:
-    """The targets of S samples: in memory, or mapped from a file at the first use."""
+    """The targets of S samples: tensors in memory, or a file that is mapped at the first use."""
 
     def __init__(self, tensors: dict[str, Tensor] | None, path: Path | None = None, record: dict | None = None,
                  dtype: str = "float32", target_size: int = 0):  # fmt: skip
-        self.path, self.record, self.dtype, self.target_size = path, record, dtype, target_size
-        self._tensors = tensors
+        self._tensors, self.path, self.record, self.dtype, self.target_size = tensors, path, record, dtype, target_size
         self._checked: np.ndarray | None = None
 
     def __getstate__(self):
@@ -110,12 +110,16 @@ class Shard:
         return int(cu[sample]), int(cu[sample + 1])
 
     def blank(self, sample: int) -> Tensor:
-        """(A',) bool: anchors of one sample that have no text; where only embeddings are known, those that are zero."""
+        """(A',) bool: anchors of one sample that have no text. In memory, where texts are unknown, a zero embedding."""
         if "positions" not in self.tensors():
             return ~self.embeddings(sample).any(1)
-        start, stop = self.span(sample)
-        begin, end = self.tensors()["positions"][start:stop].unbind(1)
+        begin, end = self.positions(sample).unbind(1)
         return begin == end
+
+    def positions(self, sample: int) -> Tensor:
+        """(A', 2): where in the sample the labels of each anchor start and stop."""
+        start, stop = self.span(sample)
+        return self.tensors()["positions"][start:stop]
 
     def embeddings(self, sample: int) -> Tensor:
         """(A', d) of one sample: float16 or float32. The caller must not change it."""
@@ -124,8 +128,7 @@ class Shard:
         values = tensors["embeddings"][start:stop]
         if self.path is not None:
             self._check(sample, values, tensors)
-        if "scales" in tensors:
-            # 8 bits and a scale fit float16 with three bits to spare
+        if "scales" in tensors:  # float16's 11 bits hold 8 bits times a scale with three to spare
             values = values.float().mul_(tensors["scales"][start:stop, None]).half()
         return values
 
@@ -134,23 +137,21 @@ class Shard:
             self._checked = np.zeros(self.record["samples"], bool)
         if not self._checked[sample]:
             if _checksum(values) != int(tensors["checksum"][sample]):
-                raise DamagedStore(f"{self.path} is damaged: the embeddings of its sample {sample} changed on disk; "
-                                   "`python -m sfr_kernels targets` with its options makes it again")  # fmt: skip
+                raise DamagedStore(f"{self.path} is damaged: its sample {sample} changed on disk; {_REPAIR}")
             self._checked[sample] = True
 
     def _map(self) -> dict[str, Tensor]:
-        again = "`python -m sfr_kernels targets` with its options makes it again"
         try:
             size = self.path.stat().st_size
         except FileNotFoundError:
-            raise DamagedStore(f"shard {self.path} is missing: {again}") from None
+            raise DamagedStore(f"shard {self.path} is missing: {_REPAIR}") from None
         if size != self.record["bytes"]:
-            raise DamagedStore(f"shard {self.path} has {size} bytes, the manifest says {self.record['bytes']}: {again}")
+            raise DamagedStore(f"shard {self.path} has {size} bytes, not {self.record['bytes']}: {_REPAIR}")
         try:
             with safe_open(self.path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
         except (SafetensorError, ValueError, KeyError) as error:
-            raise DamagedStore(f"shard {self.path} is damaged ({error}): {again}") from error
+            raise DamagedStore(f"shard {self.path} is damaged ({error}): {_REPAIR}") from error
         wanted = {"embeddings": DTYPES[self.dtype], **_INDEX}
         if self.dtype == "int8":
             wanted["scales"] = torch.float32
@@ -160,5 +161,5 @@ class Shard:
             or tuple(tensors["embeddings"].shape) != shape
             or _index_hash(tensors) != self.record["index_sha256"]
         ):
-            raise DamagedStore(f"shard {self.path} is damaged, its index changed on disk: {again}")
+            raise DamagedStore(f"shard {self.path} is damaged, its index changed on disk: {_REPAIR}")
         return tensors

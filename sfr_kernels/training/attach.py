@@ -1,16 +1,13 @@
 """`attach`: a transformers causal LM whose forward returns the SFR loss and makes no logits.
 
-The model's own forward runs unchanged, so whatever it does around the decoder stays. Only its lm_head answers
-differently while a loss is wanted: given the hidden states, it runs the fused loss with its own weight and returns that
-instead of logits. So the weight is read inside the module's own call, after any engine that shards or offloads it has
-gathered it, and the head's inside that of `SFRLoss`. What the model does to its logits afterwards (softcap, scale) is
-measured once, by sending known numbers through, and handed to the loss.
+The model's own forward runs unchanged; only its lm_head, called for a loss, runs the fused loss on the hidden states
+with its own weight and returns that instead of logits. So the weight is read inside the module's own call, after any
+engine that shards or offloads it has gathered it, and the velocity head's inside that of `SFRLoss`. What the model does
+to its logits afterwards (softcap, scale) is measured once with known numbers (`own_loss`), and given to the loss.
 """
 
-import contextlib
 import inspect
 import sys
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -32,6 +29,7 @@ from .objectives import (
     CrossEntropyAttachment,
     SFRModelOutput,
     attachment_of,
+    check_objective,
     keep_from_predictions,
     placed,
 )
@@ -40,26 +38,20 @@ from .own_loss import OwnLoss, router_loss
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclass(eq=False)
 class _Call:
-    """One loss, on its way through the model's forward to the lm_head; or a probe of the logits' transform."""
+    """One forward of the model in which the lm_head is to return a loss, or a probe in place of its logits."""
 
-    sfr: Attachment | CrossEntropyAttachment
-    linear: nn.Linear
-    outer: nn.Module  # the linear layer, or what wraps it
-    inputs: dict[str, Any] = field(default_factory=dict)
-    probe: Tensor | None = None
-    out: SFROutput | None = None
-    answered: bool = False
-    returned: Tensor | None = None  # by outer, after every hook
-
-    @classmethod
-    def of(cls, base: Any, **given: Any) -> "_Call":
-        return cls(base.sfr, covered_linear(base), base.get_output_embeddings(), **given)
+    def __init__(self, base: Any, inputs: dict[str, Any] | None = None, probe: Tensor | None = None):
+        self.sfr, self.inputs, self.probe = base.sfr, inputs or {}, probe
+        self.linear, self.outer = covered_linear(base), base.get_output_embeddings()  # the latter may wrap the former
+        self.out: SFROutput | None = None
+        self.reached = False  # the lm_head was called
+        self.returned: Tensor | None = None  # by `outer`, after every hook
 
 
-# The calls in progress. They are kept off the modules: a compiler takes the sizes of what hangs on a module for fixed.
+# The calls in progress. Not attributes of the modules: a compiler takes the sizes of such tensors for fixed.
 _calls: list[_Call] = []
+_OUTPUTS = ("aux_loss", "router_logits", "past_key_values", "hidden_states", "attentions")  # the model's own, passed on
 
 
 def base_of(model: Any) -> Any:  # of any class: its attributes are transformers' and ours
@@ -79,56 +71,54 @@ def attach(
 
     model           a transformers causal LM, or a PEFT model around one (wrap with PEFT first, then attach).
     head_or_config  the objective: an SFRConfig (a new head is made), a VelocityHead (with the default config of its
-                    sizes), or an SFRLoss, which is both. With objective "ce", nothing, or a LinearCrossEntropy for its
-                    options.
-    targets         the store of the data set: says how wide the head must be, and lets a batch that has `sample_id`
-                    but no rows and targets look them up. Or OnlineTargets, which embed the texts of a batch.
-    objective       "sfr", or "ce": cross-entropy alone, fused, for people who want only that.
-    target_size     d, where there is no store.
+                    sizes), or an SFRLoss, which has both. With objective "ce" None, or a LinearCrossEntropy.
+    targets         the store of the data set, which gives the head its target size, and in which a batch with
+                    `sample_id` but without rows and targets finds them. Or OnlineTargets, which embed its texts.
+    objective       "sfr", or "ce": fused cross-entropy alone.
+    target_size     d, where there are no targets.
 
-    Without labels and rows the model is what it was. `rows` default to those of `labels`; `seed` to that of the step,
-    `model.sfr.step`, which is counted by the steps of the optimizer and is part of the state_dict;
-    `num_items_in_batch`, which Trainer passes, is the normalizer. An optimizer's first step is an error where the loss
-    was not computed or the head cannot learn. In evaluation λ is the configuration's, whatever its schedule.
-    `save_pretrained` writes the plain model, and the head beside it. A copy (deepcopy, pickle, torch.save) is attached
-    too. Compiled, the model is one graph for all steps, where a batch brings rows and targets. TypeError or ValueError,
-    with the model unchanged, if something does not fit; at the first loss, if the model's own loss is another.
+    Without labels and rows the model returns what it did. `rows` default to those of `labels`; `seed` to that of
+    `model.sfr.step`, the optimizer steps counted; the normalizer is `num_items_in_batch`, which Trainer passes. An
+    optimizer's first step is an error where the loss was not computed or the head cannot learn. `save_pretrained`
+    writes the plain model, and the head beside it. A copy (deepcopy, pickle, torch.save) is attached too. Compiled, the
+    model is one graph for all steps, where a batch brings rows and targets. TypeError or ValueError, with the model
+    unchanged, if something does not fit; at the first loss, if the model's own loss is another.
     """
     base = base_of(model)
     if attachment_of(base) is not None:
         raise ValueError("model already has an SFR objective: detach it first")
     linear = output_linear(base)
     if not isinstance(targets, TargetStore | OnlineTargets | None):
-        raise TypeError(
-            f"targets must be a TargetStore or OnlineTargets, got {type(targets).__name__}: TargetStore.open(folder) "
-            "opens what build_targets has made"
-        )
-    if objective not in ("sfr", "ce"):
-        raise ValueError(f"objective must be sfr or ce, got {objective!r}")
-    sfr: Attachment | CrossEntropyAttachment
-    if objective == "ce":
-        sfr = _cross_entropy(head_or_config, targets)
+        kind = type(targets).__name__
+        raise TypeError(f"targets must be a TargetStore or OnlineTargets, got {kind}: see TargetStore.open")
+    check_objective("head_or_config", head_or_config, objective)
+    sfr: Any
+    if objective == "sfr":
+        sfr = Attachment(_sfr_loss(head_or_config, linear, targets, target_size), targets)
+    elif targets is None:
+        given: Any = head_or_config or LinearCrossEntropy()
+        sfr = CrossEntropyAttachment(given)
     else:
-        sfr = Attachment(_objective(head_or_config, linear, targets, target_size), targets)
+        raise ValueError("targets have no meaning with objective='ce'")
     _fit(sfr, linear, targets)
 
     base.sfr = sfr.train(base.training)
     base._sfr_watch = Watch(base)
     keep_from_predictions(type(base.config))
     ignored = base._keys_to_ignore_on_save
-    flag = base.__dict__.get("accepts_loss_kwargs")  # read by Trainer: forward takes num_items_in_batch
+    flag = base.__dict__.get("accepts_loss_kwargs")  # tells Trainer that forward takes num_items_in_batch
     base.sfr.restore = {"_keys_to_ignore_on_save": ignored, "accepts_loss_kwargs": flag}
     base._keys_to_ignore_on_save = {*(ignored or ()), *(f"sfr.{name}" for name in base.sfr.state_dict())}
     base.accepts_loss_kwargs = True
 
-    # An engine that offloads weights has put its own forward over the module's; ours goes under it.
+    # An engine that offloads weights has put its forward over the module's; ours goes under it.
     cover(linear, "forward", _linear_forward, "_old_forward" if hasattr(linear, "_hf_hook") else None)
     base.get_output_embeddings().register_forward_hook(_catch)
     cover(base, "forward", _forward)
     if hasattr(base, "generate"):
         cover(base, "generate", _generate)
     base.register_state_dict_post_hook(_without_head)
-    base._sfr_own_loss = OwnLoss(base, _answer)
+    base._sfr_own_loss = OwnLoss(base, _run_probe)
     cover(model, "save_pretrained", _save_pretrained)
     return model
 
@@ -142,7 +132,7 @@ def detach(model: nn.Module) -> VelocityHead | None:
     covered = [module for module in {base, model} if is_covered(module)]
     if any(owner(module) is not module for module in covered):
         raise ValueError("model is a shallow copy, which shares its modules with the attached one: detach that one")
-    for module in base.get_output_embeddings().modules():  # another one, if the embeddings were resized
+    for module in base.get_output_embeddings().modules():  # none is covered if the embeddings were resized
         if is_covered(module):
             uncover(module)
     for hooks in (base.get_output_embeddings()._forward_hooks, base._state_dict_hooks):
@@ -159,9 +149,7 @@ def detach(model: nn.Module) -> VelocityHead | None:
     return sfr.head
 
 
-def _objective(
-    given, linear: nn.Linear, targets: TargetStore | OnlineTargets | None, target_size: int | None
-) -> SFRLoss:
+def _sfr_loss(given: Any, linear: nn.Linear, targets, target_size) -> SFRLoss:
     if isinstance(given, SFRLoss):
         return given
     if isinstance(given, VelocityHead):
@@ -170,8 +158,6 @@ def _objective(
             width=s.width, num_layers=s.num_blocks + 2, time_scale=s.time_scale, hidden_scale=s.hidden_scale
         )
         return SFRLoss(SFRConfig(**sizes), given)
-    if not isinstance(given, SFRConfig):
-        raise TypeError(f"head_or_config must be a VelocityHead, SFRConfig or SFRLoss, got {type(given).__name__}")
     if given.loss == "cka":
         return SFRLoss(given, None)
     if given.loss == "mtp":
@@ -183,44 +169,34 @@ def _objective(
     return SFRLoss(given, VelocityHead.from_config(given, linear.in_features, target_size))
 
 
-def _cross_entropy(given, targets) -> CrossEntropyAttachment:
-    if targets is not None:
-        raise ValueError("targets have no meaning with objective='ce'")
-    if not isinstance(given, LinearCrossEntropy | None):
-        raise TypeError(
-            f"head_or_config must be None or a LinearCrossEntropy with objective='ce', got {type(given).__name__}"
-        )
-    return CrossEntropyAttachment(LinearCrossEntropy() if given is None else given)
-
-
 def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -> None:
     """Errors for a head that does not fit the model or the targets; moves it to the model."""
     if sfr.config is None or sfr.config.loss == "mtp":  # whose head predicts tokens
         targets = None
     if targets is not None:
         targets.check(sfr.config)
-    shape = None if sfr.head is None else sfr.head.shape
-    if shape and shape.hidden_size != linear.in_features:
-        raise ValueError(f"head is for hidden size {shape.hidden_size}, the model's is {linear.in_features}")
-    if shape and targets is not None and shape.target_size != targets.target_size:
-        raise ValueError(f"head is for target size {shape.target_size}, targets have {targets.target_size}")
-    if shape and isinstance(linear.weight, DTensor):
-        raise ValueError(
-            "model is sharded already (its lm_head's weight is a DTensor), and a head that is not would have the "
-            "gradients of its own process alone: attach first, then fully_shard"
-        )
+    if sfr.head is not None:
+        shape = sfr.head.shape
+        if shape.hidden_size != linear.in_features:
+            raise ValueError(f"head is for hidden size {shape.hidden_size}, the model's is {linear.in_features}")
+        if targets is not None and sfr.config.loss != "mtp" and shape.target_size != targets.target_size:
+            raise ValueError(f"head is for target size {shape.target_size}, targets have {targets.target_size}")
+        if isinstance(linear.weight, DTensor):
+            raise ValueError(
+                "model is sharded, and the head's gradients would not be exchanged: attach first, then fully_shard"
+            )
     if linear.weight.device.type != "meta":
         sfr.to(linear.weight.device)
 
 
 def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
-    """The lm_head: logits as ever, or the loss, shaped like one logit, while a call waits for it."""
+    """The lm_head's forward: its logits; in one of `_calls` the loss, shaped like one logit, or the probe."""
     for call in _calls:
         if call.linear is self:
             break
     else:
         return plain(self, "forward")(hidden)
-    call.answered = True
+    call.reached = True
     if call.probe is not None:
         return call.probe
     call.out = call.sfr(hidden, self.weight, bias=self.bias, **call.inputs)
@@ -228,15 +204,14 @@ def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
 
 
 def _catch(module: nn.Module, args: tuple, output: Tensor) -> None:
-    """The last hook of the output embeddings: keeps what a call gets from them."""
+    """The last hook of the output embeddings: keeps what they return."""
     for call in _calls:
         if call.outer is module:
-            # a copy of a probe: some models write over their logits
-            call.returned = output if call.probe is None else output.clone()
+            call.returned = output if call.probe is None else output.clone()  # some models write over their logits
 
 
 def _run(base: nn.Module, call: _Call, args: tuple, options: dict):
-    """The model's own forward, in which the lm_head answers to `call`."""
+    """The model's own forward, with `call` in progress."""
     if list(call.outer._forward_hooks.values())[-1:] != [_catch]:
         _hook_last(call.outer)
     if any(other.linear is call.linear for other in _calls):
@@ -250,16 +225,14 @@ def _run(base: nn.Module, call: _Call, args: tuple, options: dict):
 
 @torch.compiler.disable
 def _hook_last(module: nn.Module) -> None:
-    """An engine that came after attach has hooks too, and its gradients need what they return."""
+    """Moves our hook behind those of an engine that came after attach: gradients must flow through what they return."""
     for key in [key for key, hook in module._forward_hooks.items() if hook is _catch]:
         del module._forward_hooks[key]
     module.register_forward_hook(_catch)
 
 
-@torch.compiler.disable
-def _find_inputs(sfr: Attachment, batch: BatchInputs) -> dict:
-    """Rows from labels and targets from a store or an encoder: work of Python, and of the CPU."""
-    return sfr.inputs(batch)
+# Finds rows from labels and targets from a store or an encoder, which a compiler cannot trace.
+_find_inputs = torch.compiler.disable(Attachment.inputs)
 
 
 def _forward(
@@ -271,7 +244,7 @@ def _forward(
     times=None,
     seed=None,
     sample_id=None,
-    label_smoothing=None,  # SFRCallback gives a Trainer's
+    label_smoothing=None,  # a Trainer's, which SFRCallback passes on
     **kwargs,
 ):
     """The attached forward."""
@@ -283,25 +256,26 @@ def _forward(
         raise RuntimeError(NEVER_CALLED)
     if labels is None and rows is None:
         return plain(self, "forward")(*args, **kwargs)
-    given = (labels, rows, targets, times, seed, sample_id, normalizer, label_smoothing)
-    sfr, batch = self.sfr, BatchInputs(*given, kwargs)
+    sfr = self.sfr
+    batch = BatchInputs(labels, rows, targets, times, seed, sample_id, normalizer, label_smoothing, kwargs)
     if torch.is_grad_enabled():
         if sfr.training:
             check_head(sfr)
-        self._sfr_watch.forward(sfr.training)
+            self._sfr_watch.trained = True
+        self._sfr_watch.called = True
     looked_up = isinstance(sfr, Attachment) and (rows is None or isinstance(sfr.store, OnlineTargets))
     inputs = _find_inputs(sfr, batch) if looked_up else sfr.inputs(batch)
     self._sfr_own_loss.measure((labels if rows is None else rows).device)
-    call = _Call.of(self, inputs=inputs | self._sfr_own_loss.options)
+    call = _Call(self, inputs=inputs | self._sfr_own_loss.options)
     own = {name: value for name, value in kwargs.items() if name not in ("shift_labels", "ignore_index")}
     outputs = _run(self, call, args, own)
-    if not call.answered:
+    if not call.reached:
         raise RuntimeError(OTHER_LM_HEAD)
     loss, aux = call.returned.reshape(()), getattr(outputs, "aux_loss", None)
-    if aux is not None:  # the router loss of a mixture of experts, which such models add themselves
+    if aux is not None:  # the router loss, which a mixture of experts adds to its own loss
         loss = loss + router_loss(self, aux.to(loss.device))
     stats = call.out.stats
-    found = SFRModelOutput(
+    result = SFRModelOutput(
         loss=loss,
         predictions=None if sfr.training or stats is None else placed(stats.predicted, inputs),
         ce_loss=call.out.ce,
@@ -309,22 +283,18 @@ def _forward(
         stats=stats if sfr.return_stats else None,
         **{name: outputs.get(name) for name in _OUTPUTS},
     )
-    wanted = kwargs.get("return_dict")
-    return found if (self.config.return_dict if wanted is None else wanted) else found.to_tuple()
-
-
-_OUTPUTS = ("aux_loss", "router_logits", "past_key_values", "hidden_states", "attentions")
+    as_dict = kwargs.get("return_dict")
+    return result if (self.config.return_dict if as_dict is None else as_dict) else result.to_tuple()
 
 
 def _generate(self, *args, rows=None, targets=None, times=None, seed=None, sample_id=None, **kwargs):
-    """The model's own generate, also of a whole batch as the collator makes it."""
+    """The model's own generate, which may be given a whole batch of the collator."""
     return plain(self, "generate")(*args, **kwargs)
 
 
 def _without_head(module: Any, state: dict, prefix: str, _) -> None:
-    """Accelerator.save_model writes a model's state as it is, and is to write that of the plain model: the names to
-    leave out, of which save_pretrained asks, are not asked for. So with PEFT's, which looks for names of its own (every
-    bias, say). Accelerator.save_state, and all else, get the head too."""
+    """Leaves the head out of the state_dict for Accelerator.save_model and PEFT's save_pretrained, which save the plain
+    model, but do not read `_keys_to_ignore_on_save`."""
     frame = None if module._sfr_watch.saving else sys._getframe()
     while frame is not None and frame.f_code is not Accelerator.save_model.__code__:
         frame = frame.f_back
@@ -333,20 +303,24 @@ def _without_head(module: Any, state: dict, prefix: str, _) -> None:
             del state[name]
 
 
-def _answer(base: nn.Module, probe: Tensor, inputs: dict):
-    """The outputs of the model's own forward, whose lm_head answers with `probe`; what its hooks made of that, None if
-    it was not called; and whether it was the one that is attached."""
-    call = _Call.of(base, probe=probe)
+def _run_probe(base: nn.Module, probe: Tensor, inputs: dict):
+    """A forward whose lm_head returns `probe`: the model's outputs; what the output embeddings returned, None if they
+    were not called; whether the attached lm_head was called."""
+    call = _Call(base, probe=probe)
     outputs = _run(base, call, (), inputs)
-    return outputs, call.returned, call.answered
+    return outputs, call.returned, call.reached
 
 
 def _save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
-    """The model's own save_pretrained, which leaves the head out, and the head beside it."""
-    sfr = attachment_of(self)  # None if the model inside a PEFT model was detached
-    saving = contextlib.nullcontext() if sfr is None else watch_of(self).save()
-    with saving:
+    """The model's own save_pretrained, without the head, which is saved beside it."""
+    if (sfr := attachment_of(self)) is None:  # the model inside this PEFT model was detached
+        return plain(self, "save_pretrained")(save_directory, *args, **kwargs)
+    watch = watch_of(self)
+    watch.saving = True
+    try:
         result = plain(self, "save_pretrained")(save_directory, *args, **kwargs)
+    finally:
+        watch.saving = False
     if isinstance(sfr, Attachment) and kwargs.get("is_main_process", True):
         save_head(save_directory, sfr, pairing(self))
     return result

@@ -1,4 +1,4 @@
-"""`SFRCallback`: what a stock transformers Trainer needs to know of SFR from step to step."""
+"""`SFRCallback`: λ's schedule, the losses in the logs, and resuming, for a stock transformers Trainer."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from ..config import SFRConfig
 from .checkpoint import pairing, restore_head
@@ -16,8 +16,7 @@ from .objectives import WHOLE_BATCHES, Attachment, attachment_of, keep_from_pred
 
 
 def schedule_at(config: SFRConfig, step: int, total: int) -> float:
-    """The factor of λ at a step of a run of `total` steps: a linear warm-up, then constant, linear or cosine decay to
-    zero."""
+    """The factor of λ at a step of a run of `total`: a linear warm-up, then constant, linear or cosine decay to 0."""
     warmup = config.flow_warmup * total
     if step < warmup:
         return (step + 1) / (warmup + 1)
@@ -27,50 +26,47 @@ def schedule_at(config: SFRConfig, step: int, total: int) -> float:
 
 
 class _Mean:
-    """The means of ce and flow over forwards, on the device until they are asked for."""
+    """The means of ce and flow over forwards, kept on the device to avoid syncs."""
 
     def __init__(self) -> None:
-        self.sums: float | Tensor = 0.0
-        self.weight: float | Tensor = 0.0
+        self.sums: Tensor | None = None  # (3,): of weight · ce, of weight · flow, of the weights
 
     def add(self, last: Tensor, by_sequence: bool) -> None:
-        weight = last[2] if by_sequence else 1.0
-        self.sums, self.weight = self.sums + last[:2] * weight, self.weight + weight
+        weight = last[2:] if by_sequence else torch.ones_like(last[2:])
+        values = torch.cat([last[:2] * weight, weight])
+        self.sums = values if self.sums is None else self.sums + values
 
-    def take(self, args: TrainingArguments, weight: float | None = None) -> list[float] | None:
-        """The means over all processes since the last time; None without a forward. `weight` in place of the sum."""
-        if not isinstance(self.sums, Tensor):
-            return None
-        total = self.weight if weight is None else weight
-        found = torch.cat([self.sums, torch.as_tensor(total, dtype=self.sums.dtype, device=self.sums.device).view(1)])
-        found = found.to(torch.float32)
+    def take(self, args, weight: float | None = None) -> dict[str, float]:
+        """The means over all processes since the last call; none without a forward. `weight`: other than the sum."""
+        if self.sums is None:
+            return {}
+        found, self.sums = self.sums.to(torch.float32), None
+        if weight is not None:
+            found[2] = weight
         if dist.is_available() and dist.is_initialized():
-            # Under one global normalizer every rank holds a part of the mean, else a mean of its own.
+            # Under one global normalizer every rank has a part of the mean, else a mean of its own.
             dist.all_reduce(found)
             if args.average_tokens_across_devices:
                 found[2] /= dist.get_world_size()
-        self.sums = self.weight = 0.0
         ce, flow, total = found.tolist()
-        return [ce / total, flow / total]
+        return {"ce_loss": ce / total, "flow_loss": flow / total}
 
 
 class SFRCallback(TrainerCallback):
     """Moves λ along its schedule, restores the head when a run resumes, logs `ce_loss`, `flow_loss` and `flow_weight`
     averaged since the last log, and `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
 
-    `add_to(trainer)` is how to add it: first among the callbacks, so that reporters see its values too, with the
-    Trainer's label smoothing in the attached loss, and told of the folder a run is resumed from. In the constructor's
-    list of callbacks it comes after Trainer's own reporters, and takes `output_dir/checkpoint-<step>` for that folder.
-    Where several processes evaluate samples that they cannot share evenly, those that accelerate repeats count twice.
+    Add it with `add_to(trainer)`: it is then the first callback, so that reporters see its values, puts the Trainer's
+    label smoothing into the attached loss, and knows the folder a run is resumed from, which otherwise is
+    `resume_from`, or `output_dir/checkpoint-<step>`. Where processes cannot share the evaluated samples evenly,
+    accelerate repeats some, which count twice.
     """
 
     def __init__(self, resume_from: str | Path | None = None):
-        """resume_from: the checkpoint that is resumed, where it cannot be found (see above)."""
-        self.resume_from = resume_from
-        self.last_step = 0
+        self.resume_from, self.last_step = resume_from, 0
         self._added, self._loaded = False, None
         self._training, self._evaluation = _Mean(), _Mean()
-        self._progress = None  # of the loss when the training began; None after its first step
+        self._progress = None  # `Watch.progress` when training began; None after the first step
 
     def add_to(self, trainer) -> "SFRCallback":
         """Adds the callback to a Trainer of an attached model. ValueError if the Trainer has a loss of its own."""
@@ -82,8 +78,7 @@ class SFRCallback(TrainerCallback):
         stock = type(trainer).prediction_step is Trainer.prediction_step
         if stock and trainer.preprocess_logits_for_metrics is not None:
             raise ValueError(
-                "preprocess_logits_for_metrics has no logits to work on: compute_metrics is given the predicted "
-                "tokens, (B, L) with −100 where no label is predicted"
+                "preprocess_logits_for_metrics has no logits to work on: compute_metrics is given the predicted tokens"
             )
         if (smoother := trainer.label_smoother) is not None:
             if sfr.options["label_smoothing"]:
@@ -99,7 +94,7 @@ class SFRCallback(TrainerCallback):
             return load(folder, *args, **kwargs)
 
         trainer._load_from_checkpoint = load_from
-        keep_from_predictions(type(trainer.model.config))  # again, for a model that was attached in another process
+        keep_from_predictions(type(trainer.model.config))  # attach did, unless it ran in another process
         trainer.remove_callback(type(self))
         trainer.callback_handler.callbacks.insert(0, self)
         self._added = True
@@ -110,14 +105,9 @@ class SFRCallback(TrainerCallback):
         if sfr is None:
             raise ValueError("SFRCallback needs a model with an SFR objective: attach it before Trainer is made")
         if args.label_smoothing_factor and not self._added:
-            raise ValueError(
-                "label_smoothing_factor does not reach the attached loss: use SFRCallback().add_to(trainer)"
-            )
+            raise ValueError("label_smoothing_factor does not reach the loss: use SFRCallback().add_to(trainer)")
         if args.world_size > 1 and isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
-            raise ValueError(
-                "one process would read the data set for all, and cut batches that a collator has made whole: "
-                f"{WHOLE_BATCHES}"
-            )
+            raise ValueError(f"one process would read the batches of all, and cut them: {WHOLE_BATCHES}")
         if args.n_gpu > 1:
             raise ValueError(
                 "nn.DataParallel, which Trainer uses where it sees several GPUs, is not served: start a process for "
@@ -143,7 +133,7 @@ class SFRCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self._progress is not None:
-            if watch_of(model).progress == self._progress:  # an engine's optimizer is unknown to the guard
+            if watch_of(model).progress == self._progress:  # the guard does not see an engine's optimizer
                 raise RuntimeError(NEVER_CALLED)
             self._progress = None
         self.on_substep_end(args, state, control, model)
@@ -159,8 +149,8 @@ class SFRCallback(TrainerCallback):
         if not isinstance(sfr := attachment_of(model), Attachment) or logs is None:
             return
         steps = state.global_step - self.last_step
-        if "loss" in logs and steps > 0 and (means := self._training.take(args, steps)) is not None:
-            values = dict(zip(("ce_loss", "flow_loss"), means, strict=True), flow_weight=sfr.flow_weight * sfr.schedule)
+        if "loss" in logs and steps > 0 and (means := self._training.take(args, steps)):
+            values = means | {"flow_weight": sfr.flow_weight * sfr.schedule}
             logs.update(values)
             self.last_step = state.global_step
         else:
@@ -169,12 +159,11 @@ class SFRCallback(TrainerCallback):
             state.log_history[-1].update(values)
 
     def _add_evaluation(self, args, metrics: dict) -> dict[str, float]:
-        """Adds the losses of an evaluation to its metrics, whose prefix its own `…_loss` and `…_runtime` tell."""
+        """Adds the losses of an evaluation to its metrics, under the prefix of its own `…_loss` and `…_runtime`."""
         prefixes = [k.removesuffix("_loss") for k in metrics if k.endswith("_loss")]
         prefixes = [p for p in prefixes if p != "train" and f"{p}_runtime" in metrics]
-        if not prefixes or (means := self._evaluation.take(args)) is None:
-            return {}
-        values = {f"{prefixes[0]}_{name}": value for name, value in zip(("ce_loss", "flow_loss"), means, strict=True)}
+        means = self._evaluation.take(args) if prefixes else {}
+        values = {f"{prefixes[0]}_{name}": value for name, value in means.items()}
         metrics.update(values)
         return values
 

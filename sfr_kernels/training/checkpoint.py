@@ -18,7 +18,7 @@ HEAD_FILE, CONFIG_FILE = "sfr_head.safetensors", "sfr_config.json"
 
 
 def pairing(model: nn.Module) -> str:
-    """A hash of the smallest weight that is trained: tells whether a head and a model were saved together."""
+    """A hash of the model's smallest trained weight, by which `restore_head` knows that both were saved together."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "sfr." not in n}
     if not trained:
         return ""
@@ -39,27 +39,23 @@ def save_head(folder: str | os.PathLike, loss: SFRLoss, paired: str = "") -> Non
 
 def load_head(folder: str | os.PathLike) -> SFRLoss:
     """What `save_head` wrote, ready for `attach`. FileNotFoundError if there is none."""
-    folder = Path(folder)
+    folder, head = Path(folder), None
     saved = json.loads((folder / CONFIG_FILE).read_text())
-    head = None
     if shape := saved["head"]:
-        num_layers = shape.pop("num_blocks") + 2
-        head = VelocityHead(**shape, num_layers=num_layers)
+        head = VelocityHead(num_layers=shape.pop("num_blocks") + 2, **shape)
         head.load_state_dict(load_file(folder / HEAD_FILE))
     return SFRLoss(SFRConfig.from_dict(saved["config"]), head)
 
 
 @torch.no_grad()
 def restore_head(folder: str | os.PathLike, loss: SFRLoss, paired: str) -> None:
-    """Copies a saved head into `loss`, in place, so that an optimizer keeps its parameters.
-
-    FileNotFoundError if there is none; ValueError if it was saved with another model than the one `paired` tells of.
-    """
+    """Copies a saved head into `loss`, in place, so that an optimizer keeps its parameters. FileNotFoundError if there
+    is none; ValueError if it was saved with another model than that of `paired`."""
     if loss.head is None:
         return
-    path, told = Path(folder) / HEAD_FILE, "give the checkpoint to SFRCallback(resume_from=…)"
+    path, remedy = Path(folder) / HEAD_FILE, "give the checkpoint to SFRCallback(resume_from=…)"
     if not path.is_file():
-        raise FileNotFoundError(f"no velocity head at {path}: if the run resumes from another folder, {told}")
+        raise FileNotFoundError(f"no velocity head at {path}: if the run resumes from another folder, {remedy}")
     if json.loads((Path(folder) / CONFIG_FILE).read_text())["paired"] != paired:
-        raise ValueError(f"the head at {path} belongs to another model than the one resumed: {told}")
+        raise ValueError(f"the head at {path} belongs to another model than the one resumed: {remedy}")
     loss.head.load_state_dict(load_file(path))

@@ -1,11 +1,10 @@
-"""Training that does not do what `attach` was asked for stops at its first optimizer step.
+"""Stops training, at its first optimizer step, that does not do what `attach` was asked for.
 
-torch tells of every step of every optimizer. The hooks registered here find the attached models whose parameters it
-holds, so that whatever loop or trainer made the step, it is an error if the loss was not computed or the head cannot
-learn. They also count the steps, from which the noise is drawn.
+torch calls global hooks at every step of every optimizer. Those registered here find the attached models whose
+parameters the optimizer holds: it is an error, in any loop or trainer, if the loss was not computed or the head cannot
+learn. They also count the steps, from which the noise follows.
 """
 
-import contextlib
 import gc
 import warnings
 import weakref
@@ -19,23 +18,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 NEVER_CALLED = (
     "this training does not compute the loss that was attached: the optimizer steps, and the model's forward was not "
-    "called with labels or rows. TRL's SFTTrainer multiplies by the lm_head itself: use "
-    "sfr_kernels.training.trl.SFRTrainer. use_liger_kernel replaces the forward: set "
-    'liger_kernel_config={"fused_linear_cross_entropy": False}. A trainer with a loss of its own (DPO, a loss function '
-    "of logits) does not go with an attached model: detach it"
+    "called with labels or rows. With TRL use sfr_kernels.training.trl.SFRTrainer; with use_liger_kernel set "
+    'liger_kernel_config={"fused_linear_cross_entropy": False}; for a trainer with a loss of its own (DPO, a loss '
+    "function of logits) detach the model"
 )
 FROZEN = (
     "the velocity head is frozen or changed ({names}): get_peft_model and add_adapter freeze all they find and adapt "
     "what they may. Wrap the model first, then attach; or detach, wrap and attach again"
 )
-_NOT_HELD = (
-    "the optimizer holds the model's parameters and not those of the velocity head: make it after attach, of "
-    "model.parameters()"
-)
+_NOT_HELD = "the optimizer holds the model's parameters and not those of the velocity head: make it after attach"
 _STILL = "the learning rate of the velocity head is 0, and others are not: give its parameter group one"
 _NO_GRADIENT = (
-    "no gradient has reached the velocity head at the optimizer's step: the loss that was differentiated is not the "
-    "attached model's, or the gradients were cleared in between"
+    "no gradient has reached the velocity head at the optimizer's step: it was cleared, or another loss differentiated"
 )
 _DETACHED = (
     "no gradient has reached the model, only the head: its hidden states are detached. With reentrant gradient "
@@ -50,22 +44,20 @@ _NO_SCHEDULE = (
     "config.flow_schedule and config.flow_warmup change λ in the course of a run, which only SFRCallback knows: add it "
     "to the Trainer, or set model.sfr.schedule, the factor of λ, at each step"
 )
-_IN_EVALUATION = (
-    "the optimizer steps on a model in eval(): it has no dropout, and the noise of the flow loss is the same at every "
-    "step. Call model.train() before training"
-)
+_IN_EVALUATION = "the optimizer steps on a model in eval(): no dropout, the same noise at each step. Call model.train()"
 _NOT_EXCHANGED = (
     "DistributedDataParallel has wrapped the model before attach, and does not exchange the gradients of the velocity "
     "head: attach first, then wrap"
 )
 
 _watches: "weakref.WeakSet[Watch]" = weakref.WeakSet()
+# Of each optimizer, the number of its parameters, and the watches of the models that have some of them.
 _found: "weakref.WeakKeyDictionary[Optimizer, tuple[int, list]]" = weakref.WeakKeyDictionary()
 _handles: list = []
 
 
 class Watch:
-    """What is seen of the training of one attached model. Compiled code writes flags here, and reads nothing."""
+    """The forwards and optimizer steps of one attached model. Compiled code sets flags here, and reads none."""
 
     def __init__(self, base: nn.Module):
         self.__setstate__({"base": base})
@@ -75,13 +67,14 @@ class Watch:
 
     def __setstate__(self, state: dict) -> None:
         self.base = state["base"]
-        self.called = self.trained = False  # the loss since the last step, and that in train()
-        self.saving = self.silent = self.warned = False
+        self.called = self.trained = False  # set by forwards: the loss was computed since the last step; in train()
+        self.saving = self.silent = self.warned = False  # saving: the plain model is being written
         self.calls = 0  # steps before which the loss was computed
-        self.stepped = 0  # of them, those that are counted in the attachment's step
-        self.steps: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()  # (number, calls, judged)
-        self.engines: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # of flat copies of the parameters
-        self.holders: dict[str, weakref.ref] = {}  # optimizers of the head and of the model, once looked for
+        self.stepped = 0  # of these, the ones counted in the attachment's step
+        # Of each optimizer, the steps it made, `calls` at the last one, and whether `_judge` is done with it.
+        self.steps: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
+        self.engines: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers of flat copies of the parameters
+        self.holders: dict[str, weakref.ref] = {}  # an optimizer of the head, and one of the model, once found
         _watches.add(self)
         _found.clear()
         if not _handles:
@@ -92,20 +85,6 @@ class Watch:
     def progress(self) -> int:
         """Grows when the loss is computed for a further step."""
         return self.calls + self.called
-
-    @contextlib.contextmanager
-    def save(self):
-        """While the plain model is written."""
-        self.saving = True
-        try:
-            yield
-        finally:
-            self.saving = False
-
-    def forward(self, training: bool) -> None:
-        self.called = True
-        if training:
-            self.trained = True
 
     def before(self, optimizer: Optimizer, closure: bool) -> None:
         if optimizer not in self.steps and not self.silent and _is_resumed(optimizer, self.base.sfr):
@@ -119,8 +98,7 @@ class Watch:
         self.count()
 
     def after_unknown(self, optimizer: Optimizer) -> None:
-        """After a step of an optimizer that has none of the model's parameters: it may be an engine's, which has flat
-        copies of them, if no other has them."""
+        """After a step of an optimizer that has none of the model's parameters. If none has them, it has copies."""
         if optimizer not in self.engines:
             if self._has_optimizer("model", self.base.parameters()):
                 return
@@ -128,7 +106,7 @@ class Watch:
         self.count()
 
     def count(self) -> None:
-        """Counts a step, once however many optimizers make it."""
+        """Counts a step; several optimizers that step after one loss make one step."""
         self.calls, self.called = self.progress, False
         if self.calls > self.stepped:
             self.stepped = self.calls
@@ -136,8 +114,7 @@ class Watch:
                 self.base.sfr.advance()
 
     def _check(self, optimizer: Optimizer) -> None:
-        """Errors for an optimizer's first steps. The second is looked at, too: the loss before the first may have been
-        another optimizer's."""
+        """Errors at an optimizer's first two steps: the loss before the first may have been computed for another."""
         if self.called and not (self.trained or self.warned):
             self.warned = True
             warnings.warn(_IN_EVALUATION, RuntimeWarning, stacklevel=5)
@@ -150,21 +127,20 @@ class Watch:
         self.steps[optimizer] = number + 1, self.calls, judged or self._judge(optimizer)
 
     def _judge(self, optimizer: Optimizer) -> bool:
-        """Errors for a head or a model that this step does not train. False if all rates are zero, as a warm-up begins:
-        the next step is judged again."""
+        """Errors for a head or a model that this step does not train. False to judge again, if all rates are 0."""
         sfr, held = self.base.sfr, _ids(optimizer.param_groups)
-        moved = sfr.config is not None and (sfr.config.flow_warmup or sfr.config.flow_schedule != "constant")
-        if moved and not sfr.scheduled:
+        has_schedule = sfr.config is not None and (sfr.config.flow_warmup or sfr.config.flow_schedule != "constant")
+        if has_schedule and not sfr.scheduled:
             raise RuntimeError(_NO_SCHEDULE)
         check_head(sfr)
         moving = _ids(group for group in optimizer.param_groups if float(group.get("lr", 1.0)))
         head = [] if sfr.head is None else list(sfr.head.parameters())
-        ours = [p for p in head if id(p) in held]
-        if head and not ours and not self._has_optimizer("head", head):
+        held_head = [p for p in head if id(p) in held]
+        if head and not held_head and not self._has_optimizer("head", head):
             raise RuntimeError(_NOT_HELD)
-        if ours and moving and not any(id(p) in moving for p in ours):
+        if held_head and moving and not any(id(p) in moving for p in held_head):
             raise RuntimeError(_STILL)
-        if ours and not _is_reached(ours, sfr):
+        if held_head and not _has_gradient(held_head, sfr):
             raise RuntimeError(_NO_GRADIENT)
         others = {id(p) for p in (*head, *self.base.get_output_embeddings().parameters())}
         trunk = [p for p in self.base.parameters() if p.requires_grad and id(p) in held and id(p) not in others]
@@ -173,7 +149,7 @@ class Watch:
         return bool(moving)
 
     def _has_optimizer(self, part: str, parameters: Iterable[Tensor]) -> bool:
-        """Whether there is an optimizer of these parameters, which torch has no list of."""
+        """Whether any optimizer has these parameters. torch has no list of optimizers; the garbage collector has."""
         holder = self.holders.get(part, lambda: None)()
         if holder is None:
             wanted = {id(p) for p in parameters}
@@ -185,18 +161,17 @@ class Watch:
 
 
 def watch_of(model: nn.Module) -> Watch:
-    """The watch of an attached model, however it is wrapped."""
+    """The watch of an attached model, which may be wrapped."""
     return next(w for m in model.modules() if (w := m.__dict__.get("_sfr_watch")) is not None)
 
 
 def unwatch(model: nn.Module) -> None:
-    """No errors from here for an attached model: for training that alternates with a loss of another kind, or a model
-    that shares its parameters with one that another loss trains. Steps are counted as before."""
+    """Ends the errors of this file, for a model that is trained by another loss, too. Steps are still counted."""
     watch_of(model).silent = True
 
 
 def forget(watch: Watch) -> None:
-    """Ends the watch of a model that is detached."""
+    """Ends the watch of a detached model; with the last one the hooks go."""
     _watches.discard(watch)
     _found.clear()
     if not _watches:
@@ -215,11 +190,11 @@ def check_head(sfr: nn.Module) -> None:
 
 
 def check_exchanged(sfr: nn.Module) -> None:
-    """RuntimeError, in a forward under DDP, if that does not know of the head."""
-    around = DistributedDataParallel._get_active_ddp_module()
-    if around is None or sfr.head is None:
+    """RuntimeError, in a forward under DDP, if DDP does not exchange the head's gradients."""
+    ddp = DistributedDataParallel._get_active_ddp_module()
+    if ddp is None or sfr.head is None:
         return
-    known = {id(p) for p in around._module_parameters}
+    known = {id(p) for p in ddp._module_parameters}
     if not all(id(p) in known for p in sfr.head.parameters()):
         raise RuntimeError(_NOT_EXCHANGED)
 
@@ -229,15 +204,15 @@ def _ids(groups: Iterable[dict]) -> set[int]:
 
 
 def _is_resumed(optimizer: Optimizer, sfr: nn.Module) -> bool:
-    """Whether the optimizer has steps of the head in its state, and the attachment none."""
+    """Whether the optimizer's state has steps of the head, and the attachment has counted none."""
     if sfr.head is None or sfr.step:
         return False
     states = [optimizer.state[p] for p in sfr.head.parameters() if p in optimizer.state]
     return any(x.dim() and x.any() for state in states for x in state.values() if isinstance(x, Tensor))
 
 
-def _is_reached(head: list[Tensor], sfr: nn.Module) -> bool:
-    """Whether there is a gradient, and not of zeros alone where the last flow loss was more than zero."""
+def _has_gradient(head: list[Tensor], sfr: nn.Module) -> bool:
+    """Whether there is a gradient; a nonzero one, unless λ or the last flow loss was 0."""
     gradients = [p.grad for p in head if p.grad is not None]
     if not gradients or not sfr.flow_weight * sfr.schedule or not sfr.last[1]:
         return bool(gradients)
@@ -245,7 +220,7 @@ def _is_reached(head: list[Tensor], sfr: nn.Module) -> bool:
 
 
 def _changes_anything(optimizer: Optimizer) -> bool:
-    """Some steps are made at a rate of zero or without gradients, to have the optimizer's state."""
+    """False for a step at rates of zero or without gradients, which some make to create the optimizer's state."""
     return any(
         float(group.get("lr", 1.0)) != 0 and any(p.grad is not None for p in group["params"])
         for group in optimizer.param_groups
@@ -253,7 +228,7 @@ def _changes_anything(optimizer: Optimizer) -> bool:
 
 
 def _watching(optimizer: Optimizer) -> list[Watch]:
-    """The models whose parameters the optimizer holds."""
+    """The watches of the models whose parameters the optimizer holds."""
     size = sum(len(group["params"]) for group in optimizer.param_groups)
     found = _found.get(optimizer)
     if found is None or found[0] != size:
@@ -279,5 +254,5 @@ def _after(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
 
 
 def _closure(args: tuple, kwargs: dict) -> bool:
-    """Whether the step computes the loss itself; of the arguments, the first is the optimizer."""
+    """Whether step(closure), whose first argument is the optimizer, computes the loss itself."""
     return (args[1] if len(args) > 1 else kwargs.get("closure")) is not None

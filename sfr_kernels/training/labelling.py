@@ -1,8 +1,7 @@
 """Chats as tokens, with labels on what the assistant says and nothing else.
 
-Turns are found in the text that the chat template renders. What a template does (where its answers begin, what it
-leaves out) is found by rendering messages in which a mark, a string that occurs nowhere, stands for the thing in
-question.
+Turns are found in the text that the chat template renders. Where a template's answers begin, and what it leaves out, is
+found by rendering the messages with a mark, a string that occurs nowhere else, in place of the part in question.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 
 from ..rows import IGNORE_INDEX
-from .formats import Example
+from .formats import Example, at_line
 
 _CALLS = "tool calls"
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -22,7 +21,7 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 @dataclass
 class Tokenized:
-    """Samples ready for a collator, and what of the conversations is not in them."""
+    """Samples for a collator, and counts of what is missing from them."""
 
     samples: list[dict]  # input_ids, labels, sample_id
     truncated: int = 0  # samples that were cut to fit the context
@@ -50,12 +49,12 @@ class Tokenized:
 
 
 def label_chats(examples: Sequence[Example], tokenizer, max_length: int) -> Tokenized:
-    """Token ids and labels of each conversation under the tokenizer's chat template; only assistant turns are labelled.
+    """Token ids and labels of each conversation under the tokenizer's chat template.
 
-    A turn has its end mark, and every token that holds some of its text; none where it is a tool call that the template
-    does not render, or has "weight": 0. ValueError naming the line for a response that has no tokens, and for a
-    template whose turns cannot be found: one that renders a turn differently once more follow, or in which answers
-    begin nowhere in particular.
+    Labelled is every token with some text of an assistant turn, and the turn's end mark; not a turn with "weight": 0,
+    or of tool calls alone that the template does not render. ValueError naming the line for a response without tokens,
+    and for a template whose turns cannot be found: that renders a turn differently once more turns follow, or does not
+    show where an answer begins.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("tokenizer must be a fast one: labels need the place of each token in the text")
@@ -63,9 +62,10 @@ def label_chats(examples: Sequence[Example], tokenizer, max_length: int) -> Toke
         raise ValueError("tokenizer has no chat template: use the instruct version of the model, or set one")
     out, special = Tokenized([]), set(tokenizer.all_special_ids)
     for index, example in enumerate(examples):
-        messages, dropped = _best_form(example, tokenizer)
+        with at_line(example.where):
+            messages, dropped = _best_form(example, tokenizer)
+            ids, labels = _label(example, messages, dropped, tokenizer, special)
         out.unrendered.update({what for what, _ in dropped})
-        ids, labels = _label(example, messages, dropped, tokenizer, special)
         if len(ids) > max_length:
             out.truncated += 1
             out.tokens_cut += len(ids) - max_length
@@ -79,8 +79,9 @@ def label_chats(examples: Sequence[Example], tokenizer, max_length: int) -> Toke
 
 def last_prompt(example: Example, tokenizer) -> str:
     """The text up to where the last answer begins: what a model is given to answer."""
-    messages, _ = _best_form(example, tokenizer)
-    return _up_to_answer(example, messages, len(messages) - 1, tokenizer)
+    with at_line(example.where):
+        messages, _ = _best_form(example, tokenizer)
+        return _up_to_answer(example, messages, len(messages) - 1, tokenizer)
 
 
 def _label(example: Example, messages: list[dict], dropped, tokenizer, special: set[int]) -> tuple[list, list]:
@@ -88,15 +89,15 @@ def _label(example: Example, messages: list[dict], dropped, tokenizer, special: 
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORE_INDEX] * len(ids)
-    uncalled = Counter(turn for what, turn in dropped if what == _CALLS)
+    unrendered_calls = Counter(turn for what, turn in dropped if what == _CALLS)
     for turn, message in enumerate(messages):
         content = message["content"] or ""
-        empty = not content.strip() and uncalled[turn] == len(message.get("tool_calls", ()))
+        empty = not content.strip() and unrendered_calls[turn] == len(message.get("tool_calls", ()))
         if message["role"] != "assistant" or message.get("weight") == 0 or empty:
             continue
         through = _render(example, messages[: turn + 1], tokenizer)
         if not text.startswith(through.rstrip()):
-            raise ValueError(f"{example.where}: the chat template renders a turn differently once more turns follow")
+            raise ValueError("the chat template renders a turn differently once more turns follow")
         begin = len(_up_to_answer(example, messages, turn, tokenizer))
         start, stop = _own_start(through, begin, content), len(through.rstrip())
         inside = [
@@ -105,11 +106,11 @@ def _label(example: Example, messages: list[dict], dropped, tokenizer, special: 
             if a < stop and b > max(a, start) and (a >= start or text[start : min(b, stop)].strip())
         ]
         if all(ids[i] in special for i in inside):
-            raise ValueError(f"{example.where}: the response of message {turn} has no tokens")
+            raise ValueError(f"the response of message {turn} has no tokens")
         for i in inside:
             labels[i] = ids[i]
     if all(label == IGNORE_INDEX for label in labels):
-        raise ValueError(f"{example.where}: the chat template renders no response of it, or all have weight 0")
+        raise ValueError("the chat template renders no response of it, or all have weight 0")
     return ids, labels
 
 
@@ -120,33 +121,32 @@ def _own_start(through: str, begin: int, content: str) -> int:
 
 
 def _up_to_answer(example: Example, messages: list[dict], turn: int, tokenizer) -> str:
-    """What the template puts before the answer of a turn: with the generation prompt, if it knows one."""
+    """The text before the answer of a turn: up to the generation prompt's end, if the template has one."""
     through = _render(example, messages[: turn + 1], tokenizer)
     before = _render(example, messages[:turn], tokenizer, add_generation_prompt=True)
     if before != _render(example, messages[:turn], tokenizer):
         if not through.startswith(before):
-            raise ValueError(f"{example.where}: the chat template's generation prompt is not how its answers begin")
+            raise ValueError("the chat template's generation prompt is not how its answers begin")
         return before
     mark = _mark(through)
     answer = {k: messages[turn][k] for k in ("role", "name") if k in messages[turn]} | {"content": mark}
     answered = [*messages[:turn], answer]
     head, found, tail = _render(example, answered, tokenizer).partition(mark)
     followed = _render(example, [*answered, {"role": "user", "content": "And?"}], tokenizer).partition(mark)
-    # A template that always ends in the header of an answer has one after the answer, too: not once more turns follow.
-    # What is before the answer may then differ: some put tools before the last thing the user says.
+    # Some templates always end in the header of an answer, so that one follows this answer, too; not if more turns
+    # follow, but then the text before the answer may differ: some put tools before the user's last message.
     if found and followed[1] and mark not in tail and followed[2].startswith(tail.rstrip()):
         for start in (head.rstrip(" "), head.rstrip()):
             if through.startswith(start):
                 return start
     raise ValueError(
-        f"{example.where}: where an answer begins cannot be told: the chat template ignores add_generation_prompt, and "
+        "where an answer begins cannot be told: the chat template ignores add_generation_prompt, and "
         "its text is not what comes before an answer, the answer, and what comes after: give it a generation prompt"
     )
 
 
 def _best_form(example: Example, tokenizer) -> tuple[list[dict], list[tuple[str, int]]]:
-    """The messages in the first form that the template renders whole, else in that of which it drops the least; with
-    what it drops of them."""
+    """The messages in the form of which the template drops least, the first such; and what it drops."""
     best = first_error = None
     for messages in _forms(example):
         try:
@@ -164,8 +164,8 @@ def _best_form(example: Example, tokenizer) -> tuple[list[dict], list[tuple[str,
 
 
 def _forms(example: Example) -> Iterator[list[dict]]:
-    """Templates disagree on the arguments of a call (an object, or JSON) and on a content that is not there ("" or
-    null). Null comes last: some would print it."""
+    """The messages in the forms that templates differ on: arguments of a call as an object or as JSON, missing content
+    as "" or null. Null comes last, since some print it."""
     yield list(example.messages)
     if not any("tool_calls" in m for m in example.messages):
         return
@@ -189,7 +189,7 @@ def _with_function(call: dict, **changed) -> dict:
 
 
 def _dropped(example: Example, messages: list[dict], tokenizer) -> list[tuple[str, int]]:
-    """What is in the messages and not in their rendered text, and the turn of each; -1 for tools."""
+    """What of the messages is missing from their rendered text, each with its turn; -1 for tools."""
     text = _render(example, messages, tokenizer)
     mark, marks = _mark(text), {}
 
@@ -211,10 +211,9 @@ def _dropped(example: Example, messages: list[dict], tokenizer) -> list[tuple[st
             if (message["content"] or "").strip():
                 shown["content"] = marked("text beside tool calls", turn)
             arguments = [c["function"]["arguments"] for c in calls]
-            # Python's way to print an object, where the template expects JSON.
-            found += [
-                ("arguments of tool calls", turn) for a in arguments if a and isinstance(a, dict) and str(a) in text
-            ]
+            # The template has printed a Python dict: it expects JSON.
+            printed = [a for a in arguments if a and isinstance(a, dict) and str(a) in text]
+            found += [("arguments of tool calls", turn)] * len(printed)
         probe.append(shown)
     tools = [_with_function(tool, name=marked("tools", -1)) for tool in example.tools]
     rendered = _render(example, probe, tokenizer, tools=tools) if marks else ""
@@ -222,7 +221,7 @@ def _dropped(example: Example, messages: list[dict], tokenizer) -> list[tuple[st
 
 
 def _mark(text: str) -> str:
-    """A word that is not in the text, since the text would have to hold its own hash."""
+    """A word that is not in the text, which would have to contain its own hash."""
     return f"m{hashlib.sha256(text.encode()).hexdigest()}"
 
 
@@ -232,4 +231,4 @@ def _render(example: Example, messages: Sequence[dict], tokenizer, **options) ->
     try:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise ValueError(f"{example.where}: the model's chat template refuses the messages: {error}") from error
+        raise ValueError(f"the model's chat template refuses the messages: {error}") from error

@@ -1,7 +1,7 @@
-"""Which lm_heads a fused loss can stand in for: a linear layer whose logits are hidden · weightᵀ + bias, no more."""
+"""Which lm_heads a fused loss can replace: a linear layer whose logits are hidden · weightᵀ + bias, and no more."""
 
-import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .methods import is_covered
@@ -23,16 +23,11 @@ def covered_linear(base: nn.Module) -> nn.Linear:
 def output_linear(base: nn.Module) -> nn.Linear:
     """The linear layer behind the model's logits. TypeError or ValueError if they come from anything else."""
     if hasattr(getattr(base, "module", None), "get_output_embeddings"):  # DistributedDataParallel, FSDP, DeepSpeed
-        raise TypeError(
-            f"model is wrapped in {type(base).__name__}: give attach the model inside, before it is wrapped"
-        )
+        raise TypeError(f"model is wrapped in {type(base).__name__}: attach the model inside, before it is wrapped")
     if not hasattr(base, "get_output_embeddings"):
         raise TypeError(f"model must be a transformers causal LM, got {type(base).__name__}")
     if getattr(base.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"model must be a causal LM, {type(base).__name__} is an encoder-decoder: its labels are not those of its "
-            "input_ids"
-        )
+        raise ValueError(f"model must be a causal LM, {type(base).__name__} is an encoder-decoder")
     out = base.get_output_embeddings()
     if hasattr(out, "modules_to_save") and hasattr(out, "active_adapters"):
         out = out.modules_to_save[out.active_adapters[0]]  # PEFT's trainable copy of the layer
@@ -47,33 +42,24 @@ def output_linear(base: nn.Module) -> nn.Linear:
         raise TypeError(f"model's lm_head must be a torch.nn.Linear, got {type(out).__module__}.{type(out).__name__}")
     if is_covered(out):
         raise ValueError("model's lm_head belongs to another attached model, too: detach that one first")
-    _check_forward(out)
-    _check_weight(out.weight)
+    _check_layer(out)
     return out
 
 
-def _check_forward(linear: nn.Linear) -> None:
+def _check_layer(linear: nn.Linear) -> None:
     kind = type(linear)
     if kind.forward is not nn.Linear.forward:
         raise TypeError(
             f"model's lm_head is a {kind.__module__}.{kind.__name__}, whose forward is not that of nn.Linear: a fused "
             "loss would not compute its logits. If it is quantised, keep it out of the quantisation"
         )
-    # accelerate puts its own forward over the one it found, which it keeps
+    # accelerate replaces forward, and keeps the one it found
     own = linear.__dict__.get("_old_forward" if hasattr(linear, "_hf_hook") else "forward")
     if own is not None and getattr(own, "__func__", None) is not nn.Linear.forward:
-        raise TypeError(
-            "the forward of model's lm_head was replaced, by one that a fused loss would not call: take it away first"
-        )
-
-
-def _check_weight(weight: torch.Tensor) -> None:
-    quantised = not weight.is_floating_point() or weight.itemsize < 2
-    if is_traceable_wrapper_subclass(weight):
-        from torch.distributed.tensor import DTensor
-
-        quantised |= not isinstance(weight, DTensor)
-    if quantised:
+        raise TypeError("the forward of model's lm_head was replaced, and a fused loss would not call it: restore it")
+    weight = linear.weight
+    wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+    if wrapped or not weight.is_floating_point() or weight.itemsize < 2:
         raise TypeError(
             "the weight of model's lm_head must be a plain tensor of 16 bits or more, got "
             f"{type(weight).__name__} of {weight.dtype}: keep the lm_head out of the quantisation"

@@ -1,7 +1,7 @@
-"""Methods that `attach` puts over those of a module, so that a copy of the module has them too, bound to the copy.
+"""Methods that `attach` puts over those of a module. A copy of the module has them too, bound to the copy.
 
-A bound method in an attribute is pickled as the name of an attribute of its object, which is still empty when it is
-looked up again. A `Method` is pickled as what it is; what it covers is kept beside it, None for the class's own.
+A bound method in an attribute would not survive: it is pickled as an object and an attribute name, and looked up before
+that attribute is set. A `Method` is pickled by its values.
 """
 
 import copy
@@ -28,16 +28,11 @@ class Method:
     def __signature__(self) -> inspect.Signature:
         """The covered method's, and the function's keywords that it lacks."""
         signature = inspect.signature(plain(self.module, self.name))
-        found = list(signature.parameters.values())
-        tail = [p for p in found if p.kind is inspect.Parameter.VAR_KEYWORD]
-        extra = [
-            p
-            for p in inspect.signature(self.function).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in signature.parameters
-        ]
-        return signature.replace(parameters=[*(p for p in found if p not in tail), *extra, *tail])
+        keywords = [p for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        extra = [p for p in keywords if p.name not in signature.parameters]
+        return signature.replace(parameters=sorted([*signature.parameters.values(), *extra], key=lambda p: p.kind))
 
-    # What accelerate takes a bound method apart by, to wrap it and to bind it to another module.
+    # accelerate reads these two of a bound method, to wrap it and to bind it to another module.
     @property
     def __self__(self) -> nn.Module:
         return self.module
@@ -51,7 +46,7 @@ class Method:
 
 
 class _Covered:
-    """What lies under the methods of a module: where each was covered, and what was there."""
+    """The methods of a module that ours cover: by name, the attribute and what it held, None: the class's own."""
 
     def __init__(self, module: nn.Module):
         self.module, self.plain = module, {}
@@ -76,7 +71,7 @@ class _Covered:
                 )
         return self.__dict__
 
-    def __deepcopy__(self, memo: dict) -> "_Covered":  # which takes what was put over ours along
+    def __deepcopy__(self, memo: dict) -> "_Covered":  # unlike a pickle, with what was put over ours
         memo[id(self)] = twin = type(self)(copy.deepcopy(self.module, memo))
         twin.plain = copy.deepcopy(self.plain, memo)
         return twin
@@ -100,7 +95,7 @@ def owner(module: nn.Module) -> nn.Module:
 
 
 def plain(module: nn.Module, name: str) -> Callable:
-    """The method under ours; a partial, since a compiler does not trace the making of a bound method."""
+    """The method under ours; a partial, since a compiler cannot trace the creation of a bound method."""
     _, own = module.__dict__[_COVERED].plain[name]
     return functools.partial(getattr(type(module), name), module) if own is None else own
 

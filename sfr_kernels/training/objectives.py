@@ -1,7 +1,7 @@
-"""What `attach` adds to a model, as its submodule `sfr`: the loss, its head, and the state of a run.
+"""What `attach` adds to a model, as its submodule `sfr`: the objective, with its head and the state of a run.
 
-Both kinds answer the same questions: which inputs of a forward the loss takes, and what it is of hidden states and the
-lm_head's weight.
+There are two, `Attachment` and `CrossEntropyAttachment`, used alike: `inputs(batch)` makes the loss's arguments of what
+a forward was given, and calling it computes the loss from hidden states, the lm_head's weight and these.
 """
 
 import math
@@ -17,7 +17,7 @@ from ..config import SFRConfig
 from ..kernels.backend import resolve_backend
 from ..kernels.philox import step_seed
 from ..kernels.softmax_xent import RowStats
-from ..modules import LinearCrossEntropy, SFRLoss
+from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from ..ops import SFROutput, linear_cross_entropy
 from ..rows import IGNORE_INDEX, SupervisedRows
 from ..targets.collator import sfr_inputs
@@ -25,8 +25,6 @@ from ..targets.online import OnlineTargets, PendingTargets
 from ..targets.store import TargetStore
 
 WHOLE_BATCHES = 'with a streaming data set on several processes set accelerator_config={"dispatch_batches": False}'
-
-
 _NO_LOGITS = (
     "given labels or rows, an attached model makes no logits, only their loss and, in evaluation, `predictions`. "
     "A Trainer's label smoothing goes into the loss with SFRCallback().add_to(trainer); with a loss function of logits "
@@ -36,8 +34,7 @@ _NO_LOGITS = (
 
 @dataclass
 class SFRModelOutput(ModelOutput):
-    """What an attached model returns for labels: the loss to train on, its detached parts, and what the model's own
-    forward returns beside loss and logits where that is asked for."""
+    """What an attached model returns for labels: the loss, its detached parts, and the model's own other outputs."""
 
     loss: Tensor | None = None
     predictions: Tensor | None = None  # (B, L) int64, in evaluation: the likeliest next token, −100 at other positions
@@ -60,11 +57,19 @@ class SFRModelOutput(ModelOutput):
 
 
 def keep_from_predictions(config: type) -> None:
-    """Tells Trainer, by the model's configuration class, which outputs are none of what `compute_metrics` is given. Not
-    by the configuration itself, which would write it into config.json."""
-    named = config.keys_to_ignore_at_inference
+    """Lists outputs that Trainer must not give to `compute_metrics`; on the class, so that config.json has no list."""
     ours = ("ce_loss", "flow_loss", "stats", "aux_loss", "router_logits")
-    config.keys_to_ignore_at_inference = [*named, *(name for name in ours if name not in named)]
+    config.keys_to_ignore_at_inference = list(dict.fromkeys([*config.keys_to_ignore_at_inference, *ours]))
+
+
+def check_objective(name: str, given, objective: str) -> None:
+    """ValueError or TypeError if `given`, the argument `name`, does not go with the objective."""
+    if objective not in ("sfr", "ce"):
+        raise ValueError(f"objective must be sfr or ce, got {objective!r}")
+    kinds = (SFRConfig, VelocityHead, SFRLoss) if objective == "sfr" else (LinearCrossEntropy, type(None))
+    if not isinstance(given, kinds):
+        names = " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
+        raise TypeError(f"{name} must be {names} with objective={objective!r}, got {type(given).__name__}")
 
 
 @dataclass
@@ -79,16 +84,16 @@ class BatchInputs:
     sample_id: Tensor | list | None
     num_items_in_batch: float | Tensor | None
     label_smoothing: float | None
-    others: dict  # what else it was given: attention_mask, position_ids, …
+    others: dict  # all other keywords: attention_mask, position_ids, …
 
     def next_labels(self, ignore_index: int) -> Tensor:
-        """The labels of the next tokens, as the model's own loss has them: `shift_labels` where there are any."""
+        """The label of each token's next one: `shift_labels` where given, as in the model's own loss."""
         if (shifted := self.others.get("shift_labels")) is not None:
             return shifted
-        return functional.pad(self.labels[..., 1:].long(), (0, 1), value=ignore_index)  # unsigned ones have no −100
+        return functional.pad(self.labels[..., 1:].long(), (0, 1), value=ignore_index)  # long: uint8 has no −100
 
     def own_labels(self) -> Tensor:
-        """The labels of the tokens themselves, −100 where there is none."""
+        """The label of each token itself, −100 where there is none."""
         ignored = self.others.get("ignore_index", IGNORE_INDEX)
         if self.others.get("shift_labels") is None and ignored == IGNORE_INDEX:
             return self.labels
@@ -96,12 +101,11 @@ class BatchInputs:
         shifted = shifted.masked_fill(shifted == ignored, IGNORE_INDEX)
         if (shifted[..., -1] != IGNORE_INDEX).any():
             raise ValueError(
-                "shift_labels has a label at the last position, of a token that is not in the batch: sequences that "
-                "are cut over processes are not served"
+                "shift_labels has a label at the last position: sequences cut over processes are not supported"
             )
         return functional.pad(shifted[..., :-1], (1, 0), value=IGNORE_INDEX)
 
-    def check(self, config: SFRConfig | None) -> None:
+    def check_rows(self, config: SFRConfig | None) -> None:
         if self.rows is None:
             return
         if not isinstance(self.rows, SupervisedRows):
@@ -120,22 +124,19 @@ class BatchInputs:
 
 
 class Attachment(SFRLoss):
-    """The SFR objective.
+    """The SFR objective. The state of a run is the head and the step, the number of optimizer steps taken, which
+    `guard` counts. Both are in the `state_dict`. The noise of a step follows from (config.seed, step) alone."""
 
-    Its state of a run is the head and the step, the number of optimizer steps that were taken with it: they are in its
-    `state_dict`, and the noise of a step follows from (config.seed, step) alone. `guard` counts the steps.
-    """
-
-    return_stats = False  # outputs have the `stats` of their rows
+    return_stats = False  # whether outputs have the `stats` of their rows
     restore: dict[str, Any]  # what `attach` has changed of the model, for `detach`
 
     def __init__(self, loss: SFRLoss, store: TargetStore | OnlineTargets | None):
         super().__init__(loss.config, loss.head, **loss.options)
         self.store = store
-        # What changes from step to step lies in tensors, since a compiled forward takes a number for a constant. No
-        # buffers: they would be cast with the model, broadcast at each step, and lost on the meta device.
+        # Tensors, since a compiled forward treats a number as a constant. No buffers, which would be cast with the
+        # model, broadcast by DDP at each step, and lost on the meta device.
         self._step, self._seed = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
-        self._lambdas = torch.zeros(2, dtype=torch.float64, device="cpu")  # in training, in evaluation
+        self._lambdas = torch.zeros(2, dtype=torch.float64, device="cpu")  # λ in training, in evaluation
         self.last = torch.zeros(3, dtype=torch.float32, device="cpu")  # ce, flow and sequences of the last forward
         self._flow_weight, self._schedule, self.scheduled = loss.config.flow_weight, 1.0, False
         self._set_lambdas()
@@ -153,7 +154,7 @@ class Attachment(SFRLoss):
 
     @property
     def schedule(self) -> float:
-        """The factor of λ in training, which SFRCallback moves along the configuration's schedule; None ends that."""
+        """The factor of λ in training, which SFRCallback sets by the configuration's schedule; None ends that: 1."""
         return self._schedule
 
     @schedule.setter
@@ -168,7 +169,7 @@ class Attachment(SFRLoss):
 
     @property
     def step(self) -> int:
-        """The optimizer's step, of which the noise is. Set it where a run goes on without this module's state."""
+        """The optimizer's step, which decides the noise. Set it where a run is resumed without this module's state."""
         return int(self._step)
 
     @step.setter
@@ -177,12 +178,12 @@ class Attachment(SFRLoss):
         self._seed.copy_(step_seed(self.config.seed, self._step))
 
     def advance(self) -> None:
-        """One step more, on the device: a captured graph that has the optimizer's step in it does the same."""
+        """The next step, without a device sync, so that a CUDA graph can capture it with the optimizer's step."""
         self._step += 1
         self._seed.copy_(step_seed(self.config.seed, self._step))
 
     def get_extra_state(self) -> Tensor:
-        return self._step.cpu().clone()  # of its own: safetensors refuse tensors that share memory
+        return self._step.cpu().clone()  # safetensors refuses tensors that share memory
 
     def set_extra_state(self, state: Tensor) -> None:
         self.step = int(state)
@@ -198,16 +199,16 @@ class Attachment(SFRLoss):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        for name in ("_lambdas", "_step", "_seed", "last"):  # of its own: a spawned process shares memory
+        for name in ("_lambdas", "_step", "_seed", "last"):  # a spawned process is sent tensors in shared memory
             setattr(self, name, getattr(self, name).clone())
 
     def seed(self) -> int | Tensor:
-        """The seed of this forward's noise: of the step in training, always the same in evaluation."""
+        """The seed of this forward's noise: that of the step in training, a fixed one in evaluation."""
         return self._seed if self.training else step_seed(self.config.seed, -1)
 
     def inputs(self, batch: BatchInputs) -> dict:
-        """The loss's arguments: rows and targets from the call where given, else from labels and the store."""
-        batch.check(self.config)
+        """The loss's arguments: rows and targets from the batch where given, else from labels and the store."""
+        batch.check_rows(self.config)
         online = isinstance(self.store, OnlineTargets) and self.config.loss != "mtp"
         rows, targets = batch.rows, batch.targets
         if rows is None:
@@ -220,20 +221,17 @@ class Attachment(SFRLoss):
             targets = rows.labels if self.config.loss == "mtp" else rows.targets
         if targets is None:
             raise ValueError(
-                f"targets must be given for loss={self.config.loss!r}: use SFRCollator, or pass sample_id to a model "
-                "attached with a TargetStore"
+                f"targets must be given for loss={self.config.loss!r}: use SFRCollator, or sample_id and a TargetStore"
             )
         if not isinstance(targets, Tensor):
             if not online:
                 raise ValueError("targets are texts, which only a model attached with OnlineTargets can embed")
-            # Begun before the decoder's forward, and waited for after it.
-            targets = self.store.start(targets, rows.device)
-        seed = self.seed() if batch.seed is None else batch.seed
+            targets = self.store.start(targets, rows.device)  # embedded during the decoder's forward
         return dict(
             rows=rows,
             targets=targets,
             times=batch.times,
-            seed=seed,
+            seed=self.seed() if batch.seed is None else batch.seed,
             normalizer=batch.num_items_in_batch,
             flow_weight=self._lambdas[0 if self.training else 1],
             label_smoothing=batch.label_smoothing,
@@ -241,8 +239,8 @@ class Attachment(SFRLoss):
 
     def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:
         targets = _wait(targets) if isinstance(targets, PendingTargets) else targets
-        stats = _wants_stats(self, hidden)
-        out = super().forward(hidden, weight, rows, targets, *args, **options, return_stats=stats)
+        options["return_stats"] = _wants_stats(self, hidden)
+        out = super().forward(hidden, weight, rows, targets, *args, **options)
         sequences = torch.full((), rows.shape[0], dtype=out.ce.dtype, device=out.ce.device)
         self.last = torch.stack([out.ce, out.flow, sequences])
         return out
@@ -252,7 +250,7 @@ _wait = torch.compiler.disable(PendingTargets.wait)
 
 
 def _wants_stats(sfr: nn.Module, hidden: Tensor) -> bool:
-    """Whether a forward makes the statistics of its rows, which the reference has not."""
+    """Whether a forward makes the statistics of its rows; the reference has none."""
     wanted = sfr.return_stats or not sfr.training
     return wanted and resolve_backend(sfr.options["backend"], hidden.device, hidden.dtype) != "reference"
 
@@ -281,25 +279,25 @@ class CrossEntropyAttachment(LinearCrossEntropy):
                 raise ValueError(f"{name} must be left alone: attach gives the model's own, and wants a mean of labels")
 
     def inputs(self, batch: BatchInputs) -> dict:
-        """The loss's arguments: of labels, or of rows, which spare a GPU the wait for their number."""
-        batch.check(None)
+        """The loss's arguments: labels, or rows, whose number is known without a device sync."""
+        batch.check_rows(None)
         for name in ("targets", "times", "seed"):
             if getattr(batch, name) is not None:
                 raise ValueError(f"{name} has no meaning for a model attached with objective='ce'")
         ignored = batch.others.get("ignore_index", self.options["ignore_index"])
         labels = batch.next_labels(ignored) if batch.rows is None else batch.rows
-        found = dict(labels=labels, normalizer=batch.num_items_in_batch, ignore_index=ignored)
-        return found if batch.label_smoothing is None else found | dict(label_smoothing=batch.label_smoothing)
+        inputs = dict(labels=labels, normalizer=batch.num_items_in_batch, ignore_index=ignored)
+        return inputs if batch.label_smoothing is None else inputs | dict(label_smoothing=batch.label_smoothing)
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor | SupervisedRows, **options) -> SFROutput:
         stats = _wants_stats(self, hidden)
         options = self.options | options | dict(return_stats=stats)
-        found = linear_cross_entropy(hidden, weight, labels.to(hidden.device), **options)
-        return SFROutput(found[0], None, None, found[1]) if stats else SFROutput(found, None, None)
+        result = linear_cross_entropy(hidden, weight, labels.to(hidden.device), **options)
+        return SFROutput(result[0], None, None, result[1]) if stats else SFROutput(result, None, None)
 
 
 def placed(predicted: Tensor, inputs: dict) -> Tensor:
-    """(B, L): what was predicted for the rows of a loss with these arguments, −100 elsewhere."""
+    """(B, L): the predictions `predicted` for the rows of a loss with the arguments `inputs`, −100 elsewhere."""
     rows = inputs.get("rows", inputs.get("labels"))
     if isinstance(rows, SupervisedRows):
         flat = predicted.new_full((math.prod(rows.shape),), IGNORE_INDEX)
@@ -308,5 +306,5 @@ def placed(predicted: Tensor, inputs: dict) -> Tensor:
 
 
 def attachment_of(model: nn.Module) -> Attachment | CrossEntropyAttachment | None:
-    """The attachment of a model, however it is wrapped."""
+    """The attachment of a model, which may be wrapped; None if there is none."""
     return next((m for m in model.modules() if isinstance(m, Attachment | CrossEntropyAttachment)), None)

@@ -1,10 +1,7 @@
-"""The targets of data sets that TRL has prepared: tokenized, cut and packed, so that a pack is what counts as a sample.
+"""The targets of data sets that TRL has prepared: tokenized, cut and packed. A pack is a sample.
 
-    folder/train            the targets of the training data
-    folder/eval             of the evaluation data, or
-    folder/eval-<name>      of each evaluation set
-
-All samples have one count, `sample_id`: the evaluation data's goes on from the training data's.
+They are in folder/train, and in folder/eval or, of several evaluation sets, in folder/eval-<name>. `sample_id` counts
+the training samples, and goes on through the evaluation samples.
 """
 
 import os
@@ -37,13 +34,10 @@ def check_folder(folder: str | os.PathLike, encoder, sets: dict) -> None:
     for name, data in sets.items():
         if isinstance(data, IterableDataset):
             raise ValueError(
-                f"targets must be OnlineTargets for an IterableDataset ({name}), which cannot be read ahead to build "
-                "a store: targets=OnlineTargets(encoder, tokenizer)"
+                f"targets must be OnlineTargets for an IterableDataset ({name}), of which no store can be built ahead"
             )
         if encoder is None and not (Path(folder) / name / FILE).is_file():
-            raise ValueError(
-                f"encoder must be given: there are no targets in {Path(folder) / name} yet, and it is to embed them"
-            )
+            raise ValueError(f"encoder must be given: there are no targets in {Path(folder) / name} yet")
 
 
 def find_targets(
@@ -53,10 +47,10 @@ def find_targets(
     tokenizer,
     encoder,
     *,
-    whole_by_default: bool,  # a sample without labels is one that is labelled throughout
-    masks_starts: bool,  # the collator takes the label of a sample's first token away
+    whole_by_default: bool,  # the collator labels every token of a sample without labels
+    masks_starts: bool,  # the collator masks the label of a sample's first token
 ) -> TargetStore:
-    """The targets of all sets, set after set: opened, or where there are none, built."""
+    """The targets of all sets in one store: opened, or where there are none, built."""
     stores = []
     for name, data in sets.items():
         samples = _Samples(data, whole_by_default, masks_starts and config.target_rule == "published")
@@ -94,7 +88,7 @@ class _Samples:
 
 
 def number(data: Dataset | IterableDataset, start: int) -> Dataset | IterableDataset:
-    """The data set with a `sample_id` that counts from `start`; of a stream, as the samples come."""
+    """The data set with a `sample_id` that counts from `start`, for a stream in the order in which samples come."""
     if isinstance(data, IterableDataset):
         return data.map(_with_id, with_indices=True, fn_kwargs={"start": start})
     if "sample_id" in data.column_names:
@@ -111,7 +105,7 @@ def has_ids(data) -> bool:
 
 
 def number_all(sets: dict, given: TargetStore | None) -> dict:
-    """All sets under one count. Where a store was given, the ids that the samples have are its own, and kept."""
+    """All sets numbered in one count. With a store that was `given`, the samples keep the ids that they have."""
     if given is not None:
         if all(map(has_ids, sets.values())):
             return sets

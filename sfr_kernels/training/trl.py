@@ -1,9 +1,8 @@
 """`SFRTrainer`: TRL's SFTTrainer, trained on the SFR objective.
 
-SFTTrainer makes its loss itself, of the trunk's output and the lm_head's weight, and never calls the forward in which
-an attached model has its loss. Here it does what comes before that: it loads the model, wraps it with PEFT, and
-tokenizes, cuts and packs the data. Then the targets of the prepared data are built, the model is attached, and the loss
-is the model's own, as `transformers.Trainer` asks for it.
+SFTTrainer computes its loss itself, from the trunk's output and the lm_head's weight, and never calls the forward in
+which an attached model computes its own. Here its constructor loads the model, wraps it with PEFT, and prepares the
+data; then their targets are built, the model is attached, and the loss is the model's, as in `transformers.Trainer`.
 """
 
 import inspect
@@ -20,7 +19,7 @@ from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from ..targets import OnlineTargets, SFRCollator, TargetStore, load_encoder
 from .attach import attach, base_of, detach
 from .callbacks import SFRCallback
-from .objectives import Attachment, attachment_of
+from .objectives import Attachment, attachment_of, check_objective
 
 try:
     from trl import SFTTrainer
@@ -34,93 +33,82 @@ FOLDER = "targets"
 
 
 class SFRTrainer(SFTTrainer):
-    """SFTTrainer with the SFR objective; its own arguments mean what they mean there.
+    """SFTTrainer with the SFR objective: its arguments, and those below (README.md has an example).
 
-        trainer = SFRTrainer(
-            model="Qwen/Qwen3-0.6B",
-            args=SFTConfig("out", packing=True),
-            train_dataset=train,
-            eval_dataset=test,
-            peft_config=LoraConfig(),
-            encoder="sentence-transformers/all-MiniLM-L6-v2",
-        )
-        trainer.train()
-
-    sfr        the objective, as in `attach`: an SFRConfig (by default SFRConfig()), a VelocityHead or an SFRLoss; with
-               objective "ce" nothing, or a LinearCrossEntropy.
-    encoder    the SentenceTransformer that embeds the targets, or its name or path.
-    targets    a folder, by default "targets": the targets of the prepared data are built there, or opened if they are
-               there already. Or OnlineTargets, which need nothing ahead: the choice for an IterableDataset. Or a
-               TargetStore of one's own.
-    objective  "sfr", or "ce": cross-entropy alone, fused. It has no encoder and no targets, nor has loss="mtp".
-
-    A model that is attached already brings its objective and its targets along; neither is given again here. Logged is
-    what SFTTrainer logs, and `ce_loss`, `flow_loss` and `flow_weight`. ValueError, before anything is trained, for what
-    would replace the loss (loss_type="dft", compute_loss_func) and for data without targets.
+    The targets of the prepared data are built in a folder, or opened if they are there. OnlineTargets are for an
+    IterableDataset. Objective "ce" and loss="mtp" take no encoder and no targets. A model that is attached already has
+    its objective and its targets: neither is given again. `ce_loss`, `flow_loss` and `flow_weight` are logged beside
+    what SFTTrainer logs. ValueError, before training, for what would replace the loss (loss_type="dft",
+    compute_loss_func) and for data without targets.
     """
 
     def __init__(
         self,
         *args,
-        sfr: SFRConfig | VelocityHead | SFRLoss | LinearCrossEntropy | None = None,
-        encoder=None,  # SentenceTransformer or str
-        targets: str | os.PathLike | OnlineTargets | TargetStore | None = None,
-        objective: str = "sfr",
+        sfr: SFRConfig | VelocityHead | SFRLoss | LinearCrossEntropy | None = None,  # as in `attach`; None: SFRConfig()
+        encoder=None,  # SentenceTransformer, or its name or path
+        targets: str | os.PathLike | OnlineTargets | TargetStore | None = None,  # None: the folder "targets"
+        objective: str = "sfr",  # or "ce": fused cross-entropy alone
         **kwargs,
     ):
         given = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
         del given["self"]
         _refuse_what_has_no_sfr_loss(given)
         model = given["model"]
-        found = attachment_of(model) if isinstance(model, nn.Module) else None
-        if found is not None:
-            sfr, targets, objective = _brought_along(found, sfr, encoder, targets, objective)
-        sfr = _check_objective(sfr, objective)
+        attached = attachment_of(model) if isinstance(model, nn.Module) else None
+        if attached is not None:
+            sfr, targets, objective = _taken_over(attached, sfr, encoder, targets, objective)
+        elif sfr is None and objective == "sfr":
+            sfr = SFRConfig()
+        check_objective("sfr", sfr, objective)  # attach would, but only after the data are prepared
         targets = _check_targets(sfr, targets, encoder, objective)
         if isinstance(targets, str | os.PathLike):
             check_folder(targets, encoder, named_sets(given.get("train_dataset"), given.get("eval_dataset")))
-        self._goes_by_ids = isinstance(targets, TargetStore)  # those that the data had when its maker built it
+        self._keeps_ids = isinstance(targets, TargetStore)  # its samples are found by the sample_id of the data
         if isinstance(encoder, str):
             encoder = load_encoder(encoder)
         if isinstance(given.get("data_collator"), SFRCollator):
             given["data_collator"] = given["data_collator"].collator
-        if found is not None:
-            detach(model)  # PEFT goes around a plain model
+        if attached is not None:
+            detach(model)  # PEFT wraps a plain model
         try:
             self._prepare(given)
             self._attach(sfr, encoder, targets, objective)
         except BaseException:
-            if found is not None and attachment_of(model) is None:
-                attach(model, sfr, targets=found.store, objective=objective)
+            if attached is not None and attachment_of(model) is None:
+                attach(model, sfr, targets=attached.store, objective=objective)
             raise
-        self._seen: dict[str, list[Tensor]] = {"train": [], "eval": []}  # since the last log, of every batch
+        self._batch_metrics: dict[str, list[Tensor]] = {"train": [], "eval": []}  # of every batch since the last log
         self._tokens: Tensor | int = 0  # trained on so far
 
     def _prepare(self, given: dict) -> None:
-        """SFTTrainer's constructor, after which the model has its own forward again."""
-        noted = _OwnForward()
+        """SFTTrainer's constructor, without its change of the model's forward."""
+        own = _OwnForward()
         with warnings.catch_warnings():
-            # of another forward pass, which the loss here does not need
+            # It announces another forward pass, which the loss here does not need.
             warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated", FutureWarning)
-            super().__init__(**given | {"callbacks": [*(given.get("callbacks") or ()), noted]})
-        self.remove_callback(noted)
-        noted.put_back(self.model)
+            super().__init__(**given | {"callbacks": [*(given.get("callbacks") or ()), own]})
+        self.remove_callback(own)
+        base = base_of(self.model)
+        base.__dict__.pop("forward", None)
+        if own.forward is not None:
+            base.forward = own.forward
         parallel = self.accelerator.parallelism_config
         if parallel is not None and (parallel.cp_enabled or parallel.sp_enabled):
             raise ValueError(
-                "context and sequence parallelism cut the tokens of a sample among processes, of which SFR needs all "
-                "on one: set cp_size and sp_size to 1"
+                "context and sequence parallelism are not supported, as SFR needs all tokens of a sample in one "
+                "process: set cp_size and sp_size to 1"
             )
         adapter = getattr(self.model, "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False) and adapter.peft_type != PeftType.PREFIX_TUNING:
             raise ValueError(
-                "peft_config must not put tokens before the batch, as prompt tuning does, that the rows of the loss do "
-                "not know of: use LoRA, another adapter of the weights, or prefix tuning"
+                "peft_config must not put tokens before the batch, as prompt tuning does, since rows index the tokens "
+                "of the batch: use LoRA, another adapter of the weights, or prefix tuning"
             )
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
-        if not self._goes_by_ids and has_ids(dataset) and "input_ids" not in dataset.column_names:
-            dataset = dataset.remove_columns("sample_id")  # a text's, which says nothing of the targets
+        if not self._keeps_ids and has_ids(dataset) and "input_ids" not in dataset.column_names:
+            dataset = dataset.remove_columns("sample_id")  # of texts, which become other samples
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
     def _attach(self, sfr, encoder, targets, objective: str) -> None:
@@ -143,7 +131,7 @@ class SFRTrainer(SFTTrainer):
                 whole_by_default=isinstance(self.data_collator, DataCollatorForLanguageModeling),
                 masks_starts=self.padding_free,
             )  # fmt: skip
-        self.train_dataset, *evaluation = number_all(sets, targets if self._goes_by_ids else None).values()
+        self.train_dataset, *evaluation = number_all(sets, targets if self._keeps_ids else None).values()
         if isinstance(self.eval_dataset, dict):
             self.eval_dataset = dict(zip(self.eval_dataset, evaluation, strict=True))
         elif evaluation:
@@ -155,7 +143,7 @@ class SFRTrainer(SFTTrainer):
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, "sample_id", "position_ids"]))
 
     def get_eval_dataloader(self, eval_dataset=None):
-        self._seen["eval"].clear()  # of a prediction, which is not logged
+        self._batch_metrics["eval"].clear()  # those of a prediction are never logged
         if eval_dataset is None:
             eval_dataset = self.eval_dataset
         if isinstance(eval_dataset, str):
@@ -166,14 +154,13 @@ class SFRTrainer(SFTTrainer):
         return super().get_test_dataloader(self._numbered(test_dataset))
 
     def _numbered(self, data):
-        """A data set that was not there when the targets were made."""
+        """A data set with `sample_id`; one that the constructor has not seen is numbered, for OnlineTargets."""
         if not isinstance(self._sfr, Attachment) or has_ids(data):
             return data
         if isinstance(self._sfr.store, TargetStore):
             raise ValueError(
-                "the data set to evaluate has no targets: give it to the constructor in eval_dataset, where they are "
-                "built (those given there are trainer.eval_dataset, as prepared), or train with "
-                "targets=OnlineTargets(encoder, tokenizer), which need nothing ahead"
+                "the data set to evaluate has no targets: give it to the constructor in eval_dataset (it is then "
+                "trainer.eval_dataset, as prepared), or train with targets=OnlineTargets(encoder, tokenizer)"
             )
         return number(data, 0)
 
@@ -193,8 +180,8 @@ class SFRTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _router_share(self, num_items_in_batch) -> float:
-        """What is missing of the router loss: it is a mean of the micro-batch, which must count as a share of the
-        step, by TRL's coefficient; the model has added all of it, by its own, and Trainer multiplied it."""
+        """The coefficient of the router loss, less the one by which the model has added it already, times what Trainer
+        multiplied that by. It is a mean of the micro-batch, and counts as a share of the step."""
         times = steps = 1
         if num_items_in_batch is not None:
             if self.args.average_tokens_across_devices:
@@ -207,7 +194,7 @@ class SFRTrainer(SFTTrainer):
         loss, _, _ = Trainer.prediction_step(self, model, inputs, True, ignore_keys)
         if prediction_loss_only:
             return loss, None, None
-        # compute_metrics wants logits, which the loss does not make.
+        # compute_metrics is given logits, which the loss does not make: a second forward.
         inputs = self._prepare_inputs({name: x for name, x in inputs.items() if name != "rows"})
         labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -217,8 +204,7 @@ class SFRTrainer(SFTTrainer):
 
     @torch.no_grad()
     def _count(self, inputs: dict, outputs) -> None:
-        """Keeps the metrics of a batch, those of SFTTrainer, on the device: they are read when they are logged. The
-        backend "reference" has no statistics, and then there are none."""
+        """Keeps SFTTrainer's metrics of a batch on the device until they are logged. Backend "reference" has none."""
         if outputs.stats is None:
             return
         stats, mask = outputs.stats, inputs.get("attention_mask")
@@ -227,61 +213,52 @@ class SFRTrainer(SFTTrainer):
         sums = (stats.entropy.sum(), stats.correct.sum(), stats.entropy.numel(), router, tokens)
         sums = torch.stack([torch.as_tensor(x, dtype=torch.float32, device=outputs.loss.device) for x in sums])
         sums = self.accelerator.reduce(sums, "sum")
-        means = sums[:2] / sums[2].clamp(min=1)
-        processes = self.accelerator.num_processes
-        self._seen["train" if self.model.training else "eval"].append(torch.cat([means, sums[3:4] / processes]))
+        means = torch.cat([sums[:2] / sums[2].clamp(min=1), sums[3:4] / self.accelerator.num_processes])
+        self._batch_metrics["train" if self.model.training else "eval"].append(means)
         if self.model.training:
             self._tokens = self._tokens + sums[4].long() // self.get_tp_size()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
-        if self._seen[mode]:
-            entropy, accuracy, router = torch.stack(self._seen[mode]).mean(0).tolist()
+        if self._batch_metrics[mode]:
+            entropy, accuracy, router = torch.stack(self._batch_metrics[mode]).mean(0).tolist()
             found = {"entropy": entropy, "num_tokens": float(self._tokens), "mean_token_accuracy": accuracy}
             if self.aux_loss_enabled:
                 found["aux_loss"] = router
             logs.update({prefix + name: value for name, value in found.items()})
-            self._seen[mode].clear()
+            self._batch_metrics[mode].clear()
         super().log(logs, start_time)
 
 
 class _OwnForward(TrainerCallback):
-    """Notes the model's forward just before SFTTrainer covers it with one that knows no SFR loss."""
+    """Keeps the model's forward just before SFTTrainer replaces it by one without the SFR loss."""
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self.forward = base_of(model).__dict__.get("forward")
-
-    def put_back(self, model: nn.Module) -> None:
-        base = base_of(model)
-        base.__dict__.pop("forward", None)
-        if self.forward is not None:
-            base.forward = self.forward
 
 
 def _refuse_what_has_no_sfr_loss(given: dict) -> None:
     if getattr(given.get("args"), "loss_type", "nll") == "dft":
         raise ValueError("loss_type='dft' weights the cross-entropy in a way that SFR has not: leave loss_type alone")
     if given.get("compute_loss_func") is not None:
-        raise ValueError(
-            "compute_loss_func would replace the SFR loss: leave it out, or attach an SFRLoss of your own and give "
-            "the model"
-        )
+        raise ValueError("compute_loss_func would replace the SFR loss: leave it out, or attach an SFRLoss of your own")
     data = given.get("train_dataset")
     if data is not None and {"image", "images"} & set(next(iter(data), ())):
         raise ValueError("train_dataset has images, which SFRTrainer does not know how to batch: give texts alone")
 
 
-def _brought_along(found, sfr, encoder, targets, objective: str):
+def _taken_over(attached, sfr, encoder, targets, objective: str):
     """Objective and targets of a model that is attached already."""
-    named = dict(sfr=sfr, encoder=encoder, targets=targets)
-    if not isinstance(found, Attachment):
-        taken = LinearCrossEntropy(**found.options), None, "ce"
+    given = dict(sfr=sfr, encoder=encoder, targets=targets)
+    if not isinstance(attached, Attachment):
+        taken = LinearCrossEntropy(**attached.options), None, "ce"
     else:
-        if found.store is None and found.config.loss != "mtp":
-            del named["encoder"], named["targets"]  # it has none to bring
-        store = targets if found.store is None or found.config.loss == "mtp" else found.store
-        taken = SFRLoss(found.config, found.head, **found.options), store, "sfr"
-    if again := [name for name, value in named.items() if value is not None]:
+        mtp = attached.config.loss == "mtp"
+        if attached.store is None and not mtp:  # it has no targets, which are given here
+            del given["encoder"], given["targets"]
+        store = targets if attached.store is None or mtp else attached.store
+        taken = SFRLoss(attached.config, attached.head, **attached.options), store, "sfr"
+    if again := [name for name, value in given.items() if value is not None]:
         raise ValueError(f"{', '.join(again)} must not be given: the model is attached, and brings its own along")
     if objective == "ce" and taken[2] == "sfr":
         raise ValueError("objective must not be 'ce': the model is attached with the SFR objective; detach it first")
@@ -289,35 +266,20 @@ def _brought_along(found, sfr, encoder, targets, objective: str):
 
 
 def _config_of(sfr: SFRConfig | VelocityHead | SFRLoss) -> SFRConfig:
-    """What targets are built by: a head alone comes with the default config of its sizes."""
+    """The config that targets are built by: for a head alone, the default."""
     return sfr if isinstance(sfr, SFRConfig) else getattr(sfr, "config", SFRConfig())
 
 
-def _check_objective(sfr, objective: str):
-    """What `attach` is to be given. It would refuse the same, but the data are prepared before."""
-    if objective not in ("sfr", "ce"):
-        raise ValueError(f"objective must be sfr or ce, got {objective!r}")
-    if objective == "sfr" and sfr is None:
-        return SFRConfig()
-    kinds = (SFRConfig, VelocityHead, SFRLoss) if objective == "sfr" else (LinearCrossEntropy, type(None))
-    if not isinstance(sfr, kinds):
-        names = [kind.__name__.replace("NoneType", "None") for kind in kinds]
-        raise TypeError(f"sfr must be {' or '.join(names)} with objective={objective!r}, got {type(sfr).__name__}")
-    return sfr
-
-
 def _check_targets(sfr, targets, encoder, objective: str):
-    """The targets, or the folder where they are to be; None for an objective that has none."""
+    """The targets, or the folder for them; None for an objective without targets."""
     none = "objective='ce'" if objective == "ce" else "loss='mtp'" if _config_of(sfr).loss == "mtp" else None
     if none is not None:
         for name, value in (("targets", targets), ("encoder", encoder)):
             if value is not None:
                 raise ValueError(f"{name} has no meaning with {none}: leave it out")
         return None
-    if targets is None:
-        return FOLDER
-    if isinstance(targets, str | os.PathLike):
-        return targets
+    if targets is None or isinstance(targets, str | os.PathLike):
+        return FOLDER if targets is None else targets
     if not isinstance(targets, OnlineTargets | TargetStore):
         raise TypeError(f"targets must be a folder, OnlineTargets or a TargetStore, got {type(targets).__name__}")
     if encoder is not None:
