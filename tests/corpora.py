@@ -1,15 +1,27 @@
 """Corpora, tokenizers and encoders for the tests of targets: small, deterministic, and quick."""
 
 import hashlib
+import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from sfr_kernels import SFRConfig
+from sfr_kernels.targets import TargetStore, build_targets
 
-SMALL = SFRConfig(stride=4, min_tokens=3, segment_tokens=6, width=24)
+TARGET = 12
+CONFIG = SFRConfig(width=24, stride=4, min_tokens=3, segment_tokens=6)
+
+
+def needs(*names: str) -> None:
+    """Skips the test, or the module, where a package is not installed. It need not import by itself: of some only files
+    are used, and installed without their dependencies."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"needs {name}", allow_module_level=True)
 
 
 class Words:
@@ -37,7 +49,7 @@ class HashEncoder(torch.nn.Module):
     truncate_dim = None
     max_seq_length = 512
 
-    def __init__(self, size: int = 8, salt: int = 0):
+    def __init__(self, size: int = TARGET, salt: int = 0):
         super().__init__()
         self.size = size
         self.register_buffer("salt", torch.tensor(salt))
@@ -49,10 +61,18 @@ class HashEncoder(torch.nn.Module):
     def encode_document(self, texts, *, batch_size, normalize_embeddings, show_progress_bar, convert_to_tensor):
         assert normalize_embeddings and not show_progress_bar and convert_to_tensor
         self.texts += texts
+        return self.embed(texts)
+
+    def embed(self, texts) -> torch.Tensor:
         salt = int(self.salt).to_bytes(4, "little")
         rows = [hashlib.shake_256(salt + text.encode()).digest(2 * self.size) for text in texts]
         values = torch.from_numpy(np.frombuffer(b"".join(rows), np.int16).reshape(-1, self.size).astype(np.float32))
         return torch.nn.functional.normalize(values, dim=1)
+
+
+def build(folder: Path, samples, config=CONFIG, tokenizer=None, encoder=None, **options) -> TargetStore:
+    tokenizer, encoder = tokenizer or Words(), encoder or HashEncoder()
+    return build_targets(samples, config, tokenizer, encoder, folder=folder, progress=False, **options)
 
 
 def random_samples(count: int, seed: int = 0, longest: int = 60, vocab: int = 40) -> list[dict]:

@@ -76,13 +76,9 @@ def architectures(accepted, refused) -> str:
 def sections() -> dict[str, str]:
     """Mark → what stands between it and its end."""
     marked = [file for file in sorted(TESTS.glob("test_*.py")) if "mark.setting" in file.read_text()]
-    found = {"settings": settings_table(collected(marked))}
-    if (TESTS / "test_own_loss.py").is_file():
-        if str(TESTS) not in sys.path:
-            sys.path.insert(0, str(TESTS))
-        tables = importlib.import_module("test_own_loss")
-        found["architectures"] = architectures(tables.ACCEPTED, tables.REFUSED)
-    return found
+    table = settings_table(collected(marked))
+    tables = importlib.import_module("test_own_loss")  # which pytest has made importable
+    return {"settings": table, "architectures": architectures(tables.ACCEPTED, tables.REFUSED)}
 
 
 def with_sections(text: str, found: dict[str, str]) -> str:

@@ -1,4 +1,7 @@
-"""A run of the benchmarks, from its start to its file: what kills a provider ends nothing else, and nothing is lost."""
+"""A run of the benchmarks, from its start to its file: what kills a provider ends nothing else, and nothing is lost.
+
+And the jobs that it is made of, each in a process of its own: none outlives its time or its parent.
+"""
 
 import json
 import math
@@ -8,13 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import loop, machine
-from sfr_kernels import cli
+from benchmarks import jobs, loop, machine
+from benchmarks.jobs import Ended, Job
+from sfr_kernels import commands
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERYONE = {"triton", "torch", "eager"}
@@ -31,6 +36,14 @@ def planted(monkeypatch, tmp_path):
         return tmp_path / "bench.jsonl"
 
     return plant
+
+
+def wait_until(happened, process: subprocess.Popen | None = None) -> None:
+    """Fails where the process ends before, or after a minute."""
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+        time.sleep(0.02)
 
 
 def measure(path: Path, minutes: float = math.inf, **selection) -> bool:
@@ -96,7 +109,7 @@ def test_a_run_that_was_killed_has_what_it_had_and_goes_on_where_it_was(planted,
     whole = path.read_text()
     until_second = whole[: whole.index('"second"')]  # half a line at its end
     path.write_text(until_second)
-    assert cli.main(["bench", "--resume", str(path)]) == 0
+    assert commands.main(["bench", "--resume", str(path)]) == 0
     after = path.read_text()
     assert after.startswith(until_second[: until_second.rindex("\n") + 1])
     assert found(path, "result") == {"first": EVERYONE, "second": EVERYONE}
@@ -106,20 +119,19 @@ def test_a_run_that_was_killed_has_what_it_had_and_goes_on_where_it_was(planted,
 
 def test_an_interrupt_leaves_the_finished_cases_and_says_how_to_go_on(planted):
     planted(case="second", eager="hang")
-    code = "import sys; from benchmarks import loop; from sfr_kernels import cli; loop.BENCHES = ('planted_bench',)\n"
-    code += "if __name__ == '__main__': sys.exit(cli.main(['bench', '--device', 'cpu', '--full', '--out', 'out']))"
+    code = "import sys; from benchmarks import loop; loop.BENCHES = 'planted_bench',"
+    code += "\nfrom sfr_kernels.commands import main\n"
+    code += "if __name__ == '__main__': sys.exit(main(['bench', '--device', 'cpu', '--full', '--out', 'out']))"
     Path("run.py").write_text(code)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), stderr=subprocess.PIPE)
     process = subprocess.Popen([sys.executable, "run.py"], text=True, env=os.environ | {"PYTHONPATH": path}, **heard)
-    deadline = time.monotonic() + 60
-    while not (files := list(Path("out").glob("*.jsonl"))) or '"result"' not in files[0].read_text():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
+    wait_until(lambda: any('"result"' in p.read_text() for p in Path("out").glob("*.jsonl")), process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in said, said
-    assert found(files[0], "result") == {"first": EVERYONE} and not found(files[0], "failed")
+    (file,) = Path("out").glob("*.jsonl")
+    assert found(file, "result") == {"first": EVERYONE} and not found(file, "failed")
 
 
 def test_another_machine_version_or_revision_is_not_gone_on_with(planted):
@@ -148,15 +160,64 @@ def test_a_selection_is_of_whole_words_of_all_cases(planted):
         measure(path.with_name("none"), only=("thir", "bfloat16"))
 
 
+def sleep(tell, seconds: float) -> None:
+    began = time.monotonic()
+    time.sleep(seconds)
+    tell(dict(began=began, ended=time.monotonic()))
+
+
+def stubborn(tell, path: str) -> None:
+    """Starts a process that would outlive it, and hears no SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
+    Path(path).write_text(str(child.pid))
+    time.sleep(600)
+
+
+def is_gone(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_jobs_run_side_by_side_and_one_added_meanwhile_is_waited_for():
+    waiting, seen = deque(Job(str(i), sleep, (1.0,)) for i in range(4)), []
+    for job, said in jobs.run(waiting, workers=4):
+        seen.append((job.name, said))
+        if job.name == "0" and isinstance(said, Ended):
+            waiting.append(Job("late", sleep, (0.0,)))
+    told = [said for name, said in seen if isinstance(said, dict) and name != "late"]
+    assert max(said["began"] for said in told) < min(said["ended"] for said in told), "all four at the same time"
+    assert seen.count(("late", Ended(None))) == 1 and len(seen) == 10
+
+
+def test_a_job_that_is_stopped_takes_with_it_what_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "GRACE", 0.3)
+    job = Job("stubborn", stubborn, (str(tmp_path / "pid"),), limit=2.0)
+    ((_, ended),) = jobs.run(deque([job]))
+    assert ended == Ended("time limit of 2 s, stopped") and is_gone(int((tmp_path / "pid").read_text()))
+
+
+def test_nothing_survives_the_parent(tmp_path):
+    code = "import sys; sys.path[:0] = sys.argv[2:]\nfrom collections import deque\nfrom benchmarks import jobs\n"
+    code += "from test_bench_loop import stubborn\n"
+    code += "if __name__ == '__main__': list(jobs.run(deque([jobs.Job('x', stubborn, (sys.argv[1],))])))"
+    (tmp_path / "run.py").write_text(code)
+    pid = tmp_path / "pid"
+    parent = subprocess.Popen([sys.executable, tmp_path / "run.py", pid, ROOT, ROOT / "tests"])
+    wait_until(lambda: pid.is_file() and pid.read_text(), parent)
+    parent.kill()
+    wait_until(lambda: is_gone(int(pid.read_text())))
+
+
 def test_bad_input_is_one_line(tmp_path, capsys):
     (tmp_path / "not.json").write_text("{")
     missing, wrong = str(tmp_path / "none"), str(tmp_path / "not.json")
     for arguments in (["--resume", missing], ["--resume", wrong], ["compare", "x", "y"], ["report", wrong]):
-        assert cli.main(["bench", *arguments]) == 2
+        assert commands.main(["bench", *arguments]) == 2
         said = capsys.readouterr().err
         assert said.strip() and "Traceback" not in said
     if not torch.cuda.is_available():
-        assert cli.main(["bench", "--device", "cuda"]) == 2 and "no GPU" in capsys.readouterr().err
+        assert commands.main(["bench", "--device", "cuda"]) == 2 and "no GPU" in capsys.readouterr().err
 
 
 def test_where_it_ran_is_read_from_nvidia_smi(monkeypatch):

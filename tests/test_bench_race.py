@@ -8,10 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sfr_kernels.kernels.backend import kernels_of
-
-eager_kernels = kernels_of("torch")
-
 from benchmarks import bench_kernels, bench_losses, limit, loop, problem, race, timing
 from benchmarks.case import LIMIT, MAIN, PRODUCTS, WHOLE, Case, Gemm, Suite, Work, WrongResultError
 from benchmarks.oracle import Error, Oracle
@@ -130,19 +126,20 @@ def test_every_op_is_judged_and_timed_and_its_peers_compute_the_same(op):
 
 @pytest.mark.parametrize("op", bench_kernels.OPS)
 def test_a_wrong_kernel_is_refused_before_it_is_timed(op, monkeypatch):
+    right = bench_kernels.kernels_of
+
     class Wrong:
         """Kernels whose first result is off by a thousandth."""
 
         def __getattr__(self, name):
             def call(*arguments, **options):
-                found = getattr(eager_kernels, name)(*arguments, **options)
+                found = getattr(right("torch"), name)(*arguments, **options)
                 found[0].mul_(1.001)
                 return found
 
             return call
 
-    right = bench_kernels.leaves
-    monkeypatch.setattr(bench_kernels, "leaves", lambda name: Wrong() if name == "triton" else right(name))
+    monkeypatch.setattr(bench_kernels, "kernels_of", lambda name: Wrong() if name == "triton" else right(name))
     results, failed = lines_of(*tiny(op), "triton", "torch")
     assert set(results) == {"torch", LIMIT} and "error" in failed["triton"]
 
@@ -259,11 +256,8 @@ def test_every_case_is_named_once_and_the_quick_selection_has_each_op(kind):
     assert len({case.name for case in cases}) == len(cases)
     assert [case.worth for case in cases] == sorted(case.worth for case in cases)
     quick = [case for _, case in loop.selected(torch.device(kind))]
-    assert {case.op for case in quick if case.worth == MAIN} >= {
-        *bench_kernels.OPS,
-        "linear_cross_entropy",
-        "flow_loss",
-    }
+    main = {case.op for case in quick if case.worth == MAIN}
+    assert main >= {*bench_kernels.OPS, "linear_cross_entropy", "flow_loss"}
     assert {case.op for case in quick if case.worth == WHOLE} == {"sfr_loss", "training_step"}
     for case in cases:
         if case.op in LOSSES and kind == "cpu":

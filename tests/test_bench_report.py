@@ -1,7 +1,13 @@
-"""What is read from a result file, the tables made of it, two files compared, README's tables and `auto`'s choice."""
+"""What is read from a result file, the tables and the page made of it, two files compared, README's tables and `auto`'s
+choice. In a browser every plot of the page is drawn, nothing fails or asks for a network, and names are but text."""
 
 import json
 import math
+import os
+import re
+import shutil
+import subprocess
+from html import unescape
 
 import numpy as np
 import pytest
@@ -118,14 +124,8 @@ def test_the_tables_say_what_the_file_says(file):
 
 
 def test_goals_are_missed_above_them_and_where_nothing_was_measured(file):
-    goals = {
-        "of limit": 1.9,
-        "of products": 4.0,
-        "of peer": 0.6,
-        "lm_heads": 1.5,
-        "of quack": 9.0,
-        "memory of eager": 1,
-    }
+    goals = {"of limit": 1.9, "of products": 4.0, "of peer": 0.6, "lm_heads": 1.5, "of quack": 9.0}
+    goals |= {"memory of eager": 1}
     rows = case(2.0)
     rows[0] |= dict(goals=goals, weight_bytes=2**19, resident_bytes=2**19)
     found = tables.goals(data.read(file([run(), *rows])).frame).rows
@@ -155,6 +155,49 @@ def test_the_page_and_the_tables_of_what_there_is(lines, file, tmp_path):
     assert "<b>" not in shown and "<script>alert" not in html and "\\u003cscript\\u003ealert" not in html
     assert ("&lt;script&gt;alert(1)&lt;/script&gt;&lt;b&gt;|*" in html) == (len(lines) > 2)
     assert ('"name":"triton"' in html.split("<h2>Curves")[1]) == (len(lines) > 2), "a curve's legend names it"
+
+
+WATCH = """<script>
+const problems = [], drawn = [], cut = [], texts = [];
+const note = event => problems.push(event.message || event.violatedDirective || String(event.reason || event.type));
+for (const name of ["error", "unhandledrejection", "securitypolicyviolation"]) addEventListener(name, note, true);
+console.error = (...words) => problems.push(words.join(" "));
+addEventListener("load", () => setTimeout(() => {
+  for (const plot of document.querySelectorAll(".plotly-graph-div")) {
+    drawn.push(plot.querySelectorAll(".trace path, path.point").length);
+    for (const text of plot.querySelectorAll("text")) {
+      const [frame, box] = [plot.getBoundingClientRect(), text.getBoundingClientRect()];
+      texts.push(text.textContent);
+      if (box.width && (box.left < frame.left - 1 || box.right > frame.right + 1)) cut.push(text.textContent);
+    }
+  }
+  const requests = performance.getEntriesByType("resource").length;
+  document.body.dataset.probe = JSON.stringify({ problems, drawn, cut, texts, requests });
+}, 1000));
+</script>"""
+
+
+def probe(folder, html: str) -> dict:
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.fail("needs Chromium on PATH") if os.environ.get("CI") == "true" else pytest.skip("no Chromium on PATH")
+    (folder / "page.html").write_text(html.replace("<style>", WATCH + "<style>", 1))
+    command = [program, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}",
+               "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=30000", "--window-size=1300,2000",
+               "--dump-dom", (folder / "page.html").as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True)
+    return json.loads(unescape(re.search('data-probe="(.*?)"', done.stdout)[1]))
+
+
+@pytest.mark.slow
+def test_a_browser_draws_every_plot_and_asks_for_nothing(file, tmp_path):
+    page.write(data.read(file(sample(device=CPU))), tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    found = probe(tmp_path, html)
+    assert not found["problems"] and not found["cut"] and not found["requests"]
+    assert len(found["drawn"]) == 9 and all(found["drawn"]) and HOSTILE in found["texts"]
+    for planted in ("<script>throw new Error('x')</script>", "<img src='https://example.org/x.png'>"):
+        assert probe(tmp_path, html.replace("</body>", planted + "</body>"))["problems"]
 
 
 def noisy(ours: float = 1.0, limit: float = 1.0, seed: int = 0, **fields) -> list[dict]:
@@ -208,14 +251,12 @@ def changed(**fields) -> list[dict]:
     ],
 )  # fmt: skip
 def test_what_else_became_worse_is_told_from_what_was_not_measured(new, status, said, file, capsys):
-    assert compare.main([file(noisy(), "old.jsonl"), file(new, "new.jsonl")]) == status
+    files = file(noisy(), "old.jsonl"), file(new, "new.jsonl")
+    assert compare.main([*files]) == status
     out = capsys.readouterr()
     assert said in out.out + out.err
-
-
-def test_other_devices_are_compared_when_asked(file, capsys):
-    files = file(noisy(), "old.jsonl"), file(noisy(device=CPU), "new.jsonl")
-    assert compare.main([*files, "--different-devices"]) == 0 and "different device" in capsys.readouterr().out
+    if said == "differ":
+        assert compare.main([*files, "--different-devices"]) == 0 and "different device" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from corpora import HashEncoder, Words
-from tiny import CONFIG, TARGET, pad, tiny_llama, tiny_samples
+from corpora import HashEncoder, Words, build
+from tiny import CONFIG, attached, pad, tiny_samples
 
-from sfr_kernels import attach
-from sfr_kernels.targets import OnlineTargets, SFRCollator, build_targets, encode, load_encoder
+from sfr_kernels.targets import OnlineTargets, SFRCollator, encode, load_encoder
 from sfr_kernels.targets.encoder import MINILM
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -14,27 +13,20 @@ SAMPLES = tiny_samples()
 TEXTS = [f"{word} " * (5 + 3 * i) for i, word in enumerate(("storm", "tea", "moon", "river"))]
 
 
-def to_gpu(batch: dict) -> dict:
-    return {k: v.to("cuda") if hasattr(v, "to") else v for k, v in batch.items()}
-
-
 def test_a_loader_pins_what_the_collator_adds_and_it_trains(tmp_path):
-    store = build_targets(SAMPLES, CONFIG, Words(), HashEncoder(TARGET), folder=tmp_path / "s", progress=False)
-    model = attach(tiny_llama().cuda(), CONFIG, store)
-    loader = torch.utils.data.DataLoader(
-        SAMPLES, 4, collate_fn=SFRCollator(CONFIG, store, pad), pin_memory=True, num_workers=1
-    )
-    on_cpu = attach(tiny_llama(), CONFIG, store)
-    on_cpu.load_state_dict(model.state_dict())
-    for batch in loader:
+    store = build(tmp_path / "s", SAMPLES)
+    on_cpu, model = attached(store), attached(store).cuda()
+    collate = SFRCollator(CONFIG, store, pad)
+    for batch in torch.utils.data.DataLoader(SAMPLES, 4, collate_fn=collate, pin_memory=True, num_workers=1):
         assert batch["rows"].targets.is_pinned() and batch["rows"].rows.is_pinned()
-        found, wanted = model(**to_gpu(batch), seed=3).loss, on_cpu(**batch, seed=3).loss
+        there = {k: v.to("cuda") if hasattr(v, "to") else v for k, v in batch.items()}
+        found, wanted = model(**there, seed=3).loss, on_cpu(**batch, seed=3).loss
         torch.testing.assert_close(found.cpu(), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_online_targets_of_another_stream_are_there_when_they_are_read():
     """The stream beside is kept busy: whoever read before the event would read zeros."""
-    targets = OnlineTargets(HashEncoder(TARGET), Words())
+    targets = OnlineTargets(HashEncoder(), Words())
     wanted = targets.start(TEXTS, "cpu").wait()
     targets.start(["warm"], "cuda").wait()
     busy = torch.randn(4096, 4096, device="cuda")

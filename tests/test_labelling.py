@@ -5,7 +5,7 @@ import pickle
 from itertools import groupby
 
 import pytest
-from test_chat_formats import ANSWERED, ASKED, CALL, TERSE, WEATHER
+from test_data import ANSWERED, ASKED, CALL, TERSE, WEATHER
 from tiny import chat, write_chats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -46,6 +46,11 @@ PLAIN = (
     "{% if add_generation_prompt %}ASSISTANT: {% endif %}"
 )
 SPACED = PLAIN.replace("ASSISTANT: {%", "ASSISTANT:{%")  # leaves the space to the answer
+HEADED = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -64,38 +69,23 @@ SPACED = PLAIN.replace("ASSISTANT: {%", "ASSISTANT:{%")  # leaves the space to t
         (SPACED, [], "Hello", "Hello"),  # the space is the template's
         (SPACED, [], "\n Hello", "\n Hello"),
         (PLAIN, ["\u00e9l"], "\u00e9lan", "\u00e9lan"),
-    ],
-)
-def test_a_token_that_holds_some_of_the_answer_is_labelled(tmp_path, template, joined, answer, expected):
-    [found], report = labelled(tmp_path, tokenizer(template, *joined), turns("Why?", answer, "So?", "Yes."))
-    assert found == [expected, "Yes."] and report is None
-
-
-HEADED = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-INST = (
-    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }} </s>{% endif %}{% endfor %}"
-)
-
-
-@pytest.mark.parametrize(
-    "template, joined, answer, expected",
-    [
-        (HEADED, [], "Hello", ["Hello<|end|>", "Yes.<|end|>"]),
-        (HEADED, [], "assistant", ["assistant<|end|>", "Yes.<|end|>"]),
-        (HEADED, [], "|>\nuser", ["|>\nuser<|end|>", "Yes.<|end|>"]),
-        (HEADED, ["\nH"], "Hello", ["\nHello<|end|>", "Yes.<|end|>"]),
-        (HEADED.replace("\n{{ m.content", ": {{ m.content | trim"), [], "  Hello ", ["Hello<|end|>", "Yes.<|end|>"]),
-        (INST, [], "Hello", ["Hello </s>", "Yes. </s>"]),
-        (INST, [" Hello"], "Hello", [" Hello </s>", "Yes. </s>"]),
-        (INST, [], "[/INST]", ["[/INST] </s>", "Yes. </s>"]),
-        (INST.replace("%} {{", "%}{{"), [], "Hello", ["Hello </s>", "Yes. </s>"]),
-        (PLAIN[: PLAIN.index("{% if")], [], "Hello", ["Hello", "Yes."]),
+        # without a generation prompt
+        (HEADED, [], "Hello", "Hello<|end|>"),
+        (HEADED, [], "assistant", "assistant<|end|>"),
+        (HEADED, [], "|>\nuser", "|>\nuser<|end|>"),
+        (HEADED, ["\nH"], "Hello", "\nHello<|end|>"),
+        (HEADED.replace("\n{{ m.content", ": {{ m.content | trim"), [], "  Hello ", "Hello<|end|>"),
+        (INST, [], "Hello", "Hello </s>"),
+        (INST, [" Hello"], "Hello", " Hello </s>"),
+        (INST, [], "[/INST]", "[/INST] </s>"),
+        (INST.replace("%} {{", "%}{{"), [], "Hello", "Hello </s>"),
+        (PLAIN[: PLAIN.index("{% if")], [], "Hello", "Hello"),
     ],
 )  # fmt: skip
-def test_templates_without_a_generation_prompt(tmp_path, template, joined, answer, expected):
+def test_a_token_that_holds_some_of_the_answer_is_labelled(tmp_path, template, joined, answer, expected):
     [found], report = labelled(tmp_path, tokenizer(template, *joined), turns("Why?", answer, "So?", "Yes."))
-    assert found == expected and report is None
+    end = next((end for end in ("<|end|>", " </s>") if expected.endswith(end)), "")
+    assert found == [expected, "Yes." + end] and report is None
 
 
 @pytest.mark.parametrize(
@@ -105,6 +95,7 @@ def test_templates_without_a_generation_prompt(tmp_path, template, joined, answe
         HEADED.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"): "where an answer begins cannot be told",
         HEADED.replace("m.content", "m.content | upper"): "where an answer begins cannot be told",
         HEADED + "{% if add_generation_prompt %}<think>{% endif %}": "generation prompt is not how its answers begin",
+        HEADED + "{{ raise_exception('no system role') }}": "no system role",
     }.items(),
 )
 def test_templates_that_are_refused(tmp_path, template, message):

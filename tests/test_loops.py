@@ -1,25 +1,27 @@
-"""The loops of sfr_kernels/training/README.md train as written there: whole steps, on every process, and resumed."""
+"""Whoever makes the steps, they end where those of the plain model, its head and the reference loss do.
 
-import copy
-import multiprocessing
-import os
+Among them the loops of sfr_kernels/training/README.md, as written there: whole steps, on every process, and resumed.
+"""
+
 import re
-import socket
 import warnings
+from functools import partial
 
 import pytest
 import settings
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from tiny import CONFIG, pad, tiny_llama, tiny_samples, tiny_store
+from tiny import CONFIG, attached, in_two_processes, pad, tiny_samples, tiny_store, weights
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from sfr_kernels import attach, sfr_loss
+from sfr_kernels import detach, sfr_loss
 from sfr_kernels.ops.times import step_seed
 from sfr_kernels.targets import SFRCollator
 
-pytest.importorskip("lightning")  # here, and not in a block
+lightning = pytest.importorskip("lightning")  # here, and not in a block
+setting = pytest.mark.setting
 SAMPLES = tiny_samples(24)
 STORE = tiny_store(SAMPLES)
 COLLATE = SFRCollator(CONFIG, STORE, pad)
@@ -28,11 +30,145 @@ BLOCKS = re.findall(r"```python\n(.*?)```", settings.README.read_text(), re.DOTA
 [LIGHTNING] = [block for block in BLOCKS if "LightningModule" in block]
 STEPS, ACCUMULATION, MICRO = 3, 4, 2  # of an epoch; samples of a micro-batch
 ORDER = torch.randperm(len(SAMPLES), generator=torch.Generator().manual_seed(0)).tolist()  # DistributedSampler's
+BATCHES = [COLLATE([SAMPLES[i] for i in ORDER[step * 8 :][:8]]) for step in range(STEPS)]
+SGD = dict(lr=0.3)  # plain: Adam would divide the rounding of zero gradients by itself
+
+
+def fresh():
+    return attached(STORE, std=0.1)  # at zero half of the head would learn a step later
 
 
 def optimizer_of(model):
-    """Plain SGD: Adam would divide the rounding of zero gradients by itself."""
-    return torch.optim.SGD(model.parameters(), lr=0.3)
+    return torch.optim.SGD(model.parameters(), **SGD)
+
+
+def plain_loss(model, head, batch, step: int):
+    """By the reference, of the plain model's hidden states."""
+    hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    return sfr_loss(
+        hidden, model.lm_head.weight, head, batch["rows"], batch["rows"].targets, config=CONFIG,
+        seed=step_seed(CONFIG.seed, step), backend="reference",
+    ).loss  # fmt: skip
+
+
+def differentiate(optimizer, loss_of):
+    optimizer.zero_grad()
+    loss = loss_of()
+    loss.backward()
+    return loss
+
+
+def train_by_hand(kind=torch.optim.SGD, **options) -> list[dict[str, torch.Tensor]]:
+    """The weights after each step of the plain model and its head."""
+    model = fresh()
+    head = detach(model)
+    optimizer, ends = kind([*model.parameters(), *head.parameters()], **options or SGD), []
+    for step, batch in enumerate(BATCHES):
+        optimizer.step(partial(differentiate, optimizer, partial(plain_loss, model, head, batch, step)))
+        ends.append(weights(model) | {f"sfr.head.{name}": p for name, p in weights(head).items()})
+    return ends
+
+
+@pytest.fixture(scope="module")
+def by_hand() -> list[dict[str, torch.Tensor]]:
+    return train_by_hand()
+
+
+def assert_near(found: dict, wanted: dict, rtol=1e-4, atol=1e-6) -> None:
+    assert found.keys() == wanted.keys()
+    before = weights(fresh())
+    for name, value in wanted.items():
+        assert (value - before[name]).abs().max() > 5e-5, f"{name} hardly moved, which shows nothing"
+        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def assert_same(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys()
+    assert not [name for name, value in wanted.items() if not torch.equal(found[name], value)]
+
+
+@setting("own loop", "GradScaler")
+def test_a_step_that_a_scaler_skips_is_none(by_hand):
+    model = fresh()
+    optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step, batch in enumerate([BATCHES[0], BATCHES[2], *BATCHES[1:]]):  # the second overflows
+        optimizer.zero_grad()
+        scaler.scale(model(**batch).loss).backward()
+        if step == 1:
+            model.lm_head.weight.grad[3, 3] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        assert model.sfr.step == (1, 1, 2, 3)[step]
+    assert scaler.get_scale() == 2.0**9
+    assert_near(weights(model), by_hand[-1])
+
+
+@setting("own loop", "closures, as of LBFGS")
+def test_lbfgs_counts_its_steps_whatever_it_evaluates():
+    """The noise of a step is one in all of its evaluations."""
+    model, options, losses = fresh(), dict(lr=0.2, max_iter=4), []
+    optimizer = torch.optim.LBFGS(model.parameters(), **options)
+
+    def recorded(batch):
+        losses.append(model(**batch).loss)
+        return losses[-1]
+
+    for batch in BATCHES:
+        optimizer.step(partial(differentiate, optimizer, partial(recorded, batch)))
+    assert model.sfr.step == 3 and len(losses) == 12
+    assert all(losses[i] > losses[i + 3] for i in (0, 4, 8))
+    assert_near(weights(model), train_by_hand(torch.optim.LBFGS, **options)[-1], rtol=1e-3, atol=1e-4)
+
+
+class Tuning(lightning.LightningModule):
+    def configure_optimizers(self):
+        return optimizer_of(self)
+
+    def training_step(self, batch, index):
+        return self.model(**batch).loss
+
+
+@setting("Lightning", "automatic optimization")
+def test_lightning_may_make_the_steps_itself(tmp_path, by_hand):
+    tuning = Tuning()
+    tuning.model = model = fresh()
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **off)
+    trainer.fit(tuning, torch.utils.data.DataLoader(BATCHES, batch_size=None))
+    assert model.sfr.step == 3
+    assert_near(weights(model), by_hand[-1])
+
+
+@setting("own loop", "average of weights (AveragedModel)")
+def test_an_average_evaluates_as_the_model_of_averaged_weights(by_hand):
+    model = fresh()
+    optimizer = optimizer_of(model)
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5))
+    for batch in BATCHES:
+        optimizer.step(partial(differentiate, optimizer, lambda batch=batch: model(**batch).loss))
+        average.update_parameters(model)
+    wanted = fresh()
+    for name, p in wanted.named_parameters():  # the first update copies
+        p.data = 0.5 * (0.5 * (by_hand[0][name] + by_hand[1][name]) + by_hand[2][name])
+    head, batch = detach(wanted), BATCHES[0]
+    assert average.eval()(**batch).loss.item() == pytest.approx(plain_loss(wanted, head, batch, -1).item(), rel=1e-5)
+
+
+@setting("own loop", "an optimizer for each parameter, stepped in backward")
+def test_parameters_may_be_stepped_in_backward(by_hand):
+    model = fresh()
+    optimizers = {p: torch.optim.SGD([p], **SGD) for p in model.parameters()}
+
+    def step(p):
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in optimizers:
+        p.register_post_accumulate_grad_hook(step)
+    for i, batch in enumerate(BATCHES):
+        model(**batch).loss.backward()
+        assert model.sfr.step == i + 1
+    assert_near(weights(model), by_hand[-1])
 
 
 def run(block: str, model, *, optimizer=None, processes: int = 1, shuffle=False, epochs=1, resume_from=None) -> list:
@@ -64,54 +200,12 @@ def run(block: str, model, *, optimizer=None, processes: int = 1, shuffle=False,
     return seen
 
 
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def fresh():
-    model = attach(tiny_llama(), CONFIG, STORE)
-    torch.nn.init.normal_(model.sfr.head.output_proj.weight, std=0.1)  # else half of the head learns a step later
-    return model
-
-
-@pytest.fixture(scope="module")
-def by_hand() -> dict[str, torch.Tensor]:
-    """The weights after an epoch of whole steps of the plain model, its head and the loss in plain torch."""
-    attached = fresh()
-    model, head = tiny_llama(), copy.deepcopy(attached.sfr.head)
-    optimizer, size = torch.optim.SGD([*model.parameters(), *head.parameters()], lr=0.3), ACCUMULATION * MICRO
-    for step in range(STEPS):
-        batch = COLLATE([SAMPLES[i] for i in ORDER[step * size :][:size]])
-        hidden = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        loss = sfr_loss(
-            hidden, model.lm_head.weight, head, batch["rows"], batch["rows"].targets, config=CONFIG,
-            seed=step_seed(CONFIG.seed, step), backend="reference",
-        ).loss  # fmt: skip
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    found, before = weights(model) | {f"sfr.head.{name}": p for name, p in weights(head).items()}, weights(attached)
-    assert all((found[name] - before[name]).abs().max() > 5e-5 for name in before)  # far from the tolerance below
-    return found
-
-
-def assert_near(found: dict, wanted: dict) -> None:
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def assert_same(found: dict, wanted: dict) -> None:
-    assert found.keys() == wanted.keys()
-    assert not [name for name, value in wanted.items() if not torch.equal(found[name], value)]
-
-
 @pytest.fixture(autouse=True)
 def alone(tmp_path, monkeypatch):
     """In a folder of its own, on the CPU, without Lightning's advice."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more would wait for ever in a forked process
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more would wait for ever in a process that Lightning forks
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="lightning")
         yield
@@ -131,7 +225,7 @@ def loops(*names: str):
 def test_accumulated_steps_are_whole_steps_with_the_whole_batch(block, by_hand):
     model = fresh()
     run(block, model)
-    assert_near(weights(model), by_hand)
+    assert_near(weights(model), by_hand[-1])
     assert model.sfr.step == STEPS
     saved = load_file("out/model/model.safetensors")
     saved |= {f"sfr.head.{name}": value for name, value in load_file("out/model/sfr_head.safetensors").items()}
@@ -141,33 +235,22 @@ def test_accumulated_steps_are_whole_steps_with_the_whole_batch(block, by_hand):
 @loops("two processes (DDP, on a CPU)")
 def test_two_processes_train_as_one_does(block, by_hand):
     """Their micro-batches have different numbers of tokens, and no process knows those of the other."""
-    if torch.cuda.is_initialized():
-        pytest.skip("a process that has begun to use a GPU cannot be forked")
-    if block is LIGHTNING:  # which starts them itself, and brings the weights back
+    if block is ACCELERATE:
+        in_two_processes(run_in_half)
+        ends = [torch.load(f"weights-{rank}.pt") for rank in range(2)]
+    else:  # Lightning starts them itself, and brings the weights back
+        if torch.cuda.is_initialized():
+            pytest.skip("a process that has begun to use a GPU cannot be forked")
         model = fresh()
         run(block, model, processes=2)
-        assert_near(weights(model), by_hand)
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=_process, args=(block, rank, port)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    for rank in range(2):
-        assert_near(torch.load(f"weights-{rank}.pt"), by_hand)
+        ends = [weights(model)]
+    for found in ends:
+        assert_near(found, by_hand[-1])
 
 
-def _process(block: str, rank: int, port: int) -> None:
-    places = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    os.environ |= {name: str(value) for name, value in places.items()}
-    torch.set_num_threads(1)
+def run_in_half(rank: int) -> None:
     model = fresh()
-    run(block, model, processes=2)
+    run(ACCELERATE, model, processes=2)
     torch.save(weights(model), f"weights-{rank}.pt")
 
 
@@ -187,19 +270,17 @@ def stopping(model, after: int):
     return optimizer
 
 
-def going_on(block: str, trainer: str, **fields):
-    return pytest.param(block, *fields.values(), marks=pytest.mark.setting(trainer, "resuming"))
-
-
 # accelerate goes on within an epoch, and within a later one; Lightning at an epoch's end
+OF_ACCELERATE, OF_LIGHTNING = (setting(trainer, "resuming") for trainer in LOOPS)
+
+
 @pytest.mark.parametrize(
     ("block", "after", "state", "missing"),
     [
-        going_on(ACCELERATE, "accelerate", after=2, state="out/state-2", missing=4),
-        going_on(ACCELERATE, "accelerate", after=5, state="out/state-4", missing=2),
-        going_on(LIGHTNING, "Lightning", after=5, state="checkpoints/*.ckpt", missing=3),
+        pytest.param(ACCELERATE, 2, "out/state-2", 4, marks=OF_ACCELERATE, id="accelerate, first epoch"),
+        pytest.param(ACCELERATE, 5, "out/state-4", 2, marks=OF_ACCELERATE, id="accelerate, second epoch"),
+        pytest.param(LIGHTNING, 5, "checkpoints/*.ckpt", 3, marks=OF_LIGHTNING, id="Lightning"),
     ],
-    ids=["accelerate, first epoch", "accelerate, second epoch", "Lightning"],
 )
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(block, after, state, missing, tmp_path):
     stopped, resumed, whole = fresh(), fresh(), fresh()

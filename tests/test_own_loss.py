@@ -31,85 +31,38 @@ DELTA = dict(
 )  # fmt: skip
 
 # Causal LMs by model type, and what of their configuration a tiny one needs; None: leave out.
-ACCEPTED = {
-    "afmoe": {},
-    "apertus": {},
-    "arcee": {},
+PLAIN = """
+    afmoe apertus arcee bert biogpt bitnet bloom cohere2 diffllama electra ernie4_5 exaone4 falcon_mamba gemma
+    gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss granitemoe helium hunyuan_v1_dense jetmoe lfm2
+    llama llama4_text mamba ministral mistral modernbert-decoder mpt nemotron olmo olmo2 olmo3 olmoe openai-gpt opt
+    persimmon phi phi3 phimoe qwen3 qwen3_moe roberta seed_oss smollm3 stablelm starcoder2 vaultgemma xglm
+    xlm-roberta
+"""  # bert shifts; gpt2 has another tree of modules; phi's lm_head has a bias
+ACCEPTED = {name: {} for name in PLAIN.split()} | {
     "bamba": {**STATE, "attn_layer_indices": [1]},
-    "bert": {},  # BertLMHeadModel, which shifts
     "big_bird": {"attention_type": "original_full"},
-    "biogpt": {},
-    "bitnet": {},
-    "bloom": {},
     "codegen": {"rotary_dim": 8},
     "cohere": {"logit_scale": 0.25},  # scale on the logits
-    "cohere2": {},
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
-    "diffllama": {},
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
-    "electra": {},
-    "ernie4_5": {},
-    "exaone4": {},
     "falcon": {"head_dim": None},
-    "falcon_mamba": {},
-    "gemma": {},
     "gemma2": {"final_logit_softcapping": 5.0},  # softcap
-    "gemma3_text": {},
-    "glm": {},
-    "glm4": {},
-    "glm4_moe": {},
-    "gpt2": {},  # another tree of modules
-    "gpt_bigcode": {},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-    "gpt_neox": {},
-    "gpt_oss": {},
     "gptj": {"rotary_dim": 8},
     "granite": {"logits_scaling": 8.0},  # divisor of the logits
-    "granitemoe": {},
     "granitemoehybrid": {**STATE, "layer_types": ["mamba", "attention"]},
-    "helium": {},
-    "hunyuan_v1_dense": {},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False},
-    "jetmoe": {},
-    "lfm2": {},
-    "llama": {},
-    "llama4_text": {},
-    "mamba": {},
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 4},
     "minicpm3": LATENT,
-    "ministral": {},
-    "mistral": {},
     "mixtral": {"output_router_logits": True},  # the router's loss on top
-    "modernbert-decoder": {},
-    "mpt": {},
     "nanochat": {"final_logit_softcapping": 5.0},
-    "nemotron": {},
-    "olmo": {},
-    "olmo2": {},
-    "olmo3": {},
-    "olmoe": {},
-    "openai-gpt": {},
-    "opt": {},
-    "persimmon": {},
-    "phi": {},  # lm_head with a bias
-    "phi3": {},
-    "phimoe": {},
     "qwen2": {"tie_word_embeddings": True},  # one tensor for input and output embeddings
-    "qwen3": {},
     "qwen3_5_text": DELTA,
-    "qwen3_moe": {},
     "qwen3_next": DELTA,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": HIDDEN},
-    "roberta": {},
-    "seed_oss": {},
-    "smollm3": {},
-    "stablelm": {},
-    "starcoder2": {},
-    "vaultgemma": {},
-    "xglm": {},
-    "xlm-roberta": {},
 }
+ACCEPTED = dict(sorted(ACCEPTED.items()))
 
 
 def tiny_config(model_type: str, **overrides):
@@ -181,23 +134,15 @@ def with_head(change):
     return model
 
 
-def of_class(**methods):
-    return type("Own", (transformers.LlamaForCausalLM,), methods)(transformers.LlamaConfig(**SIZES)).eval()
-
-
-def class_of(head):
-    head.__class__ = Quantised
+def lm_head_with(name: str, value):
+    return lambda: with_head(lambda model: setattr(model.lm_head, name, value))
 
 
 def with_weight(make):
-    def change(model):
-        model.lm_head.weight = nn.Parameter(make(model.lm_head.weight.detach()), requires_grad=False)
+    def weight_of(model):
+        return nn.Parameter(make(model.lm_head.weight.detach()), requires_grad=False)
 
-    return lambda: with_head(change)
-
-
-def replaced(model):
-    model.lm_head.forward = lambda hidden: 2 * F.linear(hidden, model.lm_head.weight)
+    return lambda: with_head(lambda model: setattr(model.lm_head, "weight", weight_of(model)))
 
 
 def smoothed(logits, labels, vocab_size, num_items_in_batch=None, **options):
@@ -217,31 +162,25 @@ def with_hook(hook):
     return lambda: with_head(lambda model: model.lm_head.register_forward_hook(hook))
 
 
-def fused_elsewhere(self, input_ids, labels=None, **options):
-    """As a package does that puts a fused loss of its own into the model."""
-    hidden = self.model(input_ids).last_hidden_state
-    logits = F.linear(hidden, self.lm_head.weight)
-    return transformers.modeling_outputs.CausalLMOutput(loss=self.loss_function(logits, labels, VOCAB))
+def with_forward(logits, loss=True, shown=True):
+    """A Llama whose forward is its user's own; `logits` of the model and its hidden states."""
+
+    def forward(self, input_ids, labels=None, num_items_in_batch=None, **options):
+        made = logits(self, self.model(input_ids).last_hidden_state)
+        wanted = loss and labels is not None
+        value = self.loss_function(made, labels, VOCAB, num_items_in_batch) if wanted else None
+        return transformers.modeling_outputs.CausalLMOutput(loss=value, logits=made if shown else None)
+
+    own = type("Own", (transformers.LlamaForCausalLM,), dict(forward=forward))
+    return lambda: own(transformers.LlamaConfig(**SIZES)).eval()
 
 
-def loss_alone(self, input_ids, labels=None, num_items_in_batch=None, **options):
-    logits = self.lm_head(self.model(input_ids).last_hidden_state)
-    loss = None if labels is None else self.loss_function(logits, labels, VOCAB, num_items_in_batch)
-    return transformers.modeling_outputs.CausalLMOutput(loss=loss)
+def own_logits(self, hidden):
+    return self.lm_head(hidden)
 
 
 def test_a_model_that_returns_no_logits_has_its_own_loss():
-    assert_own(of_class(forward=loss_alone))
-
-
-def cubed(self, input_ids, labels=None, **options):
-    logits = self.lm_head(self.model(input_ids).last_hidden_state) ** 3
-    return transformers.modeling_outputs.CausalLMOutput(loss=self.loss_function(logits, labels, VOCAB), logits=logits)
-
-
-def no_loss(self, input_ids, labels=None, **options):
-    logits = self.lm_head(self.model(input_ids).last_hidden_state)
-    return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+    assert_own(with_forward(own_logits, shown=False)())
 
 
 def chameleon():
@@ -264,29 +203,28 @@ REFUSED_AT_ONCE = {
     "BartForConditionalGeneration": (causal("bart", AutoModelForSeq2SeqLM), "is an encoder-decoder"),
     "BertModel": (lambda: transformers.BertModel(tiny_config("bert")), "no lm_head: .*ForCausalLM, got BertModel"),
     "a class of nn.Linear with its own forward": (
-        lambda: with_head(lambda model: class_of(model.lm_head)),
+        lm_head_with("__class__", Quantised),
         "Quantised, whose forward is not that of nn.Linear",
     ),
-    "a replaced forward of the lm_head": (lambda: with_head(replaced), "forward of model's lm_head was replaced"),
+    "a replaced forward of the lm_head": (
+        lm_head_with("forward", lambda hidden: 2 * hidden),
+        "forward of model's lm_head was replaced",
+    ),
     "a weight of int8": (with_weight(lambda w: w.to(torch.int8)), "Parameter of torch.int8"),
     "a weight of float8": (with_weight(lambda w: w.to(torch.float8_e4m3fn)), "Parameter of torch.float8_e4m3fn"),
     "a weight of a tensor subclass": (with_weight(lambda w: TwoTensor(w, w.clone())), "TwoTensor of torch.float32"),
     "a wrapped model": (lambda: nn.DataParallel(tiny_llama()), "wrapped in DataParallel: give attach the model inside"),
 }
-# What their first loss shows.
+# What the first loss shows.
+NO_SHIFT = {
+    "Bart": "bart", "BigBirdPegasus": "bigbird_pegasus", "Blenderbot": "blenderbot",
+    "BlenderbotSmall": "blenderbot-small", "CpmAnt": "cpmant", "Marian": "marian", "MBart": "mbart", "Mvp": "mvp",
+    "Pegasus": "pegasus", "PLBart": "plbart", "TrOCR": "trocr", "Whisper": "whisper",
+}  # fmt: skip
 REFUSED_AT_THE_FIRST_LOSS = {
-    "BartForCausalLM": (causal("bart"), UNSHIFTED),
-    "BigBirdPegasusForCausalLM": (causal("bigbird_pegasus", attention_type="original_full"), UNSHIFTED),
-    "BlenderbotForCausalLM": (causal("blenderbot"), UNSHIFTED),
-    "BlenderbotSmallForCausalLM": (causal("blenderbot-small"), UNSHIFTED),
-    "CpmAntForCausalLM": (causal("cpmant"), UNSHIFTED),
-    "MarianForCausalLM": (causal("marian"), UNSHIFTED),
-    "MBartForCausalLM": (causal("mbart"), UNSHIFTED),
-    "MvpForCausalLM": (causal("mvp"), UNSHIFTED),
-    "PegasusForCausalLM": (causal("pegasus"), UNSHIFTED),
-    "PLBartForCausalLM": (causal("plbart"), UNSHIFTED),
-    "TrOCRForCausalLM": (causal("trocr"), UNSHIFTED),
-    "WhisperForCausalLM": (causal("whisper"), UNSHIFTED),
+    f"{name}ForCausalLM": (causal(kind, attention_type="original_full"), UNSHIFTED)  # BigBirdPegasus has such types
+    for name, kind in NO_SHIFT.items()
+} | {
     "XLMWithLMHeadModel": (causal("xlm"), UNSHIFTED),
     "XLNetLMHeadModel": (causal("xlnet", num_hidden_layers=None, max_position_embeddings=None, d_inner=48), UNSHIFTED),
     "BertForMaskedLM": (causal("bert", AutoModelForMaskedLM), UNSHIFTED),
@@ -294,19 +232,22 @@ REFUSED_AT_THE_FIRST_LOSS = {
     "ChameleonForConditionalGeneration": (chameleon, "changes 8 of 96 classes after the lm_head.*: 60, 61, 62"),
     "InklingForCausalLM": (
         causal("inkling_text", unpadded_vocab_size=90),
-        r"logits of shape \(1, 6, 90\) of its lm_head's \(1, 6, 96\)",
+        r"shape \(1, 6, 90\) of its lm_head's \(1, 6, 96",
     ),
-    "ProphetNetForCausalLM": (
-        causal("prophetnet", num_hidden_layers=None),
-        "must run once on 6 token ids and their labels alone.*batch_size",
-    ),
+    "ProphetNetForCausalLM": (causal("prophetnet", num_hidden_layers=None), "must run once on 6 token ids.*batch_size"),
     "a hook that changes the logits": (with_hook(lambda module, args, out: 2 * out), "hook on the lm_head"),
     "a hook that writes over the logits": (with_hook(lambda module, args, out: out.mul_(2)), "hook on the lm_head"),
     "a loss function of the user": (with_loss(smoothed), "not next-token cross-entropy: [0-9.]+, not [0-9.]+"),
     "a loss without num_items_in_batch": (with_loss(always_mean), "divides its loss by another number"),
-    "a transform that the loss lacks": (lambda: of_class(forward=cubed), "in a way the loss does not know"),
-    "a forward without the lm_head": (lambda: of_class(forward=fused_elsewhere), "does not call its lm_head"),
-    "a forward without a loss": (lambda: of_class(forward=no_loss), "returns no loss"),
+    "a transform that the loss lacks": (
+        with_forward(lambda self, hidden: self.lm_head(hidden) ** 3),
+        "in a way the loss does not know",
+    ),
+    "a forward without the lm_head": (  # as a package has it that puts a fused loss of its own into the model
+        with_forward(lambda self, hidden: F.linear(hidden, self.lm_head.weight), shown=False),
+        "does not call its lm_head",
+    ),
+    "a forward without a loss": (with_forward(own_logits, loss=False), "returns no loss"),
 }
 REFUSED = REFUSED_AT_ONCE | REFUSED_AT_THE_FIRST_LOSS
 

@@ -11,28 +11,24 @@ from sfr_kernels import SFRConfig, SupervisedRows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IGNORE = -100
+presets = pytest.mark.parametrize("preset", ["default", "official"])
 
 
-def slow_responses(labels: list[list[int]], segments: list[list[int]] | None, config: SFRConfig) -> list[list[int]]:
+def slow_responses(labels: list[list[int]], segments: list[list[int]], config: SFRConfig) -> list[list[int]]:
     """The responses as lists of flat positions: maximal runs of the positions of the rule in one packed sample; as
     published, all of them there."""
-    published = config.target_rule == "published"
-    responses, length = [], len(labels[0])
-    for b, row in enumerate(labels):
+    published, responses, length = config.target_rule == "published", [], len(labels[0])
+    for b, (row, sample) in enumerate(zip(labels, segments, strict=True)):
+        if published:
+            members = [p for p in range(length) if row[p] != IGNORE]
+        else:
+            members = [p for p in range(length - 1) if row[p + 1] != IGNORE and sample[p] == sample[p + 1]]
         previous = None
-        for p in range(length):
-            if published:
-                member = row[p] != IGNORE
-            else:
-                together = p + 1 < length and (segments is None or segments[b][p] == segments[b][p + 1])
-                member = together and row[p + 1] != IGNORE
-            same_sample = previous is not None and (segments is None or segments[b][p] == segments[b][previous])
-            if member and same_sample and (published or previous == p - 1):
-                responses[-1].append(b * length + p)
-            elif member:
-                responses.append([b * length + p])
-            if member:
-                previous = p
+        for p in members:
+            if previous is None or sample[p] != sample[previous] or not (published or previous == p - 1):
+                responses.append([])
+            responses[-1].append(b * length + p)
+            previous = p
     return responses
 
 
@@ -59,23 +55,16 @@ def slow_anchors(response: list[int], flat: list[int], config: SFRConfig, blank)
     return anchors
 
 
-def slow_rows(
-    labels: list[list[int]], segments, config: SFRConfig, blank
-) -> tuple[dict[int, dict], list[tuple[int, int]]]:
+def slow_rows(labels: list[list[int]], segments, config: SFRConfig, blank=lambda text: False) -> tuple[dict, list]:
     """{flat position: what its row must say}, and where the text of every anchor lies in the flattened labels."""
     length, out, texts = len(labels[0]), {}, []
     flat = [label for row in labels for label in row]
     published = config.target_rule == "published"
-
-    def row(position):
-        b, p = divmod(position, length)
-        together = p + 1 < length and (segments is None or segments[b][p] == segments[b][p + 1])
-        label = flat[position + 1] if together else IGNORE
-        return out.setdefault(position, dict(label=label, text=None, weight=0.0, sequence=b))
-
-    for position in range(len(flat)):
-        if row(position)["label"] == IGNORE:
-            del out[position]
+    segments = [[0] * length for _ in labels] if segments is None else segments
+    for b, (row, sample) in enumerate(zip(labels, segments, strict=True)):
+        for p in range(length - 1):
+            if row[p + 1] != IGNORE and sample[p] == sample[p + 1]:
+                out[b * length + p] = dict(label=row[p + 1], text=None, weight=0.0, sequence=b)
     for response in slow_responses(labels, segments, config):
         m = len(response)
         at = {} if config.loss == "mtp" else slow_anchors(response, flat, config, blank)
@@ -95,13 +84,14 @@ def slow_rows(
             else:
                 chosen = next((left[a] for a in sorted(left) if a >= position), None)
             if chosen is not None:
-                row(position).update(text=chosen, weight=weight)
+                no_ce = dict(label=IGNORE, sequence=position // length)  # where nothing follows, as published
+                out.setdefault(position, no_ce).update(text=chosen, weight=weight)
             texts += [(position + 1, position + 2)] if config.loss == "mtp" else []
         texts += at.values()
     return out, texts
 
 
-def as_slow(rows: SupervisedRows) -> tuple[dict[int, dict], list[tuple[int, int]]]:
+def as_slow(rows: SupervisedRows) -> tuple[dict, list]:
     """The same description of the library's rows."""
     texts = [tuple(s) for s in rows.segments.tolist()]
     columns = (rows.rows, rows.labels, rows.anchor, rows.weight)
@@ -121,7 +111,7 @@ def check(labels: Tensor, config: SFRConfig, segments: Tensor | None = None, bla
         found = [stop > start and blank(flat[start:stop]) for start, stop in rows.segments.tolist()]
         rows = SupervisedRows.from_labels(labels, config, segments, blank=torch.tensor(found, dtype=torch.bool))
     packed = None if segments is None else segments.tolist()
-    expected, texts = slow_rows(labels.tolist(), packed, config, blank or (lambda text: False))
+    expected, texts = slow_rows(labels.tolist(), packed, config, *filter(None, [blank]))
     ours, our_texts = as_slow(rows)
     assert ours.keys() == expected.keys() and len(rows) == len(expected)
     for position, row in expected.items():
@@ -131,10 +121,10 @@ def check(labels: Tensor, config: SFRConfig, segments: Tensor | None = None, bla
     return rows
 
 
-def random_batch(seed: int) -> tuple[Tensor, Tensor | None]:
+def random_batch(seed: int, longest: int = 14) -> tuple[Tensor, Tensor | None]:
     """Runs of supervised and ignored tokens of every length, and packed samples that cut through them."""
     r = random.Random(seed)
-    batch, length, keep = r.randint(1, 3), r.randint(1, 14), r.choice([0.3, 0.8, 0.95])
+    batch, length, keep = r.randint(1, 3), r.randint(1, longest), r.choice([0.3, 0.8, 0.95])
     labels, segments = torch.full((batch, length), IGNORE), torch.zeros(batch, length, dtype=torch.int64)
     for b in range(batch):
         supervised = r.random() < keep
@@ -176,26 +166,27 @@ def one_response(m: int, before: int = 3, after: int = 2) -> Tensor:
     return torch.tensor([[IGNORE] * before + list(range(1, m + 1)) + [IGNORE] * after])
 
 
-@pytest.mark.parametrize("preset", ["default", "official"])
-@pytest.mark.parametrize(
-    "labels",
-    [
-        pytest.param(torch.full((2, 5), IGNORE), id="no rows"),
-        pytest.param(torch.zeros(0, 5, dtype=torch.int64), id="no sequences"),
-        pytest.param(torch.zeros(2, 0, dtype=torch.int64), id="no tokens"),
-        pytest.param(torch.tensor([[7]]), id="one token, which nothing predicts"),
-        pytest.param(one_response(1), id="one row, shorter than min_tokens"),
-        pytest.param(one_response(2), id="exactly min_tokens"),
-        pytest.param(one_response(3), id="one more than min_tokens"),
-        pytest.param(one_response(8), id="m - min_tokens a multiple of the stride: no extra anchor"),
-        pytest.param(one_response(9), id="m - min_tokens one beyond the stride"),
-        pytest.param(one_response(9, before=0, after=0), id="the whole row"),
-        pytest.param(one_response(9, before=0), id="from the first token"),
-        pytest.param(one_response(9, after=0), id="to the last token"),
-        pytest.param(torch.arange(18).view(2, 9), id="two whole rows, which must not join"),
-    ],
-)
-def test_picked_cases(labels, preset):
+PICKED = {
+    "no rows": torch.full((2, 5), IGNORE),
+    "no sequences": torch.zeros(0, 5, dtype=torch.int64),
+    "no tokens": torch.zeros(2, 0, dtype=torch.int64),
+    "one token, which nothing predicts": torch.tensor([[7]]),
+    "one row, shorter than min_tokens": one_response(1),
+    "exactly min_tokens": one_response(2),
+    "one more than min_tokens": one_response(3),
+    "m - min_tokens a multiple of the stride: no extra anchor": one_response(8),
+    "m - min_tokens one beyond the stride": one_response(9),
+    "the whole row": one_response(9, before=0, after=0),
+    "from the first token": one_response(9, before=0),
+    "to the last token": one_response(9, after=0),
+    "two whole rows, which must not join": torch.arange(18).view(2, 9),
+}
+
+
+@presets
+@pytest.mark.parametrize("name", PICKED)
+def test_picked_cases(name, preset):
+    labels = PICKED[name]
     if labels.numel():
         check(labels, small_config(preset))
     else:
@@ -218,38 +209,7 @@ def test_anchors_of_one_response_by_hand():
     torch.testing.assert_close(rows.weight[flow][order], torch.arange(10, 0, -1) / 10)
 
 
-@pytest.mark.parametrize("config", [small_config(min_tokens=1), small_config(segment_tokens=0)])
-def test_linear_weights_have_mean_one_over_a_response(config):
-    # configurations in which every row has a target; otherwise the last rows of a response have weight 0
-    for m in (1, 2, 9, 40):
-        rows = SupervisedRows.from_labels(one_response(m), config)
-        assert len(rows) == m == rows.num_flow
-        assert rows.weight.double().mean().item() == pytest.approx(1.0, rel=1e-6)
-        assert (rows.weight.diff() < 0).all()
-
-
-def test_no_target_contains_a_token_already_emitted_nor_crosses_a_sample():
-    seen = 0
-    for seed in range(150):
-        labels, segments = random_batch(seed)
-        if segments is None:
-            continue
-        for preset in ("default", "official"):
-            rows = SupervisedRows.from_labels(labels, small_config(preset), segments)
-            sample = (torch.arange(labels.shape[0])[:, None] * 1000 + segments).flatten()
-            for position, anchor in zip(rows.rows.tolist(), rows.anchor.tolist(), strict=True):
-                if anchor < 0:
-                    continue
-                start, stop = rows.segments[anchor].tolist()
-                assert (sample[start:stop] == sample[position]).all()
-                if preset == "default":  # the hidden state at `position` has seen the tokens up to and with it
-                    assert start > position and (labels.flatten()[start:stop] != IGNORE).all()
-                    assert stop - start >= 2 or start == position + 1  # min_tokens, but for the first row
-                    seen += 1
-    assert seen > 500
-
-
-@pytest.mark.parametrize("preset", ["default", "official"])
+@presets
 def test_order_counts_and_dtypes(preset):
     labels, segments = make_labels()
     rows = SupervisedRows.from_labels(labels, small_config(preset), segments)
@@ -271,6 +231,7 @@ def test_order_counts_and_dtypes(preset):
 
 
 def test_noise_id_is_the_flat_index_or_what_is_given():
+    """And labels are left as they were."""
     labels, segments = make_labels()
     rows = SupervisedRows.from_labels(labels, small_config(), segments)
     assert torch.equal(rows.noise_id, rows.rows)
@@ -278,6 +239,7 @@ def test_noise_id_is_the_flat_index_or_what_is_given():
     given = SupervisedRows.from_labels(labels, small_config(), segments, identity)
     assert torch.equal(given.noise_id, identity.flatten()[rows.rows])
     assert torch.equal(given.rows, rows.rows) and torch.equal(given.anchor, rows.anchor)
+    assert all(torch.equal(a, b) for a, b in zip((labels, segments), make_labels(), strict=True))
 
 
 def test_one_sequence_and_other_integer_types():
@@ -289,14 +251,7 @@ def test_one_sequence_and_other_integer_types():
     assert as_slow(SupervisedRows.from_labels(labels)) == as_slow(SupervisedRows.from_labels(labels, SFRConfig()))
 
 
-def test_labels_are_left_as_they_were():
-    labels, segments = make_labels()
-    before = labels.clone(), segments.clone()
-    SupervisedRows.from_labels(labels, small_config(), segments)
-    assert torch.equal(labels, before[0]) and torch.equal(segments, before[1])
-
-
-@pytest.mark.parametrize("preset", ["default", "official"])
+@presets
 def test_to_keeps_everything(preset):
     labels, segments = make_labels()
     rows = SupervisedRows.from_labels(labels, small_config(preset), segments)
@@ -311,20 +266,21 @@ def test_to_keeps_everything(preset):
             assert getattr(same, name) == getattr(elsewhere, name) == value
 
 
-@pytest.mark.parametrize(
-    "error, name, arguments",
-    [
-        (TypeError, "labels", dict(labels=[[1, 2]])),
-        (TypeError, "labels", dict(labels=torch.ones(2, 3))),
-        (TypeError, "labels", dict(labels=torch.ones(2, 3, dtype=torch.bool))),  # a mask is not labels
-        (ValueError, "labels", dict(labels=torch.ones(1, 2, 3, dtype=torch.int64))),
-        (TypeError, "segment_ids", dict(segment_ids=torch.zeros(2, 3))),
-        (ValueError, "segment_ids", dict(segment_ids=torch.zeros(3, 2, dtype=torch.int64))),
-        (ValueError, "segment_ids", dict(segment_ids=torch.zeros(2, 3, dtype=torch.int64, device="meta"))),
-        (TypeError, "noise_id", dict(noise_id=[0] * 6)),
-        (ValueError, "noise_id", dict(noise_id=torch.zeros(6, dtype=torch.int64))),
-    ],
-)
-def test_errors_name_the_argument(error, name, arguments):
+INTEGERS = dict(dtype=torch.int64)
+WRONG = [
+    (TypeError, "labels", [[1, 2]]),
+    (TypeError, "labels", torch.ones(2, 3)),
+    (TypeError, "labels", torch.ones(2, 3, dtype=torch.bool)),  # a mask is not labels
+    (ValueError, "labels", torch.ones(1, 2, 3, **INTEGERS)),
+    (TypeError, "segment_ids", torch.zeros(2, 3)),
+    (ValueError, "segment_ids", torch.zeros(3, 2, **INTEGERS)),
+    (ValueError, "segment_ids", torch.zeros(2, 3, device="meta", **INTEGERS)),
+    (TypeError, "noise_id", [0] * 6),
+    (ValueError, "noise_id", torch.zeros(6, **INTEGERS)),
+]
+
+
+@pytest.mark.parametrize("error, name, value", WRONG)
+def test_errors_name_the_argument(error, name, value):
     with pytest.raises(error, match=name):
-        SupervisedRows.from_labels(**dict(labels=torch.ones(2, 3, dtype=torch.int64)) | arguments)
+        SupervisedRows.from_labels(**dict(labels=torch.ones(2, 3, **INTEGERS)) | {name: value})

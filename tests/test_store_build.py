@@ -5,18 +5,19 @@ import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
+import corpora
 import pytest
 import torch
-from corpora import SMALL, HashEncoder, Words, files_of, random_samples, write_labels
+from corpora import HashEncoder, Words, files_of, random_samples, write_labels
 
 from sfr_kernels.commands import main
-from sfr_kernels.targets import DamagedStore, OnlineTargets, SampleList, TargetStore, build_targets
+from sfr_kernels.targets import DamagedStore, OnlineTargets, SampleList, TargetStore
 from sfr_kernels.training.data import ChatFile
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,13 +26,16 @@ TESTS = Path(__file__).parent
 REPOSITORY = TESTS.parent
 
 
-def build(folder, corpus=None, encoder=None, **options) -> TargetStore:
-    corpus = corpus or SampleList(SAMPLES, shard_tokens=150)
-    return build_targets(corpus, SMALL, Words(), encoder or HashEncoder(), folder=folder, progress=False, **options)
+CORPUS = SampleList(SAMPLES, shard_tokens=150)
 
 
-def steps(kill_at: int) -> None:
-    """Makes this process kill itself before the file operation number `kill_at`, of those that change the disk."""
+def build(folder, corpus=CORPUS, **options) -> TargetStore:
+    return corpora.build(folder, corpus, **options)
+
+
+def build_until(kill_at: int, folder: Path, options: dict) -> None:
+    """Builds in this process, which kills itself before the file operation of that number that changes the disk."""
+    torch.set_num_threads(1)
     done, me = 0, os.getpid()
 
     def counted(function):
@@ -46,18 +50,9 @@ def steps(kill_at: int) -> None:
 
         return wrapper
 
-    for module, names in (
-        (os, ("fsync", "replace", "chmod", "mkdir", "unlink", "rmdir")),
-        (tempfile, ("mkstemp",)),
-        (shutil, ("rmtree",)),
-    ):
-        for name in names:
-            setattr(module, name, counted(getattr(module, name)))
-
-
-def child(folder: Path, kill_at: int, options: dict) -> None:
-    torch.set_num_threads(1)
-    steps(kill_at)
+    for name in ("fsync", "replace", "chmod", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    tempfile.mkstemp, shutil.rmtree = counted(tempfile.mkstemp), counted(shutil.rmtree)
     build(folder, **options)
 
 
@@ -76,7 +71,7 @@ def test_killed_before_any_step_it_goes_on_and_ends_with_the_same_bytes(tmp_path
             build(folder)
             path = TargetStore.open(folder).shards[1].path
             path.write_bytes(path.read_bytes()[:-1] + b"!")
-        process = fork.Process(target=child, args=(folder, kills, options))
+        process = fork.Process(target=build_until, args=(kills, folder, options))
         process.start()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
@@ -101,97 +96,38 @@ def test_killed_before_any_step_it_goes_on_and_ends_with_the_same_bytes(tmp_path
     assert kills > {"fresh": 30, "replacing": 30, "repairing": 10}[kind]
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_at_any_write_loses_nothing(tmp_path, monkeypatch):
     build(tmp_path / "reference")
-    import sfr_kernels.atomic as atomic
+    sync, writes = os.fsync, 0
+    while True:
+        left, folder = iter(range(writes)), tmp_path / str(writes)
 
-    written, plain = 0, os.fdopen
-
-    class Full:
-        def __init__(self, file):
-            self.file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self.file.close()
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def write(self, data):
-            nonlocal written
-            written += len(data)
-            if written > 4000:
-                self.file.write(data[: len(data) // 2])
+        def full(handle, left=left, folder=folder):
+            if stat.S_ISREG(os.fstat(handle).st_mode) and next(left, None) is None:
+                assert not (folder / "manifest.json").exists()  # of which a reader would see the half
+                os.ftruncate(handle, os.fstat(handle).st_size // 2)
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return self.file.write(data)
+            sync(handle)
 
-    monkeypatch.setattr(atomic.os, "fdopen", lambda handle, mode: Full(plain(handle, mode)))
-    with pytest.raises(OSError, match=r"no room left for .*the same command goes on"):
-        build(tmp_path / "s")
-    monkeypatch.undo()
-    kept = files_of(tmp_path / "s")
-    shards = [name for name in kept if name.startswith("targets-")]
-    assert shards and not any(".partial-" in name for name in kept)
-    build(tmp_path / "s")
-    assert files_of(tmp_path / "s") == files_of(tmp_path / "reference")
-
-
-def test_a_small_file_system_fills_and_then_has_room(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("needs the right to mount a file system")
-    try:
-        with pytest.raises(OSError, match="no room left"):
-            build(disk / "s")
-        shards = len(list((disk / "s").glob("targets-*")))
-        assert shards and not list((disk / "s").glob(".partial-*"))
-        subprocess.run(["mount", "-o", "remount,size=1m", disk], check=True)
-        build(disk / "s")
-        build(tmp_path / "reference")
-        assert files_of(disk / "s") == files_of(tmp_path / "reference")
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-def test_readers_while_a_writer_finishes(tmp_path):
-    """They see no store, or the whole of it; with a replacement, the old one or the new one."""
-    folder, stop, seen = tmp_path / "s", threading.Event(), []
-    new, old = build(tmp_path / "n").lookup(range(12)), build(tmp_path / "o", encoder=HashEncoder(salt=1))
-    old = old.lookup(range(12))
-
-    def read():
-        while not stop.is_set():
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
             try:
-                found = TargetStore.open(folder).lookup(range(12))
-            except FileNotFoundError:
-                seen.append("none")
-            except DamagedStore as error:  # opened just before it was replaced
-                assert "is missing" in str(error)
-            else:
-                assert torch.equal(found, new) or torch.equal(found, old)
-                seen.append("new" if torch.equal(found, new) else "old")
-
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    for reader in readers:
-        reader.start()
-    build(folder, encoder=HashEncoder(salt=1))
-    build(folder, replace=True)
-    while "new" not in seen:
-        pass
-    stop.set()
-    for reader in readers:
-        reader.join()
-    assert {"none", "old", "new"} <= set(seen) | {"none"}
+                build(folder)
+                break
+            except OSError as error:
+                assert "no room left for" in str(error) and (writes or "the same command goes on" in str(error))
+        kept = files_of(folder)
+        assert "manifest.json" not in kept and not any(".partial-" in name for name in kept)
+        build(folder)
+        assert files_of(folder) == files_of(tmp_path / "reference")
+        writes += 1
+    assert writes == 10  # a shard and its record, four times; what is replaced; the manifest
 
 
 def test_segments_come_in_order_of_length_and_once(tmp_path):
     encoder = HashEncoder()
     samples = [{"labels": [-100, *range(20)]}, {"labels": [-100, *range(20)]}, {"labels": [-100, 5, 6]}]
-    store = build(tmp_path / "s", SampleList(samples), encoder)
+    store = build(tmp_path / "s", SampleList(samples), encoder=encoder)
     lengths = [len(text) for text in encoder.texts]
     assert lengths == sorted(lengths, reverse=True) and len(set(encoder.texts)) == len(encoder.texts)
     assert torch.equal(store.lookup([0]), store.lookup([1]))
@@ -228,32 +164,28 @@ def test_a_file_gives_the_targets_of_its_samples(tmp_path):
     assert torch.equal(build(tmp_path / "f", corpus).lookup(range(12)), build(tmp_path / "s").lookup(range(12)))
 
 
-SCRIPT = """
-import sys
-sys.path[:0] = [{repository!r}, {tests!r}]
-from test_store_build import SAMPLES, SMALL, HashEncoder, SampleList, Words, build
-"""
+def run_script(*lines: str, launcher: tuple[str, ...] = (), folder: Path) -> str:
+    """What a script says that sees this module's names."""
+    path = f"import sys; sys.path[:0] = [{str(REPOSITORY)!r}, {str(TESTS)!r}]"
+    (folder / "script.py").write_text("\n".join([path, "from test_store_build import *", *lines]))
+    done = subprocess.run([sys.executable, *launcher, str(folder / "script.py")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_builds_the_same_store(tmp_path, processes):
+def test_any_number_of_processes_builds_the_same_store(tmp_path):
     """Under torchrun, with a gloo group beside it, as a training script has one."""
     build(tmp_path / "reference")
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(repository=str(REPOSITORY), tests=str(TESTS)) + f"""
-import torch.distributed as dist
-dist.init_process_group("gloo")
-encoder = HashEncoder()
-store = build({str(tmp_path / "s")!r}, encoder=encoder)
-assert len(store) == 12
-counts = [None] * {processes}
-dist.all_gather_object(counts, len(encoder.texts))
-assert min(counts) > 0, counts
-dist.destroy_process_group()
-""")  # fmt: skip
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script(
+        "import torch.distributed as dist",
+        "dist.init_process_group('gloo')",
+        "encoder, counts = HashEncoder(), [None] * 3",
+        f"assert len(build({str(tmp_path / 's')!r}, encoder=encoder)) == 12",
+        "dist.all_gather_object(counts, len(encoder.texts))",
+        "assert min(counts) > 0, counts",
+        "dist.destroy_process_group()",
+        launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"), folder=tmp_path,
+    )  # fmt: skip
     assert files_of(tmp_path / "s") == files_of(tmp_path / "reference")
 
 
@@ -269,14 +201,12 @@ def test_the_command_under_accelerate_and_ray_builds_what_it_builds_alone(tmp_pa
 
     assert main(command("alone")) == 0
     assert main(command("pool", "--devices", "cpu", "cpu")) == 0
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "sfr_kernels"]
-    launched = subprocess.run([sys.executable, *launcher, *command("launched")], capture_output=True, text=True,
-                              cwd=REPOSITORY)  # fmt: skip
-    assert launched.returncode == 0, launched.stderr
+    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m"]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(REPOSITORY)}
-    ray = subprocess.run([sys.executable, "-m", "sfr_kernels", *command("ray", "--engine", "ray")],
-                         capture_output=True, text=True, env=environment)  # fmt: skip
-    assert ray.returncode == 0, ray.stderr
+    for before, arguments in ((launcher, command("launched")), ([], command("ray", "--engine", "ray"))):
+        run = [sys.executable, "-m", *before, "sfr_kernels", *arguments]
+        done = subprocess.run(run, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
     alone = files_of(tmp_path / "alone")
     assert len(alone) == 2 and all(files_of(tmp_path / name) == alone for name in ("pool", "launched", "ray"))
 
@@ -287,29 +217,22 @@ def peak_memory(tmp_path: Path, segments: int) -> int:
     with open(data, "w") as file:
         for i in range(segments // 100):
             file.write('{"labels": [-100' + "".join(f", {(i * 7919 + j) % 50000}" for j in range(200)) + "]}\n")
-    script = SCRIPT.format(repository=str(REPOSITORY), tests=str(TESTS)) + f"""
-import resource
-from sfr_kernels import SFRConfig
-from sfr_kernels.targets import build_targets
-from sfr_kernels.training.data import ChatFile
-config = SFRConfig(stride=2, min_tokens=2, segment_tokens=2)
-class Forgetful(HashEncoder):
-    def encode_document(self, texts, **options):
-        found = super().encode_document(texts, **options)
-        self.texts.clear()
-        return found
-corpus = ChatFile({str(data)!r}, Words(), 4096, shard_tokens=16384)
-store = build_targets(corpus, config, Words(), Forgetful(4), folder={str(tmp_path / str(segments))!r}, progress=False)
-assert store.manifest["anchors"] == {segments}, store.manifest["anchors"]
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout) * 1024
+    return 1024 * int(run_script(
+        "import collections, resource",
+        "from sfr_kernels import SFRConfig",
+        "encoder = HashEncoder(4)",
+        "encoder.texts = collections.deque(maxlen=0)",  # which forgets
+        f"corpus = ChatFile({str(data)!r}, Words(), 4096, shard_tokens=16384)",
+        "config = SFRConfig(stride=2, min_tokens=2, segment_tokens=2)",
+        f"store = build({str(tmp_path / str(segments))!r}, corpus, config=config, encoder=encoder)",
+        f"assert store.manifest['anchors'] == {segments}, store.manifest['anchors']",
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)",
+        folder=tmp_path,
+    ))  # fmt: skip
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    """A million segments in the memory of a hundred thousand, but for a record per shard."""
-    small, large = peak_memory(tmp_path, 100_000), peak_memory(tmp_path, 1_000_000)
+    """Half a million segments in the memory of fifty thousand, but for a record per shard."""
+    small, large = peak_memory(tmp_path, 50_000), peak_memory(tmp_path, 500_000)
     assert large - small < 16 * 2**20, (small, large)

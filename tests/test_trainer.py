@@ -1,119 +1,104 @@
-"""A stock transformers Trainer on an attached model: accumulation, logging, schedules, checkpoints."""
+"""A stock transformers Trainer on an attached model: accumulation, logging, schedules, checkpoints, two processes."""
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from corpora import HashEncoder, Words
-from peft import LoraConfig, get_peft_model
-from tiny import CONFIG, TARGET, pad, tiny_llama, tiny_samples, tiny_store
-from transformers import (
-    AutoModelForCausalLM,
-    DataCollatorWithFlattening,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from trl_cases import ENCODER, ByHand, chunked_loss, lora, settings, tokenizer
+import trl_cases
+from corpora import HashEncoder, Words, build
+from tiny import CONFIG, adapted, in_two_processes, pad, tiny_llama, tiny_mixtral, tiny_samples, tiny_store, without_id
+from torch.utils.data import IterableDataset
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
+from trl import SFTTrainer
+from trl_cases import ENCODER, ByHand, chunked_loss, stock_trainer, texts, tokenizer
 
-from sfr_kernels import SFRConfig, attach
-from sfr_kernels.targets import OnlineTargets, SFRCollator, build_targets
+from sfr_kernels import attach
+from sfr_kernels.targets import OnlineTargets, SFRCollator
 from sfr_kernels.training.callbacks import SFRCallback, schedule_at
+from sfr_kernels.training.trl import SFRTrainer
 
 SAMPLES = tiny_samples(24)
 STORE = tiny_store(SAMPLES)
-LORA = pytest.param(True, marks=pytest.mark.setting("Trainer", "LoRA before attach"))
+setting = pytest.mark.setting
+LORA = pytest.param(True, marks=setting("Trainer", "LoRA before attach"), id="lora")
+with_adapters = pytest.mark.parametrize("adapters", [pytest.param(False, id="full"), LORA])
+OF_TRAINER = ("compute_metrics", "compute_loss_func", "callbacks", "eval_dataset", "preprocess_logits_for_metrics")
 
 
-def make_trainer(
-    folder, *, lora=False, config=CONFIG, store=STORE, callback=None, callbacks=(), eval_dataset=None, **arguments
-):
-    model = tiny_llama()
-    if lora:
-        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    attach(model, config, targets=store)
-    defaults = dict(per_device_train_batch_size=8, max_steps=6, logging_steps=1, learning_rate=1e-2, save_strategy="no",
-                    report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False)  # fmt: skip
-    return Trainer(
-        model=model, args=TrainingArguments(str(folder), **{**defaults, **arguments}), train_dataset=SAMPLES,
-        eval_dataset=eval_dataset, data_collator=SFRCollator(config, store, pad),
-        callbacks=[callback or SFRCallback(), *callbacks],
-    )  # fmt: skip
+def trainer_of(model, folder, collate, *, samples=SAMPLES, kind=Trainer, arguments=TrainingArguments, **options):
+    """Three steps of plain SGD, of batches of eight."""
+    own = {k: options.pop(k) for k in OF_TRAINER if k in options}
+    fixed = dict(max_steps=3, per_device_train_batch_size=8, logging_steps=1, save_strategy="no", report_to=[], seed=1,
+                 optim="sgd", learning_rate=0.3, disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+                 remove_unused_columns=False)  # fmt: skip
+    given = arguments(str(folder), **fixed | options)
+    return kind(model=model, args=given, train_dataset=samples, data_collator=collate, **own)
+
+
+def make_trainer(folder, *, adapters=False, config=CONFIG, store=STORE, callback=None, callbacks=(), **options):
+    """Six steps of Adam, with the callback and columns as Trainer has them."""
+    model = attach(adapted(tiny_llama()) if adapters else tiny_llama(), config, store)
+    adam = dict(max_steps=6, optim="adamw_torch", learning_rate=1e-2, seed=42, remove_unused_columns=True)
+    given = dict(callbacks=[callback or SFRCallback(), *callbacks]) | adam | options
+    return trainer_of(model, folder, SFRCollator(config, store, pad), **given)
+
+
+def logged(trainer, *names: str) -> list[tuple]:
+    """The values of each log that has all of these names."""
+    return [tuple(h[n] for n in names) for h in trainer.state.log_history if set(names) <= h.keys()]
 
 
 def losses(trainer):
-    return [(h["step"], h["ce_loss"], h["flow_loss"]) for h in trainer.state.log_history if "ce_loss" in h]
+    return logged(trainer, "step", "ce_loss", "flow_loss")
 
 
-@pytest.mark.setting("Trainer", "gradient accumulation")
+@setting("Trainer", "gradient accumulation")
 @pytest.mark.parametrize(
-    "packed",
+    "adapters, collate",
     [
-        pytest.param(False, marks=pytest.mark.setting("Trainer", "padding on the right")),
-        pytest.param(True, marks=pytest.mark.setting("Trainer", "packing")),
+        pytest.param(False, pad, marks=setting("Trainer", "padding on the right"), id="full, padding"),
+        pytest.param(True, DataCollatorWithFlattening(), marks=setting("Trainer", "packing"), id="lora, packing"),
     ],
-    ids=["padding", "packing"],
 )
-@pytest.mark.parametrize("adapters", [False, LORA], ids=["full", "lora"])
-def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, adapters, packed):
+def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, adapters, collate):
     """Whatever is accumulated, and with no matrix of logits."""
     samples = [{**s, "input_ids": [6 + i % 17 for i in s["input_ids"]]} for s in tiny_samples(12)]
     for s in samples:
         s["labels"] = [y if y == -100 else i for y, i in zip(s["labels"], s["input_ids"], strict=True)]
-    store = build_targets(samples, CONFIG, tokenizer(), ENCODER, folder=tmp_path / "targets", progress=False)
-    collator = SFRCollator(CONFIG, store, DataCollatorWithFlattening() if packed else pad)
+    store = build(tmp_path / "targets", samples, tokenizer=tokenizer())
     by_hand = ByHand()
     for accumulated in (1, 4):
         model = tiny_llama(initializer_range=0.2)
         if adapters:
             torch.manual_seed(1)
-            model = get_peft_model(model, lora())
-        attach(model, chunked_loss(), store)
+            model = adapted(model, init_lora_weights="gaussian")
         parts = dict(gradient_accumulation_steps=accumulated, per_device_train_batch_size=4 // accumulated)
-        names = {f.name for f in fields(TrainingArguments)}
-        given = {k: v for k, v in settings(tmp_path, **parts).to_dict().items() if k in names}
-        trainer = Trainer(model, TrainingArguments(**given), data_collator=collator, train_dataset=samples)
-        SFRCallback().add_to(trainer)
-        by_hand.check(trainer, samples)
+        by_hand.check(stock_trainer(tmp_path, model, samples, store, collate, **parts), samples)
 
 
-@pytest.mark.setting("Trainer", "cross-entropy alone")
-@pytest.mark.parametrize("lora", [False, LORA], ids=["full", "lora"])
-def test_cross_entropy_alone_trains_as_the_plain_model_does(tmp_path, lora):
+@setting("Trainer", "cross-entropy alone")
+@with_adapters
+def test_cross_entropy_alone_trains_as_the_plain_model_does(tmp_path, adapters):
     """Under accumulation, where the normalizer is the whole step's; the checkpoint is a plain model."""
     runs = []
     for fused in (False, True):
-        model = tiny_llama()
-        if lora:
-            model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = adapted(tiny_llama()) if adapters else tiny_llama()
         if fused:
             attach(model, objective="ce")
-        arguments = TrainingArguments(
-            str(tmp_path / str(fused)), per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=4,
-            logging_steps=1, save_steps=4, report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-        )  # fmt: skip
-        samples = [{k: v for k, v in s.items() if k != "sample_id"} for s in SAMPLES]
-        trainer = Trainer(model=model, args=arguments, train_dataset=samples, data_collator=pad)
-        trainer.optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        steps = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=4, learning_rate=0.5)
+        saved = dict(save_strategy="steps", save_steps=4, seed=42)
+        trainer = trainer_of(model, tmp_path / str(fused), pad, samples=without_id(SAMPLES), **steps, **saved)
         trainer.train()
-        history = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-        runs.append((history, [p.detach() for p in model.parameters()], tmp_path / str(fused) / "checkpoint-4"))
-    (plain, weights, _), (fused, ours, folder) = runs
+        runs.append(([x for (x,) in logged(trainer, "loss")], [p.detach() for p in model.parameters()]))
+    (plain, weights), (fused, ours) = runs
     assert fused == pytest.approx(plain, rel=1e-5) and len(plain) == 4 and plain[0] > plain[-1]
     for a, b in zip(ours, weights, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    folder = tmp_path / "True" / "checkpoint-4"
     assert not list(folder.glob("sfr_*")) and list(folder.glob("*.safetensors"))
-
-
-def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(tmp_path):
-    reseeded = SFRConfig(**{**CONFIG.to_dict(), "seed": 1})
-    first, again, other = (make_trainer(tmp_path / f"{i}", config=c) for i, c in enumerate((CONFIG, CONFIG, reseeded)))
-    for trainer in (first, again, other):
-        trainer.train()
-    assert losses(first) == losses(again)
-    assert losses(first) != losses(other)
 
 
 class Stop(TrainerCallback):
@@ -121,35 +106,42 @@ class Stop(TrainerCallback):
         control.should_training_stop = state.global_step == 3
 
 
-@pytest.mark.setting("Trainer", "resuming")
-@pytest.mark.parametrize("lora", [False, LORA], ids=["full", "lora"])
-def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path, lora):
-    whole = make_trainer(tmp_path / "whole", lora=lora)
+def stopped(folder, **options):
+    """The checkpoint after three of six steps."""
+    make_trainer(folder, save_strategy="steps", save_steps=3, callbacks=[Stop()], **options).train()
+    return folder / "checkpoint-3"
+
+
+@setting("Trainer", "resuming")
+@with_adapters
+def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path, adapters):
+    """From checkpoints that hold the plain model."""
+    whole = make_trainer(tmp_path / "whole", adapters=adapters)
     whole.train()
-    stopped = make_trainer(tmp_path / "cut", lora=lora, save_strategy="steps", save_steps=3, callbacks=[Stop()])
-    stopped.train()
-    resumed = make_trainer(tmp_path / "cut", lora=lora)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-3"))
+    checkpoint = stopped(tmp_path / "cut", adapters=adapters)
+    resumed = make_trainer(tmp_path / "cut", adapters=adapters)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
     assert losses(resumed)[-3:] == losses(whole)[-3:]
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+    if not adapters:
+        _, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-@pytest.mark.setting("Trainer", "resuming without the head", outcome="refused")
+@setting("Trainer", "resuming without the head", outcome="refused")
 def test_a_checkpoint_without_its_head_is_refused(tmp_path):
-    make_trainer(tmp_path, save_strategy="steps", save_steps=3, callbacks=[Stop()]).train()
-    (tmp_path / "checkpoint-3" / "sfr_head.safetensors").unlink()
+    checkpoint = stopped(tmp_path)
+    (checkpoint / "sfr_head.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no velocity head at .*checkpoint-3"):
-        make_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        make_trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_a_folder_that_is_resumed_from_is_named_once(tmp_path):
+def test_the_head_is_read_from_the_folder_that_is_resumed_from(tmp_path):
     """Where the callback is not told, the head of this folder's own checkpoint is not taken for the resumed one's."""
     whole = make_trainer(tmp_path / "whole")
     whole.train()
-    for name, seed in (("there", 42), ("here", 7)):
-        make_trainer(tmp_path / name, save_strategy="steps", save_steps=3, seed=seed, callbacks=[Stop()]).train()
-    there = tmp_path / "there" / "checkpoint-3"
+    there, _ = stopped(tmp_path / "there"), stopped(tmp_path / "here", seed=7)
     with pytest.raises(ValueError, match="belongs to another model"):
         make_trainer(tmp_path / "here").train(resume_from_checkpoint=str(there))
     resumed = make_trainer(tmp_path / "here", callback=SFRCallback(resume_from=there))
@@ -161,10 +153,30 @@ def test_a_folder_that_is_resumed_from_is_named_once(tmp_path):
         assert losses(trainer)[-3:] == losses(whole)[-3:]
 
 
-def test_checkpoints_hold_the_plain_model(tmp_path):
-    make_trainer(tmp_path, save_strategy="steps", save_steps=6).train()
-    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(SAMPLES)
+
+
+@setting("Trainer", "streaming data set")
+@setting("Trainer", "streaming on several processes with dispatch_batches", outcome="refused")
+@pytest.mark.parametrize("kind", ["store", "online"])
+def test_a_stream_trains_as_a_list_of_its_samples_does(tmp_path, kind):
+    """accelerate slices every tensor of such a batch to the batch size: targets, which are more, stay whole."""
+    store = build(tmp_path / "s", SAMPLES) if kind == "store" else OnlineTargets(HashEncoder(), Words())
+    runs, order = [], dict(max_steps=3, train_sampling_strategy="sequential")
+    for samples in (SAMPLES, Stream()):
+        trainer = make_trainer(tmp_path, store=store, samples=samples, **order)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1] and len(runs[0]) == 3
+    several, state = SimpleNamespace(world_size=2, n_gpu=0, label_smoothing_factor=0.0), SimpleNamespace(global_step=0)
+    given = dict(model=trainer.model, train_dataloader=trainer.get_train_dataloader())
+    with pytest.raises(ValueError, match="dispatch_batches"):
+        SFRCallback().on_train_begin(several, state, None, **given)
+    cut = SFRCollator(CONFIG, store, pad)(SAMPLES[:4])
+    with pytest.raises(ValueError, match="dispatch_batches"):  # what slicing among two processes would leave
+        trainer.model(**{k: v[:2] if isinstance(v, torch.Tensor) else v for k, v in cut.items()})
 
 
 class Collect(TrainerCallback):
@@ -175,7 +187,7 @@ class Collect(TrainerCallback):
         self.seen.append(dict(logs))
 
 
-@pytest.mark.setting("Trainer", "ce_loss and flow_loss in the logs")
+@setting("Trainer", "ce_loss and flow_loss in the logs")
 def test_logged_losses_are_averages_of_the_window_and_reach_reporters(tmp_path):
     """A reporter that Trainer asks before the callbacks of its list, as it asks its own."""
     every, window, reporter = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", logging_steps=3), Collect()
@@ -185,72 +197,143 @@ def test_logged_losses_are_averages_of_the_window_and_reach_reporters(tmp_path):
     every.train()
     window.train()
     single = losses(every)
-    for end, ce, flow in losses(window):
-        steps = [s for s in single if end - 3 < s[0] <= end]
-        assert ce == pytest.approx(sum(s[1] for s in steps) / 3, rel=1e-5)
-        assert flow == pytest.approx(sum(s[2] for s in steps) / 3, rel=1e-5)
-    logged = [h for h in reporter.seen if "loss" in h]
-    assert all(h["loss"] == pytest.approx(h["ce_loss"] + h["flow_loss"], rel=1e-4) for h in logged) and logged
+    for end, *found in losses(window):
+        steps = [s[1:] for s in single if end - 3 < s[0] <= end]
+        assert found == pytest.approx([sum(x) / 3 for x in zip(*steps, strict=True)], rel=1e-5)
+    seen = [h for h in reporter.seen if "loss" in h]
+    assert all(h["loss"] == pytest.approx(h["ce_loss"] + h["flow_loss"], rel=1e-4) for h in seen) and seen
     json.dumps(window.state.log_history)  # plain numbers
 
 
-@pytest.mark.setting("Trainer", "a schedule of λ")
+@setting("Trainer", "a schedule of λ")
 def test_the_flow_weight_follows_its_schedule(tmp_path):
-    config = SFRConfig(**{**CONFIG.to_dict(), "flow_weight": 2.0, "flow_schedule": "cosine", "flow_warmup": 0.5})
-    trainer = make_trainer(tmp_path, config=config)
+    trainer = make_trainer(tmp_path, config=replace(CONFIG, flow_weight=2.0, flow_schedule="cosine", flow_warmup=0.5))
     trainer.train()
-    logged = [h["flow_weight"] for h in trainer.state.log_history if "flow_weight" in h]
-    assert logged == pytest.approx([0.5, 1.0, 1.5, 2.0, 1.5, 0.5])
-    assert all(h["loss"] == pytest.approx(h["ce_loss"] + h["flow_weight"] * h["flow_loss"], rel=1e-4)
-               for h in trainer.state.log_history if "ce_loss" in h)  # fmt: skip
+    assert [x for (x,) in logged(trainer, "flow_weight")] == pytest.approx([0.5, 1.0, 1.5, 2.0, 1.5, 0.5])
+    for loss, ce, weight, flow in logged(trainer, "loss", "ce_loss", "flow_weight", "flow_loss"):
+        assert loss == pytest.approx(ce + weight * flow, rel=1e-4)
 
 
 def test_schedules_start_and_end_where_they_should():
     almost = 0.5 * (1 + math.cos(0.99 * math.pi))
     for name, half, last in (("constant", 1.0, 1.0), ("linear", 0.5, 0.01), ("cosine", 0.5, almost)):
-        config = SFRConfig(flow_schedule=name)
+        config = replace(CONFIG, flow_schedule=name)
         assert [schedule_at(config, s, 100) for s in (0, 50, 99)] == pytest.approx([1.0, half, last])
 
 
-@pytest.mark.setting("Trainer", "evaluation")
+@setting("Trainer", "evaluation")
 def test_evaluation_has_the_weight_of_the_configuration_whatever_the_schedule(tmp_path):
     """So the best checkpoint is the best model's, and not that of the smallest λ."""
-    config = SFRConfig(**{**CONFIG.to_dict(), "flow_weight": 2.0, "flow_schedule": "cosine"})
-    trainer = make_trainer(
-        tmp_path, config=config, learning_rate=0.0, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=5,
-        eval_dataset=SAMPLES[:8],
-    )  # fmt: skip
+    config = replace(CONFIG, flow_weight=2.0, flow_schedule="cosine")
+    evaluation = dict(eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=5, eval_dataset=SAMPLES[:8])
+    trainer = make_trainer(tmp_path, config=config, learning_rate=0.0, **evaluation)
     trainer.train()
     with torch.no_grad():
         parts = [trainer.model.eval()(**SFRCollator(CONFIG, STORE, pad)(SAMPLES[i:j])) for i, j in ((0, 5), (5, 8))]
     ce, flow = ((5 * a + 3 * b).item() / 8 for a, b in zip(*[(p.ce_loss, p.flow_loss) for p in parts], strict=True))
-    logged = [h for h in trainer.state.log_history if "eval_loss" in h]
-    assert len(logged) == 3
-    for history in (*logged, trainer.evaluate()):
-        assert history["eval_ce_loss"] == pytest.approx(ce, rel=1e-5)
-        assert history["eval_flow_loss"] == pytest.approx(flow, rel=1e-5)
-        assert history["eval_loss"] == pytest.approx(ce + 2 * flow, rel=1e-5)
-    predicted = trainer.predict(SAMPLES[:3], metric_key_prefix="held").metrics
-    assert predicted["held_loss"] == pytest.approx(
-        predicted["held_ce_loss"] + 2 * predicted["held_flow_loss"], rel=1e-5
-    )
+    names = ("eval_ce_loss", "eval_flow_loss", "eval_loss")
+    found = logged(trainer, *names)
+    assert len(found) == 3
+    evaluated = trainer.evaluate()
+    for values in (*found, tuple(evaluated[n] for n in names)):
+        assert values == pytest.approx((ce, flow, ce + 2 * flow), rel=1e-5)
+    held = trainer.predict(SAMPLES[:3], metric_key_prefix="held").metrics
+    assert held["held_loss"] == pytest.approx(held["held_ce_loss"] + 2 * held["held_flow_loss"], rel=1e-5)
 
 
 def test_the_callback_asks_for_an_attached_model(tmp_path):
-    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, remove_unused_columns=False)
-    trainer = Trainer(tiny_llama(), arguments, data_collator=pad, train_dataset=SAMPLES, callbacks=[SFRCallback()])
     with pytest.raises(ValueError, match="attach"):
-        trainer.train()
+        trainer_of(tiny_llama(), tmp_path, pad, callbacks=[SFRCallback()]).train()
 
 
-@pytest.mark.setting("Trainer", "OnlineTargets")
+@setting("Trainer", "OnlineTargets")
 def test_a_trainer_with_targets_made_online(tmp_path):
     """Texts pass through the loader and accelerate; the second epoch embeds nothing."""
-    online = OnlineTargets(HashEncoder(TARGET), Words())
-    trainer = make_trainer(tmp_path, store=online, max_steps=3)
+    online, runs = OnlineTargets(HashEncoder(), Words()), []
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, store=online, max_steps=3)
+        trainer.train()
+        runs.append((losses(trainer), online.encoded))
+    assert runs[0] == runs[1] and len(runs[0][0]) == 3 and online.encoded > 0
+
+
+# Two processes with half of each batch train and log as one process with the whole of it does.
+NAME = "two processes (DDP, on a CPU)"
+EVALUATION = texts("plain", 8, seed=1)  # two batches of four, or of two and two
+EVALUATING = dict(eval_strategy="steps", eval_steps=3)
+
+
+def of_trainer(folder, arguments: dict):
+    """A stock Trainer on an attached model."""
+    ids = [tokenizer()(text)["input_ids"] for text in [*texts("plain")["text"], *EVALUATION["text"]]]
+    samples = [dict(input_ids=x, labels=list(x), sample_id=i) for i, x in enumerate(ids)]
+    store = build(folder / "targets", samples, tokenizer=tokenizer())
+    given = dict(eval_dataset=samples[12:]) | EVALUATING | arguments
+    return stock_trainer(folder, tiny_llama(initializer_range=0.2), samples[:12], store, **given)
+
+
+def of_packs(folder, arguments: dict):
+    """An SFRTrainer that packs, and builds its targets: both processes in the same folder."""
+    objective = dict(sfr=chunked_loss(), encoder=ENCODER, targets=folder / "targets", eval_dataset=EVALUATION)
+    arguments = EVALUATING | dict(packing=True, max_length=32, eval_packing=False) | arguments
+    model = tiny_llama(initializer_range=0.2)
+    return trl_cases.make_trainer(folder, model=model, train=texts("plain", 40), arguments=arguments, **objective)
+
+
+def of_experts(folder, arguments: dict, kind_of=SFRTrainer):
+    """Cross-entropy and router loss."""
+    given = dict(objective="ce") if kind_of is SFRTrainer else {}
+    given |= dict(model=tiny_mixtral(), kind_of=kind_of, arguments=arguments | dict(router_aux_loss_coef=0.5))
+    return trl_cases.make_trainer(folder, "completion", **given)
+
+
+def train_share(rank: int, make, folder) -> None:
+    trainer = make(folder, dict(per_device_train_batch_size=2, per_device_eval_batch_size=2))
     trainer.train()
-    encoded = online.encoded
-    assert encoded > 0 and len(losses(trainer)) == 3
-    again = make_trainer(tmp_path / "again", store=online, max_steps=3)
-    again.train()
-    assert online.encoded == encoded and losses(again) == losses(trainer)
+    assert trainer.args.world_size == 2
+    torch.save(([p.detach() for p in trainer.model.parameters()], trainer.state.log_history), folder / f"{rank}.pt")
+
+
+def trained_by_two(make, folder) -> list[tuple[list[torch.Tensor], list[dict]]]:
+    """Weights and logs of both processes, each with half of a batch of four."""
+    in_two_processes(train_share, make, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def assert_same_logs(found: list[dict], wanted: list[dict], names: set[str]) -> None:
+    assert names <= set().union(*wanted)
+    for a, b in zip(found, wanted, strict=True):
+        assert {k: a[k] for k in names & {*a}} == pytest.approx({k: b[k] for k in names & {*b}}, rel=1e-5)
+
+
+METRICS = {"entropy", "mean_token_accuracy", "num_tokens", "eval_entropy", "eval_mean_token_accuracy"}
+LOSSES = {"loss", "ce_loss", "flow_loss", "eval_loss", "eval_ce_loss", "eval_flow_loss"}
+OF_TWO = [
+    pytest.param(of_trainer, LOSSES, marks=setting("Trainer", NAME)),
+    pytest.param(of_packs, LOSSES | METRICS, marks=setting("SFRTrainer", NAME)),
+]
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(("make", "names"), OF_TWO)
+def test_two_processes_train_and_log_as_one_with_the_whole_batch(make, names, tmp_path):
+    """Which ends as a training by hand does. The processes' batches have different numbers of tokens."""
+    one = make(tmp_path / "one", dict(per_device_eval_batch_size=4))
+    start = [p.detach().clone() for p in one.model.parameters()]
+    one.train()
+    for weights, found in trained_by_two(make, tmp_path):
+        for a, b, before in zip(weights, one.model.parameters(), start, strict=True):
+            assert (a - b).abs().max() < 2e-4 * (b - before).abs().max()
+        assert_same_logs(found, one.state.log_history, names)
+
+
+@setting("SFRTrainer", NAME)
+def test_each_process_adds_its_share_of_a_router_loss(tmp_path):
+    """That of SFTTrainer in one process which accumulates what two have: a router loss is of a micro-batch alone."""
+    accumulated = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    one = of_experts(tmp_path, accumulated, SFTTrainer)
+    one.train()
+    for weights, found in trained_by_two(of_experts, tmp_path):
+        for a, b in zip(weights, one.model.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        assert_same_logs(found, one.state.log_history, {"loss", "aux_loss", "num_tokens"})

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import random
+from dataclasses import fields
 
 import pytest
 import torch
@@ -14,16 +15,16 @@ pytest.importorskip("trl")
 from corpora import HashEncoder
 from datasets import Dataset
 from operations import Operations
-from peft import LoraConfig
-from tiny import CONFIG, HIDDEN, TARGET, VOCAB, tiny_llama
+from tiny import CONFIG, HIDDEN, TARGET, VOCAB, pad, tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig
 
-from sfr_kernels import SFRLoss, VelocityHead, detach, sfr_loss
+from sfr_kernels import SFRLoss, VelocityHead, attach, detach, sfr_loss
 from sfr_kernels.ops.times import step_seed
-from sfr_kernels.targets import rows_and_texts
+from sfr_kernels.targets import SFRCollator, rows_and_texts
 from sfr_kernels.training.attach import base_of
+from sfr_kernels.training.callbacks import SFRCallback
 from sfr_kernels.training.objectives import attachment_of
 from sfr_kernels.training.trl import SFRTrainer
 
@@ -35,8 +36,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
 )
 CHUNK_ROWS = 8  # of some 30 supervised rows of a micro-batch and more
-ENCODER = HashEncoder(TARGET)
-LORA = dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+ENCODER = HashEncoder()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -89,15 +89,19 @@ def make_trainer(folder, kind: str = "plain", *, model=None, train=None, argumen
     )
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(**LORA, init_lora_weights="gaussian")
+def stock_trainer(folder, model, samples: list[dict], store, collate=pad, eval_dataset=None, **arguments) -> Trainer:
+    """A stock Trainer with these `settings`, the callback, and the model attached to a loss with small chunks."""
+    names = {f.name for f in fields(TrainingArguments)}
+    given = {k: v for k, v in settings(folder, **arguments).to_dict().items() if k in names}
+    data = dict(train_dataset=samples, eval_dataset=eval_dataset, data_collator=SFRCollator(CONFIG, store, collate))
+    trainer = Trainer(attach(model, chunked_loss(), store), TrainingArguments(**given), **data)
+    SFRCallback().add_to(trainer)
+    return trainer
 
 
 def documents(sample: dict) -> list[slice]:
     """Where in a sample those lie that are packed into it."""
-    ends = [0]
-    for length in sample.get("seq_lengths", [len(sample["input_ids"])]):
-        ends.append(ends[-1] + length)
+    ends = itertools.accumulate(sample.get("seq_lengths", [len(sample["input_ids"])]), initial=0)
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
@@ -118,8 +122,7 @@ def expected_loss(model, head, samples: list[tuple[int, dict]], seed: int, confi
     rows, found = rows_and_texts(labels, config, made, **named)
     targets = torch.zeros(len(found), TARGET)
     there = [i for i, text in enumerate(found) if text is not None]
-    options_of_encoder = dict(batch_size=8, normalize_embeddings=True, show_progress_bar=False, convert_to_tensor=True)
-    targets[there] = HashEncoder(TARGET).encode_document([found[i] for i in there], **options_of_encoder)
+    targets[there] = ENCODER.embed([found[i] for i in there])
     return sfr_loss(
         torch.cat(hidden)[None], base.lm_head.weight, head, rows, targets.half(), seed=seed, config=config,
         backend="reference", **options,
