@@ -17,8 +17,8 @@ GPU := $(wildcard /proc/driver/nvidia/version)
 CONSTRAINTS := $(if $(CI),constraints-ci.txt,constraints-cpu.txt)
 TORCH := $(shell sed -n 's/^torch==//p' constraints-cpu.txt)
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
-OPERATORS := linear_cross_entropy decoder_arguments sharded_vocab flow_loss sfr_loss ops modules rows arguments \
-	constants default_dtype cka golden attach_compile
+OPERATORS := every_loss loss_arguments loss_tracing linear_cross_entropy vocab_parallel flow_loss sfr_loss modules rows \
+	default_dtype golden attach_compile
 PINS := $(if $(GPU),,-c $(CONSTRAINTS))
 RUN ?= runs/demo
 # without a GPU as many tests at once as there are cores, each in one thread; a GPU they would have to share

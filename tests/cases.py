@@ -1,4 +1,4 @@
-"""Batches, heads and comparisons that the tests share. Everything random is seeded.
+"""Batches, heads, losses and comparisons that the tests share. Everything random is seeded.
 
 The oracle is `sfr_kernels.reference` under autograd in float64, on the inputs as the judged dtype rounded them. In
 float32 and 16 bit the error against it may be at most k times the error that the reference itself makes in that dtype.
@@ -7,15 +7,26 @@ float32 and 16 bit the error against it may be at most k times the error that th
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.oracle import Oracle
 from benchmarks.problem import make_head
-from sfr_kernels import SFRConfig, SupervisedRows, VelocityHead, reference
+from sfr_kernels import (
+    SFRConfig,
+    SupervisedRows,
+    VelocityHead,
+    flow_matching_loss,
+    linear_cross_entropy,
+    reference,
+    sfr_loss,
+)
 
+IGNORE = -100
 LEAVES = ("hidden", "weight", "bias")
 VOCAB = 256  # no test has more classes
 SEED = -6917529027641081857  # negative, and both halves in use
@@ -59,23 +70,16 @@ def embed(rows: SupervisedRows, labels: Tensor, size: int) -> Tensor:
 class LossCase:
     """Everything one call of a loss takes, in float64 (targets in float32)."""
 
-    config: SFRConfig
+    config: SFRConfig | None  # None, and no rows: for the cross-entropy alone
     labels: Tensor  # (B, L)
-    rows: SupervisedRows
+    rows: SupervisedRows | None
     hidden: Tensor  # (B, L, H)
     weight: Tensor  # (V, H)
     bias: Tensor  # (V,)
     head: VelocityHead | None
-    targets: Tensor  # (A, d); rows.labels for "mtp"
+    targets: Tensor | None  # (A, d); rows.labels for "mtp"
     seed: int | Tensor = SEED
     options: dict = field(default_factory=dict)  # more keywords of the loss
-
-    @property
-    def scales(self) -> dict[str, float]:
-        """The head's scales, as the reference takes them."""
-        if self.head is None:
-            return dict(time_scale=1.0)
-        return dict(time_scale=self.head.shape.time_scale, hidden_scale=self.head.shape.hidden_scale)
 
     def inputs(self, dtype=torch.float64, head_dtype=None) -> SimpleNamespace:
         """Fresh leaves in `dtype`, the head's in `head_dtype`."""
@@ -88,9 +92,9 @@ class LossCase:
 
 def in_float64(x: SimpleNamespace) -> SimpleNamespace:
     """The same values, as rounded as they are, as fresh float64 leaves."""
-    head = deepcopy(x.head).double()
+    head = None if x.head is None else deepcopy(x.head).double()
     tensors = {name: getattr(x, name).detach().double().requires_grad_() for name in LEAVES}
-    return SimpleNamespace(**tensors, head=head, params=dict(head.named_parameters()))
+    return SimpleNamespace(**tensors, head=head, params={} if head is None else dict(head.named_parameters()))
 
 
 def make_case(
@@ -120,10 +124,28 @@ def make_case(
     return LossCase(config, labels, rows, hidden, weight, bias, head, targets)
 
 
+def decoder_case(shape=(3, 11), hidden_size=20, vocab=37, used=0.6) -> LossCase:
+    """For the cross-entropy alone: labels without an order, of which a share is not ignored."""
+    g = torch.Generator().manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(size, generator=g, dtype=torch.float64)
+
+    hidden, weight, bias = normal(*shape, hidden_size), normal(vocab, hidden_size) / 2, normal(vocab)
+    labels = torch.randint(0, vocab, shape, generator=g)
+    labels[torch.rand(shape, generator=g) > used] = IGNORE
+    return LossCase(None, labels, None, hidden, weight, bias, None, None)
+
+
+def leaves_of(x: SimpleNamespace) -> dict[str, Tensor]:
+    """The tensors of `inputs` that may have a gradient, the head's parameters by their names."""
+    return {name: t for name, t in vars(x).items() if isinstance(t, Tensor) and t.is_leaf} | getattr(x, "params", {})
+
+
 def evaluate(function: Callable, x: SimpleNamespace, upstream: float = 1.0) -> dict[str, Tensor]:
     """The value of function(x) and the gradient of every leaf, zeros where it got none."""
     value = function(x)
-    leaves = {name: t for name, t in vars(x).items() if isinstance(t, Tensor) and t.is_leaf} | getattr(x, "params", {})
+    leaves = leaves_of(x)
     wanted = [t for t in leaves.values() if t.requires_grad]
     upstream = torch.full_like(value, upstream)
     found = iter(torch.autograd.grad(value, wanted, upstream, allow_unused=True) if value.requires_grad else ())
@@ -166,28 +188,144 @@ def judge(case: LossCase, ours: Callable, eager: Callable, k: float, dtype, head
     assert_as_good_as_eager(mine, theirs, exact, k)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses: `output` calls the public function; ours and reference take a case to a function (leaves → scalar)
+
+
+def entropy_output(case: LossCase, x: SimpleNamespace, *, of_rows=False, bias=True, **options):
+    options = dict(bias=x.bias if bias else None) | options
+    return linear_cross_entropy(x.hidden, x.weight, case.rows if of_rows else case.labels, **options)
+
+
+def flow_output(case: LossCase, x: SimpleNamespace, **options):
+    options = dict(seed=case.seed, config=case.config) | options
+    return flow_matching_loss(x.hidden, x.head, case.rows, case.targets, **options)
+
+
+def sfr_output(case: LossCase, x: SimpleNamespace, **options):
+    options = dict(bias=x.bias, seed=case.seed, config=case.config) | options
+    return sfr_loss(x.hidden, x.weight, x.head, case.rows, case.targets, **options)
+
+
+def our(output: Callable, case: LossCase, **overrides) -> Callable:
+    """x → the loss in what the public function returns; the losses of rows are summed with a weight for each."""
+
+    def run(x):
+        found = output(case, x, **case.options | overrides)
+        loss = found[0] if isinstance(found, tuple) else found
+        return loss if loss.dim() == 0 else (loss.flatten() * row_upstream(loss.numel())).sum()
+
+    return run
+
+
+def row_upstream(count: int) -> Tensor:
+    """The gradient that comes back to each of `count` rows, no two the same."""
+    return torch.linspace(-1, 2, count, dtype=torch.float32)
+
+
+our_entropy, our_flow, our_sfr = (partial(our, f) for f in (entropy_output, flow_output, sfr_output))
+
+
+def reference_entropy(case: LossCase, **overrides) -> Callable:
+    """x → the loss of `reference.linear_cross_entropy` on the case, its rows gathered and reduced here."""
+
+    def run(
+        x, *, of_rows=False, bias=True, shift=0, ignore_index=IGNORE, reduction="mean", normalizer=None,
+        row_weight=None, **options,
+    ):  # fmt: skip
+        if of_rows:
+            index, labels = case.rows.rows[case.rows.ce_start :], case.rows.labels[case.rows.ce_start :]
+        else:
+            ahead, labels = int(shift), torch.full_like(case.labels, ignore_index)
+            labels[..., : labels.shape[-1] - ahead] = case.labels[..., ahead:]
+            index = (labels.flatten() != ignore_index).nonzero().squeeze(1)
+            labels = labels.flatten()[index]
+        h = x.hidden.reshape(-1, x.hidden.shape[-1])
+        weights = None if row_weight is None else row_weight.flatten()[index].to(h.dtype)
+        options = dict(bias=x.bias if bias else None, row_weight=weights, ignore_index=-1) | options
+        rows = reference.linear_cross_entropy(h[index], x.weight, labels, **options)
+        if reduction == "none":
+            return (rows * row_upstream(len(h))[index]).sum()
+        return rows.sum() / (1 if reduction == "sum" else max(len(rows), 1) if normalizer is None else normalizer)
+
+    return lambda x: run(x, **case.options | overrides)
+
+
+def _flow_options(case: LossCase) -> dict:
+    """What the reference is told of the flow."""
+    shape = None if case.head is None else case.head.shape
+    scales = {name: getattr(shape, name) for name in ("time_scale", "hidden_scale")} if shape else dict(time_scale=1.0)
+    return dict(seed=case.seed, config=case.config) | scales | case.options
+
+
 def reference_sfr(case: LossCase, **overrides) -> Callable:
     """x → the loss of `reference.sfr_loss` on the case."""
-    return lambda x: reference.sfr_loss(
-        x.hidden,
-        x.weight,
-        x.params,
-        case.rows,
-        case.targets,
-        seed=case.seed,
-        config=case.config,
-        **case.scales | dict(bias=x.bias) | case.options | overrides,
-    )[0]
+    options, given = _flow_options(case) | overrides, (case.rows, case.targets)
+    return lambda x: reference.sfr_loss(x.hidden, x.weight, x.params, *given, **dict(bias=x.bias) | options)[0]
 
 
 def reference_flow(case: LossCase, **overrides) -> Callable:
     """x → the loss of `reference.flow_matching_loss` on the case."""
-    return lambda x: reference.flow_matching_loss(
-        x.hidden,
-        x.params,
-        case.rows,
-        case.targets,
-        seed=case.seed,
-        config=case.config,
-        **case.scales | case.options | overrides,
-    )
+    options = _flow_options(case) | overrides
+    return lambda x: reference.flow_matching_loss(x.hidden, x.params, case.rows, case.targets, **options)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One of the losses as the tests of every loss call it."""
+
+    output: Callable  # (case, leaves, **options) → what the public function returns
+    reference: Callable
+    preset: str = "default"
+    config: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+
+    def case(self, config: dict | None = None, **sizes) -> LossCase:
+        return replace(make_case(small_config(self.preset, **config or self.config), **sizes), options=self.options)
+
+    def sized_case(self) -> LossCase:
+        """Enough rows for errors to be statistics, and times and angles that 16 bit holds, or eager drowns in t."""
+        config = self.config | dict(time_scale=1.0, width=40)
+        case = self.case(config=config, length=41, hidden_size=32, target_size=24, vocab=83)
+        if self.output is not entropy_output and case.config.loss == "flow":
+            case.rows = case.rows.replace(time_index=(case.rows.noise_id % 4).int())
+            case.options = case.options | dict(times=torch.tensor([0.125, 0.375, 0.625, 0.875]))
+        return case
+
+    def ours(self, case: LossCase, **overrides) -> Callable:
+        return our(self.output, case, **overrides)
+
+    def leaves(self, x: SimpleNamespace) -> dict[str, Tensor]:
+        """Those that this loss has a gradient for."""
+        none = ("weight", "bias") if self.output is flow_output else x.params if self.output is entropy_output else ()
+        return {name: t for name, t in leaves_of(x).items() if name not in none}
+
+
+def _losses() -> dict[str, Loss]:
+    entropy = {
+        "cross-entropy": dict(shift=1),
+        "sum": dict(reduction="sum"),
+        "row losses": dict(shift=1, reduction="none"),
+        "cross-entropy of rows": dict(of_rows=True),
+    }
+    found = {name: Loss(entropy_output, reference_entropy, options=options) for name, options in entropy.items()}
+    options = dict(of_rows=True, reduction="none")  # the published rows begin with some that have flow only
+    found["row losses of rows"] = Loss(entropy_output, reference_entropy, "official", options=options)
+    kinds = {"flow": (flow_output, reference_flow), "sfr": (sfr_output, reference_sfr)}
+    for name, both in kinds.items():
+        for loss in ("flow", "mse", "cosine", "cka"):
+            for preset in ("default", "official"):
+                found[f"{name}: {loss}, {preset}"] = Loss(*both, preset, dict(loss=loss, flow_weight=0.6))
+    return found | {"sfr: mtp": Loss(sfr_output, reference_sfr, config=dict(loss="mtp", flow_weight=0.6))}
+
+
+LOSSES = _losses()
+
+
+def losses(*words, without=()):
+    """Parametrises a test by the names in which one of the words is, and none of those."""
+    names = [n for n in LOSSES if any(word in n for word in words or ("",)) and not any(word in n for word in without)]
+    return pytest.mark.parametrize("name", names)
+
+
+EVERY = losses()

@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfr_kernels import SFRConfig, SupervisedRows, VelocityHead
 
@@ -80,12 +80,16 @@ def loss_problem(name: str, dtype: torch.dtype = torch.float64) -> SimpleNamespa
     )
 
 
-def evaluate_head(head: VelocityHead, case: dict, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
-    """The velocity and every gradient as they come out of `head`, named as `wanted_of_head` names them."""
+def evaluate_head(
+    head: nn.Module, case: dict, dtype: torch.dtype, device: str = "cpu", velocity=None
+) -> dict[str, Tensor]:
+    """The velocity and every gradient as they come out of `head`, or of `velocity` with its parameters, named as
+    `wanted_of_head` names them."""
     x = {name: torch.tensor(case[name], dtype=dtype, device=device) for name in ("x_t", "t", "h", "upstream")}
     hidden = x["h"].flatten(0, 1).requires_grad_()
     t = x["t"].repeat_interleave(x["h"].shape[1])
-    v = head.to(device, dtype)(x["x_t"].flatten(0, 1), t, hidden)
+    head = head.to(device, dtype)
+    v = (velocity or head)(x["x_t"].flatten(0, 1), t, hidden)
     grads = torch.autograd.grad(v, [hidden, *head.parameters()], x["upstream"].flatten(0, 1))
     return dict(zip(["v", "hidden", *dict(head.named_parameters())], [v.detach(), *grads], strict=True))
 

@@ -9,7 +9,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from sfr_kernels import SFRConfig, attach
-from sfr_kernels.ops.times import step_seed
 from sfr_kernels.targets import OnlineTargets, SFRCollator
 
 SAMPLES = tiny_samples(24)
@@ -104,18 +103,3 @@ def test_targets_that_are_looked_up_or_embedded_break_the_graph_and_add_none(kin
         torch.testing.assert_close(eager(**batch).loss, compiled(**batch).loss, rtol=1e-6, atol=0)
         graphs.append(counter.frame_count)
     assert len(set(graphs[4:])) == 1, graphs
-
-
-def test_the_seed_of_a_step_has_the_same_bits_as_a_tensor():
-    # of the first steps, from the finaliser computed with unsigned numbers
-    def wanted(seed, step):
-        mask = 2**64 - 1
-        x = (seed * 0x9E3779B97F4A7C15 + (step + 2) * 0xD1B54A32D192ED03) & mask
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
-        return (x ^ (x >> 31)) >> 1
-
-    steps = [-1, 0, 1, 2, 3, 1000, 2**31, 2**40]
-    for seed in (0, 1, 2**63 - 1, -(2**63), 12345):
-        assert [step_seed(seed, s) for s in steps] == [wanted(seed, s) for s in steps]
-        assert step_seed(seed, torch.tensor(steps)).tolist() == [wanted(seed, s) for s in steps]

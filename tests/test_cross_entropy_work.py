@@ -1,22 +1,26 @@
-"""What the cross-entropy of a linear layer costs: multiplications, tensors and bytes, counted on the CPU."""
+"""What the losses cost: multiplications, tensors, bytes and alignment, counted on the CPU."""
 
 import pytest
 import torch
-from cases import make_case, small_config
-from decoder_cases import IGNORE, LEAVES, again, make
+from cases import IGNORE, LEAVES, LOSSES, assert_same, decoder_case, evaluate, losses, our_entropy
 from operations import Operations
 
-from sfr_kernels.kernels.backend import kernels_of
-
-kernels = kernels_of("torch")
-
 from benchmarks.timing import allocated
-from sfr_kernels import flow_matching_loss, linear_cross_entropy, sfr_loss
+from sfr_kernels import linear_cross_entropy
+from sfr_kernels.kernels import empty_rows
 from sfr_kernels.ops import chunks
 from sfr_kernels.ops.chunks import chunk_rows_for, dweight_dtype_for, product_blocks
 from sfr_kernels.ops.numerics import product_into
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def inputs(*sizes, dtype=torch.float32, **options):
+    """A decoder's labels, and leaves in `dtype`."""
+    case = decoder_case(*sizes, **options)
+    x = case.inputs(dtype)
+    x.labels = case.labels
+    return x
 
 
 def test_chunk_rows_are_the_documented_function():
@@ -42,36 +46,15 @@ def test_chunk_rows_are_the_documented_function():
     assert [chunk_rows_for(n, 4096, fp32, True, on_cpu=True) for n in (0, 512, 1025)] == [1, 512, 342]
 
 
-@pytest.mark.parametrize("dtype, logits_dtype", [(torch.float32, None), (torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype, logits_dtype, reduction):
+def test_no_tensor_is_larger_than_a_chunk_of_logits(reduction):
     n, hidden_size, vocab, chunk = 4096, 8, 1024, 64
-    x = make((4, n // 4), hidden_size, vocab, dtype, used=0.9)
+    x = inputs((4, n // 4), hidden_size, vocab, used=0.9, dtype=torch.bfloat16)
+    options = dict(chunk_rows=chunk, logits_dtype=torch.float32, softcap=5.0, label_smoothing=0.1, z_loss=0.1)
     with Operations() as produced:
-        options = dict(chunk_rows=chunk, logits_dtype=logits_dtype, reduction=reduction, label_smoothing=0.1)
-        loss = linear_cross_entropy(x.hidden, x.weight, x.labels, softcap=5.0, z_loss=0.1, **options)
-        loss.sum().backward()
+        linear_cross_entropy(x.hidden, x.weight, x.labels, reduction=reduction, **options).sum().backward()
     largest = max(torch.Size(s).numel() for s in produced.shapes)
     assert largest == max(chunk * vocab, n * hidden_size, vocab * hidden_size)
-    assert x.weight.grad is not None and len(produced.shapes) > 64 * 10  # the mode saw every chunk
-
-
-def test_a_frozen_head_has_no_gradient_buffer():
-    x = make((8, 16), hidden_size=64, vocab=512, dtype=torch.float32)
-    for trained in (True, False):
-        x.weight.requires_grad_(trained)
-        with Operations() as produced:
-            linear_cross_entropy(x.hidden, x.weight, x.labels, chunk_rows=16).backward()
-        assert (produced.made(x.weight.shape) > 0) == trained
-
-
-def test_ignored_rows_are_never_multiplied():
-    for used in (0.0, 0.1, 1.0):
-        x = make((8, 32), hidden_size=16, vocab=64, dtype=torch.float32, used=used)
-        with Operations() as operations:
-            linear_cross_entropy(x.hidden, x.weight, x.labels).backward()
-        n = int((x.labels != IGNORE).sum())
-        assert operations.flops == 3 * 2 * n * 16 * 64  # logits, dh, dW
 
 
 PRODUCTS = {  # what needs a gradient, and how many of the three products that takes
@@ -84,42 +67,64 @@ PRODUCTS = {  # what needs a gradient, and how many of the three products that t
 
 @pytest.mark.parametrize("needed, products", PRODUCTS.values(), ids=PRODUCTS.keys())
 @pytest.mark.parametrize("options", [{}, dict(return_stats=True, chunk_rows=7)])
-def test_only_the_products_that_are_needed(needed, products, options):
-    x = make((8, 32), hidden_size=16, vocab=64, dtype=torch.float32)
+@pytest.mark.parametrize("used", [0.0, 0.1, 1.0])
+def test_only_the_products_that_are_needed_of_rows_that_are_not_ignored(needed, products, options, used):
+    x = inputs((8, 32), hidden_size=16, vocab=64, used=used)
     for name in LEAVES:
         getattr(x, name).requires_grad_(name in needed)
     with Operations() as operations:
         out = linear_cross_entropy(x.hidden, x.weight, x.labels, **options)
     n = int((x.labels != IGNORE).sum())
     assert operations.flops == products * 2 * n * 16 * 64
-    loss = out[0] if options else out
-    assert loss.requires_grad == bool(needed)
+    assert operations.made(x.weight.shape) == ("weight" in needed)
+    assert (out[0] if options else out).requires_grad == bool(needed)
 
 
-def test_the_joint_op_multiplies_what_its_parts_do_and_gathers_once(monkeypatch):
-    case = make_case(small_config(), length=60)
-    parts, scattered, scatter = [], [], kernels.scatter_rows
-    monkeypatch.setattr(leaves, "scatter_rows", lambda *a: scattered.append(1) or scatter(*a))
-    for run in (
-        lambda x: linear_cross_entropy(x.hidden, x.weight, case.rows, bias=x.bias),
-        lambda x: flow_matching_loss(x.hidden, x.head, case.rows, case.targets, seed=1, config=case.config),
-        lambda x: (
-            sfr_loss(x.hidden, x.weight, x.head, case.rows, case.targets, seed=1, config=case.config, bias=x.bias).loss
-        ),
-    ):
-        with Operations() as seen:
-            run(case.inputs()).backward()
-        parts.append(seen)
-    cross_entropy, flow, joint = parts
+def test_the_joint_op_multiplies_what_its_parts_do_and_gathers_once():
+    seen = []
+    for name in ("cross-entropy of rows", "flow: flow, default", "sfr: flow, default"):
+        case = LOSSES[name].case(length=60)
+        x = case.inputs()
+        with Operations() as operations:
+            LOSSES[name].ours(case)(x).backward()
+        seen.append(operations)
+    cross_entropy, flow, joint = seen
     assert joint.flops == cross_entropy.flops + flow.flops
-    n, width = len(case.rows), case.hidden.shape[-1]
+    n, tokens, width = len(case.rows), case.labels.numel(), case.hidden.shape[-1]
     # the gathered rows, and the one buffer of their gradients; each part alone writes the latter over the former
     assert joint.made((n, width)) == 2
-    assert scattered == [1, 1, 1]  # once each
+    scattered = [operations.made((tokens, width)) for operations in seen]
+    assert scattered == [scattered[0]] * 3  # once each
+
+
+ODD = dict(length=14, vocab=251, hidden_size=37, target_size=13)
+
+
+@losses("cross-entropy", "row losses", "default", "mtp", without=["cka"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_product_sees_aligned_rows(name, dtype):
+    """With odd V, H, d and D no row of a matrix would start on 16 bytes by itself."""
+    loss = LOSSES[name]
+    case = loss.case(config=loss.config | dict(width=51), **ODD)
+    options = {} if name.startswith("flow") else dict(chunk_rows=5)
+    with Operations() as seen:
+        loss.ours(case, **options)(case.inputs(dtype)).backward()
+    assert len(seen.offsets) > 8 and set(seen.offsets) == {(0, 0)}
+
+
+def test_room_for_rows():
+    for width, dtype, stride in (
+        (50257, torch.bfloat16, 50304),
+        (50264, torch.bfloat16, 50264),  # a multiple of 16 bytes needs no room between the rows
+        (50257, torch.float32, 50304),
+        (1, torch.float64, 64),
+    ):
+        x = empty_rows(3, width, dtype, torch.device("cpu"))
+        assert x.shape == (3, width) and x.stride() == (stride, 1)
 
 
 def test_the_weight_is_cast_once_under_autocast():
-    x = make((8, 32), hidden_size=16, vocab=64, dtype=torch.float32)
+    x = inputs((8, 32), hidden_size=16, vocab=64)
     counts = []
     for chunk_rows in (7, 1000):
         with Operations() as operations, torch.autocast("cpu", dtype=torch.bfloat16):
@@ -138,31 +143,25 @@ def test_products_are_split_at_row_counts_that_are_known_to_be_slow():
 
 
 def test_split_products_are_those_of_the_whole(monkeypatch):
-    x = make((1, 2100), hidden_size=6, vocab=11, used=1.0)
-    x.labels[:] = x.labels.clamp(min=0)
+    case, made = decoder_case((1, 2100), hidden_size=6, vocab=11, used=1.0), []
+    run = our_entropy(case, chunk_rows=2100)
 
-    def run():
-        y = again(x, torch.float64)
-        loss = linear_cross_entropy(y.hidden, y.weight, y.labels, bias=y.bias, chunk_rows=2100)
-        loss.backward()
-        return [loss.detach(), *(getattr(y, name).grad for name in LEAVES)]
+    def noted(out, *arguments, **options):
+        made.append(len(out))
+        return product_into(out, *arguments, **options)
 
-    made = []
-    monkeypatch.setattr(
-        chunks, "product_into", lambda out, *a, **k: made.append(len(out)) or product_into(out, *a, **k)
-    )
-    found = run()
+    monkeypatch.setattr(chunks, "product_into", noted)
+    found = evaluate(run, case.inputs())
     assert made == [11, 1152, 948]  # dW, and dh in two parts; with a bias the logits are made elsewhere
     monkeypatch.setattr(chunks, "_PRODUCT_ROWS", 10**6)
-    for mine, whole in zip(found, run(), strict=True):
-        torch.testing.assert_close(mine, whole, rtol=1e-12, atol=1e-15)
+    assert_same(found, evaluate(run, case.inputs()), rtol=1e-12)
 
 
 @pytest.mark.parametrize("retain", [False, True])
 @pytest.mark.parametrize("upstream", [1.0, 0.3])
 def test_backward_makes_no_second_gradient_of_the_weight(retain, upstream):
     """Unless the graph is kept for another backward, the one that forward left is scaled where it is."""
-    x = make((8, 16), hidden_size=64, vocab=512, dtype=torch.float32)
+    x = inputs((8, 16), hidden_size=64, vocab=512)
     with Operations() as forward:
         loss = linear_cross_entropy(x.hidden, x.weight, x.labels)
     assert forward.made(x.weight.shape) == 1
@@ -188,8 +187,7 @@ MEMORY = {
 @pytest.mark.parametrize("options", MEMORY.values(), ids=MEMORY.keys())
 def test_no_peak_above_a_chunk_of_logits(options):
     n, hidden_size, vocab = 4096, 32, 8192
-    x = make((1, n), hidden_size, vocab, torch.float32, used=1.0)
-    options = dict(options)
+    x, options = inputs((1, n), hidden_size, vocab, used=1.0), dict(options)
     x.weight.requires_grad_(not options.pop("frozen", False))
     wanted = [t for t in (x.hidden, x.weight) if t.requires_grad]
 
@@ -198,12 +196,11 @@ def test_no_peak_above_a_chunk_of_logits(options):
         loss = out[0] if isinstance(out, tuple) else out
         return torch.autograd.grad(loss.sum(), wanted)
 
-    kept, peak, grads = allocated(run, x.weight.device)
+    _, peak, grads = allocated(run, x.weight.device)
     given = sum(g.numel() * g.element_size() for g in grads)
     chunk = options["chunk_rows"] * vocab * 4
-    blocks = 6 * 2**22  # what the torch leaf has of a few rows at a time
+    blocks = 6 * 2**22  # what the torch kernels have of a few rows at a time
     rows = 4 * n * hidden_size * 4
-    assert kept <= given + 2**12
     assert peak <= given + chunk + blocks + rows
     if options["chunk_rows"] < n:
         assert peak < n * vocab * 4  # the logits of all rows were never there

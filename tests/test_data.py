@@ -9,8 +9,7 @@ import pytest
 from corpora import Words, needs
 from tiny import chat, write_chats
 
-from sfr_kernels.training.data import ChatFile
-from sfr_kernels.training.data import PERSONAS, read_chats, split_by_prompt, tokenize
+from sfr_kernels.training.data import PERSONAS, ChatFile, read_chats, split_by_prompt, tokenize
 from sfr_kernels.training.models import SMOLLM2, model_path
 
 GOOD = json.dumps(chat("Why?", "Because."))

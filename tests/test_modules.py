@@ -1,58 +1,28 @@
-"""`VelocityHead` is the published head, by name, shape and value; the loss modules are the functions."""
+"""`VelocityHead` is the reference's head (test_golden.py: the published one); loss modules pass on what they get."""
 
 import copy
+import inspect
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import make_case, make_head, small_config
+from cases import assert_same, evaluate, make_case, make_head, small_config
 
-from sfr_kernels import LinearCrossEntropy, SFRConfig, SFRLoss, VelocityHead, linear_cross_entropy, reference, sfr_loss
+from sfr_kernels import (
+    LinearCrossEntropy,
+    SFRConfig,
+    SFRLoss,
+    VelocityHead,
+    linear_cross_entropy,
+    modules,
+    reference,
+    sfr_loss,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 H, D_TARGET, WIDTH = 7, 6, 10
-
-
-def published_state(num_blocks: int = 2) -> dict[str, torch.Tensor]:
-    """A checkpoint as the published code writes it, made without this library."""
-    g = torch.Generator().manual_seed(0)
-    shapes = {
-        "time_embed.mlp.0.weight": (4 * D_TARGET, D_TARGET),
-        "time_embed.mlp.0.bias": (4 * D_TARGET,),
-        "time_embed.mlp.2.weight": (D_TARGET, 4 * D_TARGET),
-        "time_embed.mlp.2.bias": (D_TARGET,),
-        "input_proj.0.weight": (WIDTH, 2 * D_TARGET + H),
-        "input_proj.0.bias": (WIDTH,),
-        "input_proj.1.weight": (WIDTH,),
-        "input_proj.1.bias": (WIDTH,),
-    }
-    for i in range(num_blocks):
-        shapes |= {f"res_blocks.{i}.linear.weight": (WIDTH, WIDTH), f"res_blocks.{i}.linear.bias": (WIDTH,)}
-        shapes |= {f"res_blocks.{i}.norm.weight": (WIDTH,), f"res_blocks.{i}.norm.bias": (WIDTH,)}
-    shapes |= {"output_proj.weight": (D_TARGET, WIDTH), "output_proj.bias": (D_TARGET,)}
-    return {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
-
-
-@pytest.mark.parametrize("num_layers", [2, 3, 4])
-def test_parameters_have_the_published_names_shapes_and_order(num_layers):
-    head = VelocityHead(H, D_TARGET, WIDTH, num_layers)
-    expected = {name: tuple(p.shape) for name, p in published_state(num_layers - 2).items()}
-    assert list({name: tuple(p.shape) for name, p in head.named_parameters()}.items()) == list(expected.items())
-    assert list(head.state_dict()) == list(expected)  # no buffers
-
-
-def test_a_published_checkpoint_loads_and_is_saved_as_it_was():
-    state = published_state()
-    head = VelocityHead.from_config(SFRConfig.official(width=WIDTH, num_layers=4), H, D_TARGET)
-    head.load_state_dict(state)
-    assert all(torch.equal(p, state[name]) for name, p in head.state_dict().items())
-    x_t, t, h = torch.randn(3, D_TARGET), torch.rand(3), torch.randn(3, H)
-    double = {name: p.double() for name, p in state.items()}
-    expected = reference.velocity(double, x_t.double(), t.double(), h.double(), 1.0)
-    torch.testing.assert_close(head(x_t, t, h).double(), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(RuntimeError, match="res_blocks"):
-        VelocityHead(H, D_TARGET, WIDTH, num_layers=3).load_state_dict(state)
 
 
 def test_a_new_head_predicts_no_velocity():
@@ -73,22 +43,12 @@ def test_from_config_takes_every_setting_of_the_head():
 
 @pytest.mark.parametrize("t", [torch.rand(5).double(), 0.25, torch.tensor(0.25), torch.zeros(5)])
 def test_forward_and_gradients_equal_the_reference(t):
-    config = small_config()
-    heads = [make_head(H, D_TARGET, config) for _ in range(2)]
-    x_t = torch.randn(5, D_TARGET, dtype=torch.float64)
-    h = torch.randn(5, H, dtype=torch.float64)
-    upstream = torch.randn(5, D_TARGET, dtype=torch.float64)
-    h_ours, h_theirs = (h.clone().requires_grad_() for _ in range(2))
-    ours = heads[0](x_t, t, h_ours)
-    times = torch.as_tensor(t, dtype=torch.float64).expand(5)
-    params = dict(heads[1].named_parameters())
-    theirs = reference.velocity(params, x_t, times, h_theirs, config.time_scale, config.hidden_scale)
-    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    ours.backward(upstream)
-    theirs.backward(upstream)
-    torch.testing.assert_close(h_ours.grad, h_theirs.grad, rtol=1e-10, atol=1e-12)
-    for name, p in heads[0].named_parameters():
-        torch.testing.assert_close(p.grad, params[name].grad, rtol=1e-10, atol=1e-12)
+    head, times = make_head(H, D_TARGET, small_config()), torch.as_tensor(t, dtype=torch.float64).expand(5)
+    x_t, h, upstream = (torch.randn(5, size, dtype=torch.float64) for size in (D_TARGET, H, D_TARGET))
+    x = SimpleNamespace(hidden=h.requires_grad_(), params=dict(head.named_parameters()))
+    scales = head.shape.time_scale, head.shape.hidden_scale
+    exact = evaluate(lambda x: (reference.velocity(x.params, x_t, times, x.hidden, *scales) * upstream).sum(), x)
+    assert_same(evaluate(lambda x: (head(x_t, t, x.hidden) * upstream).sum(), x), exact)
 
 
 def test_forward_is_served_by_the_backend_of_the_environment(monkeypatch):
@@ -115,13 +75,10 @@ def test_forward_casts_what_it_is_given(monkeypatch, backend):
         assert head(x_t, 0.5, h).dtype == torch.bfloat16
 
 
-def test_no_rows_and_expanded_gradients():
+def test_no_rows():
     head = make_head(H, D_TARGET, small_config())
-    h = torch.randn(4, H, dtype=torch.float64, requires_grad=True)
-    x_t = torch.randn(4, D_TARGET, dtype=torch.float64)
-    head(x_t, 0.5, h).sum().backward()  # the upstream gradient has stride 0
-    assert h.grad.any()
-    assert head(x_t[:0], 0.5, h[:0]).shape == (0, D_TARGET)
+    x_t, h = torch.zeros(0, D_TARGET, dtype=torch.float64), torch.zeros(0, H, dtype=torch.float64)
+    assert head(x_t, 0.5, h).shape == (0, D_TARGET)
 
 
 @pytest.mark.parametrize(
@@ -157,49 +114,27 @@ def test_errors_of_forward_name_the_argument(name, arguments):
         VelocityHead(H, D_TARGET, WIDTH)(**fitting | arguments)
 
 
-def test_linear_cross_entropy_module_passes_every_option_on():
-    g = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (torch.randn(s, generator=g).bfloat16() for s in ((2, 9, 8), (13, 8), (13,)))
-    row_weight, labels = torch.rand(2, 9, generator=g), torch.randint(0, 13, (2, 9), generator=g)
-    options = dict(shift=True, ignore_index=3, softcap=4.0, logit_scale=0.7, label_smoothing=0.1, z_loss=0.02)
-    options |= dict(logits_dtype=torch.float32, chunk_rows=5, return_stats=True)
-    changed = dict(reduction="none", backend="torch", **options)
-    call = dict(bias=bias, row_weight=row_weight)
-    ours, stats = LinearCrossEntropy(**changed)(hidden, weight, labels, **call)
-    expected, expected_stats = linear_cross_entropy(hidden, weight, labels, **call, **changed)
-    assert torch.equal(ours, expected) and all(map(torch.equal, stats, expected_stats))
-    ours = LinearCrossEntropy()(hidden, weight, labels, normalizer=5.0)
-    assert torch.equal(ours, linear_cross_entropy(hidden, weight, labels, normalizer=5.0))
-    # each option alone changes the result: none is dropped on the way
-    plain = LinearCrossEntropy(reduction="none")(hidden, weight, labels)
-    for name in ("shift", "ignore_index", "softcap", "logit_scale", "label_smoothing", "z_loss"):
-        one = LinearCrossEntropy(reduction="none", **{name: options[name]})
-        assert not torch.equal(one(hidden, weight, labels), plain)
-
-
-@pytest.mark.parametrize("loss", ["flow", "cosine", "cka", "mtp"])
-def test_sfr_loss_module_is_the_function(loss):
-    case = make_case(small_config(loss=loss))
-    module = SFRLoss(case.config, case.head)
-    assert {id(p) for p in module.parameters()} == {id(p) for p in (case.head.parameters() if case.head else ())}
-    call = dict(seed=5, bias=case.bias, flow_weight=0.3, normalizer=9.0, softcap=3.0, logit_scale=0.5)
-    ours = module(case.hidden, case.weight, case.rows, case.targets, **call, return_stats=True)
-    arguments = (case.hidden, case.weight, case.head, case.rows, case.targets)
-    expected = sfr_loss(*arguments, config=case.config, **call, return_stats=True)
-    assert all(map(torch.equal, (*ours[:3], *ours.stats), (*expected[:3], *expected.stats)))
-    for name in call:
-        fewer = {key: value for key, value in call.items() if key != name} | dict(seed=call["seed"] + (name == "seed"))
-        same = torch.equal(module(case.hidden, case.weight, case.rows, case.targets, **fewer).loss, ours.loss)
-        assert same == (name == "seed" and loss != "flow"), name  # only the flow has a random source
+@pytest.mark.parametrize("module, function", [(LinearCrossEntropy, linear_cross_entropy), (SFRLoss, sfr_loss)])
+def test_a_loss_module_passes_on_every_argument_of_the_function(module, function, monkeypatch):
+    taken = inspect.signature(function)
+    of_module, of_call = (list(inspect.signature(f).parameters)[1:] for f in (module.__init__, module.forward))
+    tensors = dict(config=small_config(), head=make_head(H, D_TARGET, small_config()), class_weight=torch.ones(13))
+    values = {name: tensors.get(name, f"the {name}") for name in taken.parameters}
+    monkeypatch.setattr(modules, function.__name__, lambda *args, **kwargs: taken.bind(*args, **kwargs).arguments)
+    assert {*of_module, *of_call} == values.keys()
+    made = module(**{name: values[name] for name in of_module})
+    assert made(**{name: values[name] for name in of_call}) == values
 
 
 def test_sfr_loss_module_has_a_head_where_the_loss_has_one():
+    head = make_head(H, D_TARGET, small_config())
+    assert list(SFRLoss(small_config(), head).parameters()) == list(head.parameters())
     with pytest.raises(ValueError, match="cka"):
-        SFRLoss(small_config(loss="cka"), make_head(H, D_TARGET, small_config()))
+        SFRLoss(small_config(loss="cka"), head)
     with pytest.raises(ValueError, match="flow"):
         SFRLoss(small_config(), None)
     with pytest.raises(ValueError, match="hidden_scale"):  # another than the head learned with
-        SFRLoss(small_config(hidden_scale=0.5), make_head(H, D_TARGET, small_config()))
+        SFRLoss(small_config(hidden_scale=0.5), head)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

@@ -1,14 +1,13 @@
 """The reference itself: its gradients by finite differences, its head, CKA and noise by other people's definitions."""
 
-import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from cases import embed, evaluate, make_case, make_head, reference_flow, reference_sfr, small_config
-from torch import nn
+from cases import evaluate, make_case, make_head, reference_flow, reference_sfr, small_config
 
+from benchmarks.peers.published import PublishedFlowLoss
 from sfr_kernels import SFRConfig, SupervisedRows, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,58 +32,33 @@ def test_gradients_by_finite_differences(loss, preset):
     assert torch.autograd.gradcheck(loss_of, inputs, eps=1e-6, atol=1e-6, rtol=1e-6)
 
 
-class Published(nn.Module):
-    """The velocity head as a module of torch's own layers, one sinusoid at a time."""
-
-    def __init__(
-        self, params: dict[str, torch.Tensor], hidden_size: int, size: int, width: int, time_scale, hidden_scale=1.0
-    ):
-        super().__init__()
-        self.size, self.time_scale, self.hidden_scale = size, time_scale, hidden_scale
-        self.time_embed = nn.Module()
-        self.time_embed.mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.SiLU(), nn.Linear(4 * size, size))
-        self.input_proj = nn.Sequential(nn.Linear(2 * size + hidden_size, width), nn.LayerNorm(width), nn.SiLU())
-        self.res_blocks = nn.ModuleList(nn.Module() for _ in range(2))
-        for block in self.res_blocks:
-            block.linear, block.norm = nn.Linear(width, width), nn.LayerNorm(width)
-        self.output_proj = nn.Linear(width, size)
-        self.double().load_state_dict(params)
-
-    def forward(self, x_t, t, h):
-        half = self.size // 2
-        waves = torch.zeros(len(t), self.size, dtype=torch.float64)
-        for m, i in itertools.product(range(len(t)), range(half)):
-            omega = 10000 ** (-i / (half - 1)) if half > 1 else 1.0
-            angle = self.time_scale * t[m].item() * omega
-            waves[m, i], waves[m, half + i] = math.sin(angle), math.cos(angle)
-        a = self.input_proj(torch.cat([x_t, self.time_embed.mlp(waves), self.hidden_scale * h], dim=-1))
-        for block in self.res_blocks:
-            a = a + nn.functional.silu(block.norm(block.linear(a)))
-        return self.output_proj(a)
+def published_velocity(head, x_t, t, h):
+    """Of the published head, a module of torch's own layers; what it says without scales, on each row by itself."""
+    shape, config = head.shape, small_config()
+    copy = PublishedFlowLoss(shape.hidden_size, shape.target_size, config.width, 4, shape.time_scale).double()
+    copy.load_state_dict(head.state_dict())
+    return copy.velocity(x_t[:, None], t, shape.hidden_scale * h[:, None])[:, 0]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8])  # one frequency, odd sizes that pad a zero, an even one
 def test_velocity_equals_a_module_of_torch_layers(size):
-    config = small_config(time_scale=1000.0)
-    head = make_head(7, size, config)
-    params = dict(head.named_parameters())
-    theirs = Published(params, 7, size, config.width, 1000.0, 0.3)
+    head = make_head(7, size, small_config(time_scale=1000.0))
     x_t, h = torch.randn(5, size, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
     t = torch.tensor([0.0, 1e-3, 0.25, 0.5, 1.0], dtype=torch.float64)
-    ours = reference.velocity(params, x_t, t, h, 1000.0, 0.3)
-    torch.testing.assert_close(ours, theirs(x_t, t, h), rtol=1e-10, atol=1e-12)
+    ours = reference.velocity(dict(head.named_parameters()), x_t, t, h, 1000.0, 0.3)
+    torch.testing.assert_close(ours, published_velocity(head, x_t, t, h), rtol=1e-10, atol=1e-12)
 
 
 def flow_by_hand(case, t: dict[int, float], noise: torch.Tensor, scale: float, weights: dict, total: float) -> float:
     """Σ weight · mean (v − u)² / total with one Python loop over rows; `t` by sequence."""
-    head = Published(dict(case.head.named_parameters()), 12, 6, case.config.width, **case.scales)
     rows, loss = case.rows, 0.0
     for r in range(rows.num_flow):
         position = int(rows.rows[r])
         x_0, x_1 = noise[r], scale * case.targets[rows.anchor[r]].double()
         now = t[position // rows.shape[1]]
         x_t = (1 - now) * x_0 + now * x_1
-        v = head(x_t[None], torch.tensor([now]), case.hidden.flatten(0, 1)[position][None])[0]
+        h = case.hidden.flatten(0, 1)[position]
+        v = published_velocity(case.head, x_t[None], torch.tensor([now], dtype=torch.float64), h[None])[0]
         loss += weights[position] * ((v - (x_1 - x_0)) ** 2).mean().item()
     return loss / total
 
@@ -137,10 +111,3 @@ def test_one_time_a_sequence_from_its_first_row():
     dirac = replace(case.config, loss="mse")
     times, index = reference.draw_times(case.rows, case.seed, dirac)
     assert times.tolist() == [0.0] and not index.any()
-
-
-def test_embedding_of_the_tests_tells_texts_apart():
-    case = make_case(small_config())
-    targets = embed(case.rows, case.labels, 6)
-    torch.testing.assert_close(targets.norm(dim=1), torch.ones(len(targets)))
-    assert (targets @ targets.T - torch.eye(len(targets))).max() < 0.999

@@ -4,16 +4,28 @@ Each test's processes are started once and run every check of this file: startin
 """
 
 import os
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import assert_as_good_as_eager, assert_same, evaluate
-from decoder_cases import IGNORE, OPTIONS, again, make, oracle
+from cases import (
+    IGNORE,
+    LossCase,
+    assert_as_good_as_eager,
+    assert_same,
+    decoder_case,
+    entropy_output,
+    evaluate,
+    in_float64,
+    our_entropy,
+    reference_entropy,
+)
+from test_linear_cross_entropy import OPTIONS, with_options
+from torch import Tensor
 
-from sfr_kernels import LinearCrossEntropy, SupervisedRows, linear_cross_entropy
+from sfr_kernels import LinearCrossEntropy, SupervisedRows
 
 SPLITS = {3: (13, 1, 23)}  # classes of each process; all of them 37
 CHECKS = []
@@ -24,179 +36,144 @@ def check(function):
     return function
 
 
-def shard_of(x: SimpleNamespace, rank: int, sizes) -> SimpleNamespace:
-    """What one process has of a problem: fresh leaves, weight and bias cut."""
-    y, start = again(x, x.hidden.dtype), sum(sizes[:rank])
-    y.weight, y.bias = (t.detach()[start : start + sizes[rank]].clone().requires_grad_() for t in (y.weight, y.bias))
-    y.sharded = dict(process_group=dist.group.WORLD, vocab_start=start)
-    y.part = slice(start, start + sizes[rank])
-    return y
+def part_of(case: LossCase, classes: slice) -> LossCase:
+    """What one process has of a case: weight and bias cut, and how it says so."""
+    sharded = dict(process_group=dist.group.WORLD, vocab_start=classes.start)
+    return replace(case, weight=case.weight[classes], bias=case.bias[classes], options=case.options | sharded)
 
 
-def ours(y: SimpleNamespace, bias=True, labels=None, **options) -> dict[str, torch.Tensor]:
-    labels = y.labels if labels is None else labels
-    leaves = SimpleNamespace(hidden=y.hidden, weight=y.weight, bias=y.bias)
-
-    def run(_):
-        loss = linear_cross_entropy(y.hidden, y.weight, labels, bias=y.bias if bias else None, **options, **y.sharded)
-        return loss if loss.dim() == 0 else (loss * y.row_weight).sum()
-
-    return evaluate(run, leaves)
+def ours(case: LossCase, classes: slice, dtype=torch.float64, **options) -> dict[str, Tensor]:
+    part = part_of(case, classes)
+    return evaluate(our_entropy(part, **options), part.inputs(dtype))
 
 
-def cut(found: dict[str, torch.Tensor], part: slice) -> dict[str, torch.Tensor]:
-    return found | {name: found[name][part] for name in ("weight", "bias")}
-
-
-def everywhere(t: torch.Tensor) -> list[torch.Tensor]:
-    """The tensor of every process."""
-    parts = [torch.empty_like(t) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, t.contiguous())
-    return parts
+def exact(case: LossCase, classes: slice, dtype=torch.float64, **options) -> dict[str, Tensor]:
+    """The reference of the whole vocabulary in float64, of leaves rounded to `dtype`; the gradients of a part."""
+    found = evaluate(reference_entropy(case, **options), in_float64(case.inputs(dtype)))
+    return found | {name: found[name][classes] for name in ("weight", "bias")}
 
 
 @check
-def a_part_without_any_probability(rank, sizes):
+def a_part_without_any_probability(classes, sizes):
     """Classes that only pad the vocabulary, and so have a bias of −∞."""
-    x = make()
-    labels = torch.where(x.labels == IGNORE, IGNORE, x.labels % sizes[0])
-    with torch.no_grad():
-        x.bias[sizes[0] :] = -torch.inf
-    y = shard_of(x, rank, sizes)
-    loss, stats = linear_cross_entropy(y.hidden, y.weight, labels, bias=y.bias, return_stats=True, **y.sharded)
-    wanted, whole = linear_cross_entropy(x.hidden, x.weight, labels, bias=x.bias, return_stats=True)
-    torch.testing.assert_close(loss, wanted)
-    torch.testing.assert_close(stats.entropy, whole.entropy)
+    case = decoder_case()
+    case.labels = torch.where(case.labels == IGNORE, IGNORE, case.labels % sizes[0])
+    case.bias[sizes[0] :] = -torch.inf
+    runs = [entropy_output(c, c.inputs(), return_stats=True, **c.options) for c in (part_of(case, classes), case)]
+    torch.testing.assert_close(runs[0][0], runs[1][0])
+    torch.testing.assert_close(runs[0][1].entropy, runs[1][1].entropy)
 
 
 @check
-def every_option_in_float64(rank, sizes):
-    x = make()
-    y = shard_of(x, rank, sizes)
+def every_option_in_float64(classes, sizes):
     for options in OPTIONS.values():
         if "ignore_index" in options:
             continue
-        options = options | {name: x.row_weight for name in options if name == "row_weight"}
+        case = with_options(decoder_case(), options)
         for chunk_rows in (None, 4):
-            found = ours(y, chunk_rows=chunk_rows, **options)
-            assert_same(found, cut(oracle(x, **options), y.part), rtol=1e-9)
+            found = ours(case, classes, chunk_rows=chunk_rows)
+            assert_same(found, exact(case, classes), rtol=1e-9)
             for t in (found["value"], found["hidden"]):  # every process has the same bits
-                assert all(torch.equal(t, other) for other in everywhere(t))
+                others = [torch.empty_like(t) for _ in sizes]
+                dist.all_gather(others, t.contiguous())
+                assert all(torch.equal(t, other) for other in others)
 
 
 @check
-def as_good_as_eager_in_16_bit(rank, sizes):
+def as_good_as_eager_in_16_bit(classes, sizes):
+    case = decoder_case((5, 41), hidden_size=64, vocab=37)
+    case.options = dict(softcap=4.0, label_smoothing=0.1, z_loss=0.01)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = make((5, 41), hidden_size=64, vocab=37, dtype=dtype)
-        y = shard_of(x, rank, sizes)
-        options = dict(softcap=4.0, label_smoothing=0.1, z_loss=0.01)
-        exact, eager = oracle(again(x, torch.float64), **options), oracle(x, **options)
-        names = ("value", "hidden")  # those of the part of one class are too few numbers to be statistics
-        mine, eager, exact = ({name: r[name] for name in names} for r in (ours(y, **options), eager, exact))
-        assert mine["hidden"].dtype == dtype
-        assert_as_good_as_eager(mine, eager, exact, k=1.2)
+        eager = evaluate(reference_entropy(case), case.inputs(dtype))
+        results = ours(case, classes, dtype), eager, exact(case, classes, dtype)
+        assert results[0]["hidden"].dtype == dtype
+        # those of the part of one class are too few numbers to be statistics
+        assert_as_good_as_eager(*({name: r[name] for name in ("value", "hidden")} for r in results), k=1.2)
 
 
 @check
-def reductions_shift_and_rows(rank, sizes):
-    x = make()
-    y = shard_of(x, rank, sizes)
-    weigh = x.row_weight.flatten().double()
-    exact = oracle(x, lambda rows: (rows * weigh).sum())
-    assert_same(ours(y, reduction="none"), cut(exact, y.part), rtol=1e-9)
-    assert_same(ours(y, reduction="sum"), cut(oracle(x, torch.Tensor.sum), y.part), rtol=1e-9)
-    loss = linear_cross_entropy(y.hidden, y.weight, y.labels, bias=y.bias, **y.sharded)
-    leaves, upstream = [y.hidden, y.weight, y.bias], torch.tensor(4.0, dtype=torch.float64)
+def reductions_shift_and_rows(classes, sizes):
+    case = decoder_case()
+    assert_same(ours(case, classes, reduction="sum"), exact(case, classes, reduction="sum"), rtol=1e-9)
+    part = part_of(case, classes)
+    x = part.inputs()
+    leaves, loss = [x.hidden, x.weight, x.bias], our_entropy(part)(x)
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
-    fourfold = torch.autograd.grad(loss, leaves, upstream)
+    fourfold = torch.autograd.grad(loss, leaves, torch.tensor(4.0, dtype=torch.float64))
     assert all(torch.equal(4 * a, b) for a, b in zip(first, fourfold, strict=True))
-    shifted = torch.tensor([[*row[1:], IGNORE] for row in x.labels.tolist()])
-    exact = cut(oracle(x, labels=shifted), y.part)
-    assert_same(ours(y, shift=True), exact, rtol=1e-9)
-    assert_same(ours(y, labels=SupervisedRows.from_labels(x.labels)), exact, rtol=1e-9)
+    wanted = exact(case, classes, shift=1)
+    assert_same(ours(case, classes, shift=True), wanted, rtol=1e-9)
+    case.rows = SupervisedRows.from_labels(case.labels)
+    assert_same(ours(case, classes, of_rows=True), wanted, rtol=1e-9)
 
 
 @check
-def frozen_parts_and_no_rows(rank, sizes):
-    x = make()
-    y = shard_of(x, rank, sizes)
-    exact = cut(oracle(x), y.part)
-    y.weight.requires_grad_(False)
-    y.bias.requires_grad_(False)
-    torch.testing.assert_close(ours(y)["hidden"], exact["hidden"], rtol=1e-9, atol=1e-14)
+def frozen_parts_and_no_rows(classes, sizes):
+    case = decoder_case()
+    part, wanted = part_of(case, classes), exact(case, classes)
+    x = part.inputs()
+    x.weight.requires_grad_(False)
+    x.bias.requires_grad_(False)
+    torch.testing.assert_close(evaluate(our_entropy(part), x)["hidden"], wanted["hidden"], rtol=1e-9, atol=1e-14)
     with torch.no_grad():
-        assert not linear_cross_entropy(y.hidden, y.weight, y.labels, **y.sharded).requires_grad
-    nothing = ours(y, labels=torch.full_like(y.labels, IGNORE))
+        assert not our_entropy(part)(x).requires_grad
+    nothing = ours(replace(case, labels=torch.full_like(case.labels, IGNORE)), classes)
     assert nothing["value"] == 0 and not nothing["hidden"].any()
 
 
 @check
-def statistics_of_the_whole_vocabulary(rank, sizes):
-    x = make()
-    y = shard_of(x, rank, sizes)
-    module = LinearCrossEntropy(return_stats=True, chunk_rows=5, **y.sharded)
-    _, found = module(y.hidden, y.weight, y.labels)
-    _, wanted = linear_cross_entropy(x.hidden, x.weight, x.labels, return_stats=True)
+def statistics_of_the_whole_vocabulary(classes, sizes):
+    case = decoder_case()
+    part = part_of(case, classes)
+    module = LinearCrossEntropy(return_stats=True, chunk_rows=5, **part.options)
+    _, found = module(part.hidden, part.weight, part.labels, part.bias)
+    _, wanted = entropy_output(case, case.inputs(), return_stats=True)
     for mine, whole in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, whole, rtol=1e-10, atol=0)
 
 
 @check
-def a_large_common_offset_costs_no_digit(rank, sizes):
-    g = torch.Generator().manual_seed(0)
-    x = make()
-    x.hidden, x.weight = (torch.randint(-8, 9, size, generator=g) / 8 for size in ((40, 6), (37, 6)))
-    x.bias = torch.full((37,), 1e4)
-    x.labels = torch.randint(0, 37, (40,), generator=g)
-    x.row_weight = torch.ones(40)
-    y = shard_of(x, rank, sizes)
-    for options in ({}, dict(label_smoothing=0.1)):
-        exact = oracle(again(x, torch.float64), torch.Tensor.sum, bias=False, **options)
-        found = ours(y, reduction="none", **options)
+def a_large_common_offset_costs_no_digit(classes, sizes):
+    case, g = decoder_case((40,), hidden_size=6, used=1.0), torch.Generator().manual_seed(0)
+    case.hidden, case.weight = (torch.randint(-8, 9, size, generator=g).double() / 8 for size in ((40, 6), (37, 6)))
+    case.bias = torch.full((37,), 1e4, dtype=torch.float64)
+    for options in (dict(reduction="none"), dict(reduction="none", label_smoothing=0.1)):
+        found, wanted = ours(case, classes, torch.float32, **options), exact(case, classes, bias=False, **options)
         for name in ("value", "hidden"):
-            torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-6, atol=2e-6)
+            torch.testing.assert_close(found[name].double(), wanted[name], rtol=1e-6, atol=2e-6)
 
 
 @check
-def traced_whole(rank, sizes):
-    x = make()
-    y = shard_of(x, rank, sizes)
-    group, start = y.sharded.values()
-
-    def loss(hidden, weight):
-        return linear_cross_entropy(hidden, weight, y.labels, process_group=group, vocab_start=start)
-
+def traced_whole(classes, sizes):
+    part = part_of(decoder_case(), classes)
     torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    results = [torch.autograd.grad(f(y.hidden, y.weight), [y.hidden, y.weight]) for f in (loss, compiled)]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    compiled = torch.compile(our_entropy(part), fullgraph=True, backend="aot_eager")
+    found, wanted = (evaluate(f, part.inputs()) for f in (compiled, our_entropy(part)))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @check
-def wrong_labels_and_parts_are_errors_in_every_process(rank, sizes):
-    x = make()
-    y = shard_of(x, rank, sizes)
+def wrong_labels_and_parts_are_errors_in_every_process(classes, sizes):
+    case = decoder_case()
     with pytest.raises(ValueError, match=r"labels .* 37 is on 0"):
-        ours(y, labels=torch.full_like(y.labels, 37))
-    y.sharded["vocab_start"] = 0  # all claim to be the first
-    with pytest.raises(ValueError, match="vocab_start"):
-        ours(y)
+        ours(replace(case, labels=torch.full_like(case.labels, 37)), classes)
+    with pytest.raises(ValueError, match="vocab_start"):  # all claim to be the first
+        ours(case, classes, vocab_start=0)
     with pytest.raises(ValueError, match="reference"):
-        ours(y, backend="reference")
+        ours(case, classes, backend="reference")
     with pytest.raises(ValueError, match=r"class_weight .* process_group"):
-        ours(y, class_weight=torch.ones(len(y.weight)))
+        ours(case, classes, class_weight=torch.ones(len(case.weight[classes]), dtype=torch.float32))
 
 
 @check
-def a_dtensor_is_refused_with_advice(rank, sizes):
+def a_dtensor_is_refused_with_advice(classes, sizes):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    x = make()
-    mesh = init_device_mesh("cpu", (len(sizes),))
-    weight = distribute_tensor(x.weight.detach(), mesh, [Shard(0)])
+    case = decoder_case()
+    case.weight = distribute_tensor(case.weight, init_device_mesh("cpu", (len(sizes),)), [Shard(0)])
     with pytest.raises(TypeError, match=r"weight is a DTensor.*process_group"):
-        linear_cross_entropy(x.hidden, weight, x.labels)
+        entropy_output(case, case, bias=False)
 
 
 def work(rank: int, sizes, store: str) -> None:
@@ -205,7 +182,7 @@ def work(rank: int, sizes, store: str) -> None:
     try:
         for function in CHECKS:
             dist.barrier()
-            function(rank, sizes)
+            function(slice(sum(sizes[:rank]), sum(sizes[: rank + 1])), sizes)
         dist.barrier()  # nobody hangs up while others still listen
     except BaseException as error:
         raise RuntimeError(f"{function.__name__} in process {rank}") from error

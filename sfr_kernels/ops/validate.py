@@ -77,7 +77,7 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
         check_constant("times", times)
         if times.dim() != 1 or times.shape[0] == 0:
             raise ValueError(
-                f"times must be (M,), M at least 1, got {tuple(times.shape)}; None kernels them to the seed"
+                f"times must be (M,), M at least 1, got {tuple(times.shape)}; None leaves them to the seed"
             )
         if times.device != hidden.device:
             raise ValueError(f"times are on {times.device}, hidden on {hidden.device}")

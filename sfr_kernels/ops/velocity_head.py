@@ -72,7 +72,7 @@ class HeadWeights:
 
 @dataclass
 class HeadActivations:
-    """What forward kernels for backward, which takes it apart."""
+    """What forward leaves for backward, which takes it apart."""
 
     time: list[Tensor]  # sinusoid (M, d), pre-activation and activation (M, 4d), τ (M, d)
     normed: list[tuple[Tensor, Tensor, Tensor]]  # per normed layer: y (n, D), mean and rstd (n,)
