@@ -11,8 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sfr_kernels.kernels.backend import unavailable
-from sfr_kernels.kernels.softmax_xent import softmax_xent
+from sfr_kernels.kernels.backend import kernels_of, unavailable
 from sfr_kernels.rows import IGNORE_INDEX
 
 from .case import GRAPH, LIMIT, MAIN, MORE, OURS, PRODUCTS, SWEEP, WHOLE, Case, Gemm, Run, Suite, Work
@@ -181,7 +180,7 @@ def factors_of(problem: Problem) -> dict[Gemm, tuple[Tensor, Tensor]]:
         h, w = problem.hidden.detach().flatten(0, 1)[rows], problem.weight.detach()
         dlogits = h @ w.T
         weight = torch.full((len(labels),), 1.0 / len(labels), dtype=torch.float32, device=h.device)
-        softmax_xent("torch", dlogits, labels, weight)
+        kernels_of("torch").softmax_xent(dlogits, labels, weight)
     logits, dh, *dw = gemms_of(problem)[-2 if problem.shape.frozen else -3 :]
     return {logits: (h, w.T), dh: (dlogits, w)} | ({dw[0]: (dlogits.T, h)} if dw else {})
 

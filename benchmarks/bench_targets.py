@@ -1,5 +1,4 @@
-"""Targets off the training path: building a store, beside the encoder alone. What a collator adds to a batch is a part
-of the training step."""
+"""Targets off the training path: building a store, beside the encoder alone."""
 
 import importlib.util
 import shutil

@@ -126,8 +126,7 @@ class Graph:
 
 
 def allocated(function: Callable[[], object], device: torch.device) -> tuple[int, int, object]:
-    """Bytes that a call leaves behind, the most it had at once, and what it returned: by the allocator's own account,
-    which a CPU keeps as well as a GPU does."""
+    """Bytes that a call leaves behind, the most it had at once, and its result, by the allocator's own count."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

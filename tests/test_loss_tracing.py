@@ -73,7 +73,7 @@ def check_operators(name: str, trained: bool) -> None:
     with Calls() as backward:
         if trained:
             value.backward(retain_graph=True)
-    assert forward.found and bool(backward.found) == trained
+    assert forward.found  # backward may have none of its own
     for calls, wanted in ((forward, trained), (backward, False)):
         for operator, arguments in calls.found:
             torch.library.opcheck(operator, leaf(arguments, wanted))

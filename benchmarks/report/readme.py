@@ -38,9 +38,8 @@ def account(root: Path, ops: tuple[str, ...], worth: int) -> str:
             listed += [] if ops else [summary(mine), missing(mine), goals(frame)]
             parts += [f"{x.about} ({x.name}).", *(f"**{warning}**" for warning in x.warnings)]
             parts += [render(table, "markdown", columns=SHORT if ops else ()) for table in listed]
-    return "\n\n".join(
-        [*parts, SHORT_LEGEND if ops else LEGEND] if parts else ["Nothing of this has been measured yet."]
-    )
+    parts += [SHORT_LEGEND if ops else LEGEND] if parts else ["Nothing of this has been measured yet."]
+    return "\n\n".join(parts)
 
 
 def main(argv: list[str], root: Path = ROOT) -> int:

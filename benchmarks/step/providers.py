@@ -175,8 +175,7 @@ def ours(stage: Stage, online: bool = False) -> Step:
 
 
 def published(stage: Stage) -> Step:
-    """It sees the lm_head's input: asking the model for all hidden states would keep every layer's alive, and is not
-    held against it."""
+    """It sees the lm_head's input: asking for all hidden states would keep every layer's alive."""
     model, config, encoder, seen = stage.copy(), stage.official, stage.make_encoder(), []
     make = PublishedTargets(encoder, stage.tokenizer, config, stage.dtype)
     sizes = stage.shape.trunk.hidden_size, stage.shape.encoder.hidden_size, config.width, config.num_layers

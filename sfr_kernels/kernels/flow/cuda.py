@@ -23,24 +23,24 @@ FlowMseArguments = structure(
 )
 
 
-def contiguous_path(path: FlowPath) -> FlowPath:
-    """The path in the dtypes and strides that the kernels take."""
-    targets, times, noise_id, anchor, time_index, *rest = path
-    targets = targets if targets.dtype in DTYPES else targets.float()
+def path_tensors(path: FlowPath) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """targets, times, noise_id, anchor and time_index, in the dtypes and strides that the kernels take."""
+    targets = path.targets if path.targets.dtype in DTYPES else path.targets.float()
     targets = targets if targets.stride(1) == 1 else targets.contiguous()
-    times, noise_id = times.float().contiguous(), noise_id.long().contiguous()
-    return FlowPath(targets, times, noise_id, anchor.int().contiguous(), time_index.int().contiguous(), *rest)
+    times, noise_id = path.times.float().contiguous(), path.noise_id.long().contiguous()
+    return targets, times, noise_id, path.anchor.int().contiguous(), path.time_index.int().contiguous()
 
 
 def flow_path(path: FlowPath, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    targets, times, noise_id, anchor, time_index, seed, target_scale, source_std = contiguous_path(path)
+    targets, times, noise_id, anchor, time_index = path_tensors(path)
     n, d = noise_id.shape[0], targets.shape[1]
     x_t, u = (empty_rows(n, d, dtype, targets.device) for _ in range(2))
     arguments = FlowPathArguments(
         x_t=x_t.data_ptr(), u=u.data_ptr(), row=x_t.stride(0), n=n, d=d,
         targets=targets.data_ptr(), targets_dtype=DTYPES[targets.dtype], target_row=targets.stride(0),
         times=times.data_ptr(), time_index=time_index.data_ptr(), anchor=anchor.data_ptr(),
-        noise_id=noise_id.data_ptr(), seed=seed.data_ptr(), target_scale=target_scale, source_std=source_std,
+        noise_id=noise_id.data_ptr(), seed=path.seed.data_ptr(),
+        target_scale=path.target_scale, source_std=path.source_std,
     )  # fmt: skip
     library().flow_path(arguments, DTYPES[dtype], stream_of(x_t))
     return x_t, u

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ACCESS_BYTES, empty_rows
 from ..cuda import DTYPES, address, library, stream_of, structure, threads_for
 from ..flow import FlowPath
-from ..flow.cuda import contiguous_path
+from ..flow.cuda import path_tensors
 from ..norm_act import EPS
 from ..sums.cuda import MOST_GROUPS, blocks_for, rank_and_counts
 
@@ -69,11 +69,12 @@ def flow_loss(
     add_to_dh: bool,
 ) -> Tensor:
     """ℓ (n,) in float32."""
-    path, coefficient, dtype = contiguous_path(path), coefficient.float().contiguous(), h.dtype
+    targets, times, noise_id, anchor, time_index = path_tensors(path)
+    coefficient, dtype = coefficient.float().contiguous(), h.dtype
     w_1, b_1, w_2, b_2, *of_layers, w_out, b_out = params
     (n, hidden), (d, inner), width, num_layers = h.shape, w_2.shape, of_layers[0].shape[0], len(of_layers) // 4
     d_w_1, d_w_2, *d_weights, d_w_out = map(Tensor.data_ptr, matrices) if matrices else [None] * (num_layers + 3)
-    num_times, size = path.times.shape[0], dtype.itemsize
+    num_times, size = times.shape[0], dtype.itemsize
     mse_threads, back_threads = threads_for(d, dtype, 256), threads_for(width, dtype, 256)
     (mse_blocks, mse_rows), (back_blocks, back_rows) = blocks_for(n, mse_threads), blocks_for(n, back_threads)
     col_blocks = -(-d * size // (16 * mse_threads))
@@ -112,9 +113,9 @@ def flow_loss(
         gemm=_gemm(), handle=torch.cuda.current_blas_handle() if h.is_cuda else None,
         h=h.data_ptr(), h_row=h.stride(0), dh=address(dh), dh_row=0 if dh is None else dh.stride(0),
         add_to_dh=add_to_dh, coefficient=coefficient.data_ptr(), loss=loss.data_ptr(),
-        targets=path.targets.data_ptr(), target_row=path.targets.stride(0), targets_dtype=DTYPES[path.targets.dtype],
-        times=path.times.data_ptr(), time_index=path.time_index.data_ptr(), anchor=path.anchor.data_ptr(),
-        noise_id=path.noise_id.data_ptr(), seed=path.seed.data_ptr(),
+        targets=targets.data_ptr(), target_row=targets.stride(0), targets_dtype=DTYPES[targets.dtype],
+        times=times.data_ptr(), time_index=time_index.data_ptr(), anchor=anchor.data_ptr(),
+        noise_id=noise_id.data_ptr(), seed=path.seed.data_ptr(),
         target_scale=path.target_scale, source_std=path.source_std,
         w_1=w_1.data_ptr(), b_1=b_1.data_ptr(), w_2=w_2.data_ptr(), b_2=b_2.data_ptr(),
         w_out=w_out.data_ptr(), b_out=b_out.data_ptr(), layers=ctypes.addressof(layers),
