@@ -1,4 +1,4 @@
-// The flow loss and its gradients in one call: the velocity head over the kernels (DESIGN sections 1 and 2), as
+// The flow loss and its gradients in one call: the velocity head over the kernels, as
 // ops/velocity_head.py has it, with nothing of Python between the launches. Products are cuBLAS's, by way of a pointer
 // that the caller brings: this library links no other.
 

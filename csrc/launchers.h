@@ -128,7 +128,7 @@ struct FlowLossLayer {
 };
 
 // Parameters as VelocityHead has them; d: target size, F: inner, D: width. Room to work in is as large as
-// kernels/flow_loss/cuda.py says. In 16 bit what is said to be twice there has a second half: a copy, or what rounding
+// kernels/flow/one_call.py says. In 16 bit what is said to be twice there has a second half: a copy, or what rounding
 // has lost.
 struct FlowLossArguments {
     Gemm gemm;

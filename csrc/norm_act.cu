@@ -1,4 +1,4 @@
-// LayerNorm and SiLU, with the row bias before and the residual after, and their backward (DESIGN section 2):
+// LayerNorm and SiLU, with the row bias before and the residual after, and their backward:
 //
 //     y ← y + row_bias[row_index]      x̂ = (y − μ) ρ      z = γ x̂ + β      out = SiLU(z) (+ residual)
 //

@@ -1,4 +1,4 @@
-// Philox4x32-10 and Box–Muller noise (DESIGN section 1).
+// Philox4x32-10 and Box–Muller noise.
 //
 // key = the 64-bit seed; counter = (block, identity low, identity high, stream)
 // streams: 0 noise, 1 time of a row, 2 the table of times, 3 time of a sequence

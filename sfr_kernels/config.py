@@ -43,9 +43,9 @@ class SFRConfig:
     min_tokens: int = 16  # anchors with fewer tokens ahead are dropped; with "following" not row 0 of a response
     # Which positions carry the flow loss, and their targets. "following": those that predict a supervised label; the
     # first anchor at or after the row. "published": those whose own label is supervised; the nearest anchor of the
-    # sequence, before or after the row, and where there is none a zero target (DESIGN section 1, Presets).
+    # sequence, before or after the row, and where there is none a zero target.
     target_rule: Literal["following", "published"] = "following"
-    # Of rows: "linear" and "uniform" have mean one over a response; "linear_decay" is (m − i + 1)/m.
+    # Of rows: "linear" and "uniform" have mean one over a response; "linear_decay" is (m − i)/m, i from 0.
     weighting: Literal["linear", "uniform", "linear_decay"] = "linear"
     # L_flow is divided by the supervised "tokens" of the optimizer step, or by the sum of the "weights" of this call,
     # never less than 1; with loss="cka", which has no weights, "weights" means no division.
@@ -93,7 +93,7 @@ class SFRConfig:
 
     @classmethod
     def official(cls, **overrides: Any) -> "SFRConfig":
-        """The arithmetic of the published code (DESIGN section 1, Presets)."""
+        """The arithmetic of the published code."""
         published: dict[str, Any] = dict(
             target_scale=1.0, time_scale=1.0, hidden_scale=1.0, time_sampling="sequence", target_rule="published",
             weighting="linear_decay", flow_normalizer="weights", encoder_pooling="mean", encoder_max_tokens=512,

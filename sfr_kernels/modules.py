@@ -27,7 +27,7 @@ class _ResidualBlock(nn.Module):
 
 
 class VelocityHead(nn.Module):
-    """v(x_t, t, h): the small MLP that predicts the flow's velocity (DESIGN section 1).
+    """v(x_t, t, h): the small MLP that predicts the flow's velocity (`reference.velocity`).
 
     Parameters carry the names and shapes of the published head, so its checkpoints load with `load_state_dict`:
     `time_embed.mlp.{0,2}`, from d to 4d and back, `input_proj.{0,1}` with weight [W_x | W_τ | W_h],

@@ -1,4 +1,4 @@
-"""The SFR objective in plain torch: the oracle. Read this first, beside DESIGN section 1 and arXiv 2605.27971.
+"""The SFR objective in plain torch: the oracle. Read this first, beside arXiv 2605.27971.
 
     L = L_CE + λ · L_flow
 

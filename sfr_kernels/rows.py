@@ -3,7 +3,7 @@
 A row is a token position. It carries cross-entropy if its *next* label is supervised, and the flow loss if it has an
 anchor: the place in the response from which its target, the embedding of the text ahead, was made. Rows are stored in
 the order [flow only | flow and CE | CE only], so that the rows of either loss are one contiguous slice and no kernel
-masks or gathers a second time. Everything follows from the labels (DESIGN section 1).
+masks or gathers a second time. Everything follows from the labels.
 """
 
 from collections.abc import Callable
@@ -128,17 +128,17 @@ class SupervisedRows:
         if real is not None:
             has_ce, own = (x & (real.reshape(-1) != 0) for x in (has_ce, own))
 
-        # Of each row of a response: the response, and the row's place i among its m rows.
+        # Of each row of a response: the response, the row's place i in it, and its size m.
         member = (has_ce if following else own).nonzero().squeeze(1)
         begins = _begins(member, together, following)
         response, start = begins.cumsum(0).sub_(1), begins.nonzero().squeeze(1)
         m = torch.diff(start, append=start.new_full((1,), member.numel()))
-        i, ahead = torch.arange(member.numel(), device=device) - _at(start, response), _at(m, response)
+        i, size = torch.arange(member.numel(), device=device) - _at(start, response), _at(m, response)
         lacking = None if has_targets is None else _at(has_targets.reshape(-1), _at(member, start)) == 0
         if config.loss == "mtp":
             # The target of a row is the label of the row mtp_offset - 1 ahead of it: anchors index rows, not segments.
             target = i + config.mtp_offset - 1
-            anchor = torch.where(target < ahead, target + _at(start, response), -1)
+            anchor = torch.where(target < size, target + _at(start, response), -1)
             if lacking is not None:
                 anchor.masked_fill_(_at(lacking, response), -1)
         else:
@@ -149,7 +149,7 @@ class SupervisedRows:
             position = (has_ce | own).nonzero().squeeze(1)
             ce, at = _at(has_ce, position), _at(own, position).nonzero().squeeze(1)
             anchor = torch.full_like(position, -1).index_copy_(0, at, anchor)
-            i, ahead = (torch.ones_like(position).index_copy_(0, at, x) for x in (i, ahead))
+            i, size = (torch.ones_like(position).index_copy_(0, at, x) for x in (i, size))
         flow = anchor >= 0
         groups = (flow, ~flow) if ce is None else (flow & ~ce, flow & ce, ce & ~flow)
         order = torch.cat([group.nonzero().squeeze(1) for group in groups])
@@ -166,7 +166,7 @@ class SupervisedRows:
             noise_id=_at(identity, kept),
             labels=_at(next_label, kept),
             anchor=anchor.int(),
-            weight=torch.where(flow, _at(_weights(i, ahead, config), order), 0.0),
+            weight=torch.where(flow, _at(_weights(i, size, config), order), 0.0),
             time_index=(kept // length).int() if config.time_sampling == "sequence" else None,
             token_row=token_row,
             segments=segments,

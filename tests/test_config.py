@@ -1,4 +1,4 @@
-"""`SFRConfig`: the presets are the table of DESIGN section 1, and nothing invalid gets in."""
+"""`SFRConfig`: the presets have the values that were agreed on, and nothing invalid gets in."""
 
 import json
 import math

@@ -18,7 +18,7 @@ import torch
 from sfr_kernels.kernels import build, cuda
 from sfr_kernels.kernels.backend import kernels_of
 from sfr_kernels.kernels.flow import cuda as flow
-from sfr_kernels.kernels.flow_loss import cuda as flow_loss
+from sfr_kernels.kernels.flow import one_call as flow_loss
 from sfr_kernels.kernels.norm_act import cuda as norm_act
 from sfr_kernels.kernels.scale import cuda as scale
 from sfr_kernels.kernels.softmax_xent import cuda as softmax_xent

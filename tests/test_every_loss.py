@@ -67,7 +67,7 @@ def test_normalizer_and_flow_weight_are_numbers_or_tensors_of_one(name):
 
 
 @pytest.mark.parametrize("dtype, k", [(torch.float32, 2.0), (torch.bfloat16, 1.1), (torch.float16, 1.1)])
-@losses(without=["cka"])
+@losses(without=["cka", "mse, official", "cosine, official"])
 def test_as_good_as_eager(name, dtype, k):
     judge(LOSSES[name].sized_case(), LOSSES[name].ours, LOSSES[name].reference, k, dtype)
 

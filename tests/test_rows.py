@@ -1,4 +1,4 @@
-"""`SupervisedRows.from_labels` against a slow reading of DESIGN section 1, one token at a time."""
+"""`SupervisedRows.from_labels` against the same rules written slowly, one token at a time."""
 
 import random
 

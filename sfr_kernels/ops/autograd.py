@@ -1,4 +1,4 @@
-"""Operators, and the one thing that their backward does: scale the gradients that forward left.
+"""Operators, and the backward of the losses, which scales the gradients that forward left.
 
 An operator is one function of `Inputs` and a frozen description of the call, a NamedTuple. Where something traces or
 intercepts the call it goes through torch.library, where all operators have one schema and the description lies packed
@@ -22,7 +22,7 @@ from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.autograd import forward_ad
 
 from ..kernels.scale import scale, scale_, scatter_rows
-from .numerics import as_written, split_normalizer, wide_dtype
+from .numerics import split_normalizer, wide_dtype, without_autocast
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ALIGNMENT = 64  # elements: every matrix starts where a GEMM likes to write
@@ -144,19 +144,19 @@ class Operator:
                 "the losses have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad, and what is "
                 "built on them), only a gradient: backend='reference' has both"
             )
-        if not grad or _is_watched(x, call):
+        if not grad or _needs_dispatcher(x, call):
             return self.run(x, call, need)
         return _Plain.apply(self, call, need, *x[:3], *x.params)
 
     def run(self, x: Inputs, call: tuple, need: Need) -> Sequence[Tensor]:
-        """Without a graph of its own, unless something watches."""
-        if _is_watched(x, call):
+        """Calls forward directly, or the registered operator where something must see it."""
+        if _needs_dispatcher(x, call):
             return self.op(*x[:3], list(x.params), *pack(call), list(need))
         return self.forward(x, call, need)
 
     def _setup_context(self, ctx, inputs, output):
         call = unpack(self.call_type, *inputs[4:8])
-        # torch expects [None, …] for a list of tensors, as which it counts an empty list, and None for any other list
+        # torch expects [None, …] for a list of tensors, an empty one included, and None for any other list
         lists = [isinstance(v, list | tuple) and all(isinstance(t, Tensor) for t in v) for v in inputs[4:]]
         ctx.rest = [[None] * len(v) if flag else None for v, flag in zip(inputs[4:], lists, strict=True)]
         self._keep(ctx, Inputs(*inputs[:4]), call, output)
@@ -199,7 +199,7 @@ class _Plain(torch.autograd.Function):
         return None, None, None, *found
 
 
-def _is_watched(x: Inputs, call: tuple) -> bool:
+def _needs_dispatcher(x: Inputs, call: tuple) -> bool:
     """Whether a compiler, a mode, a transform or a subclass of Tensor must see the operator."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
@@ -231,7 +231,7 @@ def _has_tangent(x: Tensor) -> bool:
 # the head's parameters if it has some. Each is empty where it is not needed.
 
 
-class Left(NamedTuple):
+class SavedGradients(NamedTuple):
     """What a loss's forward left for `finish`, beside the tensors normalizer, token_row, and the gradients."""
 
     num_decoder: int
@@ -240,42 +240,42 @@ class Left(NamedTuple):
     backend: str
 
 
-def left_of(x: Inputs, call, output: Sequence[Tensor]) -> tuple[list[Tensor | None], Left]:
+def saved_gradients(x: Inputs, call, output: Sequence[Tensor]) -> tuple[list[Tensor | None], SavedGradients]:
     """Of a `call` that has normalizer, backend and token_row (None: it is the output before the gradients)."""
     params = [(p.shape, p.dtype) for p in x.params]
-    left = Left(0 if x.weight is None else 2, params, x.hidden.dtype, call.backend)
-    first = len(output) - 1 - left.num_decoder - (2 if left.params else 0)
+    saved = SavedGradients(0 if x.weight is None else 2, params, x.hidden.dtype, call.backend)
+    first = len(output) - 1 - saved.num_decoder - (2 if saved.params else 0)
     token_row = output[first - 1] if call.token_row is None else call.token_row
-    return [split_normalizer(call.normalizer, left.dtype)[1], token_row, *output[first:]], left
+    return [split_normalizer(call.normalizer, saved.dtype)[1], token_row, *output[first:]], saved
 
 
 def keep_gradients(ctx, x: Inputs, call, output: Sequence[Tensor]) -> None:
     """`save` of a loss."""
-    tensors, ctx.left = left_of(x, call, output)
+    tensors, ctx.saved = saved_gradients(x, call, output)
     ctx.save_for_backward(*tensors)
 
 
 def finish_gradients(ctx, upstream: Tensor, need: Need) -> tuple:
     """`backward` of a loss."""
-    return finish(ctx.saved_tensors, ctx.left, upstream, need)
+    return finish(ctx.saved_tensors, ctx.saved, upstream, need)
 
 
-def finish(tensors: Sequence[Tensor | None], left: Left, upstream: Tensor, need: Need) -> tuple:
+def finish(tensors: Sequence[Tensor | None], saved: SavedGradients, upstream: Tensor, need: Need) -> tuple:
     """The gradients that forward left, each times upstream / normalizer, in its place and dtype."""
     normalizer, token_row, *grads = tensors
-    factor = upstream.to(wide_dtype(left.dtype))
+    factor = upstream.to(wide_dtype(saved.dtype))
     factor = factor if normalizer is None else factor / normalizer
-    dtypes = {dtype for _, dtype in left.params}
+    dtypes = {dtype for _, dtype in saved.params}
     head_dtype = dtypes.pop() if len(dtypes) == 1 else factor.dtype  # in which all can be kept until they are cast
-    grads, head = grads[: 1 + left.num_decoder], grads[1 + left.num_decoder :]
-    arguments = factor, token_row, grads, head, left.dtype, head_dtype, left.backend
+    grads, head = grads[: 1 + saved.num_decoder], grads[1 + saved.num_decoder :]
+    arguments = factor, token_row, grads, head, saved.dtype, head_dtype, saved.backend
     if type(grads[0]) is not Tensor or _graph_is_kept():  # traced, or there may be another backward
         found = scale_gradients_op(*arguments)
     else:
         found = scale_gradients(*arguments, in_place=True)
     dhidden, *found = found
-    dweight, dbias = found[:2] if left.num_decoder else (None, None)
-    return dhidden, dweight, dbias, parameter_grads(found[left.num_decoder :], left.params, need.params)
+    dweight, dbias = found[:2] if saved.num_decoder else (None, None)
+    return dhidden, dweight, dbias, parameter_grads(found[saved.num_decoder :], saved.params, need.params)
 
 
 def scale_gradients(
@@ -289,7 +289,7 @@ def scale_gradients(
     in_place: bool = False,  # write over what has its final dtype and place
 ) -> list[Tensor]:
     """[dhidden (N, H), …], each times the factor in float32; all of them new unless `in_place`."""
-    with as_written(factor):
+    with without_autocast(factor):
         found = [(x, dtype) for x in grads] + [(x, head_dtype) for x in head]
         first = []
         if token_row.numel():
@@ -300,11 +300,21 @@ def scale_gradients(
         ]
 
 
-scale_gradients_op = torch.library.custom_op("sfr_kernels::scale_gradients", scale_gradients, mutates_args=())
+@torch.library.custom_op("sfr_kernels::scale_gradients", mutates_args=())
+def scale_gradients_op(
+    factor: Tensor,
+    token_row: Tensor,
+    grads: Sequence[Tensor],
+    head: Sequence[Tensor],
+    dtype: torch.dtype,
+    head_dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    return scale_gradients(factor, token_row, grads, head, dtype, head_dtype, backend)
 
 
 @scale_gradients_op.register_fake
-def _(factor, token_row, grads, head, dtype, head_dtype, backend, in_place=False):
+def _(factor, token_row, grads, head, dtype, head_dtype, backend):
     dh, *decoder = grads
     rest = [(x, dtype) for x in decoder] + [(x, head_dtype) for x in head]
     shape = (token_row.shape[0] or dh.shape[0], dh.shape[1])

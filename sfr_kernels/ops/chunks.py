@@ -62,7 +62,7 @@ def chunk_rows_for(n: int, hidden_size: int, dtype: torch.dtype, trained_head: b
 
     Trained head: all of them while they take no more memory than the float32 dW accumulator that a single chunk saves
     (n · itemsize ≤ 4 H; float16 needs one all the same), else equal chunks of at most 1.4 H rows: every chunk reads and
-    writes the accumulator; logits and accumulator together take, in 16 bit, 2.4 times the weight's bytes.
+    writes the accumulator. Logits and accumulator take, in 16 bit, 2.4 times the weight's bytes beyond the gradient.
     Frozen head: chunks of at most H / 2 rows. Never below 1024: small products waste the machine.
     On a CPU, in a dtype in which dW is its own accumulator: at most 512 rows, enough for the products' full rate, so
     that fewer pages of the buffer are mapped at every call.
@@ -123,7 +123,7 @@ def run_chunks(
     dh: Tensor | None = None,  # (n, H), where to write the gradient of h; may be h
 ) -> tuple[Tensor, RowStats, Tensor, Tensor, Tensor]:
     """The chunk loop: row losses (n,) in float32, their statistics, and the gradients of Σ_r row_weight[r] ℓ_r: dh, dW
-    in `dweight_dtype` and db in float32, empty where not needed; dh and dW of an odd H with padding between rows."""
+    in `dweight_dtype` and db in float32, empty where not needed. Where H is odd, the rows of dh and dW are padded."""
     n, hidden_size = h.shape
     grad = need.hidden or need.weight or need.bias
     wide, logits_dtype = wide_dtype(h.dtype), loss.logits_dtype or h.dtype

@@ -27,12 +27,12 @@ from .autograd import (
     new_matrices,
     new_vectors,
 )
-from .numerics import aligned, as_written, autocast_dtype, gather_rows, split_normalizer, wide_dtype
+from .numerics import aligned, autocast_dtype, gather_rows, split_normalizer, wide_dtype, without_autocast
 from .validate import (
     check_flow,
     check_hidden,
-    moved,
     normalizer_of,
+    on_device,
 )
 from .velocity_head import (
     HeadCall,
@@ -58,7 +58,7 @@ def flow_matching_loss(
     normalizer: float | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """L_flow, a float32 scalar (float64 for float64 hidden): DESIGN section 1; gradients: section 2.
+    """L_flow, a float32 scalar (float64 for float64 hidden); formula: `reference.flow_matching_loss`.
 
     Differentiable in hidden and the head's parameters, which may be float32 beside 16-bit hidden states.
     seed: an int, or a one-element int64 tensor on the device. normalizer: None is the supervised rows of this call;
@@ -67,9 +67,9 @@ def flow_matching_loss(
     Raises TypeError or ValueError naming the argument; "mtp" needs the decoder and is served by `sfr_loss`.
     """
     check_hidden(hidden)
-    check_flow(hidden, head, rows, targets, times, seed, config)
-    if config.loss == "mtp":
+    if isinstance(config, SFRConfig) and config.loss == "mtp":
         raise ValueError("loss='mtp' decodes with the lm_head: call sfr_loss")
+    check_flow(hidden, head, rows, targets, times, seed, config)
     dtype = autocast_dtype(hidden)
     backend = resolve_backend(backend, hidden.device, dtype)
     norm = normalizer_of(normalizer, rows.num_ce, hidden.device, wide_dtype(dtype))
@@ -177,7 +177,7 @@ def cka_loss(
 
 def _centred(x: Tensor, present: Tensor) -> Tensor:
     """The U-centred Gram matrix of the rows of x that are present, zero for the others."""
-    n = present.sum().clamp(min=_LEAST_RESPONSES)  # of fewer nothing is made
+    n = present.sum().clamp(min=_LEAST_RESPONSES)  # with fewer, the result is discarded
     off = (present.unsqueeze(1) & present).to(x.dtype).fill_diagonal_(0)
     gram = (x @ x.T) * off
     sums = gram.sum(dim=1)
@@ -185,7 +185,7 @@ def _centred(x: Tensor, present: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The randomness of a step (DESIGN section 1, Presets).
+# The seed of a step, and its times.
 
 
 def draw_times(
@@ -219,7 +219,7 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     A traced seed is taken as it is, below 2⁶³: inductor has no numbers beyond 64 bits to wrap it with.
     """
     if isinstance(seed, Tensor):
-        return moved(seed.reshape(1), device)
+        return on_device(seed.reshape(1), device)
     if not torch.compiler.is_compiling():
         seed = (seed + 2**63) % 2**64 - 2**63
     return torch.full((1,), seed, dtype=torch.int64, device=device)
@@ -304,7 +304,7 @@ def run_flow(
         flow.source_std,
     )
     if backend == "cuda" and coefficient is not None and flow.num_times:
-        from ..kernels.flow_loss import cuda as one_call
+        from ..kernels.flow import one_call
 
         if one_call.serves_flow_loss(h, list(params), flow.targets, times.shape[0]):
             shapes = [p.shape for p in params] if need_params else []
@@ -348,7 +348,7 @@ class FlowCall(NamedTuple):
 
 def _forward(x: Inputs, call: FlowCall, need: Need) -> list[Tensor]:
     """[loss, dh (n, H), the parameters' two buffers]; the gradients in float16 those of normalizer times the loss."""
-    with as_written(x.hidden):
+    with without_autocast(x.hidden):
         weight, (early, _) = call.flow.weight, split_normalizer(call.normalizer, x.hidden.dtype)
         coefficient = weight if early is None else weight.to(early.dtype) / early
         h = gather_rows(x.hidden, call.rows)

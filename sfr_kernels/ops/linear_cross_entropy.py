@@ -18,9 +18,9 @@ from .. import reference
 from ..kernels.backend import resolve_backend
 from ..kernels.softmax_xent import RowStats
 from ..rows import IGNORE_INDEX, SupervisedRows
-from .autograd import Inputs, Need, Operator, finish, finish_gradients, keep_gradients, left_of, pack, unpack
+from .autograd import Inputs, Need, Operator, finish, finish_gradients, keep_gradients, pack, saved_gradients, unpack
 from .chunks import LogitLoss, run_chunks
-from .numerics import as_written, autocast_dtype, gather_rows, split_normalizer, wide_dtype
+from .numerics import autocast_dtype, gather_rows, split_normalizer, wide_dtype, without_autocast
 from .validate import (
     check_class_weight,
     check_decoder,
@@ -108,10 +108,10 @@ def linear_cross_entropy(
     class_weight    the `weight` of torch's cross_entropy, a constant: a factor of w for each class. Not with
                     label_smoothing or process_group.
     z_loss          λ_z of λ_z · log-sum-exp².
-    logits_dtype    of the logits, else that of hidden.
+    logits_dtype    dtype of the logits; None is that of hidden.
     chunk_rows      rows of logits held at once, else `chunks.chunk_rows_for`.
-    accum_dtype     of dW where it is a sum over chunks, else float32. With weight's dtype and small chunks the memory
-                    beyond the gradients is one chunk of logits; each chunk then rounds dW once more.
+    accum_dtype     dtype in which dW is summed over chunks; None is float32. With weight's dtype and small chunks the
+                    memory beyond the gradients is one chunk of logits; each chunk then rounds dW once more.
     return_stats    also gives log-sum-exp, argmax, entropy and correctness of each supervised row, in the order of the
                     flattened labels, or of the rows.
     process_group   the group over which the vocabulary is spread: weight and bias hold the classes from `vocab_start`
@@ -165,8 +165,9 @@ def linear_cross_entropy(
         most = torch.where(most == 0, 1.0, most)
         row_weight, norm = row_weight / most, norm / most
     logits = LogitLoss(
-        labels, row_weight, softcap, logit_scale, label_smoothing, z_loss,
-        logits_dtype, chunk_rows or 0, accum_dtype, return_stats, debug, group, vocab_start,
+        labels, row_weight, softcap=softcap, logit_scale=logit_scale, label_smoothing=label_smoothing, z_loss=z_loss,
+        logits_dtype=logits_dtype, chunk_rows=chunk_rows or 0, accum_dtype=accum_dtype, need_stats=return_stats,
+        debug=debug, group=group, vocab_start=vocab_start,
     )  # fmt: skip
     if backend == "reference":
         if return_stats or group:
@@ -240,7 +241,7 @@ def _forward(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
 
     loss is a scalar, or (N,) with `per_row`, where the gradients are left to backward.
     """
-    with as_written(x.hidden):
+    with without_autocast(x.hidden):
         h, logits, token_row = _gather(x.hidden, call)
         n, row_weight = logits.labels.shape[0], logits.row_weight
         if n == 0:
@@ -333,7 +334,7 @@ def _backward(ctx, upstream: Tensor, need: Need) -> tuple:
     logits = call.logits._replace(row_weight=row_weight, need_stats=False, debug=False)
     call = call._replace(per_row=False, normalizer=one, logits=logits, checked=True)
     output = linear_cross_entropy_op.run(x, call, Need(*need[:3], params=False))
-    return finish(*left_of(x, call, output), one, need)
+    return finish(*saved_gradients(x, call, output), one, need)
 
 
 linear_cross_entropy_op = Operator("linear_cross_entropy", CrossEntropyCall, _forward, _fake, _save, _backward)

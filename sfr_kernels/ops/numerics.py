@@ -22,8 +22,8 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @contextlib.contextmanager
-def as_written(x: Tensor):
-    """Inside an op: the dtypes that the code says, on the device where `x` is."""
+def without_autocast(x: Tensor):
+    """Inside an operator: autocast off, and the GPU of x the current one."""
     guard = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
     with guard, torch.autocast(x.device.type, enabled=False):
         yield
@@ -99,6 +99,6 @@ def _untuned():
 
 
 def split_normalizer(normalizer: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """What gradients in `dtype` are divided by from the start, and in backward: all of it at the start, but in float16,
-    where a gradient of 1 / normalizer of a probability would be lost below 6e-8. None is 1."""
+    """What forward and what backward divides gradients in `dtype` by, None for 1. Forward does, but in float16, where
+    gradients of probabilities divided by a large normalizer underflow below 6e-8."""
     return (None, normalizer) if dtype == torch.float16 else (normalizer, None)

@@ -19,7 +19,7 @@ from .autograd import Inputs, Need, Operator, fake_parameter_grads, finish_gradi
 from .chunks import LogitLoss, run_chunks
 from .flow_loss import Flow, cosine_or_cka, flow_normalizer, flow_of, reference_head, run_flow, seed_tensor
 from .linear_cross_entropy import CrossEntropyCall, check_labels, cross_entropy, warn_of_no_rows
-from .numerics import as_written, autocast_dtype, gather_rows, split_normalizer, wide_dtype
+from .numerics import autocast_dtype, gather_rows, split_normalizer, wide_dtype, without_autocast
 from .validate import (
     check_decoder,
     check_flow,
@@ -67,7 +67,7 @@ def sfr_loss(
 ) -> SFROutput:
     """L_CE + λ L_flow over the same rows, with one normalizer (None: the supervised rows of this call).
 
-    Equal to `linear_cross_entropy` + λ · `flow_matching_loss` in value and in every gradient (DESIGN sections 1 to 3).
+    Equal to `linear_cross_entropy` + λ · `flow_matching_loss` in value and in every gradient.
     softcap, logit_scale, label_smoothing, z_loss, chunk_rows, accum_dtype and debug are those of
     `linear_cross_entropy`; return_stats fills the output's `stats`, in the order of rows.rows[rows.ce_start:].
     targets, times, flow_weight, normalizer and rows.weight are constants: none may require a gradient.
@@ -85,8 +85,8 @@ def sfr_loss(
     norm = normalizer_of(normalizer, rows.num_ce, hidden.device, wide_dtype(dtype))
     lam = scalar(flow_weight, hidden.device, norm.dtype)
     logits = LogitLoss(
-        rows.labels[rows.ce_start :], None, softcap, logit_scale, label_smoothing, z_loss,
-        chunk_rows=chunk_rows or 0, accum_dtype=accum_dtype, need_stats=return_stats, debug=debug,
+        rows.labels[rows.ce_start :], softcap=softcap, logit_scale=logit_scale, label_smoothing=label_smoothing,
+        z_loss=z_loss, chunk_rows=chunk_rows or 0, accum_dtype=accum_dtype, need_stats=return_stats, debug=debug,
     )  # fmt: skip
     if backend == "reference":
         if return_stats:
@@ -160,7 +160,7 @@ def _forward(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
 
     The gradients are those of the loss, in float16 of normalizer times the loss.
     """
-    with as_written(x.hidden):
+    with without_autocast(x.hidden):
         n, flow_rows = call.logits.labels.shape[0], call.flow.noise_id.shape[0]
         if n == 0:
             warn_of_no_rows()

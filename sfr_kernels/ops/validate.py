@@ -1,4 +1,4 @@
-"""What a public function is given: errors naming the argument, raised once, and numbers as tensors."""
+"""What a public function is given: errors naming the argument, and numbers as tensors."""
 
 import math
 
@@ -244,7 +244,7 @@ def check_logit_options(softcap: float | None, logit_scale: float, label_smoothi
         raise ValueError(f"logit_scale must be finite, got {logit_scale}")
 
 
-def moved(x: Tensor, device: torch.device) -> Tensor:
+def on_device(x: Tensor, device: torch.device) -> Tensor:
     """x on the device. A copy from pageable memory would hold the host up until all that was launched has run; one from
     the caller's own pinned memory might see what is written there next."""
     if x.device.type == "cpu" and device.type == "cuda" and not torch.compiler.is_compiling():
@@ -255,7 +255,7 @@ def moved(x: Tensor, device: torch.device) -> Tensor:
 def scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A number, or a tensor of one, as a zero-dim tensor without a gradient."""
     if isinstance(value, Tensor):
-        return moved(value.detach().reshape(()), device).to(dtype)
+        return on_device(value.detach().reshape(()), device).to(dtype)
     if torch.compiler.is_compiling():  # a float that changes is kept out of the graph only as a factor of a tensor
         return torch.ones((), device=device, dtype=dtype) * value
     return torch.full((), value, device=device, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The velocity head over the kernels, forward and backward by hand (DESIGN sections 1 and 2).
+"""The velocity head over the kernels, forward and backward by hand (formulas: `reference.py`).
 
     a = SiLU(LN(W_x x_t + W_h s h + (W_τ τ(t) + b)))    the bracket has one row per distinct time, not per token
     a = a + SiLU(LN(W_i a + b_i))                       num_layers − 2 times
@@ -34,7 +34,7 @@ from .autograd import (
     product_dtype,
     unpack,
 )
-from .numerics import aligned, as_written, autocast_dtype, linear, product, product_into, wide_dtype, wide_product
+from .numerics import aligned, autocast_dtype, linear, product, product_into, wide_dtype, wide_product, without_autocast
 from .validate import check_tensor
 
 
@@ -212,7 +212,7 @@ def _time_backward(
 
 def _forward(x: Inputs, call: HeadCall, need: Need) -> list[Tensor]:
     """[v (n, d)], and where a gradient is needed the other activations behind it."""
-    with as_written(x.hidden):
+    with without_autocast(x.hidden):
         call = call._replace(x_t=None if call.x_t is None else aligned(call.x_t))
         saved = head_forward(call, HeadWeights(x.params, x.hidden.dtype), aligned(x.hidden))
         v = saved.outputs.pop()
@@ -248,7 +248,7 @@ def _head_gradients(
     need_params: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dh, and the parameters' gradients in the matrices' and the vectors' buffer; empty where not needed."""
-    with as_written(h):
+    with without_autocast(h):
         call = unpack(HeadCall, tensors, floats, integers, text)
         call = call._replace(x_t=None if call.x_t is None else aligned(call.x_t))
         weights, dv, h = HeadWeights(params, h.dtype), aligned(dv.contiguous()), aligned(h)

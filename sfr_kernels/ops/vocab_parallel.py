@@ -68,7 +68,7 @@ def sharded_softmax_xent(
     total = (parts.total * carry).sum(0)
     log_total, vocab = total.log(), columns[:, :1].sum()
     lse = top + log_total
-    loss = log_total - (1 - label_smoothing) * (_once(parts, labels, shard.debug) - top)
+    loss = log_total - (1 - label_smoothing) * (_label_logit(parts, labels, shard.debug) - top)
     if label_smoothing:
         loss -= label_smoothing / vocab * (parts.rest + columns * below).sum(0)
     if z_loss:
@@ -86,7 +86,7 @@ def sharded_softmax_xent(
     return loss, stats
 
 
-def _once(parts: RowPartials, labels: Tensor, debug: bool) -> Tensor:
+def _label_logit(parts: RowPartials, labels: Tensor, debug: bool) -> Tensor:
     """The label's logit, which one process has."""
     owners = parts.owned.sum(0)
     if (labels.is_cpu or debug) and (owners != 1).any():

@@ -1,4 +1,4 @@
-"""The anchors of samples and the text of each anchor's segment (DESIGN section 1, Targets).
+"""The anchors of samples and the text of each anchor's segment.
 
 `SupervisedRows.from_labels` decides which positions are anchors; here the labels ahead of each become text, and
 anchors whose text is blank are dropped.

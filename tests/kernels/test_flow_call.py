@@ -8,7 +8,7 @@ from cases import evaluate, judge, make_case, reference_flow, reference_sfr, sma
 from device import BACKEND, DEVICE, ON_GPU
 
 from sfr_kernels import flow_matching_loss, sfr_loss
-from sfr_kernels.kernels.flow_loss import cuda as one_call
+from sfr_kernels.kernels.flow import one_call as one_call
 
 if BACKEND != "cuda":
     pytest.skip("the cuda backend alone has it", allow_module_level=True)

@@ -8,7 +8,7 @@ from device import BACKEND, DEVICE
 from golden_cases import HEADS, assert_golden, evaluate_head, evaluate_loss, loss_problem, make_head, wanted_of_head
 
 from sfr_kernels import flow_matching_loss
-from sfr_kernels.kernels.flow_loss import cuda as one_call
+from sfr_kernels.kernels.flow import one_call as one_call
 
 # Sums of at most a few hundred products, each rounded to 6e-8; the published code rounds its targets as well.
 TOLERANCE = 2e-6

@@ -1,4 +1,4 @@
-"""The flow path of each row (DESIGN section 1), from its identity, anchor and time, and the matching loss:
+"""The flow path of each row, from its identity, anchor and time, and the matching loss:
 
 x_0 = source_std · ε(seed, noise_id)        x_1 = target_scale · targets[anchor]        t = times[time_index]
 x_t = (1 − t) x_0 + t x_1                   u = x_1 − x_0

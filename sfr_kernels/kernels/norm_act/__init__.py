@@ -2,7 +2,7 @@
 
     y ← y + row_bias[row_index]      x̂ = (y − μ) ρ      z = γ x̂ + β      out = SiLU(z) (+ residual)
 
-Backward needs y, μ and ρ (DESIGN section 2):
+Backward needs y, μ and ρ:
 
     dz = dout σ(z)(1 + z(1 − σ(z)))      q = γ dz      dy = ρ (q − mean(q) − x̂ mean(q x̂))
     dγ = Σ dz x̂      dβ = Σ dz      d row_bias[m] = Σ_{row_index = m} dy

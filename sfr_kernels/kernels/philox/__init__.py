@@ -1,4 +1,4 @@
-"""Philox4x32-10, the counter that noise and times are drawn from (DESIGN section 1): functions for other kernels.
+"""Philox4x32-10, the counter that noise and times are drawn from: functions for other kernels.
 
 key = the 64-bit seed; counter = (block, identity low, identity high, stream)
 streams: 0 noise, 1 time of a row, 2 the table of times, 3 time of a sequence

@@ -1,7 +1,7 @@
 """The flow times of a step, drawn from the seed (streams 1 to 3 of the counter, see `philox`), and their sinusoid:
 
 times[m] = (m + U_m) / M      time_index[r] = ⌊M · U_r⌋      of a sequence: U_s
-[sin(s t ω) ; cos(s t ω)], ω_i = 10000^(−i / (d/2 − 1)), i < d/2; an odd d ends with a zero (DESIGN section 1)
+[sin(s t ω) ; cos(s t ω)], ω_i = 10000^(−i / (d/2 − 1)), i < d/2; an odd d ends with a zero
 """
 
 import torch

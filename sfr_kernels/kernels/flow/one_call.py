@@ -1,5 +1,12 @@
-"""csrc/flow_loss.cu, with products by the cuBLAS that torch has loaded. Everything that the call writes is allocated
-here, the room that it works in as one tensor; the call itself only launches."""
+"""The flow loss of each row and its gradients as one call of the cuda backend: what `ops/velocity_head.py` composes of
+the other kernels, with nothing of Python between the launches (csrc/flow_loss.cu, products by the cuBLAS that torch has
+loaded). Everything that the call writes is allocated here, its workspace as one tensor.
+
+ℓ = mean_j (v − u)²      v = head(x_t, t, h)      dv = (2 / d) · coefficient · (v − u), and backward from there
+
+Gradients of matrices are rounded to their dtype. Those of vectors stay float32, in the order of the parameters, but
+Σ dy, dγ and dβ of each layer: b_1, b_2, then (b, γ, β) of each layer, b_out.
+"""
 
 import ctypes
 import functools
@@ -10,10 +17,10 @@ from torch import Tensor
 
 from .. import ACCESS_BYTES, empty_rows
 from ..cuda import DTYPES, address, library, stream_of, structure, threads_for
-from ..flow import FlowPath
-from ..flow.cuda import path_tensors
 from ..norm_act import EPS
 from ..sums.cuda import MOST_GROUPS, blocks_for, rank_and_counts
+from . import FlowPath
+from .cuda import path_tensors
 
 _ALIGNMENT = 256  # bytes
 
