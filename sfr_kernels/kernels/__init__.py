@@ -1,10 +1,12 @@
-"""The kernels, a folder for each computation: its `__init__` states formula and contract, `torch.py`, `triton.py` and
-`cuda.py` beside it implement them.
+"""The kernels, a folder for each computation: its `__init__` states formula and contract; `torch.py`, `triton.py` and
+`cuda.py` beside it implement them. `philox` and `sums` are functions that kernels of one backend share.
 
-To add a kernel, declare it in a folder's `__init__` with `@dispatch`, and define a function of the same name and
-parameters in each backend's file; a backend may add keyword-only parameters of its own at the end. `backend.py` chooses
-the backend of a call; `triton.py`, `elementary.py`, `cuda.py` and `build.py` are what the kernels of one backend share.
-Tensors may have any strides unless a contract says otherwise.
+To add a kernel: declare it in a folder's `__init__` with `@dispatch`; define a function of the same name and
+parameters in each backend's file (it may add keyword-only parameters of its own at the end); for CUDA also write
+csrc/NAME.cu, its arguments in csrc/launchers.h, and its launcher's name in `cuda.SIGNATURES`. Test it in
+tests/kernels/, and compile it for every chip in tests/test_ahead_of_time.py. `backend.py` chooses the backend of a
+call; `triton.py`, `elementary.py`, `cuda.py` and `build.py` are what the kernels of one backend share. Tensors may have
+any strides unless a contract says otherwise.
 """
 
 import torch
