@@ -19,13 +19,13 @@ __device__ inline float tanh_of(float x, float *derivative) {
     return size < 0.4f ? x + x * series : copysignf((1.0f - e) * inverse, x);
 }
 
-struct Squash {
+struct LogitScale {
     float rate, softcap; // z = softcap · tanh(rate · x), or rate · x where softcap is 0
 };
 
-template <bool SOFTCAP> __device__ inline float squash(float x, const Squash &s, float *bend) {
+template <bool SOFTCAP> __device__ inline float z_of(float x, const LogitScale &s, float *tanh_slope) {
     if (!SOFTCAP) return x * s.rate;
-    return s.softcap * tanh_of(x * s.rate, bend);
+    return s.softcap * tanh_of(x * s.rate, tanh_slope);
 }
 
 // Of the columns that a thread, a warp, a block or a cluster has seen.
@@ -82,11 +82,11 @@ template <bool EXTRA> __device__ inline Sums warp_merge(Sums s) {
 
 // Adds N neighbouring logits, from column `first` on, to what a thread has seen; only `count` of them are there.
 template <int N, bool SOFTCAP, bool EXTRA>
-__device__ inline void add(Sums &s, const float (&x)[N], int first, int count, const Squash &how) {
+__device__ inline void add(Sums &s, const float (&x)[N], int first, int count, const LogitScale &how) {
     static_assert((N & (N - 1)) == 0, "added by halves");
-    float z[N], part[N], bend;
+    float z[N], part[N], tanh_slope;
 #pragma unroll
-    for (int i = 0; i < N; ++i) part[i] = z[i] = i < count ? squash<SOFTCAP>(x[i], how, &bend) : -INFINITY;
+    for (int i = 0; i < N; ++i) part[i] = z[i] = i < count ? z_of<SOFTCAP>(x[i], how, &tanh_slope) : -INFINITY;
 #pragma unroll
     for (int half = N / 2; half > 0; half /= 2) {
 #pragma unroll
@@ -129,11 +129,11 @@ struct Slopes {
 
 // Of N neighbouring logits, of which number `label` is the label's, if there is one.
 template <int N, bool SOFTCAP>
-__device__ inline void gradient(float (&x)[N], int label, const Squash &how, const Slopes &s) {
-    float bend[N];
+__device__ inline void gradient(float (&x)[N], int label, const LogitScale &how, const Slopes &s) {
+    float tanh_slope[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-        const float z = squash<SOFTCAP>(x[i], how, &bend[i]);
+        const float z = z_of<SOFTCAP>(x[i], how, &tanh_slope[i]);
         x[i] = exp_of(z - s.top) * s.share - s.uniform;
     }
     if (static_cast<unsigned>(label) < N) {
@@ -142,7 +142,7 @@ __device__ inline void gradient(float (&x)[N], int label, const Squash &how, con
             if (i == label) x[i] -= s.label_share; // in float32, before anything is rounded
     }
 #pragma unroll
-    for (int i = 0; SOFTCAP && i < N; ++i) x[i] *= bend[i];
+    for (int i = 0; SOFTCAP && i < N; ++i) x[i] *= tanh_slope[i];
 }
 
 // Loads a thread's vectors of a row of `width` columns, LOADS of them before the first is used, so that their latencies
@@ -182,7 +182,7 @@ __device__ inline void for_vectors(const T *x, int64_t col, int width, int threa
 }
 
 template <int LOADS, bool WHOLE, bool SOFTCAP, bool EXTRA, typename T>
-__device__ inline Sums thread_sums(const T *x, int64_t col, int width, int threads, int start, const Squash &how) {
+__device__ inline Sums thread_sums(const T *x, int64_t col, int width, int threads, int start, const LogitScale &how) {
     constexpr int VECTOR = 16 / sizeof(T);
     Sums s;
     for_vectors<LOADS, WHOLE, false>(x, col, width, threads, [&](const float (&v)[VECTOR], int first, int count) {
@@ -194,7 +194,7 @@ __device__ inline Sums thread_sums(const T *x, int64_t col, int width, int threa
 // From the end: caches still hold it, of a row that was read from the front.
 template <int LOADS, bool WHOLE, bool SOFTCAP, typename T>
 __device__ inline void write_gradient(const T *from, T *to, int64_t col, int width, int threads, int label,
-                                      const Squash &how, const Slopes &s) {
+                                      const LogitScale &how, const Slopes &s) {
     constexpr int VECTOR = 16 / sizeof(T);
     for_vectors<LOADS, WHOLE, true>(from, col, width, threads, [&](float (&v)[VECTOR], int first, int) {
         gradient<VECTOR, SOFTCAP>(v, label - first, how, s);

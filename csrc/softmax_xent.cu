@@ -36,14 +36,14 @@ template <bool EXTRA> __device__ inline Sums block_merge(Sums s) {
 // A block has an SM to itself: the rows that are worked on then stay in the L2 cache for the second pass.
 template <typename T, bool WHOLE, bool SOFTCAP, bool EXTRA>
 __global__ void __launch_bounds__(1024, 1)
-    softmax_xent_kernel(T *logits, int64_t row_stride, int64_t col, int vocab, Squash how, Loss a, bool need_grad) {
+    softmax_xent_kernel(T *logits, int64_t row_stride, int64_t col, int vocab, LogitScale how, Loss a, bool need_grad) {
     const int64_t row = blockIdx.x, label = a.labels[row];
     const float weight = weight_of(a.row_weight, row);
     const int at = column_of(label, 0, vocab), threads = blockDim.x;
     T *x = logits + row * row_stride;
     Sums s = thread_sums<LOADS<SOFTCAP>, WHOLE, SOFTCAP, EXTRA>(x, col, vocab, threads, 0, how);
-    float bend;
-    const float z_label = threadIdx.x == 0 && at >= 0 ? squash<SOFTCAP>(to_float(x[at * col]), how, &bend) : NAN;
+    float tanh_slope;
+    const float z_label = threadIdx.x == 0 && at >= 0 ? z_of<SOFTCAP>(to_float(x[at * col]), how, &tanh_slope) : NAN;
     s = block_merge<EXTRA>(s); // nobody writes before z_label has been read
     const Slopes slopes = finish(a, row, s, z_label, weight, vocab, threadIdx.x == 0);
     if (need_grad) write_gradient<LOADS<SOFTCAP>, WHOLE, SOFTCAP>(x, x, col, vocab, threads, at, how, slopes);
@@ -51,13 +51,14 @@ __global__ void __launch_bounds__(1024, 1)
 
 template <typename T, bool WHOLE, bool SOFTCAP>
 __global__ void __launch_bounds__(1024, 1) partials_kernel(const T *logits, int64_t row_stride, int64_t col, int vocab,
-                                                           Squash how, const int64_t *labels, float *out, int64_t n) {
+                                                           LogitScale how, const int64_t *labels, float *out,
+                                                           int64_t n) {
     const int64_t row = blockIdx.x, label = labels[row];
     const T *x = logits + row * row_stride;
     Sums s = thread_sums<LOADS<SOFTCAP>, WHOLE, SOFTCAP, true>(x, col, vocab, blockDim.x, 0, how);
     const int at = column_of(label, 0, vocab);
-    float bend;
-    const float z_label = threadIdx.x == 0 && at >= 0 ? squash<SOFTCAP>(to_float(x[at * col]), how, &bend) : 0.0f;
+    float tanh_slope;
+    const float z_label = threadIdx.x == 0 && at >= 0 ? z_of<SOFTCAP>(to_float(x[at * col]), how, &tanh_slope) : 0.0f;
     s = block_merge<true>(s);
     if (threadIdx.x != 0) return;
     out[row] = s.top;
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(1024, 1) partials_kernel(const T *logits, int6
 
 template <typename T, bool WHOLE, bool SOFTCAP>
 __global__ void __launch_bounds__(1024, 1)
-    gradient_kernel(T *logits, int64_t row_stride, int64_t col, int vocab, Squash how, const int64_t *labels,
+    gradient_kernel(T *logits, int64_t row_stride, int64_t col, int vocab, LogitScale how, const int64_t *labels,
                     const float *row_weight, const float *top, const float *share, const float *uniform,
                     float logit_scale, float label_smoothing) {
     const int64_t row = blockIdx.x;
@@ -84,43 +85,43 @@ __global__ void __launch_bounds__(1024, 1)
 
 constexpr int CLUSTER_THREADS = 512, CLUSTER_WARPS = CLUSTER_THREADS / 32, MOST_BLOCKS = 8;
 
-// What a block is told about a row of its cluster.
-struct alignas(16) Told {
+// What the blocks of a cluster send each other about a row.
+struct alignas(16) Message {
     Sums sums[MOST_BLOCKS * CLUSTER_WARPS]; // of every warp of the cluster
     int64_t before;                         // how many rows were claimed before the cluster's row after the next
-    float label;                            // the logit of the label; the first block alone is told
+    float label;                            // the logit of the label, to the first block alone
 };
 
 // At the start of a block's shared memory; two buffers of a slice of a row follow.
-struct alignas(16) Post {
-    Told told[2]; // about rows of either parity
-    uint64_t all_told[2];
+struct alignas(16) Mailbox {
+    Message messages[2]; // about rows of either parity
+    uint64_t arrived[2];
 };
-constexpr int POST_BYTES = 8192; // the room that kernels/softmax_xent/cuda.py leaves
-static_assert(sizeof(Post) <= POST_BYTES, "the post and two buffers fill a block's shared memory");
-static_assert(sizeof(Post) % 16 == 0 && sizeof(Told) % 16 == 0, "the buffers behind begin on whole vectors");
+constexpr int MAILBOX_BYTES = 8192; // the room that kernels/softmax_xent/cuda.py leaves
+static_assert(sizeof(Mailbox) <= MAILBOX_BYTES, "the mailbox and two buffers fill a block's shared memory");
+static_assert(sizeof(Mailbox) % 16 == 0 && sizeof(Message) % 16 == 0, "the buffers behind begin on whole vectors");
 static_assert(sizeof(Sums) == 24 && offsetof(Sums, moment) == 8, "three words of 8 bytes, top and total in the first");
 static_assert(CLUSTER_THREADS % 32 == 0 && CLUSTER_THREADS <= 1024, "whole warps");
 static_assert(MOST_BLOCKS <= 8 && (MOST_BLOCKS & (MOST_BLOCKS - 1)) == 0, "clusters that every chip allows");
 
-// Two of each are enough: a warp sends about a row once all warps have told it about the row before, which they did
-// after they had read about the row before that. A block may end while others go on: all that they send it about its
+// Two of each are enough: a warp sends about a row once all warps have sent it theirs about the row before, which they
+// did after they had read about the row before that. A block may end while others go on: all that they send it about its
 // last row has come before it goes on with that.
 template <typename T, int VECTOR, bool SOFTCAP, bool EXTRA>
 __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
-    cluster_kernel(T *logits, int64_t row_stride, int64_t n, int vocab, int slice, int64_t *claimed, Squash how, Loss a,
-                   bool need_grad) {
+    cluster_kernel(T *logits, int64_t row_stride, int64_t n, int vocab, int slice, int64_t *claimed, LogitScale how,
+                   Loss a, bool need_grad) {
 #ifdef SFR_CLUSTERS
     static_assert(VECTOR * sizeof(T) == 16, "an asynchronous copy");
     SFR_DYNAMIC_SHARED(shared);
-    Post &post = *reinterpret_cast<Post *>(shared);
-    T *buffers = reinterpret_cast<T *>(shared + sizeof(Post));
+    Mailbox &mailbox = *reinterpret_cast<Mailbox *>(shared);
+    T *buffers = reinterpret_cast<T *>(shared + sizeof(Mailbox));
     const int rank = cluster_rank(), size = cluster_size();
     const int64_t clusters = gridDim.x / size;
     const int begin = rank * slice, width = vocab - begin < slice ? vocab - begin : slice; // may be negative
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const bool leads = rank == 0 && threadIdx.x == 0;
-    const int bytes = size * CLUSTER_WARPS * (EXTRA ? 24 : 8) + 8 + (rank == 0 ? 4 : 0); // told about a row
+    const int bytes = size * CLUSTER_WARPS * (EXTRA ? 24 : 8) + 8 + (rank == 0 ? 4 : 0); // received about a row
     const auto fetch = [&](int64_t row, T *to) {
         constexpr int STEP = CLUSTER_THREADS * VECTOR;
         const int first = threadIdx.x * VECTOR;
@@ -133,16 +134,16 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
     int64_t row = blockIdx.x / size, next = row + clusters, label = a.labels[row];
     float weight = weight_of(a.row_weight, row);
     fetch(row, buffers);
-    if (threadIdx.x < 2) start_barrier(&post.all_told[threadIdx.x]);
+    if (threadIdx.x < 2) start_barrier(&mailbox.arrived[threadIdx.x]);
     cluster_sync(); // nobody writes into the memory of a block that has not begun
     for (int turn = 0; row < n; ++turn) {
         const int parity = turn & 1;
-        Told &told = post.told[parity];
-        uint64_t *all_told = &post.all_told[parity];
+        Message &message = mailbox.messages[parity];
+        uint64_t *arrived = &mailbox.arrived[parity];
         T *x = logits + row * row_stride + begin, *buffer = buffers + parity * slice;
         int64_t before = 0;
         if (threadIdx.x == 0) {
-            expect_bytes(all_told, bytes);
+            expect_bytes(arrived, bytes);
             if (rank == 0) before = claim(claimed);
         }
         fetch(next, buffers + (parity ^ 1) * slice);
@@ -155,26 +156,26 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
         if (lane < size) {
             uint64_t words[3];
             memcpy(words, &s, sizeof(words));
-            uint64_t *to = reinterpret_cast<uint64_t *>(&told.sums[rank * CLUSTER_WARPS + warp]);
+            uint64_t *to = reinterpret_cast<uint64_t *>(&message.sums[rank * CLUSTER_WARPS + warp]);
 #pragma unroll
-            for (int i = 0; i < (EXTRA ? 3 : 1); ++i) send(to + i, lane, words[i], all_told);
+            for (int i = 0; i < (EXTRA ? 3 : 1); ++i) send(to + i, lane, words[i], arrived);
         }
         const int at = column_of(label, begin, width);
         if (at >= 0 && at / VECTOR % CLUSTER_THREADS == static_cast<int>(threadIdx.x))
-            send(&told.label, 0, to_float(buffer[at]), all_told);
+            send(&message.label, 0, to_float(buffer[at]), arrived);
         if (leads) {
-            if (label < 0 || label >= vocab) send(&told.label, 0, NAN, all_told);
-            for (int other = 0; other < size; ++other) send(&told.before, other, before, all_told);
+            if (label < 0 || label >= vocab) send(&message.label, 0, NAN, arrived);
+            for (int other = 0; other < size; ++other) send(&message.before, other, before, arrived);
         }
 
-        wait_for_bytes(all_told, turn >> 1 & 1);
+        wait_for_bytes(arrived, turn >> 1 & 1);
         s = Sums{};
-        for (int i = lane; i < size * CLUSTER_WARPS; i += 32) s = merge<EXTRA>(s, told.sums[i]);
+        for (int i = lane; i < size * CLUSTER_WARPS; i += 32) s = merge<EXTRA>(s, message.sums[i]);
         s = warp_merge<EXTRA>(s);
-        float bend;
-        const float z_label = leads ? squash<SOFTCAP>(told.label, how, &bend) : 0.0f;
+        float tanh_slope;
+        const float z_label = leads ? z_of<SOFTCAP>(message.label, how, &tanh_slope) : 0.0f;
         const Slopes slopes = finish(a, row, s, z_label, weight, vocab, leads);
-        row = next, next = 2 * clusters + told.before; // nobody claims its first two
+        row = next, next = 2 * clusters + message.before; // nobody claims its first two
         label = next_label, weight = next_weight;
         if (need_grad)
             write_gradient<2, true, SOFTCAP>(buffer, x, 1, width, CLUSTER_THREADS, at, how, slopes);
@@ -184,8 +185,8 @@ __global__ void __launch_bounds__(CLUSTER_THREADS, 1)
 #endif
 }
 
-inline Squash squash_of(float logit_scale, float softcap) {
-    return softcap == 0.0f ? Squash{logit_scale, 0.0f} : Squash{logit_scale / softcap, softcap};
+inline LogitScale logit_scale_of(float logit_scale, float softcap) {
+    return softcap == 0.0f ? LogitScale{logit_scale, 0.0f} : LogitScale{logit_scale / softcap, softcap};
 }
 
 // Threads for a row: 256 bytes each, whole warps.
@@ -205,7 +206,7 @@ SFR_API sfr_cluster_code() { return sfr::code_of(sfr::cluster_kernel<float, 4, f
 
 SFR_API sfr_softmax_xent(const sfr::SoftmaxXentArguments &f, int dtype, void *stream) {
     if (f.n == 0) return cudaSuccess;
-    const sfr::Squash how = sfr::squash_of(f.logit_scale, f.softcap);
+    const sfr::LogitScale how = sfr::logit_scale_of(f.logit_scale, f.softcap);
     sfr::Loss a;
     a.labels = f.labels;
     a.row_weight = f.row_weight;
@@ -232,7 +233,7 @@ SFR_API sfr_softmax_xent(const sfr::SoftmaxXentArguments &f, int dtype, void *st
         }
         constexpr int VECTOR = 16 / sizeof(T);
         const int packs = (f.vocab + VECTOR - 1) / VECTOR, slice = (packs + f.cluster - 1) / f.cluster * VECTOR;
-        const size_t shared = sizeof(sfr::Post) + 2 * slice * sizeof(T);
+        const size_t shared = sizeof(sfr::Mailbox) + 2 * slice * sizeof(T);
         const bool power = f.cluster > 0 && (f.cluster & (f.cluster - 1)) == 0;
         if (!whole || !power || f.cluster > sfr::MOST_BLOCKS || shared > sfr::MOST_SHARED) return cudaErrorInvalidValue;
         if (const int error = sfr::clear(f.claimed, 8, stream)) return error;
@@ -247,7 +248,7 @@ SFR_API sfr_softmax_xent(const sfr::SoftmaxXentArguments &f, int dtype, void *st
 
 SFR_API sfr_softmax_partials(const sfr::SoftmaxPartialsArguments &f, int dtype, void *stream) {
     if (f.n == 0) return cudaSuccess;
-    const sfr::Squash how = sfr::squash_of(f.logit_scale, f.softcap);
+    const sfr::LogitScale how = sfr::logit_scale_of(f.logit_scale, f.softcap);
     const dim3 grid(static_cast<unsigned>(f.n));
     SFR_DISPATCH(dtype, T, {
         const T *x = static_cast<const T *>(f.logits);
@@ -262,7 +263,7 @@ SFR_API sfr_softmax_partials(const sfr::SoftmaxPartialsArguments &f, int dtype, 
 
 SFR_API sfr_softmax_gradient(const sfr::SoftmaxGradientArguments &f, int dtype, void *stream) {
     if (f.n == 0) return cudaSuccess;
-    const sfr::Squash how = sfr::squash_of(f.logit_scale, f.softcap);
+    const sfr::LogitScale how = sfr::logit_scale_of(f.logit_scale, f.softcap);
     const dim3 grid(static_cast<unsigned>(f.n));
     SFR_DISPATCH(dtype, T, {
         T *x = static_cast<T *>(f.logits);

@@ -129,22 +129,11 @@ class LinearCrossEntropy(nn.Module):
         super().__init__()
         self.register_buffer("class_weight", class_weight)
         self.options: dict[str, Any] = dict(
-            shift=shift,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logits_dtype=logits_dtype,
-            chunk_rows=chunk_rows,
-            accum_dtype=accum_dtype,
-            return_stats=return_stats,
-            process_group=process_group,
-            vocab_start=vocab_start,
-            debug=debug,
-            backend=backend,
-        )
+            shift=shift, ignore_index=ignore_index, reduction=reduction, softcap=softcap, logit_scale=logit_scale,
+            label_smoothing=label_smoothing, z_loss=z_loss, logits_dtype=logits_dtype, chunk_rows=chunk_rows,
+            accum_dtype=accum_dtype, return_stats=return_stats, process_group=process_group, vocab_start=vocab_start,
+            debug=debug, backend=backend,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -157,15 +146,9 @@ class LinearCrossEntropy(nn.Module):
         row_weight: Tensor | None = None,  # (...)
     ) -> Tensor | tuple[Tensor, RowStats]:
         return linear_cross_entropy(
-            hidden,
-            weight,
-            labels,
-            bias=bias,
-            normalizer=normalizer,
-            row_weight=row_weight,
-            class_weight=self.class_weight,
-            **self.options,
-        )
+            hidden, weight, labels, bias=bias, normalizer=normalizer, row_weight=row_weight,
+            class_weight=self.class_weight, **self.options,
+        )  # fmt: skip
 
 
 class SFRLoss(nn.Module):
@@ -190,13 +173,9 @@ class SFRLoss(nn.Module):
             check_scales(head, config)
         self.config, self.head = config, head
         self.options: dict[str, Any] = dict(
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            chunk_rows=chunk_rows,
-            accum_dtype=accum_dtype,
-            debug=debug,
-            backend=backend,
-        )
+            label_smoothing=label_smoothing, z_loss=z_loss, chunk_rows=chunk_rows, accum_dtype=accum_dtype,
+            debug=debug, backend=backend,
+        )  # fmt: skip
 
     def forward(
         self,
@@ -217,19 +196,7 @@ class SFRLoss(nn.Module):
     ) -> SFROutput:
         options = self.options if label_smoothing is None else self.options | dict(label_smoothing=label_smoothing)
         return sfr_loss(
-            hidden,
-            weight,
-            self.head,
-            rows,
-            targets,
-            times,
-            seed=seed,
-            config=self.config,
-            bias=bias,
-            flow_weight=flow_weight,
-            normalizer=normalizer,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            return_stats=return_stats,
-            **options,
-        )
+            hidden, weight, self.head, rows, targets, times, seed=seed, config=self.config, bias=bias,
+            flow_weight=flow_weight, normalizer=normalizer, softcap=softcap, logit_scale=logit_scale,
+            return_stats=return_stats, **options,
+        )  # fmt: skip

@@ -57,11 +57,11 @@ INDEX, LABELS, FACTOR = torch.zeros(ROWS, dtype=torch.int32), torch.zeros(2, dty
 LOGITS, TABLE = torch.zeros(2, VOCAB, dtype=HALF), torch.zeros(256, WIDTH)
 PATH = FlowPath(X[:16], TABLE[:, 0], INDEX.long(), INDEX, INDEX, LABELS[:1], 2.0, 1.0)
 SLICE = -(-VOCAB // CLUSTER) * 2  # bytes of a row that a block of a cluster holds
-POST = 6192  # sizeof(Post) in softmax_xent.cu
+MAILBOX = 6192  # sizeof(Mailbox) in softmax_xent.cu
 T = "__nv_bfloat16"
 SOURCES = {
     "softmax_xent, cluster": Source(
-        rf"cluster_kernel<{T}, 8, false, false>", 4, 512, shared=2 * SLICE + POST, copied=SLICE
+        rf"cluster_kernel<{T}, 8, false, false>", 4, 512, shared=2 * SLICE + MAILBOX, copied=SLICE
     ),
     "softmax_xent, two passes": Source(rf"softmax_xent_kernel<{T}, true, false, false>", 4, 1024),
     "softmax_xent, Triton": Source("_softmax_xent_kernel", 4, launch=lambda k: k.softmax_xent(LOGITS, LABELS)),

@@ -9,7 +9,7 @@ from benchmarks.timing import allocated
 from sfr_kernels import linear_cross_entropy
 from sfr_kernels.kernels import empty_rows
 from sfr_kernels.ops import chunks
-from sfr_kernels.ops.chunks import chunk_rows_for, dweight_dtype_for, product_blocks
+from sfr_kernels.ops.chunks import LogitLoss, chunk_rows_for, product_blocks
 from sfr_kernels.ops.numerics import product_into
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -210,6 +210,7 @@ def test_default_chunks_keep_within_the_documented_multiples_of_the_weight():
         for n in (1, 1024, 4096, 5734, 5735, 8192, 8193, 16384, 50000):
             rows = chunk_rows_for(n, hidden_size, dtype, True)
             # float32 where it is a sum over chunks, instead of the one in 16 bit that is returned
-            wide = dweight_dtype_for(n, hidden_size, dtype, dtype, 0, None) == torch.float32
+            hidden = torch.empty(0, hidden_size, dtype=dtype)
+            wide = LogitLoss(hidden).dweight_dtype(n, hidden) == torch.float32
             assert rows * vocab * 2 + wide * weight <= 2.5 * weight
             assert chunk_rows_for(n, hidden_size, dtype, False) * vocab * 2 <= 0.5 * weight

@@ -124,7 +124,7 @@ FAULTS = {
     "sums not waited for": (SOFTMAX, " wait_for_bytes(", " if (!PLANTED) wait_for_bytes("),
     "the wrong phase of a barrier": (SOFTMAX, "turn >> 1 & 1", "(PLANTED ? turn : turn >> 1) & 1"),
     "a byte more than is expected": (SOFTMAX, "(EXTRA ? 24 : 8) + 8", "(EXTRA ? 24 : 8) + 8 - PLANTED"),
-    "sums overwritten too early": (SOFTMAX, "post.told[parity]", "post.told[PLANTED ? 0 : parity]"),
+    "sums overwritten too early": (SOFTMAX, "mailbox.messages[parity]", "mailbox.messages[PLANTED ? 0 : parity]"),
     "a row claimed twice": (SOFTMAX, "next = 2 * clusters", "next = (PLANTED ? 1 : 2) * clusters"),
 }  # fmt: skip
 RUN = ("norm_act.cu", "scale.cu", "softmax_xent.cu")  # what the following calls
@@ -183,7 +183,7 @@ def test_signatures_are_those_of_the_sources():
         values |= re.findall(r"(\w+) = (\d+)", file.read_text())
     assert declared == cuda.SIGNATURES
     copies = {str(dtype).removeprefix("torch.").upper(): number for dtype, number in cuda.DTYPES.items()}
-    copies |= {"MOST_GROUPS": sums.MOST_GROUPS, "CHUNK": sums.CHUNK, "POST_BYTES": softmax_xent._POST_BYTES}
+    copies |= {"MOST_GROUPS": sums.MOST_GROUPS, "CHUNK": sums.CHUNK, "MAILBOX_BYTES": softmax_xent._MAILBOX_BYTES}
     assert copies == {name: int(values[name]) for name in copies}
 
 

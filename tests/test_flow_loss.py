@@ -15,7 +15,7 @@ from torch import Tensor
 from sfr_kernels import SupervisedRows, flow_matching_loss, reference
 from sfr_kernels.kernels.backend import kernels_of
 from sfr_kernels.kernels.flow import FlowPath
-from sfr_kernels.kernels.philox import step_seed
+from sfr_kernels.ops.flow_loss import step_seed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = pytest.mark.parametrize("preset", ["default", "official"])

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpora import HashEncoder
-from packages import needs
+from corpora import HashEncoder, needs
 from tiny import VOCAB, tiny_llama, tiny_samples
 from torch.nn import functional as F
 

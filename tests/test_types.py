@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from packages import needs
+from corpora import needs
 
 from sfr_kernels import linear_cross_entropy
 from sfr_kernels.ops.linear_cross_entropy import CrossEntropyOptions

@@ -12,9 +12,9 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from ..config import SFRConfig
-from ..kernels.philox import step_seed
 from ..modules import VelocityHead
 from ..ops import flow_matching_loss
+from ..ops.flow_loss import step_seed
 from ..rows import IGNORE_INDEX
 
 

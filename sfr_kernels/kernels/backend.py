@@ -129,9 +129,13 @@ def size_of(argument) -> str:
 
 def _fastest(name: str, argument) -> str:
     """The backend that was measured faster for such a call; where none was, Triton."""
-    wanted = (name, size_of(argument))
-    rows = measured(torch.cuda.get_device_capability())
-    return next((row["backend"] for row in rows if (row["kernel"], row["size"]) == wanted), "triton")
+    return _measured_faster(torch.cuda.get_device_capability(), name, size_of(argument))
+
+
+@functools.cache
+def _measured_faster(capability: tuple[int, int], name: str, size: str) -> str:
+    rows = measured(capability)
+    return next((row["backend"] for row in rows if (row["kernel"], row["size"]) == (name, size)), "triton")
 
 
 def dispatch(contract: Callable[P, R]) -> Callable[Concatenate[str, P], R]:

@@ -139,7 +139,7 @@ class Operator:
         grad = torch.is_grad_enabled()
         flags = [grad and t is not None and t.requires_grad for t in x[:3]]
         need = Need(*flags, grad and any(p.requires_grad for p in x.params))
-        if has_tangent([*x[:3], *x.params]):
+        if has_tangent([*_flat(x), *_flat(call)]):
             raise NotImplementedError(
                 "the losses have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad, and what is "
                 "built on them), only a gradient: backend='reference' has both"
@@ -260,7 +260,9 @@ def finish_gradients(ctx, upstream: Tensor, need: Need) -> tuple:
     return finish(ctx.saved_tensors, ctx.saved, upstream, need)
 
 
-def finish(tensors: Sequence[Tensor | None], saved: SavedGradients, upstream: Tensor, need: Need) -> tuple:
+def finish(
+    tensors: Sequence[Tensor | None], saved: SavedGradients, upstream: Tensor, need: Need, fresh: bool = False
+) -> tuple:
     """The gradients that forward left, each times upstream / normalizer, in its place and dtype."""
     normalizer, token_row, *grads = tensors
     factor = upstream.to(wide_dtype(saved.dtype))
@@ -269,7 +271,8 @@ def finish(tensors: Sequence[Tensor | None], saved: SavedGradients, upstream: Te
     head_dtype = dtypes.pop() if len(dtypes) == 1 else factor.dtype  # in which all can be kept until they are cast
     grads, head = grads[: 1 + saved.num_decoder], grads[1 + saved.num_decoder :]
     arguments = factor, token_row, grads, head, saved.dtype, head_dtype, saved.backend
-    if type(grads[0]) is not Tensor or _graph_is_kept():  # traced, or there may be another backward
+    # traced, or there may be another backward that reads them; never if they were made by this one (`fresh`)
+    if type(grads[0]) is not Tensor or (not fresh and _graph_is_kept()):
         found = scale_gradients_op(*arguments)
     else:
         found = scale_gradients(*arguments, in_place=True)

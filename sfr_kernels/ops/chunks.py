@@ -46,9 +46,12 @@ class LogitLoss(NamedTuple):
         return {name: getattr(self, name) for name in names}
 
     def dweight_dtype(self, most: int, hidden: Tensor) -> torch.dtype:
-        """The dtype in which dW is summed, for at most so many rows."""
-        dtype, logits_dtype = hidden.dtype, self.logits_dtype or hidden.dtype
-        return dweight_dtype_for(most, hidden.shape[1], dtype, logits_dtype, self.chunk_rows, self.accum_dtype)
+        """The dtype in which dW is summed, for at most so many rows: float32 where it may be a sum over chunks, unless
+        the caller chose. One chunk needs no accumulator, but in fp16 a sum over thousands of rows overflows or loses
+        digits."""
+        dtype = hidden.dtype
+        rows = self.chunk_rows or chunk_rows_for(most, hidden.shape[1], self.logits_dtype or dtype, True)
+        return dtype if rows >= most and dtype != torch.float16 else self.accum_dtype or wide_dtype(dtype)
 
     def empty_stats(self, h: Tensor, n: int) -> RowStats:
         """Uninitialised statistics of n rows of logits h Wᵀ; of no row where they are not asked for."""
@@ -74,22 +77,6 @@ def chunk_rows_for(n: int, hidden_size: int, dtype: torch.dtype, trained_head: b
     most = max(1024, 7 * hidden_size // 5 if trained_head else hidden_size // 2)
     chunks = max(1, -(-n // most))
     return max(1, -(-n // chunks))
-
-
-def dweight_dtype_for(
-    most: int,  # rows there can be
-    hidden_size: int,
-    dtype: torch.dtype,  # of the products
-    logits_dtype: torch.dtype,
-    chunk_rows: int,
-    accum_dtype: torch.dtype | None,
-) -> torch.dtype:
-    """float32 where dW may be a sum over chunks, unless the caller chose. One chunk needs no accumulator, but in
-    fp16 a sum over thousands of rows overflows or loses digits."""
-    rows = chunk_rows or chunk_rows_for(most, hidden_size, logits_dtype, True)
-    if rows >= most and dtype != torch.float16:
-        return dtype
-    return accum_dtype or wide_dtype(dtype)
 
 
 def product_blocks(rows: int) -> list[slice]:
@@ -122,8 +109,9 @@ def run_chunks(
     dweight_dtype: torch.dtype,
     dh: Tensor | None = None,  # (n, H), where to write the gradient of h; may be h
 ) -> tuple[Tensor, RowStats, Tensor, Tensor, Tensor]:
-    """The chunk loop: row losses (n,) in float32, their statistics, and the gradients of Σ_r row_weight[r] ℓ_r: dh, dW
-    in `dweight_dtype` and db in float32, empty where not needed. Where H is odd, the rows of dh and dW are padded."""
+    """The chunk loop: row losses (n,) in float32 (float64 for float64), their statistics, and the gradients of
+    Σ_r row_weight[r] ℓ_r, empty where not needed: dh, dW in `dweight_dtype` and db in the dtype of the losses. Where H
+    is odd, the rows of dh and dW are padded."""
     n, hidden_size = h.shape
     grad = need.hidden or need.weight or need.bias
     wide, logits_dtype = wide_dtype(h.dtype), loss.logits_dtype or h.dtype

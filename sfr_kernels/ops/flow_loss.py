@@ -28,20 +28,8 @@ from .autograd import (
     new_vectors,
 )
 from .numerics import aligned, autocast_dtype, gather_rows, split_normalizer, wide_dtype, without_autocast
-from .validate import (
-    check_flow,
-    check_hidden,
-    normalizer_of,
-    on_device,
-)
-from .velocity_head import (
-    HeadCall,
-    HeadWeights,
-    head_backward,
-    head_forward,
-    named_parameters,
-    velocity_head,
-)
+from .validate import check_flow, check_hidden, normalizer_of, on_device
+from .velocity_head import HeadCall, HeadWeights, head_backward, head_forward, named_parameters, velocity_head
 
 _LEAST_RESPONSES = 4  # of the unbiased CKA
 
@@ -225,6 +213,27 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
+def step_seed(seed: int, step: int | Tensor) -> int | Tensor:
+    """A 63-bit seed from (config.seed, step), the same on every rank: the SplitMix64 finaliser.
+
+    The step may be an int64 tensor, which a compiled function takes for a variable; so is the seed then.
+    """
+    x = _signed(_signed(seed * 0x9E3779B97F4A7C15) + (step + 2) * _signed(0xD1B54A32D192ED03))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = _signed((x ^ _shifted(x, shift)) * _signed(factor))
+    return _shifted(x ^ _shifted(x, 31), 1)
+
+
+def _signed(x: int | Tensor) -> int | Tensor:
+    """The last 64 bits as a signed number, which those of a tensor are."""
+    return x if isinstance(x, Tensor) else (x + 2**63) % 2**64 - 2**63
+
+
+def _shifted(x: int | Tensor, count: int) -> int | Tensor:
+    """The 64 bits of x, shifted right, with zeros from the left."""
+    return (x >> count) & (2 ** (64 - count) - 1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The operator of "flow" and "mse".
 
@@ -260,20 +269,10 @@ def flow_of(
     else:
         index, num_times = None, config.num_times
     return Flow(
-        targets,
-        times,
-        rows.noise_id[:n],
-        rows.anchor[:n],
-        rows.weight[:n],
-        None if index is None else index[:n],
-        sequence_id,
-        seed_tensor(seed, rows.device),
-        num_times,
-        config.scale_for(head.shape.target_size),
-        0.0 if config.is_dirac else config.source_std,
-        head.shape.time_scale,
-        head.shape.hidden_scale,
-    )
+        targets, times, rows.noise_id[:n], rows.anchor[:n], rows.weight[:n], None if index is None else index[:n],
+        sequence_id, seed_tensor(seed, rows.device), num_times, config.scale_for(head.shape.target_size),
+        0.0 if config.is_dirac else config.source_std, head.shape.time_scale, head.shape.hidden_scale,
+    )  # fmt: skip
 
 
 def run_flow(
@@ -294,15 +293,9 @@ def run_flow(
     if times is None:
         times, time_index = draw_times(backend, flow.noise_id, time_index, flow.sequence_id, flow.seed, flow.num_times)
     path = FlowPath(
-        aligned(flow.targets),
-        times,
-        flow.noise_id,
-        flow.anchor,
-        time_index,
-        flow.seed,
-        flow.target_scale,
+        aligned(flow.targets), times, flow.noise_id, flow.anchor, time_index, flow.seed, flow.target_scale,
         flow.source_std,
-    )
+    )  # fmt: skip
     if backend == "cuda" and coefficient is not None and flow.num_times:
         from ..kernels.flow import one_call
 
@@ -310,24 +303,15 @@ def run_flow(
             shapes = [p.shape for p in params] if need_params else []
             matrices, vectors = new_matrices(shapes, h), new_vectors(shapes, h)
             loss = one_call.flow_loss(
-                h,
-                list(params),
-                path,
-                coefficient,
-                flow.time_scale,
-                flow.hidden_scale,
-                matrices=matrix_views(matrices, shapes),
-                vectors=vectors if need_params else None,
-                dh=dh,
-                add_to_dh=add_to_dh,
-            )
+                h, list(params), path, coefficient, flow.time_scale, flow.hidden_scale,
+                matrices=matrix_views(matrices, shapes), vectors=vectors if need_params else None,
+                dh=dh, add_to_dh=add_to_dh,
+            )  # fmt: skip
             return loss, matrices, vectors
     x_t, u = flow_path(backend, path, h.dtype)
     x_t = aligned(x_t) if flow.num_times else None
-    head, weights = (
-        HeadCall(x_t, times, time_index, flow.time_scale, flow.hidden_scale, backend),
-        HeadWeights(params, h.dtype),
-    )
+    head = HeadCall(x_t, times, time_index, flow.time_scale, flow.hidden_scale, backend)
+    weights = HeadWeights(params, h.dtype)
     saved = head_forward(head, weights, h)
     loss, db = flow_mse(backend, saved.outputs[-1], u, coefficient)
     if coefficient is None:

@@ -72,7 +72,7 @@ def linear_cross_entropy(
 def linear_cross_entropy(
     hidden: Tensor,  # (..., H)
     weight: Tensor,  # (V, H)
-    labels: Tensor | SupervisedRows,  # (...) integers
+    labels: Labels,  # (...) integers
     *,
     bias: Tensor | None = None,  # (V,)
     shift: bool | int = False,
@@ -209,14 +209,9 @@ def _reference(x: Inputs, logits: LogitLoss, rows: Tensor) -> Tensor:
     check_labels(logits.labels, x.weight.shape[0], debug=True)
     with torch.autocast(x.hidden.device.type, enabled=False):
         return reference.linear_cross_entropy(
-            x.hidden[rows],
-            x.weight,
-            logits.labels,
-            bias=x.bias,
-            row_weight=logits.row_weight,
-            ignore_index=-1,
+            x.hidden[rows], x.weight, logits.labels, bias=x.bias, row_weight=logits.row_weight, ignore_index=-1,
             **logits.options(),
-        )
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,7 +310,11 @@ def _spread(rows: Tensor, token_row: Tensor) -> Tensor:
 def _save(ctx, x: Inputs, call: CrossEntropyCall, output) -> None:
     ctx.per_row = call.per_row
     if call.per_row:
-        tensors, *ctx.packed = pack(call)
+        tensors: list[Tensor] = []
+        ctx.call = call
+        if type(call.normalizer) is not Tensor:  # traced: what backward reads must be in the graph
+            ctx.call = None
+            tensors, *ctx.packed = pack(call)
         ctx.save_for_backward(*x[:3], *tensors)
     else:
         keep_gradients(ctx, x, call, output)
@@ -325,7 +324,7 @@ def _backward(ctx, upstream: Tensor, need: Need) -> tuple:
     if not ctx.per_row:
         return finish_gradients(ctx, upstream, need)
     hidden, weight, bias, *tensors = ctx.saved_tensors
-    x, call = Inputs(hidden, weight, bias), unpack(CrossEntropyCall, tensors, *ctx.packed)
+    x, call = Inputs(hidden, weight, bias), ctx.call or unpack(CrossEntropyCall, tensors, *ctx.packed)
     upstream = upstream.to(wide_dtype(hidden.dtype))
     row_weight = upstream if call.rows is None else upstream.index_select(0, call.rows)
     if call.logits.row_weight is not None:
@@ -334,7 +333,8 @@ def _backward(ctx, upstream: Tensor, need: Need) -> tuple:
     logits = call.logits._replace(row_weight=row_weight, need_stats=False, debug=False)
     call = call._replace(per_row=False, normalizer=one, logits=logits, checked=True)
     output = linear_cross_entropy_op.run(x, call, Need(*need[:3], params=False))
-    return finish(*saved_gradients(x, call, output), one, need)
+    # with factor 1: the gradients only change dtype and place
+    return finish(*saved_gradients(x, call, output), one, need, fresh=True)
 
 
 linear_cross_entropy_op = Operator("linear_cross_entropy", CrossEntropyCall, _forward, _fake, _save, _backward)

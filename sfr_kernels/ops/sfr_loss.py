@@ -94,20 +94,9 @@ def sfr_loss(
         check_labels(logits.labels, weight.shape[0], debug=True)
         params, scales = reference_head(head, hidden.dtype)
         loss, ce, flow = reference.sfr_loss(
-            hidden,
-            weight,
-            params,
-            rows,
-            targets,
-            times,
-            seed=seed_tensor(seed, hidden.device),
-            config=config,
-            **scales,
-            bias=bias,
-            flow_weight=lam,
-            normalizer=norm,
-            **logits.options(),
-        )
+            hidden, weight, params, rows, targets, times, seed=seed_tensor(seed, hidden.device), config=config,
+            bias=bias, flow_weight=lam, normalizer=norm, **scales, **logits.options(),
+        )  # fmt: skip
         return SFROutput(loss.to(norm.dtype), ce.detach().to(norm.dtype), flow.detach().to(norm.dtype))
     x = Inputs(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

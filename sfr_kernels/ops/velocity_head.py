@@ -151,17 +151,10 @@ def head_backward(
     y, mean, rstd = saved.normed.pop()
     num_times = saved.time[0].shape[0]
     dy, dgamma, dbeta, dtable = norm_act_backward(
-        call.backend,
-        da,
-        y,
-        w.gamma_in,
-        w.beta_in,
-        mean,
-        rstd,
+        call.backend, da, y, w.gamma_in, w.beta_in, mean, rstd,
         row_index=call.time_index if num_times > 1 else None,  # one time: the sum over all rows
-        num_bias=num_times,
-        dy=y if saved.overwrite else None,
-    )
+        num_bias=num_times, dy=y if saved.overwrite else None,
+    )  # fmt: skip
     dy = aligned(dy)
     vectors = h.new_empty(0, dtype=wide_dtype(w.dtype))
     if need_params:

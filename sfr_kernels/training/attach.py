@@ -179,7 +179,7 @@ def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -
         shape = sfr.head.shape
         if shape.hidden_size != linear.in_features:
             raise ValueError(f"head is for hidden size {shape.hidden_size}, the model's is {linear.in_features}")
-        if targets is not None and sfr.config.loss != "mtp" and shape.target_size != targets.target_size:
+        if targets is not None and shape.target_size != targets.target_size:
             raise ValueError(f"head is for target size {shape.target_size}, targets have {targets.target_size}")
         if isinstance(linear.weight, DTensor):
             raise ValueError(

@@ -15,10 +15,10 @@ from transformers.utils import ModelOutput
 
 from ..config import SFRConfig
 from ..kernels.backend import resolve_backend
-from ..kernels.philox import step_seed
 from ..kernels.softmax_xent import RowStats
 from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from ..ops import SFROutput, linear_cross_entropy
+from ..ops.flow_loss import step_seed
 from ..rows import IGNORE_INDEX, SupervisedRows
 from ..targets.collator import sfr_inputs
 from ..targets.online import OnlineTargets, PendingTargets

@@ -22,7 +22,7 @@ from ..backend import dispatch
 
 
 class RowStats(NamedTuple):
-    """Per-row statistics of the logits."""
+    """Per-row statistics of the logits, float64 for float64 logits."""
 
     lse: Tensor  # (n,) float32, log-sum-exp
     predicted: Tensor  # (n,) int64, argmax

@@ -30,7 +30,7 @@ SoftmaxGradientArguments = structure(
     float32="logit_scale softcap label_smoothing",
 )
 _CLUSTERS = (1, 2, 4, 8)
-_POST_BYTES = 8192  # of shared memory, beside the two buffers of a block: POST_BYTES of csrc/softmax_xent.cu
+_MAILBOX_BYTES = 8192  # of shared memory, beside the two buffers of a block: MAILBOX_BYTES of csrc/softmax_xent.cu
 
 
 def cluster_for(logits: Tensor) -> int:
@@ -49,7 +49,7 @@ def _slice_bytes(device: torch.device) -> int:
     with torch.cuda.device(device):
         if torch.cuda.get_device_capability(device) < (9, 0) or library().cluster_code() < 90:
             return 0
-    return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin - _POST_BYTES) // 2
+    return (torch.cuda.get_device_properties(device).shared_memory_per_block_optin - _MAILBOX_BYTES) // 2
 
 
 def softmax_xent(

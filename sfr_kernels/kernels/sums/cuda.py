@@ -26,7 +26,7 @@ def blocks_for(n: int, threads: int = 32) -> tuple[int, int]:
 
 
 def partial_sums(sums: int, num_blocks: int, width: int, device: torch.device) -> Tensor:
-    """Room for (S, P, D) float32, each row on 16 bytes."""
+    """Uninitialised (S, P, D) float32, each row on 16 bytes."""
     return torch.empty(sums, num_blocks, -(-width // 4) * 4, dtype=torch.float32, device=device)[..., :width]
 
 
