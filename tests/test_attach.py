@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from operations import Operations
-from sfr_kernels.ops.times import step_seed
 from test_own_loss import tiny_causal_lm
 from tiny import CONFIG, HIDDEN, TARGET, VOCAB, adapted, attached, pad, tiny_llama, tiny_samples, tiny_store
 from transformers import LlamaForSequenceClassification
 
 from sfr_kernels import LinearCrossEntropy, SFRLoss, SupervisedRows, VelocityHead, attach, detach, sfr_loss
 from sfr_kernels.evaluation.held_out import frozen_flow_loss, held_out_losses
+from sfr_kernels.ops.flow_loss import step_seed
 from sfr_kernels.targets import SFRCollator
 from sfr_kernels.training.checkpoint import load_head
 

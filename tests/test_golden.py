@@ -5,6 +5,7 @@ The kernels are judged by the same files in tests/kernels/test_golden_kernels.py
 """
 
 from importlib import import_module
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,6 +42,21 @@ def test_the_published_head(case, backend, monkeypatch):
     head = make_head(case)
     assert list(head.state_dict()) == [name for name, _ in head.named_parameters()] == list(case["state"])
     assert_golden(evaluate_head(head, case, torch.float64), wanted_of_head(case), 1e-13)
+
+
+def test_the_published_head_trains():
+    case = HEADS[0]
+    head, before = make_head(case, torch.float32), make_head(case, torch.float32)
+    x_t, h, v = (torch.tensor(case[name], dtype=torch.float32).flatten(0, 1) for name in ("x_t", "h", "v"))
+    optimizer, losses = torch.optim.SGD(head.parameters(), lr=0.1), []
+    for _ in range(5):
+        loss = (head(x_t, 0.25, h) - 2 * v).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(later < sooner for sooner, later in pairwise(losses))
+    assert not any(map(torch.equal, head.parameters(), before.parameters()))
 
 
 @BOTH

@@ -12,12 +12,12 @@ import settings
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from sfr_kernels.ops.times import step_seed
 from tiny import CONFIG, attached, in_two_processes, pad, tiny_samples, tiny_store, weights
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from sfr_kernels import detach, sfr_loss
+from sfr_kernels.ops.flow_loss import step_seed
 from sfr_kernels.targets import SFRCollator
 
 lightning = pytest.importorskip("lightning")  # here, and not in a block

@@ -25,6 +25,30 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 H, D_TARGET, WIDTH = 7, 6, 10
 
 
+def published_shapes(num_layers: int) -> dict[str, tuple[int, ...]]:
+    """The parameters of the published head, in order."""
+    weights = {
+        "time_embed.mlp.0": (4 * D_TARGET, D_TARGET),
+        "time_embed.mlp.2": (D_TARGET, 4 * D_TARGET),
+        "input_proj.0": (WIDTH, 2 * D_TARGET + H),
+        "input_proj.1": (WIDTH,),
+    }
+    for i in range(num_layers - 2):
+        weights |= {f"res_blocks.{i}.linear": (WIDTH, WIDTH), f"res_blocks.{i}.norm": (WIDTH,)}
+    weights["output_proj"] = (D_TARGET, WIDTH)
+    return {f"{k}.{of}": s[:n] for k, s in weights.items() for of, n in (("weight", 2), ("bias", 1))}
+
+
+@pytest.mark.parametrize("num_layers, other", [(2, 4), (3, 2), (4, 3)])
+def test_parameters_are_the_published_ones_and_another_depth_is_refused(num_layers, other):
+    head = VelocityHead(H, D_TARGET, WIDTH, num_layers)
+    wanted = list(published_shapes(num_layers).items())
+    assert [(name, p.shape) for name, p in head.named_parameters()] == wanted
+    assert [(name, t.shape) for name, t in head.state_dict().items()] == wanted  # no buffers
+    with pytest.raises(RuntimeError, match="res_blocks"):
+        VelocityHead(H, D_TARGET, WIDTH, other).load_state_dict(head.state_dict())
+
+
 def test_a_new_head_predicts_no_velocity():
     head = VelocityHead(H, D_TARGET, WIDTH)
     v = head(torch.randn(5, D_TARGET), torch.rand(5), torch.randn(5, H))
@@ -49,6 +73,9 @@ def test_forward_and_gradients_equal_the_reference(t):
     scales = head.shape.time_scale, head.shape.hidden_scale
     exact = evaluate(lambda x: (reference.velocity(x.params, x_t, times, x.hidden, *scales) * upstream).sum(), x)
     assert_same(evaluate(lambda x: (head(x_t, t, x.hidden) * upstream).sum(), x), exact)
+    # the upstream gradient of a sum has stride 0, that of a product is contiguous
+    contiguous = evaluate(lambda x: (head(x_t, t, x.hidden) * torch.ones_like(upstream)).sum(), x)
+    assert_same(evaluate(lambda x: head(x_t, t, x.hidden).sum(), x), contiguous)
 
 
 def test_forward_is_served_by_the_backend_of_the_environment(monkeypatch):
@@ -70,7 +97,8 @@ def test_forward_casts_what_it_is_given(monkeypatch, backend):
     monkeypatch.setenv("SFR_KERNELS_BACKEND", backend)
     head = make_head(H, D_TARGET, small_config(), torch.float32)
     x_t, h = torch.randn(3, D_TARGET), torch.randn(3, H)
-    assert head(x_t, 0.5, h.bfloat16()).dtype == torch.bfloat16
+    v = head(x_t, 0.5, h.bfloat16())
+    assert v.dtype == torch.bfloat16 and v.is_contiguous()  # its rows of 12 bytes were padded to 16 within
     with torch.autocast("cpu", torch.bfloat16):
         assert head(x_t, 0.5, h).dtype == torch.bfloat16
 

@@ -213,7 +213,7 @@ REFUSED_AT_ONCE = {
     "a weight of int8": (with_weight(lambda w: w.to(torch.int8)), "Parameter of torch.int8"),
     "a weight of float8": (with_weight(lambda w: w.to(torch.float8_e4m3fn)), "Parameter of torch.float8_e4m3fn"),
     "a weight of a tensor subclass": (with_weight(lambda w: TwoTensor(w, w.clone())), "TwoTensor of torch.float32"),
-    "a wrapped model": (lambda: nn.DataParallel(tiny_llama()), "wrapped in DataParallel: give attach the model inside"),
+    "a wrapped model": (lambda: nn.DataParallel(tiny_llama()), "wrapped in DataParallel: attach the model inside"),
 }
 # What the first loss shows.
 NO_SHIFT = {

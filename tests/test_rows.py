@@ -230,16 +230,18 @@ def test_order_counts_and_dtypes(preset):
     assert rows.shape == (4, 13) and rows.num_anchors == len(rows.segments)
 
 
-def test_noise_id_is_the_flat_index_or_what_is_given():
-    """And labels are left as they were."""
+@presets
+def test_noise_id_is_the_flat_index_or_what_is_given(preset):
+    """And what is given is left as it was."""
     labels, segments = make_labels()
-    rows = SupervisedRows.from_labels(labels, small_config(), segments)
+    rows = SupervisedRows.from_labels(labels, small_config(preset), segments)
     assert torch.equal(rows.noise_id, rows.rows)
     identity = torch.arange(labels.numel()).view_as(labels) * 2**33 + 5
-    given = SupervisedRows.from_labels(labels, small_config(), segments, identity)
-    assert torch.equal(given.noise_id, identity.flatten()[rows.rows])
+    before = identity.clone()
+    given = SupervisedRows.from_labels(labels, small_config(preset), segments, identity)
+    assert torch.equal(given.noise_id, before.flatten()[rows.rows])
     assert torch.equal(given.rows, rows.rows) and torch.equal(given.anchor, rows.anchor)
-    assert all(torch.equal(a, b) for a, b in zip((labels, segments), make_labels(), strict=True))
+    assert all(map(torch.equal, (labels, segments, identity), (*make_labels(), before)))
 
 
 def test_one_sequence_and_other_integer_types():

@@ -89,6 +89,13 @@ def test_what_a_store_was_made_of_is_compared_and_every_difference_named(folder)
     assert files_of(folder) == before
 
 
+def test_a_second_build_reads_no_text(folder):
+    tokenizer, encoder = Words(), HashEncoder()
+    tokenizer.batch_decode = None
+    build(folder, tokenizer=tokenizer, encoder=encoder)
+    assert not encoder.texts
+
+
 def test_a_flipped_byte_is_never_a_target(folder):
     store = TargetStore.open(folder)
     clean, path = [store.lookup([i]) for i in range(30)], store.shards[2].path

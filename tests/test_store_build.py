@@ -124,6 +124,50 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(tmp_path, monkeypatch):
     assert writes == 10  # a shard and its record, four times; what is replaced; the manifest
 
 
+def test_readers_while_a_writer_finishes_and_replaces(tmp_path, monkeypatch):
+    """Before every step of the writer they see no store, then the whole of the old one, then of the new one."""
+    folder, seen = tmp_path / "s", []
+    new, old = (build(tmp_path / str(i), encoder=HashEncoder(salt=i)).lookup(range(12)) for i in range(2))
+
+    def watched(function):
+        def wrapper(*args, **kwargs):
+            try:
+                found = TargetStore.open(folder).lookup(range(12))
+                seen.append("new" if torch.equal(found, new) else "old" if torch.equal(found, old) else "neither")
+            except FileNotFoundError:
+                seen.append("none")
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("fsync", "replace", "unlink"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    opened = build(folder, encoder=HashEncoder(salt=1))
+    mapped = TargetStore.open(folder)
+    mapped.lookup(range(12))
+    build(folder, replace=True)
+    order = ["none", "old", "new"]
+    assert {*seen} == {*order} and seen == sorted(seen, key=order.index)
+    assert torch.equal(mapped.lookup(range(12)), old)
+    with pytest.raises(DamagedStore, match="is missing"):
+        opened.lookup(range(12))
+
+
+def test_an_encoder_that_fails_leaves_the_store_it_was_to_replace(tmp_path):
+    build(tmp_path / "s")
+    before, encoder, working = files_of(tmp_path / "s"), HashEncoder(salt=1), HashEncoder(salt=1)
+
+    def embed(texts):
+        if len(encoder.texts) > 60:  # after the first shards
+            raise RuntimeError("out of memory")
+        return working.embed(texts)
+
+    encoder.embed = embed
+    with pytest.raises(RuntimeError, match="out of memory"):
+        build(tmp_path / "s", encoder=encoder, replace=True, batch_size=2)
+    assert before.items() < files_of(tmp_path / "s").items()  # and shards of the new one
+
+
 def test_segments_come_in_order_of_length_and_once(tmp_path):
     encoder = HashEncoder()
     samples = [{"labels": [-100, *range(20)]}, {"labels": [-100, *range(20)]}, {"labels": [-100, 5, 6]}]

@@ -15,13 +15,13 @@ pytest.importorskip("trl")
 from corpora import HashEncoder
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig
-from sfr_kernels.ops.times import step_seed
 from tiny import CONFIG, SIZES, TARGET, adapted, attached, lora, pad, tiny_llama, tiny_mixtral, tiny_samples, tiny_store
 from transformers import AutoModelForCausalLM, pipeline
 from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl_cases import ENCODER, ByHand, chunked_loss, expected_loss, make_trainer, settings, texts, tokenizer
 
 from sfr_kernels import LinearCrossEntropy, SFRConfig, SFRLoss, VelocityHead, attach, detach
+from sfr_kernels.ops.flow_loss import step_seed
 from sfr_kernels.targets import OnlineTargets, SFRCollator
 from sfr_kernels.training.objectives import attachment_of
 from sfr_kernels.training.trl import SFRTrainer

@@ -15,13 +15,13 @@ pytest.importorskip("trl")
 from corpora import HashEncoder
 from datasets import Dataset
 from operations import Operations
-from sfr_kernels.ops.times import step_seed
 from tiny import CONFIG, HIDDEN, TARGET, VOCAB, pad, tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 from trl import SFTConfig
 
 from sfr_kernels import SFRLoss, VelocityHead, attach, detach, sfr_loss
+from sfr_kernels.ops.flow_loss import step_seed
 from sfr_kernels.targets import SFRCollator, rows_and_texts
 from sfr_kernels.training.attach import base_of
 from sfr_kernels.training.callbacks import SFRCallback

@@ -31,7 +31,8 @@ class SampleList:
         if isinstance(samples, str) or not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
             raise TypeError(
                 f"samples must have a length and an index, got {type(samples).__name__}: a stream has no sample_id. "
-                "Give a list or a map-style data set, or a file to `python -m sfr_kernels targets`; or OnlineTargets"
+                "Give a list or a map-style data set, or a file to `python -m sfr_kernels targets`, or "
+                "use OnlineTargets"
             )
         self.samples, self.cu_samples = samples, [0]
         digest, tokens = hashlib.sha256(), 0

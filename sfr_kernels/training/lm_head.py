@@ -23,7 +23,7 @@ def covered_linear(base: nn.Module) -> nn.Linear:
 def output_linear(base: nn.Module) -> nn.Linear:
     """The linear layer behind the model's logits. TypeError or ValueError if they come from anything else."""
     if hasattr(getattr(base, "module", None), "get_output_embeddings"):  # DistributedDataParallel, FSDP, DeepSpeed
-        raise TypeError(f"model is wrapped in {type(base).__name__}: give attach the model inside, then wrap")
+        raise TypeError(f"model is wrapped in {type(base).__name__}: attach the model inside, then wrap it")
     if not hasattr(base, "get_output_embeddings"):
         raise TypeError(f"model must be a transformers causal LM, got {type(base).__name__}")
     if getattr(base.config, "is_encoder_decoder", False):
