@@ -139,20 +139,20 @@ class Operator:
         grad = torch.is_grad_enabled()
         flags = [grad and t is not None and t.requires_grad for t in x[:3]]
         need = Need(*flags, grad and any(p.requires_grad for p in x.params))
-        if has_tangent([*_flat(x), *_flat(call)]):
+        tensors = [t for t in (*x[:3], *x.params) if t is not None]  # `call` has constants, which were checked
+        if has_tangent(tensors):
             raise NotImplementedError(
                 "the losses have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad, and what is "
                 "built on them), only a gradient: backend='reference' has both"
             )
-        if not grad or _needs_dispatcher(x, call):
-            return self.run(x, call, need)
+        if _needs_dispatcher(tensors):
+            return self.through_dispatcher(x, call, need)
+        if not grad:
+            return self.forward(x, call, need)
         return _Plain.apply(self, call, need, *x[:3], *x.params)
 
-    def run(self, x: Inputs, call: tuple, need: Need) -> Sequence[Tensor]:
-        """Calls forward directly, or the registered operator where something must see it."""
-        if _needs_dispatcher(x, call):
-            return self.op(*x[:3], list(x.params), *pack(call), list(need))
-        return self.forward(x, call, need)
+    def through_dispatcher(self, x: Inputs, call: tuple, need: Need) -> list[Tensor]:
+        return self.op(*x[:3], list(x.params), *pack(call), list(need))
 
     def _setup_context(self, ctx, inputs, output):
         call = unpack(self.call_type, *inputs[4:8])
@@ -199,13 +199,13 @@ class _Plain(torch.autograd.Function):
         return None, None, None, *found
 
 
-def _needs_dispatcher(x: Inputs, call: tuple) -> bool:
+def _needs_dispatcher(tensors: Sequence[Tensor]) -> bool:
     """Whether a compiler, a mode, a transform or a subclass of Tensor must see the operator."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    return any(isinstance(t, Tensor) and type(t) not in (Tensor, nn.Parameter) for t in (*_flat(x), *_flat(call)))
+    return any(type(t) is not Tensor and type(t) is not nn.Parameter for t in tensors)
 
 
 def has_tangent(values: Iterable) -> bool:
