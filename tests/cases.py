@@ -16,15 +16,8 @@ from torch import Tensor
 
 from benchmarks.oracle import Oracle
 from benchmarks.problem import make_head
-from sfr_kernels import (
-    SFRConfig,
-    SupervisedRows,
-    VelocityHead,
-    flow_matching_loss,
-    linear_cross_entropy,
-    reference,
-    sfr_loss,
-)
+from sfr_kernels import SFRConfig, SupervisedRows, flow_matching_loss, linear_cross_entropy, reference, sfr_loss
+from sfr_kernels.modules import VelocityHead
 
 IGNORE = -100
 LEAVES = ("hidden", "weight", "bias")
@@ -82,32 +75,23 @@ class LossCase:
     options: dict = field(default_factory=dict)  # more keywords of the loss
 
     def inputs(self, dtype=torch.float64, head_dtype=None) -> SimpleNamespace:
-        """Fresh leaves in `dtype`, the head's in `head_dtype`."""
-        head = deepcopy(self.head)
-        if head is not None:
-            head.to(head_dtype or dtype)
-        tensors = {name: getattr(self, name).to(dtype, copy=True).requires_grad_() for name in LEAVES}
-        return SimpleNamespace(**tensors, head=head, params={} if head is None else dict(head.named_parameters()))
+        return leaves_in(self, dtype, head_dtype)
 
 
-def in_float64(x: SimpleNamespace) -> SimpleNamespace:
-    """The same values, as rounded as they are, as fresh float64 leaves."""
-    head = None if x.head is None else deepcopy(x.head).double()
-    tensors = {name: getattr(x, name).detach().double().requires_grad_() for name in LEAVES}
+def leaves_in(x: LossCase | SimpleNamespace, dtype, head_dtype=None) -> SimpleNamespace:
+    """The values of x as fresh leaves in `dtype`, the head's in `head_dtype`."""
+    head = None if x.head is None else deepcopy(x.head).to(head_dtype or dtype)
+    tensors = {name: getattr(x, name).detach().to(dtype, copy=True).requires_grad_() for name in LEAVES}
     return SimpleNamespace(**tensors, head=head, params={} if head is None else dict(head.named_parameters()))
 
 
+in_float64 = partial(leaves_in, dtype=torch.float64)  # as rounded as they are
+
+
 def make_case(
-    config: SFRConfig,
-    *,
-    labels: Tensor | None = None,
-    segments: Tensor | None = None,
-    length: int = 13,
-    hidden_size: int = 12,
-    target_size: int = 6,
-    vocab: int = 17,
-    noise_id: Tensor | None = None,
-) -> LossCase:
+    config: SFRConfig, *, labels: Tensor | None = None, segments: Tensor | None = None, noise_id: Tensor | None = None,
+    length: int = 13, hidden_size: int = 12, target_size: int = 6, vocab: int = 17,
+) -> LossCase:  # fmt: skip
     """The batch of `make_labels`, or of the labels given, with everything that goes with it."""
     if labels is None:
         labels, segments = make_labels(length, vocab)
@@ -301,25 +285,22 @@ class Loss:
         return {name: t for name, t in leaves_of(x).items() if name not in none}
 
 
-def _losses() -> dict[str, Loss]:
-    entropy = {
-        "cross-entropy": dict(shift=1),
-        "sum": dict(reduction="sum"),
-        "row losses": dict(shift=1, reduction="none"),
-        "cross-entropy of rows": dict(of_rows=True),
-    }
-    found = {name: Loss(entropy_output, reference_entropy, options=options) for name, options in entropy.items()}
-    options = dict(of_rows=True, reduction="none")  # the published rows begin with some that have flow only
-    found["row losses of rows"] = Loss(entropy_output, reference_entropy, "official", options=options)
-    kinds = {"flow": (flow_output, reference_flow), "sfr": (sfr_output, reference_sfr)}
-    for name, both in kinds.items():
-        for loss in ("flow", "mse", "cosine", "cka"):
-            for preset in ("default", "official"):
-                found[f"{name}: {loss}, {preset}"] = Loss(*both, preset, dict(loss=loss, flow_weight=0.6))
-    return found | {"sfr: mtp": Loss(sfr_output, reference_sfr, config=dict(loss="mtp", flow_weight=0.6))}
-
-
-LOSSES = _losses()
+_entropy = partial(Loss, entropy_output, reference_entropy)
+LOSSES = {
+    "cross-entropy": _entropy(options=dict(shift=1)),
+    "sum": _entropy(options=dict(reduction="sum")),
+    "row losses": _entropy(options=dict(shift=1, reduction="none")),
+    "cross-entropy of rows": _entropy(options=dict(of_rows=True)),
+    # the published rows begin with some that have flow only
+    "row losses of rows": _entropy("official", options=dict(of_rows=True, reduction="none")),
+    **{
+        f"{name}: {loss}, {preset}": Loss(output, exact, preset, dict(loss=loss, flow_weight=0.6))
+        for name, output, exact in (("flow", flow_output, reference_flow), ("sfr", sfr_output, reference_sfr))
+        for loss in ("flow", "mse", "cosine", "cka")
+        for preset in ("default", "official")
+    },
+    "sfr: mtp": Loss(sfr_output, reference_sfr, config=dict(loss="mtp", flow_weight=0.6)),
+}
 
 
 def losses(*words, without=()):

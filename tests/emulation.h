@@ -37,9 +37,9 @@ struct Barrier {
     uint32_t phase : 1, come : 1, unused : 30;
     int32_t due;
 
-    void settle() {
-        if (!come || due != 0) return;
-        phase ^= 1, come = 0;
+    void add(int bytes) {
+        due += bytes;
+        if (come && due == 0) phase ^= 1, come = 0;
     }
 };
 
@@ -144,8 +144,7 @@ inline void deliver(const Message &message) {
     for (size_t i = first; i < first + m.size.x; ++i) there = there && m.threads[i].wait != Wait::ENDED;
     if (!there) m.fault = cudaErrorIllegalAddress;
     memcpy(message.to, &message.value, message.bytes);
-    message.barrier->due -= message.bytes;
-    message.barrier->settle();
+    message.barrier->add(-message.bytes);
 }
 
 inline bool deliver_all() {
@@ -209,8 +208,6 @@ template <typename T> T shuffle(T value, int source) {
     return got;
 }
 
-inline int lane() { return machine().now->thread.x & 31; }
-
 inline uintptr_t shared_of(size_t place) {
     return (reinterpret_cast<uintptr_t>(machine().shared[place].data()) + 15) & ~uintptr_t(15);
 }
@@ -229,7 +226,7 @@ inline int run_clusters(int64_t most, int block, size_t shared, int cluster, std
 
 inline void __syncthreads() { emulation::wait(emulation::Wait::BLOCK); }
 template <typename T> T __shfl_xor_sync(unsigned, T value, int mask) {
-    return emulation::shuffle(value, emulation::lane() ^ mask);
+    return emulation::shuffle(value, (threadIdx.x & 31) ^ mask);
 }
 template <typename T> T __shfl_sync(unsigned, T value, int source) { return emulation::shuffle(value, source); }
 
@@ -255,8 +252,8 @@ inline int64_t claim(int64_t *at) { return (*at)++; }
 inline void start_barrier(uint64_t *barrier) { *barrier = 0; }
 inline void expect_bytes(uint64_t *at, int bytes) {
     emulation::Barrier *barrier = reinterpret_cast<emulation::Barrier *>(at);
-    barrier->due += bytes, barrier->come = 1;
-    barrier->settle();
+    barrier->come = 1;
+    barrier->add(bytes);
 }
 inline void wait_for_bytes(uint64_t *at, int parity) {
     emulation::Thread *self = emulation::machine().now;

@@ -64,25 +64,18 @@ def loss_problem(name: str, dtype: torch.dtype = torch.float64) -> SimpleNamespa
     rows = SupervisedRows.from_labels(labels, config)
     targets = case["targets"] if loss == "cka" else [_embedding(case, labels, span) for span in rows.segments.tolist()]
     head = None if loss == "cka" else make_head(case, dtype)
+    times, x_0 = (torch.tensor(case[x], dtype=torch.float64) if x in case else None for x in ("t", "x_0"))
     return SimpleNamespace(
-        config=config,
-        rows=rows,
-        labels=labels,
+        config=config, rows=rows, labels=labels, head=head, times=times, x_0=x_0,
         hidden=torch.tensor(case["h"], dtype=dtype).requires_grad_(),
-        head=head,
         targets=torch.tensor(targets, dtype=torch.float64),
-        times=torch.tensor(case["t"], dtype=torch.float64) if "t" in case else None,
         # the published CKA is float32 throughout, and its sums cancel to a tenth
         tolerance=1e-4 if loss == "cka" else 1e-6,
-        x_0=torch.tensor(case["x_0"], dtype=torch.float64) if "x_0" in case else None,
-        wanted=dict(value=torch.tensor(case["value"], dtype=torch.float64))
-        | tensors(dict(hidden=case["dh"]) | case.get("grads", {})),
-    )
+        wanted=tensors(dict(value=case["value"], hidden=case["dh"]) | case.get("grads", {})),
+    )  # fmt: skip
 
 
-def evaluate_head(
-    head: nn.Module, case: dict, dtype: torch.dtype, device: str = "cpu", velocity=None
-) -> dict[str, Tensor]:
+def evaluate_head(head: nn.Module, case: dict, dtype: torch.dtype, device="cpu", velocity=None) -> dict[str, Tensor]:
     """The velocity and every gradient as they come out of `head`, or of `velocity` with its parameters, named as
     `wanted_of_head` names them."""
     x = {name: torch.tensor(case[name], dtype=dtype, device=device) for name in ("x_t", "t", "h", "upstream")}

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import sass
@@ -42,8 +42,8 @@ class Source:
 
     pattern: str  # finds one name: of CUDA demangled, of Triton the function's
     bytes: int  # that memory must move, a number
-    threads: int = 0  # a block; Triton's own say it
-    shared: int = 0  # bytes a block beside what is declared; Triton's own say it
+    threads: int = 0  # a block; of Triton's, known once it is compiled, as is the next
+    shared: int = 0  # bytes a block beside what is declared
     copied: int = 0  # bytes that a block has under way at a time by asynchronous copies
     writes: int = 1  # 16-byte stores for 8 numbers
     loops: bool = True  # False: a thread has 16 bytes of each operand, and goes once through the kernel
@@ -60,15 +60,13 @@ SLICE = -(-VOCAB // CLUSTER) * 2  # bytes of a row that a block of a cluster hol
 MAILBOX = 6192  # sizeof(Mailbox) in softmax_xent.cu
 T = "__nv_bfloat16"
 SOURCES = {
-    "softmax_xent, cluster": Source(
-        rf"cluster_kernel<{T}, 8, false, false>", 4, 512, shared=2 * SLICE + MAILBOX, copied=SLICE
-    ),
+    "softmax_xent, cluster":
+        Source(rf"cluster_kernel<{T}, 8, false, false>", 4, 512, shared=2 * SLICE + MAILBOX, copied=SLICE),
     "softmax_xent, two passes": Source(rf"softmax_xent_kernel<{T}, true, false, false>", 4, 1024),
     "softmax_xent, Triton": Source("_softmax_xent_kernel", 4, launch=lambda k: k.softmax_xent(LOGITS, LABELS)),
     "flow_path": Source(rf"flow_path_kernel<{T}, {T}, 8, true>", 4, 128, writes=2),
-    "flow_path, Triton": Source(
-        "_flow_path_kernel", 4, writes=2, loops=False, launch=lambda k: k.flow_path(PATH, HALF)
-    ),
+    "flow_path, Triton":
+        Source("_flow_path_kernel", 4, writes=2, loops=False, launch=lambda k: k.flow_path(PATH, HALF)),
     "flow_mse": Source(rf"flow_mse_kernel<{T}, 8, true>", 6, 128),
     "flow_mse, Triton": Source("_flow_mse_kernel", 6, launch=lambda k: k.flow_mse(X, X, STATS)),
     "norm_act, row bias": Source(rf"norm_act_kernel<{T}, {T}, 8, true>", 6, 128, writes=2, accesses=(3, 2)),
@@ -77,9 +75,8 @@ SOURCES = {
         launch=lambda k: k.norm_act(X, VECTOR, VECTOR, row_bias=TABLE, row_index=INDEX),
     ),
     "norm_act, residual": Source(rf"norm_act_kernel<{T}, {T}, 8, true>", 6, 128, accesses=(2, 1)),
-    "norm_act, residual, Triton": Source(
-        "_norm_act_kernel", 6, loops=False, launch=lambda k: k.norm_act(X, VECTOR, VECTOR, residual=X)
-    ),
+    "norm_act, residual, Triton":
+        Source("_norm_act_kernel", 6, loops=False, launch=lambda k: k.norm_act(X, VECTOR, VECTOR, residual=X)),
     "norm_act_backward": Source(rf"norm_act_backward_kernel<{T}, {T}, 8, true, true>", 6, 128),
     "norm_act_backward, Triton": Source(
         "_norm_act_backward_kernel", 6, launch=lambda k: k.norm_act_backward(X, X, VECTOR, VECTOR, STATS, STATS)
@@ -87,9 +84,8 @@ SOURCES = {
     "scale": Source(rf"scale_kernel<{T}, {T}, true>", 4, 256),
     "scale, Triton": Source("_scale_kernel", 4, loops=False, launch=lambda k: k.scale(X, FACTOR, HALF)),
     "scatter_rows": Source(rf"scatter_rows_kernel<{T}, {T}, true>", 4, 256, loops=False, accesses=(1, 1)),
-    "scatter_rows, Triton": Source(
-        "_scatter_rows_kernel", 4, loops=False, launch=lambda k: k.scatter_rows(X, FACTOR, INDEX, HALF)
-    ),
+    "scatter_rows, Triton":
+        Source("_scatter_rows_kernel", 4, loops=False, launch=lambda k: k.scatter_rows(X, FACTOR, INDEX, HALF)),
 }  # fmt: skip
 
 
@@ -129,9 +125,7 @@ def _does(piece: sass.Piece) -> str:
     return "reads and writes" if piece.loads and piece.stores else "writes" if piece.stores else "reads"
 
 
-def judged(
-    name: str, source: Source, code: list[sass.Instruction], used: dict[str, int], threads: int, shared: int
-) -> Kernel:
+def judged(name: str, source: Source, code: list[sass.Instruction], used: dict[str, int]) -> Kernel:
     try:
         pieces = sass.loops(code, source.accesses) if source.loops else [sass.body(code, source.accesses)]
     except ValueError as error:
@@ -143,9 +137,11 @@ def judged(
         eights = piece.stores / source.writes or piece.loads
         count = len(piece.path) / eights, piece.count("MUFU") / eights
         parts.append(Part(_does(piece), *(round(x, 1) for x in count), piece.calls, piece.in_flight))
-    shared += max(RESERVED, used["SHARED"])  # which has what is reserved in it where the file has shared memory at all
-    blocks = blocks_of(used["REG"], threads, shared)
-    under_way = blocks * (source.copied or threads * 16 * max(part.loads for part in parts))
+    shared = source.shared + max(
+        RESERVED, used["SHARED"]
+    )  # which has what is reserved in it where the file has shared memory at all
+    blocks = blocks_of(used["REG"], source.threads, shared)
+    under_way = blocks * (source.copied or source.threads * 16 * max(part.loads for part in parts))
     cycles = sum(max(part.instructions, MUFU * part.mufu) for part in parts) / 8 / 32  # of a scheduler, a number
     seconds = cycles / (PROCESSORS * SCHEDULERS * CLOCK)
     bound = round(source.bytes / COPY / seconds, 2)
@@ -166,10 +162,7 @@ def cuda_kernels(library: Path) -> dict[str, Kernel]:
                 raise ValueError(f"{name}: {source.pattern!r} should find one kernel, not {len(matches)}, of\n{there}")
             found[name] = names[matches[0]]
     code = sass.listings(library, "-arch", "sm_90", "-fun", ",".join(sorted(set(found.values()))))
-    return {
-        name: judged(name, SOURCES[name], code[k], used[k], SOURCES[name].threads, SOURCES[name].shared)
-        for name, k in found.items()
-    }
+    return {name: judged(name, SOURCES[name], code[k], used[k]) for name, k in found.items()}
 
 
 def triton_kernels() -> dict[str, Kernel]:
@@ -188,11 +181,9 @@ def triton_kernels() -> dict[str, Kernel]:
             there = ", ".join(kernel.__name__ for kernel, *_ in launched)
             raise ValueError(f"{name}: {source.pattern} should be launched once, not {len(matches)} times, of {there}")
         result = ahead_of_time.compiled(matches[0], 90)
-        (code,), (used,) = (
-            ahead_of_time.in_file(result.asm["cubin"], f).values() for f in (sass.listings, sass.resources)
-        )
-        shared = result.metadata.shared
-        found[name] = judged(name, source, code, used, 32 * result.metadata.num_warps, shared)
+        cubin, made = result.asm["cubin"], result.metadata
+        (code,), (used,) = (ahead_of_time.in_file(cubin, f).values() for f in (sass.listings, sass.resources))
+        found[name] = judged(name, replace(source, threads=32 * made.num_warps, shared=made.shared), code, used)
     return found
 
 

@@ -43,10 +43,9 @@ class Collector:
                     raise pytest.UsageError(f"{item.nodeid}: {error}") from error
 
     def add(self, trainer: str, name: str, outcome: str = "tested") -> None:
-        if trainer not in TRAINERS:
-            raise ValueError(f"the trainer of a setting must be one of {', '.join(TRAINERS)}, got {trainer!r}")
-        if outcome not in OUTCOMES:
-            raise ValueError(f"the outcome of a setting must be one of {', '.join(OUTCOMES)}, got {outcome!r}")
+        for what, given, known in (("trainer", trainer, TRAINERS), ("outcome", outcome, OUTCOMES)):
+            if given not in known:
+                raise ValueError(f"the {what} of a setting must be one of {', '.join(known)}, got {given!r}")
         if self.settings.setdefault(name, {}).setdefault(trainer, outcome) != outcome:
             raise ValueError(f"{name!r} is said to be both tested and refused with {trainer}: name two settings")
 

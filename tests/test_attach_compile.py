@@ -3,6 +3,7 @@
 import pytest
 import torch
 from corpora import HashEncoder, Words
+from outcomes import assert_same, gradients
 from test_trainer import losses, make_trainer
 from tiny import CONFIG, TARGET, pad, tiny_llama, tiny_samples, tiny_store
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -26,10 +27,11 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def twins(config=CONFIG, targets=STORE):
-    """Two equal models; the second is for a compiler."""
-    models = [attach(tiny_llama(num_hidden_layers=1), config, targets) for _ in range(2)]
-    torch.nn.init.normal_(models[0].sfr.head.output_proj.weight)
+def twins(*given, **options):
+    """Two equal models, attached as is said; the second is for a compiler."""
+    models = [attach(tiny_llama(num_hidden_layers=1), *given, **options) for _ in range(2)]
+    if given:
+        torch.nn.init.normal_(models[0].sfr.head.output_proj.weight)
     models[1].load_state_dict(models[0].state_dict())
     return models
 
@@ -37,7 +39,7 @@ def twins(config=CONFIG, targets=STORE):
 @pytest.mark.setting("own loop", "torch.compile")
 @pytest.mark.parametrize("scheduled", [False, True], ids=["compile(model), free", "model.compile(), scheduled"])
 def test_steps_and_weights_of_the_flow_are_variables_of_one_graph(scheduled):
-    eager, model = twins()
+    eager, model = twins(CONFIG, STORE)
     counter = CompileCounterWithBackend("eager")
     compiled = model if scheduled else torch.compile(model, backend=counter, fullgraph=True)
     if scheduled:
@@ -52,8 +54,7 @@ def test_steps_and_weights_of_the_flow_are_variables_of_one_graph(scheduled):
                 one.sfr.step, one.sfr.schedule = step, 1 / (step + 1)
         batch = BATCHES[0] if step in (6, 10) else BATCHES[step % len(BATCHES)]
         a, b = eager(**batch), compiled(**batch)
-        for x, y in zip(a.values(), b.values(), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-6, atol=0)
+        assert_same(list(b.values()), list(a.values()), rtol=1e-6)
         if training:
             a.loss.backward()
             b.loss.backward()
@@ -64,8 +65,7 @@ def test_steps_and_weights_of_the_flow_are_variables_of_one_graph(scheduled):
     assert graphs[1:7] == [2] * 6, graphs  # one of fixed sizes, then one of any
     assert len(set(graphs[8:])) == 1 and graphs[-1] <= 4, graphs  # and those of evaluation
     assert flows[0] != flows[5] != flows[6] and (flows[5] != flows[0]), "the noise must move"
-    for (name, p), q in zip(eager.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+    assert_same(gradients(model), gradients(eager), rtol=1e-5, atol=1e-7)
     assert torch.equal(eager.sfr.last, model.sfr.last) and eager.sfr.step == model.sfr.step == (12 if scheduled else 8)
 
 
@@ -87,10 +87,7 @@ def test_a_trainer_that_compiles_logs_what_one_that_does_not_logs(tmp_path):
 def test_targets_that_are_looked_up_or_embedded_break_the_graph_and_add_none(kind):
     """The lookup stays with Python; what is compiled around it does not grow."""
     targets = STORE if kind == "store" else OnlineTargets(HashEncoder(TARGET), Words())
-    if kind == "ce":
-        eager, model = (attach(tiny_llama(num_hidden_layers=1), objective="ce") for _ in range(2))
-    else:
-        eager, model = twins(targets=targets)
+    eager, model = twins(objective="ce") if kind == "ce" else twins(CONFIG, targets)
     counter = CompileCounterWithBackend("eager")
     compiled, graphs = torch.compile(model, backend=counter), []
     for step in range(6):

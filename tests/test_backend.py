@@ -4,7 +4,6 @@ keeps the kernels' contracts."""
 import ast
 import inspect
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,11 +118,6 @@ def test_info_says_what_is_usable_and_why_not(capsys, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "triton")
     assert main(["info"]) == 1
     assert f"{ENVIRONMENT} is wrong" in capsys.readouterr().out
-
-
-def test_info_runs_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "sfr_kernels", "info"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "auto picks" in done.stdout
 
 
 def test_the_backend_of_a_kernel_is_the_one_measured_faster(hopper, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,18 +129,14 @@ def test_every_op_is_judged_and_timed_and_its_peers_compute_the_same(op):
 def test_a_wrong_kernel_is_refused_before_it_is_timed(op, monkeypatch):
     right = bench_kernels.kernels_of
 
-    class Wrong:
-        """Kernels whose first result is off by a thousandth."""
+    def wrong(*arguments, **options):
+        """Its first result is off by a thousandth."""
+        found = getattr(right("torch"), op)(*arguments, **options)
+        found[0].mul_(1.001)
+        return found
 
-        def __getattr__(self, name):
-            def call(*arguments, **options):
-                found = getattr(right("torch"), name)(*arguments, **options)
-                found[0].mul_(1.001)
-                return found
-
-            return call
-
-    monkeypatch.setattr(bench_kernels, "kernels_of", lambda name: Wrong() if name == "triton" else right(name))
+    kernels = SimpleNamespace(**vars(right("torch")) | {op: wrong})
+    monkeypatch.setattr(bench_kernels, "kernels_of", lambda name: kernels if name == "triton" else right(name))
     results, failed = lines_of(*tiny(op), "triton", "torch")
     assert set(results) == {"torch", LIMIT} and "error" in failed["triton"]
 

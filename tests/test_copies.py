@@ -13,18 +13,16 @@ import torch.multiprocessing
 from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.state import AcceleratorState
-from corpora import HashEncoder, Words, build
-from tiny import CONFIG, SIZES, adapted, attached, pad, tiny_llama, tiny_samples, tiny_store, without_id
+from corpora import CONFIG, HashEncoder, Words, build
+from outcomes import assert_same, gradients
+from tiny import BATCH, PLAIN, SAMPLES, SIZES, STORE, adapted, attached, ce_attached, pad, tiny_llama, tiny_store
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from sfr_kernels import attach, detach
 from sfr_kernels.targets import OnlineTargets, SFRCollator
 from sfr_kernels.training.objectives import attachment_of
 
-SAMPLES = tiny_samples()
-STORE = tiny_store(SAMPLES)
-BATCH = SFRCollator(CONFIG, STORE, pad)(SAMPLES)
-PLAIN = pad(without_id(SAMPLES))
+setting = pytest.mark.setting
 
 
 def saved(model):
@@ -34,7 +32,7 @@ def saved(model):
     return torch.load(file, weights_only=False)
 
 
-LORA = pytest.param(True, marks=pytest.mark.setting("own loop", "LoRA before attach"), id="lora")
+LORA = pytest.param(True, marks=setting("own loop", "LoRA before attach"), id="lora")
 COPIES = {"torch.save": saved, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "deepcopy": copy.deepcopy}
 
 
@@ -62,7 +60,7 @@ def differentiate(model, batch):
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return gradients(model) | {"loss": loss.detach()}
 
 
 def step(model, batch):
@@ -71,13 +69,7 @@ def step(model, batch):
     return found
 
 
-def assert_same(a, b):
-    assert a[0] == b[0] and a[1].keys() == b[1].keys() and a[1]
-    for name, grad in a[1].items():
-        assert torch.equal(grad, b[1][name]), name
-
-
-@pytest.mark.setting("own loop", "copy.deepcopy, pickle and torch.save")
+@setting("own loop", "copy.deepcopy, pickle and torch.save")
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("lora", [pytest.param(False, id="full"), LORA])
 @pytest.mark.parametrize("kind", ["disk", "memory", "online", "ce"])
@@ -108,15 +100,13 @@ def test_a_shallow_copy_shares_all_and_leaves_detaching_to_the_original():
     assert torch.equal(twin(**batch, seed=3).loss, model(**batch, seed=3).loss)
 
 
-@pytest.mark.setting("own loop", "spawned processes")
+@setting("own loop", "spawned processes")
 @pytest.mark.parametrize("kind", ["disk", "online"])
 def test_a_model_goes_to_a_process_that_is_spawned(kind, tmp_path):
     model, batch = make(kind, tmp_path)
     with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:
-        found, gradients = pool.submit(differentiate, model, batch).result(timeout=120)
-        wanted, own = differentiate(model, batch)
-        assert found == pytest.approx(wanted, rel=1e-6)
-        torch.testing.assert_close(gradients, own, rtol=1e-4, atol=1e-6)
+        found = pool.submit(differentiate, model, batch).result(timeout=120)
+        assert_same(found, differentiate(model, batch), rtol=1e-5, atol=1e-6)
 
 
 def test_a_copy_of_online_targets_shares_the_encoder_and_remembers_for_itself():
@@ -127,24 +117,27 @@ def test_a_copy_of_online_targets_shares_the_encoder_and_remembers_for_itself():
     assert twin.encoded == 1 and targets.encoded == 0 and not targets._slots
 
 
+@setting("accelerate", "offloaded lm_head, evaluation")
 def test_a_model_under_the_hooks_of_an_engine_is_copied_or_refused_at_once():
+    plain = tiny_llama()(**PLAIN).loss
     for hooked_first in (True, False):
-        model = tiny_llama()
-        if not hooked_first:
-            attach(model, objective="ce")
+        model = tiny_llama() if hooked_first else ce_attached()
         weights = {k: v.clone() for k, v in model.lm_head.state_dict().items()}
         add_hook_to_module(model.lm_head, AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights))
+        assert model.lm_head.weight.device.type == "meta"
         if hooked_first:
-            attach(model, objective="ce")
+            attach(model, CONFIG, STORE)
+        batch, name = (BATCH, "ce_loss") if hooked_first else (PLAIN, "loss")
         twin = copy.deepcopy(model)
         with torch.no_grad():
-            wanted = model(**PLAIN).loss
+            wanted = model(**batch)[name]
+            torch.testing.assert_close(wanted, plain, rtol=1e-5, atol=1e-6)
             twin.lm_head._hf_hook.weights_map["weight"].mul_(2)
-            assert twin(**PLAIN).loss != wanted == model(**PLAIN).loss
+            assert twin(**batch)[name] != wanted == model(**batch)[name]
             with pytest.raises((AttributeError, pickle.PicklingError)):  # accelerate's own function
                 pickle.dumps(model)
             detach(model)
-            torch.testing.assert_close(model(**PLAIN).loss, wanted)
+            torch.testing.assert_close(model(**PLAIN).loss, plain)
         remove_hook_from_module(model.lm_head)
         assert_same(step(model, PLAIN), step(tiny_llama(), PLAIN))
 
@@ -223,7 +216,7 @@ def test_a_model_that_is_made_without_memory_gets_it_later():
     assert model(**BATCH).loss.isfinite() and model.sfr.flow_weight == CONFIG.flow_weight
 
 
-@pytest.mark.setting("own loop", "weights in bfloat16")
+@setting("own loop", "weights in bfloat16")
 @pytest.mark.parametrize("kind", ["memory", "online"])
 def test_a_model_trains_as_a_whole_in_bfloat16(kind):
     """As Lightning's bf16-true has it: weights, every tensor of a batch, and those that are made on the way."""

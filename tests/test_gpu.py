@@ -116,9 +116,9 @@ def test_compiled_equals_eager(dynamic):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)
 
 
-def loss_and_leaves(arguments) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def loss_and_leaves(arguments, **options) -> tuple[torch.Tensor, list[torch.Tensor]]:
     hidden, weight, head, *_ = arguments
-    return sfr_loss(*arguments, seed=3, config=CONFIG).loss, [hidden, weight, *head.parameters()]
+    return sfr_loss(*arguments, seed=3, config=CONFIG, **options).loss, [hidden, weight, *head.parameters()]
 
 
 def test_a_second_backward_and_an_upstream_gradient():

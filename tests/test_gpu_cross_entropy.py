@@ -108,9 +108,8 @@ def test_one_process_of_a_group_has_the_whole_vocabulary(backend, tmp_path):
         for options in (dict(process_group=dist.group.WORLD), {}):
             hidden, weight = (t.to("cuda", torch.float32).requires_grad_() for t in (case.hidden, case.weight))
             labels = case.labels.cuda()
-            loss, stats = linear_cross_entropy(
-                hidden, weight, labels, shift=True, label_smoothing=0.1, return_stats=True, backend=backend, **options
-            )
+            options |= dict(shift=True, label_smoothing=0.1, return_stats=True, backend=backend)
+            loss, stats = linear_cross_entropy(hidden, weight, labels, **options)
             results.append([loss.detach(), *torch.autograd.grad(loss, [hidden, weight]), *stats])
         for mine, wanted in zip(*results, strict=True):
             torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-6)

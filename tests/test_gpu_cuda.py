@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from test_gpu import CONFIG, inputs
+from test_gpu import CONFIG, inputs, loss_and_leaves
 
-from sfr_kernels import flow_matching_loss, sfr_loss
+from sfr_kernels import flow_matching_loss
 from sfr_kernels.kernels.backend import unavailable
 from sfr_kernels.kernels.softmax_xent import softmax_xent
 from sfr_kernels.kernels.softmax_xent.cuda import cluster_for
@@ -14,12 +14,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
     pytest.mark.skipif(unavailable("cuda") is not None, reason=f"cuda: {unavailable('cuda')}"),
 ]
+OLD = torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)
 
 
 def losses(device: str) -> list[torch.Tensor]:
-    hidden, weight, head, rows, targets = inputs(torch.bfloat16, device)
-    loss = sfr_loss(hidden, weight, head, rows, targets, seed=3, config=CONFIG, backend="cuda").loss
-    return [loss.detach(), *torch.autograd.grad(loss, [hidden, weight, *head.parameters()])]
+    loss, leaves = loss_and_leaves(inputs(torch.bfloat16, device), backend="cuda")
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -57,9 +57,7 @@ def test_a_side_stream_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="needs clusters (sm_90)"
-)
+@pytest.mark.skipif(OLD, reason="needs clusters (sm_90)")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("vocab", [32000, 50257, 128256, 256000])
 def test_rows_held_by_clusters(vocab, dtype):

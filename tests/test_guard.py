@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from tiny import CONFIG, TARGET, adapted, ce_attached, pad, tiny_llama, tiny_samples, tiny_store
+from outcomes import assert_same, weights
+from tiny import BATCH, CONFIG, STORE, TARGET, adapted, ce_attached, tiny_llama
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -17,19 +18,20 @@ from torch.optim import SGD, AdamW
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from sfr_kernels import attach, detach
-from sfr_kernels.targets import SFRCollator
 from sfr_kernels.training import guard
 from sfr_kernels.training.guard import unwatch
 from sfr_kernels.training.objectives import attachment_of
 
-SAMPLES = tiny_samples()
-STORE = tiny_store(SAMPLES)
-BATCH = SFRCollator(CONFIG, STORE, pad)(SAMPLES)
 setting = pytest.mark.setting
 
 
 def attached(**fields):
     return tiny.attached(STORE, replace(CONFIG, **fields))
+
+
+@pytest.fixture
+def model():
+    return attached()
 
 
 def optimizer_of(*modules, lr=0.1, kind=SGD):
@@ -66,7 +68,7 @@ def process_group():
 def test_a_loss_that_is_never_computed_stops_the_first_step(way, objective):
     model = ce_attached() if objective == "ce" else attached()
     model = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}.get(way, lambda m: m)(model)
-    optimizer, before = optimizer_of(model), [p.clone() for p in model.parameters()]
+    optimizer, before = optimizer_of(model), weights(model)
 
     def closure():
         optimizer.zero_grad()
@@ -78,7 +80,7 @@ def test_a_loss_that_is_never_computed_stops_the_first_step(way, objective):
     with pytest.raises(RuntimeError, match=r"does not compute the loss that was attached.*SFRTrainer.*liger"):
         optimizer.step(closure) if way == "closure" else optimizer.step()
     if way != "closure":
-        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert_same(weights(model), before)
     detach(model)
     step(model, optimizer, own_loss)
 
@@ -97,14 +99,14 @@ def test_another_loss_after_a_run_of_ours_is_noticed():
         step(model, loss=own_loss)
 
 
-def test_steps_that_change_nothing_and_other_models_steps_are_none():
+def test_steps_that_change_nothing_and_other_models_steps_are_none(model):
     """Nor is an optimizer looked into that has no parameters, as one around another."""
 
     class Wrapper(torch.optim.Optimizer):
         def __init__(self):
             pass
 
-    model, other = attached(), torch.nn.Linear(3, 3)
+    other = torch.nn.Linear(3, 3)
     for optimizer in (optimizer_of(other), *(optimizer_of(model, lr=rate) for rate in (0.0, 0.0, 0.1))):
         other(torch.ones(3)).sum().backward()
         zero_gradients(model)
@@ -127,14 +129,12 @@ def test_steps_that_change_nothing_and_other_models_steps_are_none():
 def test_an_optimizer_without_the_head_stops_at_once_if_it_has_all_the_rest():
     plain = tiny_llama()
     optimizer = optimizer_of(plain)
-    model = attach(plain, CONFIG, STORE)
     with pytest.raises(RuntimeError, match=r"optimizer holds.*not those of the velocity head.*after attach"):
-        step(model, optimizer)
+        step(attach(plain, CONFIG, STORE), optimizer)
 
 
 @setting("own loop", "several optimizers")
-def test_parts_may_have_optimizers_of_their_own_and_the_head_must_have_one():
-    model = attached()
+def test_parts_may_have_optimizers_of_their_own_and_the_head_must_have_one(model):
     head = model.sfr.head.output_proj.weight
     trunk, rest = optimizer_of(model.model, model.lm_head), optimizer_of(model.sfr)
     for _ in range(3):
@@ -149,8 +149,8 @@ def test_parts_may_have_optimizers_of_their_own_and_the_head_must_have_one():
         parts[0].step()
 
 
-def test_a_model_that_shares_its_parameters_may_be_left_alone():
-    plain, model = tiny_llama(), attached()
+def test_a_model_that_shares_its_parameters_may_be_left_alone(model):
+    plain = tiny_llama()
     for name, p in plain.named_parameters():
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, p)
@@ -160,8 +160,7 @@ def test_a_model_that_shares_its_parameters_may_be_left_alone():
     step(plain, loss=own_loss)
 
 
-def test_a_loss_that_alternates_with_another_is_counted_and_no_error_where_that_is_said():
-    model = attached()
+def test_a_loss_that_alternates_with_another_is_counted_and_no_error_where_that_is_said(model):
     optimizer = optimizer_of(model)
     unwatch(model)
     for turn in range(3):
@@ -170,20 +169,18 @@ def test_a_loss_that_alternates_with_another_is_counted_and_no_error_where_that_
         assert model.sfr.step == turn + 1
 
 
-CHANGES = {
-    "get_peft_model": lambda model: adapted(model, ["q_proj"]),
-    "all-linear": adapted,
-    "add_adapter": lambda model: model.add_adapter(tiny.lora(["q_proj"])) or model,
-    "requires_grad": lambda model: model.sfr.requires_grad_(False) and model,
-}
-OUTCOMES = {way: setting("own loop", "adapters after attach", outcome="refused") for way in CHANGES} | {
-    "requires_grad": setting("own loop", "frozen head", outcome="refused")
-}
+ADAPTED, FROZEN = (setting("own loop", x, outcome="refused") for x in ("adapters after attach", "frozen head"))
+CHANGES = [
+    pytest.param(lambda model: adapted(model, ["q_proj"]), id="get_peft_model", marks=ADAPTED),
+    pytest.param(adapted, id="all-linear", marks=ADAPTED),
+    pytest.param(lambda m: m.add_adapter(tiny.lora(["q_proj"])) or m, id="add_adapter", marks=ADAPTED),
+    pytest.param(lambda m: m.sfr.requires_grad_(False) and m, id="requires_grad", marks=FROZEN),
+]
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=OUTCOMES[way]) for way in CHANGES])
-def test_a_head_that_was_frozen_or_adapted_stops_the_first_forward(way):
-    model = CHANGES[way](attached())
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_head_that_was_frozen_or_adapted_stops_the_first_forward(change, model):
+    model = change(model)
     with pytest.raises(RuntimeError, match=r"head is frozen or changed \(.*Wrap the model first, then attach"):
         model(**BATCH)
     with torch.no_grad():
@@ -191,8 +188,7 @@ def test_a_head_that_was_frozen_or_adapted_stops_the_first_forward(way):
 
 
 @pytest.mark.parametrize("way", ["another loss", "zero gradients", "rate of zero", "rate of zero after a warm-up"])
-def test_a_head_that_does_not_move_stops_the_first_step_that_moves_something(way):
-    model = attached()
+def test_a_head_that_does_not_move_stops_the_first_step_that_moves_something(way, model):
     rest = [p for n, p in model.named_parameters() if not n.startswith("sfr.")]
     head = dict(params=list(model.sfr.parameters()), lr=0.0 if way.startswith("rate") else 0.1)
     optimizer = SGD([dict(params=rest, lr=0.0 if way.endswith("warm-up") else 0.1), head])
@@ -245,9 +241,9 @@ def test_a_model_that_is_sharded_already_is_refused(process_group):
     assert model.sfr.step == 1
 
 
-def test_a_frozen_model_is_evaluated_with_gradients():
+def test_a_frozen_model_is_evaluated_with_gradients(model):
     """As for a saliency map."""
-    model = attached().eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
     embedded = model.model.embed_tokens(BATCH["input_ids"]).requires_grad_()
     model(inputs_embeds=embedded, **{k: v for k, v in BATCH.items() if k != "input_ids"}).loss.backward()
     assert embedded.grad.any()
@@ -284,9 +280,8 @@ def test_a_new_head_under_the_optimizer_of_a_resumed_run_stops_the_first_step():
     step(fresh, optimizer)
 
 
-def test_a_step_that_only_makes_the_optimizers_state_is_no_past():
+def test_a_step_that_only_makes_the_optimizers_state_is_no_past(model):
     """As torch.distributed.checkpoint makes it: a rate and gradients of zero."""
-    model = attached()
     optimizer = optimizer_of(model, lr=0.0, kind=AdamW)
     zero_gradients(model)
     optimizer.step()
@@ -297,8 +292,7 @@ def test_a_step_that_only_makes_the_optimizers_state_is_no_past():
 
 
 @setting("own loop", "torch.compile of the optimizer's step")
-def test_a_compiled_step_is_counted():
-    model = attached()
+def test_a_compiled_step_is_counted(model):
     optimizer = optimizer_of(model, kind=AdamW)
     torch._dynamo.reset()
     compiled = torch.compile(lambda: optimizer.step(), backend="eager")
@@ -318,10 +312,9 @@ def test_a_schedule_that_nobody_moves_stops_the_first_step(options):
     step(model)
 
 
-def test_a_model_in_eval_is_trained_with_a_warning():
+def test_a_model_in_eval_is_trained_with_a_warning(model):
     with pytest.warns(RuntimeWarning, match=r"eval\(\).*model.train\(\)"):
         step(attached().eval())
-    model = attached()
     model(**BATCH).loss.backward()
     model.eval()(**BATCH)  # with gradients, before the step
     with warnings.catch_warnings():
@@ -330,9 +323,9 @@ def test_a_model_in_eval_is_trained_with_a_warning():
 
 
 @setting("own loop", "steps of an optimizer of flat copies (as DeepSpeed's)")
-def test_a_step_of_flat_copies_counts_for_the_model_that_no_other_optimizer_holds():
+def test_a_step_of_flat_copies_counts_for_the_model_that_no_other_optimizer_holds(model):
     """As an engine makes them, which shards the optimizer's state."""
-    model, other = attached(), attached()
+    other = attached()
     step(other)
     for turn in (1, 2):
         model(**BATCH).loss.backward()
@@ -343,9 +336,8 @@ def test_a_step_of_flat_copies_counts_for_the_model_that_no_other_optimizer_hold
 
 
 @setting("own loop", "state_dict with head and step")
-def test_the_step_is_in_the_state_dict_and_moves_with_it():
-    model, twin = attached(), attached()
-    optimizer = optimizer_of(model)
+def test_the_step_is_in_the_state_dict_and_moves_with_it(model):
+    twin, optimizer = attached(), optimizer_of(model)
     for _ in range(2):
         step(model, optimizer)
     twin.load_state_dict(model.state_dict())

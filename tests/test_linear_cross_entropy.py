@@ -99,9 +99,8 @@ def test_rows_as_good_as_linear_and_float32_cross_entropy(bias):
 
     def torch_rows(x):
         logits = F.linear(x.hidden, x.weight, x.bias if bias else None)[used]
-        return F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), case.labels[used], reduction="none"
-        )
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(wide, case.labels[used], reduction="none")
 
     def our_rows(x):
         return entropy_output(case, x, bias=bias, reduction="none")[used]
@@ -133,9 +132,8 @@ def test_shift_predicts_a_later_token_of_the_same_sequence(shift, ahead):
 def test_unsigned_labels_are_shifted_like_others():
     """−100 would become the class 156."""
     case = decoder_case(vocab=200, used=1.0)
-    assert torch.equal(
-        ours(replace(case, labels=case.labels.to(torch.uint8)), shift=True)["value"], ours(case, shift=True)["value"]
-    )
+    unsigned = replace(case, labels=case.labels.to(torch.uint8))
+    assert torch.equal(ours(unsigned, shift=True)["value"], ours(case, shift=True)["value"])
 
 
 @pytest.mark.parametrize("shape, vocab, hidden_size", [((1,), 2, 1), ((1, 1), 5, 3), ((2, 2, 3), 31, 7)])
@@ -144,11 +142,16 @@ def test_odd_sizes_and_one_row(shape, vocab, hidden_size):
     assert_same(ours(case), exact(case))
 
 
+def offset_case() -> LossCase:
+    """Logits are multiples of 1/64 below 16: with 10⁴ added still exact in float32, where log-sum-exp is not."""
+    case, g = decoder_case((40,), hidden_size=6, used=1.0), torch.Generator().manual_seed(0)
+    case.hidden, case.weight = (torch.randint(-8, 9, size, generator=g).double() / 8 for size in ((40, 6), (37, 6)))
+    case.bias = torch.full((37,), 1e4, dtype=torch.float64)
+    return case
+
+
 def test_an_offset_common_to_all_logits_costs_no_digit():
-    # Logits are multiples of 1/64 below 16: with 10⁴ added they are still exact in float32, where log-sum-exp is not.
-    case, g = decoder_case((40,), hidden_size=6, vocab=50, used=1.0), torch.Generator().manual_seed(0)
-    case.hidden, case.weight = (torch.randint(-8, 9, size, generator=g).double() / 8 for size in ((40, 6), (50, 6)))
-    case.bias = torch.full((50,), 1e4, dtype=torch.float64)
+    case = offset_case()
     result = ours(case, torch.float32, reduction="none")
     wanted = exact(case, bias=False, reduction="none")
     for name in ("value", "hidden", "weight"):

@@ -11,8 +11,9 @@ import pytest
 import settings
 import torch
 from accelerate.state import AcceleratorState
+from outcomes import assert_same, weights
 from safetensors.torch import load_file
-from tiny import CONFIG, attached, in_two_processes, pad, tiny_samples, tiny_store, weights
+from tiny import CONFIG, attached, in_two_processes, pad, tiny_samples, tiny_store
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -36,6 +37,11 @@ SGD = dict(lr=0.3)  # plain: Adam would divide the rounding of zero gradients by
 
 def fresh():
     return attached(STORE, std=0.1)  # at zero half of the head would learn a step later
+
+
+@pytest.fixture
+def model():
+    return fresh()
 
 
 def optimizer_of(model):
@@ -74,22 +80,14 @@ def by_hand() -> list[dict[str, torch.Tensor]]:
     return train_by_hand()
 
 
-def assert_near(found: dict, wanted: dict, rtol=1e-4, atol=1e-6) -> None:
-    assert found.keys() == wanted.keys()
-    before = weights(fresh())
-    for name, value in wanted.items():
-        assert (value - before[name]).abs().max() > 5e-5, f"{name} hardly moved, which shows nothing"
-        torch.testing.assert_close(found[name], value, rtol=rtol, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def assert_same(found: dict, wanted: dict) -> None:
-    assert found.keys() == wanted.keys()
-    assert not [name for name, value in wanted.items() if not torch.equal(found[name], value)]
+def assert_near(found, wanted: dict, rtol=1e-4, atol=1e-6) -> None:
+    for name, before in weights(fresh()).items():
+        assert (wanted[name] - before).abs().max() > 5e-5, f"{name} hardly moved, which shows nothing"
+    assert_same(found, wanted, rtol, atol)
 
 
 @setting("own loop", "GradScaler")
-def test_a_step_that_a_scaler_skips_is_none(by_hand):
-    model = fresh()
+def test_a_step_that_a_scaler_skips_is_none(model, by_hand):
     optimizer, scaler = optimizer_of(model), torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for step, batch in enumerate([BATCHES[0], BATCHES[2], *BATCHES[1:]]):  # the second overflows
         optimizer.zero_grad()
@@ -100,13 +98,13 @@ def test_a_step_that_a_scaler_skips_is_none(by_hand):
         scaler.update()
         assert model.sfr.step == (1, 1, 2, 3)[step]
     assert scaler.get_scale() == 2.0**9
-    assert_near(weights(model), by_hand[-1])
+    assert_near(model, by_hand[-1])
 
 
 @setting("own loop", "closures, as of LBFGS")
-def test_lbfgs_counts_its_steps_whatever_it_evaluates():
+def test_lbfgs_counts_its_steps_whatever_it_evaluates(model):
     """The noise of a step is one in all of its evaluations."""
-    model, options, losses = fresh(), dict(lr=0.2, max_iter=4), []
+    options, losses = dict(lr=0.2, max_iter=4), []
     optimizer = torch.optim.LBFGS(model.parameters(), **options)
 
     def recorded(batch):
@@ -117,7 +115,7 @@ def test_lbfgs_counts_its_steps_whatever_it_evaluates():
         optimizer.step(partial(differentiate, optimizer, partial(recorded, batch)))
     assert model.sfr.step == 3 and len(losses) == 12
     assert all(losses[i] > losses[i + 3] for i in (0, 4, 8))
-    assert_near(weights(model), train_by_hand(torch.optim.LBFGS, **options)[-1], rtol=1e-3, atol=1e-4)
+    assert_near(model, train_by_hand(torch.optim.LBFGS, **options)[-1], rtol=1e-3, atol=1e-4)
 
 
 class Tuning(lightning.LightningModule):
@@ -129,19 +127,18 @@ class Tuning(lightning.LightningModule):
 
 
 @setting("Lightning", "automatic optimization")
-def test_lightning_may_make_the_steps_itself(tmp_path, by_hand):
+def test_lightning_may_make_the_steps_itself(tmp_path, model, by_hand):
     tuning = Tuning()
-    tuning.model = model = fresh()
+    tuning.model = model
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, **off)
     trainer.fit(tuning, torch.utils.data.DataLoader(BATCHES, batch_size=None))
     assert model.sfr.step == 3
-    assert_near(weights(model), by_hand[-1])
+    assert_near(model, by_hand[-1])
 
 
 @setting("own loop", "average of weights (AveragedModel)")
-def test_an_average_evaluates_as_the_model_of_averaged_weights(by_hand):
-    model = fresh()
+def test_an_average_evaluates_as_the_model_of_averaged_weights(model, by_hand):
     optimizer = optimizer_of(model)
     average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5))
     for batch in BATCHES:
@@ -155,8 +152,7 @@ def test_an_average_evaluates_as_the_model_of_averaged_weights(by_hand):
 
 
 @setting("own loop", "an optimizer for each parameter, stepped in backward")
-def test_parameters_may_be_stepped_in_backward(by_hand):
-    model = fresh()
+def test_parameters_may_be_stepped_in_backward(model, by_hand):
     optimizers = {p: torch.optim.SGD([p], **SGD) for p in model.parameters()}
 
     def step(p):
@@ -168,7 +164,7 @@ def test_parameters_may_be_stepped_in_backward(by_hand):
     for i, batch in enumerate(BATCHES):
         model(**batch).loss.backward()
         assert model.sfr.step == i + 1
-    assert_near(weights(model), by_hand[-1])
+    assert_near(model, by_hand[-1])
 
 
 def run(block: str, model, *, optimizer=None, processes: int = 1, shuffle=False, epochs=1, resume_from=None) -> list:
@@ -222,74 +218,61 @@ def loops(*names: str):
 
 
 @loops("gradient accumulation", "save_pretrained")
-def test_accumulated_steps_are_whole_steps_with_the_whole_batch(block, by_hand):
-    model = fresh()
+def test_accumulated_steps_are_whole_steps_with_the_whole_batch(block, model, by_hand):
     run(block, model)
-    assert_near(weights(model), by_hand[-1])
+    assert_near(model, by_hand[-1])
     assert model.sfr.step == STEPS
     saved = load_file("out/model/model.safetensors")
     saved |= {f"sfr.head.{name}": value for name, value in load_file("out/model/sfr_head.safetensors").items()}
-    assert_same(saved, weights(model))
+    assert_same(saved, model)
 
 
 @loops("two processes (DDP, on a CPU)")
-def test_two_processes_train_as_one_does(block, by_hand):
+def test_two_processes_train_as_one_does(block, model, by_hand):
     """Their micro-batches have different numbers of tokens, and no process knows those of the other."""
     if block is ACCELERATE:
-        in_two_processes(run_in_half)
+        in_two_processes(run_in_half, model)
         ends = [torch.load(f"weights-{rank}.pt") for rank in range(2)]
     else:  # Lightning starts them itself, and brings the weights back
         if torch.cuda.is_initialized():
             pytest.skip("a process that has begun to use a GPU cannot be forked")
-        model = fresh()
         run(block, model, processes=2)
-        ends = [weights(model)]
+        ends = [model]
     for found in ends:
         assert_near(found, by_hand[-1])
 
 
-def run_in_half(rank: int) -> None:
-    model = fresh()
+def run_in_half(rank: int, model) -> None:
     run(ACCELERATE, model, processes=2)
     torch.save(weights(model), f"weights-{rank}.pt")
 
 
-class Stopped(Exception):
-    pass
-
-
 def stopping(model, after: int):
-    """An optimizer that fails at the step after so many."""
-    optimizer, left = optimizer_of(model), iter(range(after))
-
-    def stop(*_):
-        if next(left, None) is None:
-            raise Stopped
-
-    optimizer.register_step_pre_hook(stop)
+    """An optimizer that fails at the step after so many, when nothing is left to pop."""
+    optimizer, left = optimizer_of(model), [None] * after
+    optimizer.register_step_pre_hook(lambda *_: left.pop())
     return optimizer
 
 
 # accelerate goes on within an epoch, and within a later one; Lightning at an epoch's end
-OF_ACCELERATE, OF_LIGHTNING = (setting(trainer, "resuming") for trainer in LOOPS)
-
-
 @pytest.mark.parametrize(
     ("block", "after", "state", "missing"),
     [
-        pytest.param(ACCELERATE, 2, "out/state-2", 4, marks=OF_ACCELERATE, id="accelerate, first epoch"),
-        pytest.param(ACCELERATE, 5, "out/state-4", 2, marks=OF_ACCELERATE, id="accelerate, second epoch"),
-        pytest.param(LIGHTNING, 5, "checkpoints/*.ckpt", 3, marks=OF_LIGHTNING, id="Lightning"),
+        pytest.param(ACCELERATE, 2, "out/state-2", 4, marks=setting("accelerate", "resuming")),
+        pytest.param(ACCELERATE, 5, "out/state-4", 2, marks=setting("accelerate", "resuming")),
+        pytest.param(LIGHTNING, 5, "checkpoints/*.ckpt", 3, marks=setting("Lightning", "resuming")),
     ],
+    ids=["accelerate, first epoch", "accelerate, second epoch", "Lightning"],
 )
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(block, after, state, missing, tmp_path):
     stopped, resumed, whole = fresh(), fresh(), fresh()
-    with pytest.raises(Stopped):
-        run(block, stopped, optimizer=stopping(stopped, after), shuffle=True, epochs=2)
+    both = dict(shuffle=True, epochs=2)
+    with pytest.raises(IndexError, match="pop from empty list"):
+        run(block, stopped, optimizer=stopping(stopped, after), **both)
     [path] = tmp_path.glob(state)
-    run(block, resumed, optimizer=stopping(resumed, missing), shuffle=True, epochs=2, resume_from=path)
-    seen = run(block, whole, shuffle=True, epochs=2)
-    assert_same(weights(resumed), weights(whole))
+    run(block, resumed, optimizer=stopping(resumed, missing), resume_from=path, **both)
+    seen = run(block, whole, **both)
+    assert_same(resumed, whole)
     assert resumed.sfr.step == whole.sfr.step == 2 * STEPS
     first, second = seen[: len(SAMPLES)], seen[len(SAMPLES) :]
     assert sorted(first) == sorted(second) == list(range(len(SAMPLES))) and first != second

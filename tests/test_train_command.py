@@ -164,9 +164,8 @@ def test_targets_that_were_built_before_are_used_and_missing_ones_are_built(fold
         ("--data", chats): "data.sha256",
         ("--max-length", "50"): "data.max_length: stored",
     }
-    assert_refused(
-        command(folder, tmp_path / "c", "--targets", str(store), "--overwrite"), cases, tmp_path / "c", capsys
-    )
+    start = command(folder, tmp_path / "c", "--targets", str(store), "--overwrite")
+    assert_refused(start, cases, tmp_path / "c", capsys)
     assert {p.name: p.stat().st_mtime_ns for p in store.iterdir()} == files
 
 

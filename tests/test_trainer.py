@@ -9,11 +9,12 @@ import pytest
 import torch
 import trl_cases
 from corpora import HashEncoder, Words, build
+from outcomes import assert_same, trained, weights
 from tiny import CONFIG, adapted, in_two_processes, pad, tiny_llama, tiny_mixtral, tiny_samples, tiny_store, without_id
 from torch.utils.data import IterableDataset
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTTrainer
-from trl_cases import ENCODER, ByHand, chunked_loss, stock_trainer, texts, tokenizer
+from trl_cases import ENCODER, ByHand, chunked_loss, in_parts, texts, tokenizer
 
 from sfr_kernels import attach
 from sfr_kernels.targets import OnlineTargets, SFRCollator
@@ -46,6 +47,14 @@ def make_trainer(folder, *, adapters=False, config=CONFIG, store=STORE, callback
     return trainer_of(model, folder, SFRCollator(config, store, pad), **given)
 
 
+def chunked_trainer(folder, model, samples: list[dict], store, collate=pad, **options):
+    """With the callback, the model attached to a loss of small chunks, and the steps of a training by hand."""
+    given = trl_cases.STEPS | dict(samples=samples, remove_unused_columns=True) | options
+    trainer = trainer_of(attach(model, chunked_loss(), store), folder, SFRCollator(CONFIG, store, collate), **given)
+    SFRCallback().add_to(trainer)
+    return trainer
+
+
 def logged(trainer, *names: str) -> list[tuple]:
     """The values of each log that has all of these names."""
     return [tuple(h[n] for n in names) for h in trainer.state.log_history if set(names) <= h.keys()]
@@ -70,13 +79,8 @@ def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, ada
         s["labels"] = [y if y == -100 else i for y, i in zip(s["labels"], s["input_ids"], strict=True)]
     store = build(tmp_path / "targets", samples, tokenizer=tokenizer())
     by_hand = ByHand()
-    for accumulated in (1, 4):
-        model = tiny_llama(initializer_range=0.2)
-        if adapters:
-            torch.manual_seed(1)
-            model = adapted(model, init_lora_weights="gaussian")
-        parts = dict(gradient_accumulation_steps=accumulated, per_device_train_batch_size=4 // accumulated)
-        by_hand.check(stock_trainer(tmp_path, model, samples, store, collate, **parts), samples)
+    for model, parts in in_parts(adapters):
+        by_hand.check(chunked_trainer(tmp_path, model, samples, store, collate, **parts), samples)
 
 
 @setting("Trainer", "cross-entropy alone")
@@ -90,13 +94,11 @@ def test_cross_entropy_alone_trains_as_the_plain_model_does(tmp_path, adapters):
             attach(model, objective="ce")
         steps = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=4, learning_rate=0.5)
         saved = dict(save_strategy="steps", save_steps=4, seed=42)
-        trainer = trainer_of(model, tmp_path / str(fused), pad, samples=without_id(SAMPLES), **steps, **saved)
-        trainer.train()
-        runs.append(([x for (x,) in logged(trainer, "loss")], [p.detach() for p in model.parameters()]))
-    (plain, weights), (fused, ours) = runs
+        given = steps | saved | dict(samples=without_id(SAMPLES))
+        runs.append(trained(trainer_of(model, tmp_path / str(fused), pad, **given)))
+    plain, fused = ([x for (x,) in logged(trainer, "loss")] for trainer in runs)
     assert fused == pytest.approx(plain, rel=1e-5) and len(plain) == 4 and plain[0] > plain[-1]
-    for a, b in zip(ours, weights, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert_same(runs[1].model, runs[0].model, rtol=1e-4, atol=1e-6)
     folder = tmp_path / "True" / "checkpoint-4"
     assert not list(folder.glob("sfr_*")) and list(folder.glob("*.safetensors"))
 
@@ -116,14 +118,11 @@ def stopped(folder, **options):
 @with_adapters
 def test_resuming_gives_the_losses_of_an_uninterrupted_run(tmp_path, adapters):
     """From checkpoints that hold the plain model."""
-    whole = make_trainer(tmp_path / "whole", adapters=adapters)
-    whole.train()
+    whole = trained(make_trainer(tmp_path / "whole", adapters=adapters))
     checkpoint = stopped(tmp_path / "cut", adapters=adapters)
-    resumed = make_trainer(tmp_path / "cut", adapters=adapters)
-    resumed.train(resume_from_checkpoint=str(checkpoint))
+    resumed = trained(make_trainer(tmp_path / "cut", adapters=adapters), resume_from_checkpoint=str(checkpoint))
     assert losses(resumed)[-3:] == losses(whole)[-3:]
-    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    assert_same(resumed.model, whole.model)
     if not adapters:
         _, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -139,8 +138,7 @@ def test_a_checkpoint_without_its_head_is_refused(tmp_path):
 
 def test_the_head_is_read_from_the_folder_that_is_resumed_from(tmp_path):
     """Where the callback is not told, the head of this folder's own checkpoint is not taken for the resumed one's."""
-    whole = make_trainer(tmp_path / "whole")
-    whole.train()
+    whole = trained(make_trainer(tmp_path / "whole"))
     there, _ = stopped(tmp_path / "there"), stopped(tmp_path / "here", seed=7)
     with pytest.raises(ValueError, match="belongs to another model"):
         make_trainer(tmp_path / "here").train(resume_from_checkpoint=str(there))
@@ -149,8 +147,7 @@ def test_the_head_is_read_from_the_folder_that_is_resumed_from(tmp_path):
     told.pop_callback(SFRCallback)
     SFRCallback().add_to(told)
     for trainer in (resumed, told):
-        trainer.train(resume_from_checkpoint=str(there))
-        assert losses(trainer)[-3:] == losses(whole)[-3:]
+        assert losses(trained(trainer, resume_from_checkpoint=str(there)))[-3:] == losses(whole)[-3:]
 
 
 class Stream(IterableDataset):
@@ -160,16 +157,16 @@ class Stream(IterableDataset):
 
 @setting("Trainer", "streaming data set")
 @setting("Trainer", "streaming on several processes with dispatch_batches", outcome="refused")
-@pytest.mark.parametrize("kind", ["store", "online"])
+@pytest.mark.parametrize("kind", ["store", pytest.param("online", marks=setting("Trainer", "OnlineTargets"))])
 def test_a_stream_trains_as_a_list_of_its_samples_does(tmp_path, kind):
-    """accelerate slices every tensor of such a batch to the batch size: targets, which are more, stay whole."""
+    """accelerate slices every tensor of such a batch to the batch size: targets, which are more, stay whole. Texts pass
+    through loader and accelerate, and what has been embedded for the list is not embedded again for the stream."""
     store = build(tmp_path / "s", SAMPLES) if kind == "store" else OnlineTargets(HashEncoder(), Words())
     runs, order = [], dict(max_steps=3, train_sampling_strategy="sequential")
     for samples in (SAMPLES, Stream()):
-        trainer = make_trainer(tmp_path, store=store, samples=samples, **order)
-        trainer.train()
-        runs.append(losses(trainer))
-    assert runs[0] == runs[1] and len(runs[0]) == 3
+        trainer = trained(make_trainer(tmp_path, store=store, samples=samples, **order))
+        runs.append((losses(trainer), kind == "store" or store.encoded))
+    assert runs[0] == runs[1] and len(runs[0][0]) == 3 and runs[0][1] > 0
     several, state = SimpleNamespace(world_size=2, n_gpu=0, label_smoothing_factor=0.0), SimpleNamespace(global_step=0)
     given = dict(model=trainer.model, train_dataloader=trainer.get_train_dataloader())
     with pytest.raises(ValueError, match="dispatch_batches"):
@@ -179,18 +176,12 @@ def test_a_stream_trains_as_a_list_of_its_samples_does(tmp_path, kind):
         trainer.model(**{k: v[:2] if isinstance(v, torch.Tensor) else v for k, v in cut.items()})
 
 
-class Collect(TrainerCallback):
-    def __init__(self):
-        self.seen = []
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self.seen.append(dict(logs))
-
-
 @setting("Trainer", "ce_loss and flow_loss in the logs")
 def test_logged_losses_are_averages_of_the_window_and_reach_reporters(tmp_path):
     """A reporter that Trainer asks before the callbacks of its list, as it asks its own."""
-    every, window, reporter = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", logging_steps=3), Collect()
+    every, window = make_trainer(tmp_path / "a"), make_trainer(tmp_path / "b", logging_steps=3)
+    reporter, reported = TrainerCallback(), []
+    reporter.on_log = lambda args, state, control, logs, **options: reported.append(dict(logs))
     window.callback_handler.callbacks.insert(0, reporter)
     window.pop_callback(SFRCallback)
     SFRCallback().add_to(window)
@@ -200,15 +191,15 @@ def test_logged_losses_are_averages_of_the_window_and_reach_reporters(tmp_path):
     for end, *found in losses(window):
         steps = [s[1:] for s in single if end - 3 < s[0] <= end]
         assert found == pytest.approx([sum(x) / 3 for x in zip(*steps, strict=True)], rel=1e-5)
-    seen = [h for h in reporter.seen if "loss" in h]
+    seen = [h for h in reported if "loss" in h]
     assert all(h["loss"] == pytest.approx(h["ce_loss"] + h["flow_loss"], rel=1e-4) for h in seen) and seen
     json.dumps(window.state.log_history)  # plain numbers
 
 
 @setting("Trainer", "a schedule of λ")
 def test_the_flow_weight_follows_its_schedule(tmp_path):
-    trainer = make_trainer(tmp_path, config=replace(CONFIG, flow_weight=2.0, flow_schedule="cosine", flow_warmup=0.5))
-    trainer.train()
+    config = replace(CONFIG, flow_weight=2.0, flow_schedule="cosine", flow_warmup=0.5)
+    trainer = trained(make_trainer(tmp_path, config=config))
     assert [x for (x,) in logged(trainer, "flow_weight")] == pytest.approx([0.5, 1.0, 1.5, 2.0, 1.5, 0.5])
     for loss, ce, weight, flow in logged(trainer, "loss", "ce_loss", "flow_weight", "flow_loss"):
         assert loss == pytest.approx(ce + weight * flow, rel=1e-4)
@@ -226,8 +217,7 @@ def test_evaluation_has_the_weight_of_the_configuration_whatever_the_schedule(tm
     """So the best checkpoint is the best model's, and not that of the smallest λ."""
     config = replace(CONFIG, flow_weight=2.0, flow_schedule="cosine")
     evaluation = dict(eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=5, eval_dataset=SAMPLES[:8])
-    trainer = make_trainer(tmp_path, config=config, learning_rate=0.0, **evaluation)
-    trainer.train()
+    trainer = trained(make_trainer(tmp_path, config=config, learning_rate=0.0, **evaluation))
     with torch.no_grad():
         parts = [trainer.model.eval()(**SFRCollator(CONFIG, STORE, pad)(SAMPLES[i:j])) for i, j in ((0, 5), (5, 8))]
     ce, flow = ((5 * a + 3 * b).item() / 8 for a, b in zip(*[(p.ce_loss, p.flow_loss) for p in parts], strict=True))
@@ -246,17 +236,6 @@ def test_the_callback_asks_for_an_attached_model(tmp_path):
         trainer_of(tiny_llama(), tmp_path, pad, callbacks=[SFRCallback()]).train()
 
 
-@setting("Trainer", "OnlineTargets")
-def test_a_trainer_with_targets_made_online(tmp_path):
-    """Texts pass through the loader and accelerate; the second epoch embeds nothing."""
-    online, runs = OnlineTargets(HashEncoder(), Words()), []
-    for _ in range(2):
-        trainer = make_trainer(tmp_path, store=online, max_steps=3)
-        trainer.train()
-        runs.append((losses(trainer), online.encoded))
-    assert runs[0] == runs[1] and len(runs[0][0]) == 3 and online.encoded > 0
-
-
 # Two processes with half of each batch train and log as one process with the whole of it does.
 NAME = "two processes (DDP, on a CPU)"
 EVALUATION = texts("plain", 8, seed=1)  # two batches of four, or of two and two
@@ -264,19 +243,18 @@ EVALUATING = dict(eval_strategy="steps", eval_steps=3)
 
 
 def of_trainer(folder, arguments: dict):
-    """A stock Trainer on an attached model."""
     ids = [tokenizer()(text)["input_ids"] for text in [*texts("plain")["text"], *EVALUATION["text"]]]
     samples = [dict(input_ids=x, labels=list(x), sample_id=i) for i, x in enumerate(ids)]
     store = build(folder / "targets", samples, tokenizer=tokenizer())
     given = dict(eval_dataset=samples[12:]) | EVALUATING | arguments
-    return stock_trainer(folder, tiny_llama(initializer_range=0.2), samples[:12], store, **given)
+    return chunked_trainer(folder, tiny_llama(initializer_range=0.2), samples[:12], store, **given)
 
 
 def of_packs(folder, arguments: dict):
     """An SFRTrainer that packs, and builds its targets: both processes in the same folder."""
+    model = tiny_llama(initializer_range=0.2)  # which seeds what the head begins with
     objective = dict(sfr=chunked_loss(), encoder=ENCODER, targets=folder / "targets", eval_dataset=EVALUATION)
     arguments = EVALUATING | dict(packing=True, max_length=32, eval_packing=False) | arguments
-    model = tiny_llama(initializer_range=0.2)
     return trl_cases.make_trainer(folder, model=model, train=texts("plain", 40), arguments=arguments, **objective)
 
 
@@ -288,13 +266,12 @@ def of_experts(folder, arguments: dict, kind_of=SFRTrainer):
 
 
 def train_share(rank: int, make, folder) -> None:
-    trainer = make(folder, dict(per_device_train_batch_size=2, per_device_eval_batch_size=2))
-    trainer.train()
+    trainer = trained(make(folder, dict(per_device_train_batch_size=2, per_device_eval_batch_size=2)))
     assert trainer.args.world_size == 2
-    torch.save(([p.detach() for p in trainer.model.parameters()], trainer.state.log_history), folder / f"{rank}.pt")
+    torch.save((weights(trainer.model), trainer.state.log_history), folder / f"{rank}.pt")
 
 
-def trained_by_two(make, folder) -> list[tuple[list[torch.Tensor], list[dict]]]:
+def trained_by_two(make, folder) -> list[tuple[dict[str, torch.Tensor], list[dict]]]:
     """Weights and logs of both processes, each with half of a batch of four."""
     in_two_processes(train_share, make, folder)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
@@ -319,11 +296,9 @@ OF_TWO = [
 def test_two_processes_train_and_log_as_one_with_the_whole_batch(make, names, tmp_path):
     """Which ends as a training by hand does. The processes' batches have different numbers of tokens."""
     one = make(tmp_path / "one", dict(per_device_eval_batch_size=4))
-    start = [p.detach().clone() for p in one.model.parameters()]
-    one.train()
-    for weights, found in trained_by_two(make, tmp_path):
-        for a, b, before in zip(weights, one.model.parameters(), start, strict=True):
-            assert (a - b).abs().max() < 2e-4 * (b - before).abs().max()
+    start, end = weights(one.model), weights(trained(one).model)
+    for ends, found in trained_by_two(make, tmp_path):
+        assert all((ends[n] - end[n]).abs().max() < 2e-4 * (end[n] - start[n]).abs().max() for n in start)
         assert_same_logs(found, one.state.log_history, names)
 
 
@@ -331,9 +306,7 @@ def test_two_processes_train_and_log_as_one_with_the_whole_batch(make, names, tm
 def test_each_process_adds_its_share_of_a_router_loss(tmp_path):
     """That of SFTTrainer in one process which accumulates what two have: a router loss is of a micro-batch alone."""
     accumulated = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    one = of_experts(tmp_path, accumulated, SFTTrainer)
-    one.train()
-    for weights, found in trained_by_two(of_experts, tmp_path):
-        for a, b in zip(weights, one.model.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    one = trained(of_experts(tmp_path, accumulated, SFTTrainer))
+    for ends, found in trained_by_two(of_experts, tmp_path):
+        assert_same(ends, one.model, rtol=1e-4, atol=1e-6)
         assert_same_logs(found, one.state.log_history, {"loss", "aux_loss", "num_tokens"})

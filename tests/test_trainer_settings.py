@@ -1,4 +1,4 @@
-"""Settings of a Trainer that would leave the attached loss aside: they work, or stop with words that help."""
+"""Settings of a Trainer, among them precision and recomputation: they work, or stop with words that help."""
 
 import copy
 from dataclasses import replace
@@ -10,8 +10,9 @@ import test_trainer
 import tiny
 import torch
 import transformers.trainer
+from outcomes import assert_same, trained, weights
 from test_trainer import logged
-from tiny import CONFIG, ce_attached, pad, tiny_llama, tiny_samples, tiny_store, weights, without_id
+from tiny import CONFIG, ce_attached, pad, tiny_llama, tiny_samples, tiny_store, without_id
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from transformers import LlamaForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
@@ -47,13 +48,11 @@ def attached(**fields):
 def test_label_smoothing_goes_into_the_fused_loss(tmp_path, objective):
     """The weights of the plain model under Trainer's own smoothing, with micro-batches of different sizes."""
     options = dict(label_smoothing_factor=0.3, per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    plain = trainer_of(tiny_llama(), tmp_path, add=False, collate=plain_collate, **options)
-    plain.train()
+    plain = trained(trainer_of(tiny_llama(), tmp_path, add=False, collate=plain_collate, **options))
     model, collate = (attached(flow_weight=0.0), COLLATE) if objective == "sfr" else (ce_attached(), plain_collate)
-    ours = trainer_of(model, tmp_path, collate=collate, **options)
-    ours.train()
-    for name, weight in weights(plain.model).items():
-        torch.testing.assert_close(ours.model.get_parameter(name), weight, rtol=1e-4, atol=1e-6)
+    ours = trained(trainer_of(model, tmp_path, collate=collate, **options))
+    detach(model)
+    assert_same(model, plain.model, rtol=1e-4, atol=1e-6)
     for found, wanted in zip(logged(ours, "loss"), logged(plain, "loss"), strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
 
@@ -65,7 +64,7 @@ def test_label_smoothing_that_would_see_no_logits_stops_before_the_first_step(tm
     before = weights(trainer.model)
     with pytest.raises((ValueError, KeyError), match=r"SFRCallback\(\).add_to\(trainer\)"):
         trainer.train()
-    assert all(torch.equal(p, before[n]) for n, p in weights(trainer.model).items())
+    assert_same(weights(trainer.model), before)
 
 
 def logits_loss(outputs, labels, num_items_in_batch=None, **options):
@@ -91,8 +90,7 @@ def test_label_smoothing_is_that_of_the_trainer_and_ends_with_it(tmp_path):
     smoothed = trainer_of(attached(), tmp_path, label_smoothing_factor=0.3).args
     trainer = Trainer(model_init=lambda: attached(), args=smoothed, train_dataset=SAMPLES, data_collator=COLLATE)
     SFRCallback().add_to(trainer)
-    trainer.train()
-    assert_smoothed(trainer, 0.3)
+    assert_smoothed(trained(trainer), 0.3)
     model = attach(tiny_llama(), SFRLoss(CONFIG, detach(attached()), label_smoothing=0.1), STORE)
     with pytest.raises(ValueError, match="label_smoothing_factor is given to Trainer, and label_smoothing"):
         trainer_of(model, tmp_path, label_smoothing_factor=0.3)
@@ -139,18 +137,13 @@ def liger(model, config):
         model.forward = MethodType(LlamaForCausalLM.forward, model)
 
 
-def without_rows(features):
-    return {k: v for k, v in COLLATE(features).items() if k != "rows"}
-
-
 @setting("Trainer", "use_liger_kernel, with its fused cross-entropy", outcome="refused")
 def test_a_forward_that_liger_replaces_stops_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.trainer, "apply_liger_kernel", lambda m, c: liger(m, c or {}))
     fused, other = (dict(use_liger_kernel=True, liger_kernel_config={FUSED: flag}) for flag in (True, False))
     with pytest.raises(RuntimeError, match=r'liger_kernel_config={"fused_linear_cross_entropy": False}'):
-        trainer_of(attached(), tmp_path, collate=without_rows, **fused).train()
-    trainer = trainer_of(attached(), tmp_path, **other)
-    trainer.train()
+        trainer_of(attached(), tmp_path, collate=plain_collate, **fused).train()
+    trainer = trained(trainer_of(attached(), tmp_path, **other))
     assert trainer.model.sfr.head.output_proj.weight.any()
 
 
@@ -178,15 +171,12 @@ class Flat(torch.optim.SGD):
 
 @setting("Trainer", "steps of an optimizer of flat copies (as DeepSpeed's)")
 def test_an_optimizer_of_flat_copies_is_counted_and_watched_by_the_callback(tmp_path):
-    wanted = trainer_of(attached(), tmp_path)
-    wanted.train()
+    wanted = trained(trainer_of(attached(), tmp_path))
     for add in (True, False):
         trainer = trainer_of(attached(), tmp_path, add=add)
         trainer.optimizer = Flat(trainer.model.parameters(), lr=0.3)
-        trainer.train()
-        assert trainer.model.sfr.step == 3
-        for name, p in wanted.model.named_parameters():
-            torch.testing.assert_close(trainer.model.get_parameter(name), p, rtol=1e-5, atol=1e-7)
+        assert trained(trainer).model.sfr.step == 3
+        assert_same(trainer.model, wanted.model, rtol=1e-5, atol=1e-7)
     trainer = trainer_of(attached(), tmp_path, kind=Preferring)
     trainer.optimizer = Flat(trainer.model.parameters(), lr=0.3)
     with pytest.raises(RuntimeError, match="does not compute the loss that was attached"):
@@ -203,11 +193,8 @@ def test_adapters_after_attach_stop_before_the_first_forward(tmp_path):
 def test_without_the_callback_training_is_the_same(tmp_path):
     """Noise is that of the optimizer's step, under accumulation too; what is missing is what the callback logs."""
     accumulated = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)
-    with_it, without = (trainer_of(attached(), tmp_path, add=add, **accumulated) for add in (True, False))
-    for trainer in (with_it, without):
-        trainer.train()
-    for name, weight in weights(with_it.model).items():
-        assert torch.equal(without.model.get_parameter(name), weight), name
+    with_it, without = (trained(trainer_of(attached(), tmp_path, add=add, **accumulated)) for add in (True, False))
+    assert_same(without.model, with_it.model)
     assert without.model.sfr.step == 3
 
 
@@ -242,8 +229,7 @@ def test_the_best_model_is_chosen_by_a_part_of_the_loss(tmp_path):
     options = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, eval_dataset=SAMPLES[8:])
     for greater in (False, True):  # or the worst, which is not the last
         best = dict(load_best_model_at_end=True, metric_for_best_model="eval_ce_loss", greater_is_better=greater)
-        trainer = trainer_of(attached(), tmp_path, **options, **best)
-        trainer.train()
+        trainer = trained(trainer_of(attached(), tmp_path, **options, **best))
         found = dict(logged(trainer, "step", "eval_ce_loss"))
         wanted = (max if greater else min)(found, key=found.get)
         assert trainer.state.best_global_step == wanted and len(found) == 3
@@ -261,3 +247,27 @@ def test_predict_with_generate_is_that_of_the_plain_model(tmp_path):
         trainer = trainer_of(model, tmp_path, **generating, **given)
         found.append(trainer.predict(SAMPLES[:1]).predictions)
     assert np.array_equal(*found) and found[0].shape[1] > len(SAMPLES[0]["input_ids"])
+
+
+@setting("Trainer", "bf16=True")
+def test_bf16_trains_near_float32(tmp_path):
+    """bfloat16 has 8 bits, so a mean of a hundred losses is right to about 2⁻⁸."""
+    runs = [trained(trainer_of(attached(), tmp_path, bf16=flag)) for flag in (False, True)]
+    single, half = ([x for (x,) in logged(trainer, "ce_loss")] for trainer in runs)
+    assert half == pytest.approx(single, rel=2**-8) and half != pytest.approx(single, rel=1e-6) and len(half) == 3
+    assert single[0] - single[2] > 2**-6 * single[0]
+
+
+@setting("Trainer", "gradient checkpointing")
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointing_changes_no_weight(tmp_path, reentrant):
+    options = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
+    plain, saving = (trainer_of(attached(), tmp_path, **given) for given in ({}, options))
+    counts = []
+    for trainer in (plain, saving):
+        calls = []
+        trainer.model.model.layers[1].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trained(trainer)
+        counts.append(len(calls))
+    assert logged(plain, "ce_loss") == logged(saving, "ce_loss") and counts[1] == counts[0] + 3  # in each backward
+    assert_same(saving.model, plain.model)

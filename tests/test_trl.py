@@ -14,11 +14,12 @@ pytest.importorskip("trl")
 
 from corpora import HashEncoder
 from datasets import Dataset
+from outcomes import assert_same, trained, weights
 from peft import PrefixTuningConfig, PromptTuningConfig
-from tiny import CONFIG, SIZES, TARGET, adapted, attached, lora, pad, tiny_llama, tiny_mixtral, tiny_samples, tiny_store
+from tiny import CONFIG, SAMPLES, SIZES, STORE, TARGET, adapted, attached, lora, pad, tiny_llama, tiny_mixtral
 from transformers import AutoModelForCausalLM, pipeline
 from trl import DPOConfig, DPOTrainer, SFTTrainer
-from trl_cases import ENCODER, ByHand, chunked_loss, expected_loss, make_trainer, settings, texts, tokenizer
+from trl_cases import ENCODER, ByHand, chunked_loss, expected_loss, in_parts, make_trainer, settings, texts, tokenizer
 
 from sfr_kernels import LinearCrossEntropy, SFRConfig, SFRLoss, VelocityHead, attach, detach
 from sfr_kernels.ops.flow_loss import step_seed
@@ -34,8 +35,10 @@ def ours() -> dict:
     return dict(peft_config=lora(init_lora_weights="gaussian"))
 
 
+STREAM = texts("plain").to_iterable_dataset()
 ONLINE = OnlineTargets(ENCODER, tokenizer())
 BFD = dict(packing=True, max_length=32)
+VIRTUAL = dict(task_type="CAUSAL_LM", num_virtual_tokens=4)
 # Data, arguments, what else is given; rows of the training README's table beside that of the mode's own name.
 MODES = {
     "plain": ("plain", {}, {}, ["padding on the right"]),
@@ -64,31 +67,28 @@ def test_training_ends_where_one_process_with_the_whole_batch_does(tmp_path, mod
     kind, arguments, given, _ = MODES[mode]
     data = texts(kind, 40 if arguments.get("packing") else 12)
     by_hand = ByHand(label_smoothing=arguments.get("label_smoothing_factor", 0.0))
-    for accumulated in (1, 4):
-        model = tiny_llama(initializer_range=0.2)
-        if mode in ADAPTED_BEFORE:
-            torch.manual_seed(1)
-            model = adapted(model, init_lora_weights="gaussian")
-        parts = dict(gradient_accumulation_steps=accumulated, per_device_train_batch_size=4 // accumulated)
+    for model, parts in in_parts(adapters=mode in ADAPTED_BEFORE):
         objective = dict(sfr=chunked_loss(), encoder=ENCODER, targets=tmp_path / "targets")
         trainer = make_trainer(tmp_path, model=model, train=data, arguments=arguments | parts, **objective, **given)
         by_hand.check(trainer, trainer.train_dataset.to_list())
 
 
 @setting("SFRTrainer", "token accuracy and entropy in the logs")
-def test_the_metrics_are_those_of_sfttrainer(tmp_path):
+@setting("SFRTrainer", "prefix tuning")
+@pytest.mark.parametrize("way", ["completion", "packing", "prefix tuning"])
+def test_cross_entropy_and_metrics_are_those_of_sfttrainer(tmp_path, way):
     """At the first step, and in evaluation before it: of the same weights."""
-    names = ("entropy", "mean_token_accuracy", "num_tokens")
-    for kind, arguments in (("completion", {}), ("plain", BFD)):
-        arguments = arguments | dict(max_steps=1, eval_strategy="steps", eval_on_start=True)
-        runs = []
-        for kind_of in (SFRTrainer, SFTTrainer):
-            given = dict(model=tiny_llama(initializer_range=0.2), eval_dataset=texts(kind, 5, seed=1))
-            trainer = make_trainer(tmp_path / kind, kind, kind_of=kind_of, arguments=arguments, **given)
-            trainer.train()
-            evaluated, trained = trainer.state.log_history[:2]
-            runs.append([trained[n] for n in names] + [evaluated[f"eval_{n}"] for n in names])
-        assert runs[0] == pytest.approx(runs[1], rel=1e-5) and runs[0][2] > 0
+    kind, runs = "completion" if way == "completion" else "plain", []
+    arguments = dict(max_steps=1, eval_strategy="steps", eval_on_start=True, gradient_checkpointing=False)
+    arguments |= BFD if way == "packing" else {}
+    prefix = dict(peft_config=PrefixTuningConfig(**VIRTUAL)) if way == "prefix tuning" else {}
+    for kind_of, loss in ((SFRTrainer, "ce_loss"), (SFTTrainer, "loss")):
+        given = dict(model=tiny_llama(initializer_range=0.2), eval_dataset=texts(kind, 5, seed=1)) | prefix
+        trainer = trained(make_trainer(tmp_path, kind, kind_of=kind_of, arguments=arguments, **given))
+        names = (loss, "entropy", "mean_token_accuracy", "num_tokens")
+        evaluated, logged = trainer.state.log_history[:2]
+        runs.append([logged[n] for n in names] + [evaluated[f"eval_{n}"] for n in names])
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5) and runs[0][3] > 0
 
 
 @setting("SFRTrainer", "evaluation")
@@ -142,20 +142,15 @@ def test_ids_that_the_data_happen_to_have_are_not_those_of_targets_built_here(tm
 @setting("SFRTrainer", "streaming data set")
 @setting("SFRTrainer", "OnlineTargets")
 def test_a_stream_trains_on_online_targets_as_the_store_does(tmp_path):
-    stream = make_trainer(tmp_path, train=texts("plain").to_iterable_dataset(), sfr=CONFIG, targets=ONLINE)
-    stored = make_trainer(tmp_path)
-    for trainer in (stream, stored):
-        trainer.train()
-    for a, b in zip(stream.model.parameters(), stored.model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    assert stream.evaluate(texts("plain", 3))["eval_loss"] > 0
+    online = trained(make_trainer(tmp_path, train=STREAM, sfr=CONFIG, targets=ONLINE))
+    assert_same(online.model, trained(make_trainer(tmp_path)).model)
+    assert online.evaluate(texts("plain", 3))["eval_loss"] > 0
 
 
 @setting("SFRTrainer", "cross-entropy alone")
 @setting("SFRTrainer", "router loss of a mixture of experts")
 @pytest.mark.parametrize(
-    "make, arguments",
-    [(tiny_mixtral, dict(router_aux_loss_coef=0.5)), (tiny_llama, dict(label_smoothing_factor=0.2))],
+    "make, arguments", [(tiny_mixtral, dict(router_aux_loss_coef=0.5)), (tiny_llama, dict(label_smoothing_factor=0.2))]
 )
 def test_cross_entropy_alone_trains_as_sfttrainer_does(tmp_path, make, arguments):
     """A router loss has the coefficient of TRL's arguments, and each accumulated batch its share."""
@@ -165,12 +160,10 @@ def test_cross_entropy_alone_trains_as_sfttrainer_does(tmp_path, make, arguments
         given |= dict(model=make(), kind_of=kind_of, arguments=arguments)
         warned = kind_of is SFTTrainer and make is tiny_llama
         with pytest.warns(FutureWarning, match="label_smoothing_factor") if warned else contextlib.nullcontext():
-            trainer = make_trainer(tmp_path, "completion", **given)
-        trainer.train()
-        runs.append(([p.detach() for p in trainer.model.parameters()], trainer.state.log_history[0]))
-    (wanted, plain), (found, logged) = runs
-    for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+            runs.append(make_trainer(tmp_path, "completion", **given))
+        trained(runs[-1])
+    assert_same(runs[1].model, runs[0].model, rtol=1e-4, atol=1e-6)
+    plain, logged = (trainer.state.log_history[0] for trainer in runs)
     assert set(logged) == set(plain) and ("aux_loss" in plain) == (make is tiny_mixtral)
     for name in set(plain) - {"learning_rate", "epoch", "step", "grad_norm"}:
         assert logged[name] == pytest.approx(plain[name], rel=1e-5), name
@@ -205,27 +198,19 @@ def test_an_attached_model_keeps_its_objective_and_goes_under_peft(tmp_path):
 
 
 def test_a_store_of_ones_own_goes_by_the_samples_ids(tmp_path):
-    samples = tiny_samples(8)
-    store, data = tiny_store(samples), Dataset.from_list(samples[::-1])
-    given = dict(train=data, sfr=CONFIG, targets=store, arguments=dict(max_steps=1))
-    trainer = make_trainer(tmp_path, **given)
-    assert trainer.train_dataset["sample_id"][0] == 7
-    trainer.train()
-    make_trainer(tmp_path, **given | dict(train=Dataset.from_list(samples).remove_columns("sample_id"))).train()
+    given = dict(train=Dataset.from_list(SAMPLES[::-1]), sfr=CONFIG, targets=STORE, arguments=dict(max_steps=1))
+    assert trained(make_trainer(tmp_path, **given)).train_dataset["sample_id"][0] == 7
+    make_trainer(tmp_path, **given | dict(train=Dataset.from_list(SAMPLES).remove_columns("sample_id"))).train()
     with pytest.raises(ValueError, match="hold 8 samples, the prepared data 1, without a 'sample_id'"):
         make_trainer(tmp_path, **given | dict(arguments=dict(packing=True, max_length=1024)))
-
-
-def stream():
-    return texts("plain").to_iterable_dataset()
 
 
 REFUSED = {
     "loss_type='dft'": dict(arguments=dict(loss_type="dft")),
     "compute_loss_func would replace the SFR loss": dict(compute_loss_func=lambda *args, **kwargs: 0),
-    "train_dataset has images": dict(train=lambda: Dataset.from_list([{"text": "a cat", "image": "x.png"}])),
-    "OnlineTargets for an IterableDataset .train": dict(train=stream),
-    "OnlineTargets for an IterableDataset .eval": dict(eval_dataset=stream),
+    "train_dataset has images": dict(train=Dataset.from_list([{"text": "a cat", "image": "x.png"}])),
+    "OnlineTargets for an IterableDataset .train": dict(train=STREAM),
+    "OnlineTargets for an IterableDataset .eval": dict(eval_dataset=STREAM),
     "encoder must be given: there are no targets in .*train yet": dict(encoder=None),
     "encoder has no meaning with objective='ce'": dict(objective="ce", encoder=ENCODER),
     "targets has no meaning with loss='mtp'": dict(sfr=SFRConfig(loss="mtp"), targets="t"),
@@ -234,9 +219,7 @@ REFUSED = {
     "objective must be sfr or ce": dict(objective="dpo"),
     "encoder must not be given with Online": dict(sfr=CONFIG, targets=ONLINE, encoder=ENCODER),
     "targets must be a folder, OnlineTargets or a TargetStore, got int": dict(sfr=CONFIG, targets=3),
-    "peft_config must not put tokens before the batch": dict(
-        peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-    ),
+    "peft_config must not put tokens before the batch": dict(peft_config=PromptTuningConfig(**VIRTUAL)),
 }
 
 
@@ -247,9 +230,14 @@ REFUSED = {
 @setting("SFRTrainer", "streaming data set without OnlineTargets", outcome="refused")
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_cannot_be_trained_is_refused_in_words_that_help(tmp_path, message):
-    given = {name: x() if name in ("train", "eval_dataset") else x for name, x in REFUSED[message].items()}
     with pytest.raises((ValueError, TypeError), match=message):
-        make_trainer(tmp_path, **given)
+        make_trainer(tmp_path, **REFUSED[message])
+
+
+@setting("SFRTrainer", "adapters after attach", outcome="refused")
+def test_adapters_after_attach_are_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="Wrap the model first, then attach"):
+        make_trainer(tmp_path, model=adapted(attached(ONLINE)), targets=None).train()
 
 
 @setting("Trainer", "TRL's SFTTrainer and DPOTrainer", outcome="refused")
@@ -268,16 +256,10 @@ def test_trainers_of_trl_that_multiply_by_the_lm_head_themselves_stop_at_the_fir
         trainer = kind_of(model, args=arguments, train_dataset=train, processing_class=tokenizer(), **given)
         if when == "after":
             attach(trainer.model, CONFIG, target_size=TARGET)
-        before = [p.clone() for p in model.parameters()]
+        before = weights(model)
         with pytest.raises(RuntimeError, match=r"does not compute the loss that was attached.*trl.SFRTrainer"):
             trainer.train()
-        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
-
-
-@setting("SFRTrainer", "adapters after attach", outcome="refused")
-def test_adapters_after_attach_are_refused(tmp_path):
-    with pytest.raises(RuntimeError, match="Wrap the model first, then attach"):
-        make_trainer(tmp_path, model=adapted(attached(ONLINE)), targets=None).train()
+        assert_same(model, before)
 
 
 @setting("own loop", "pipelines")
@@ -289,30 +271,16 @@ def test_a_pipeline_generates_as_with_the_plain_model():
     assert said[0] == said[1] != "t h e c a t"
 
 
-@setting("SFRTrainer", "prefix tuning")
-def test_prefix_tuning_has_the_cross_entropy_of_sfttrainer(tmp_path):
-    logged = []
-    for kind_of in (SFRTrainer, SFTTrainer):
-        prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
-        given = dict(peft_config=prefix, arguments=dict(max_steps=1, gradient_checkpointing=False))
-        trainer = make_trainer(tmp_path, model=tiny_llama(initializer_range=0.2), kind_of=kind_of, **given)
-        trainer.train()
-        logged.append(trainer.state.log_history[0])
-    assert logged[0]["ce_loss"] == pytest.approx(logged[1]["loss"], rel=1e-5)
-
-
 @setting("SFRTrainer", "SFRConfig(loss=…) other than flow")
 def test_multi_token_prediction_has_no_targets_and_no_encoder(tmp_path):
-    trainer = make_trainer(tmp_path, sfr=SFRConfig(loss="mtp", width=8), encoder=None, targets=None)
-    trainer.train()
+    trainer = trained(make_trainer(tmp_path, sfr=SFRConfig(loss="mtp", width=8), encoder=None, targets=None))
     assert trainer.state.log_history[0]["flow_loss"] > 0 and trainer.evaluate(texts("plain", 2))["eval_loss"] > 0
 
 
 @setting("SFRTrainer", "resuming")
 @setting("SFRTrainer", "save_pretrained")
 def test_saved_generated_and_resumed(tmp_path):
-    whole = make_trainer(tmp_path, arguments=dict(save_strategy="steps", save_steps=1))
-    whole.train()
+    whole = trained(make_trainer(tmp_path, arguments=dict(save_strategy="steps", save_steps=1)))
     prompt = torch.tensor([[7, 8, 9]])
     spoken = whole.model.eval().generate(input_ids=prompt, max_new_tokens=4, do_sample=False)
     whole.save_model(tmp_path / "saved")
@@ -322,8 +290,7 @@ def test_saved_generated_and_resumed(tmp_path):
     assert torch.equal(plain.generate(input_ids=prompt, max_new_tokens=4, do_sample=False), spoken)
     resumed = make_trainer(tmp_path / "elsewhere")  # whose head lies in the folder that is resumed
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    assert_same(resumed.model, whole.model)
 
 
 @setting("SFRTrainer", "compute_metrics")
@@ -353,7 +320,7 @@ def test_trl_is_needed_by_its_own_module_alone():
 def test_targets_are_made_of_the_labels_that_the_collator_gives(tmp_path):
     """Which takes the first label of each document away, a row's own under the rule "published", where it does not pad;
     and labels what has no labels throughout."""
-    samples = Dataset.from_list([{"input_ids": s["input_ids"]} for s in tiny_samples(12)])
+    samples = texts("plain").map(tokenizer(), input_columns="text").select_columns("input_ids")
     bare = dict(dataset_kwargs=dict(skip_prepare_dataset=True))
     published = replace(CONFIG, target_rule="published")
     free, packed = bare | dict(padding_free=True, max_length=None), dict(packing=True, max_length=64)

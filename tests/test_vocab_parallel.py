@@ -7,27 +7,16 @@ import os
 from dataclasses import replace
 
 import pytest
+import test_linear_cross_entropy as whole
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import (
-    IGNORE,
-    LossCase,
-    assert_as_good_as_eager,
-    assert_same,
-    decoder_case,
-    entropy_output,
-    evaluate,
-    in_float64,
-    our_entropy,
-    reference_entropy,
-)
-from test_linear_cross_entropy import OPTIONS, with_options
+from cases import IGNORE, LossCase, assert_as_good_as_eager, assert_same, decoder_case, evaluate, our_entropy
 from torch import Tensor
 
 from sfr_kernels import LinearCrossEntropy, SupervisedRows
 
-SPLITS = {3: (13, 1, 23)}  # classes of each process; all of them 37
+SIZES = (13, 1, 23)  # classes of each process; all of them 37
 CHECKS = []
 
 
@@ -42,15 +31,19 @@ def part_of(case: LossCase, classes: slice) -> LossCase:
     return replace(case, weight=case.weight[classes], bias=case.bias[classes], options=case.options | sharded)
 
 
-def ours(case: LossCase, classes: slice, dtype=torch.float64, **options) -> dict[str, Tensor]:
-    part = part_of(case, classes)
-    return evaluate(our_entropy(part, **options), part.inputs(dtype))
+def ours(case: LossCase, classes: slice, *dtype, **options) -> dict[str, Tensor]:
+    return whole.ours(part_of(case, classes), *dtype, **options)
 
 
-def exact(case: LossCase, classes: slice, dtype=torch.float64, **options) -> dict[str, Tensor]:
-    """The reference of the whole vocabulary in float64, of leaves rounded to `dtype`; the gradients of a part."""
-    found = evaluate(reference_entropy(case, **options), in_float64(case.inputs(dtype)))
+def exact(case: LossCase, classes: slice, *dtype, **options) -> dict[str, Tensor]:
+    """The reference of the whole vocabulary, with the gradients of a part."""
+    found = whole.exact(case, *dtype, **options)
     return found | {name: found[name][classes] for name in ("weight", "bias")}
+
+
+def with_statistics(case: LossCase, **options) -> tuple:
+    module = LinearCrossEntropy(return_stats=True, **case.options | options)
+    return module(case.hidden, case.weight, case.labels, case.bias)
 
 
 @check
@@ -59,17 +52,17 @@ def a_part_without_any_probability(classes, sizes):
     case = decoder_case()
     case.labels = torch.where(case.labels == IGNORE, IGNORE, case.labels % sizes[0])
     case.bias[sizes[0] :] = -torch.inf
-    runs = [entropy_output(c, c.inputs(), return_stats=True, **c.options) for c in (part_of(case, classes), case)]
-    torch.testing.assert_close(runs[0][0], runs[1][0])
-    torch.testing.assert_close(runs[0][1].entropy, runs[1][1].entropy)
+    (loss, stats), (wanted, of_whole) = map(with_statistics, (part_of(case, classes), case))
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(stats.entropy, of_whole.entropy)
 
 
 @check
 def every_option_in_float64(classes, sizes):
-    for options in OPTIONS.values():
+    for options in whole.OPTIONS.values():
         if "ignore_index" in options:
             continue
-        case = with_options(decoder_case(), options)
+        case = whole.with_options(decoder_case(), options)
         for chunk_rows in (None, 4):
             found = ours(case, classes, chunk_rows=chunk_rows)
             assert_same(found, exact(case, classes), rtol=1e-9)
@@ -84,8 +77,7 @@ def as_good_as_eager_in_16_bit(classes, sizes):
     case = decoder_case((5, 41), hidden_size=64, vocab=37)
     case.options = dict(softcap=4.0, label_smoothing=0.1, z_loss=0.01)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        eager = evaluate(reference_entropy(case), case.inputs(dtype))
-        results = ours(case, classes, dtype), eager, exact(case, classes, dtype)
+        results = ours(case, classes, dtype), whole.eager(case, dtype), exact(case, classes, dtype)
         assert results[0]["hidden"].dtype == dtype
         # those of the part of one class are too few numbers to be statistics
         assert_as_good_as_eager(*({name: r[name] for name in ("value", "hidden")} for r in results), k=1.2)
@@ -124,19 +116,14 @@ def frozen_parts_and_no_rows(classes, sizes):
 @check
 def statistics_of_the_whole_vocabulary(classes, sizes):
     case = decoder_case()
-    part = part_of(case, classes)
-    module = LinearCrossEntropy(return_stats=True, chunk_rows=5, **part.options)
-    _, found = module(part.hidden, part.weight, part.labels, part.bias)
-    _, wanted = entropy_output(case, case.inputs(), return_stats=True)
-    for mine, whole in zip(found, wanted, strict=True):
-        torch.testing.assert_close(mine, whole, rtol=1e-10, atol=0)
+    (_, found), (_, wanted) = with_statistics(part_of(case, classes), chunk_rows=5), with_statistics(case)
+    for mine, of_whole in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, of_whole, rtol=1e-10, atol=0)
 
 
 @check
 def a_large_common_offset_costs_no_digit(classes, sizes):
-    case, g = decoder_case((40,), hidden_size=6, used=1.0), torch.Generator().manual_seed(0)
-    case.hidden, case.weight = (torch.randint(-8, 9, size, generator=g).double() / 8 for size in ((40, 6), (37, 6)))
-    case.bias = torch.full((37,), 1e4, dtype=torch.float64)
+    case = whole.offset_case()
     for options in (dict(reduction="none"), dict(reduction="none", label_smoothing=0.1)):
         found, wanted = ours(case, classes, torch.float32, **options), exact(case, classes, bias=False, **options)
         for name in ("value", "hidden"):
@@ -173,7 +160,7 @@ def a_dtensor_is_refused_with_advice(classes, sizes):
     case = decoder_case()
     case.weight = distribute_tensor(case.weight, init_device_mesh("cpu", (len(sizes),)), [Shard(0)])
     with pytest.raises(TypeError, match=r"weight is a DTensor.*process_group"):
-        entropy_output(case, case, bias=False)
+        LinearCrossEntropy()(case.hidden, case.weight, case.labels)
 
 
 def work(rank: int, sizes, store: str) -> None:
@@ -191,9 +178,8 @@ def work(rank: int, sizes, store: str) -> None:
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
-@pytest.mark.parametrize("processes", SPLITS)
-def test_a_vocabulary_in_parts(processes, tmp_path, monkeypatch):
+def test_a_vocabulary_in_parts(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
     monkeypatch.setenv("PYTHONPATH", path)
-    mp.spawn(work, args=(SPLITS[processes], str(tmp_path / "store")), nprocs=processes)
+    mp.spawn(work, args=(SIZES, str(tmp_path / "store")), nprocs=len(SIZES))

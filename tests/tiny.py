@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 
 from sfr_kernels import SFRConfig, attach
 from sfr_kernels.rows import SupervisedRows
-from sfr_kernels.targets import TargetStore
+from sfr_kernels.targets import SFRCollator, TargetStore
 
 VOCAB, HIDDEN = 96, 32
 SIZES = dict(
@@ -54,10 +54,6 @@ def adapted(model, target_modules="all-linear", **options):
     return get_peft_model(model, lora(target_modules, **options))
 
 
-def weights(model) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
 def tiny_samples(count: int = 8, seed: int = 0, **extra) -> list[dict]:
     """Samples of different lengths: an unlabelled prompt, then a labelled response."""
     generator = torch.Generator().manual_seed(seed)
@@ -95,6 +91,12 @@ def pad(features: list[dict]) -> dict[str, torch.Tensor]:
 def left_pad(features: list[dict]) -> dict[str, torch.Tensor]:
     back = [{name: f[name][::-1] for name in ("input_ids", "labels")} for f in features]
     return {name: x.flip(1) for name, x in pad(back).items()}
+
+
+SAMPLES = tiny_samples()
+STORE = tiny_store(SAMPLES)
+BATCH = SFRCollator(CONFIG, STORE, pad)(SAMPLES)
+PLAIN = {name: x for name, x in BATCH.items() if name != "rows"}  # what the model takes that is not attached
 
 
 def write_chats(path, lines: list[dict]) -> str:

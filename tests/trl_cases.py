@@ -4,7 +4,6 @@ import copy
 import itertools
 import math
 import random
-from dataclasses import fields
 
 import pytest
 import torch
@@ -15,16 +14,15 @@ pytest.importorskip("trl")
 from corpora import HashEncoder
 from datasets import Dataset
 from operations import Operations
-from tiny import CONFIG, HIDDEN, TARGET, VOCAB, pad, tiny_llama
+from tiny import CONFIG, HIDDEN, TARGET, VOCAB, adapted, tiny_llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig
 
-from sfr_kernels import SFRLoss, VelocityHead, attach, detach, sfr_loss
+from sfr_kernels import SFRLoss, VelocityHead, detach, sfr_loss
 from sfr_kernels.ops.flow_loss import step_seed
-from sfr_kernels.targets import SFRCollator, rows_and_texts
+from sfr_kernels.targets import rows_and_texts
 from sfr_kernels.training.attach import base_of
-from sfr_kernels.training.callbacks import SFRCallback
 from sfr_kernels.training.objectives import attachment_of
 from sfr_kernels.training.trl import SFRTrainer
 
@@ -66,37 +64,24 @@ def texts(kind: str, count: int = 12, seed: int = 0) -> Dataset:
     return Dataset.from_list([makers[kind]() for _ in range(count)])
 
 
+# Three steps of four samples, in order, by plain SGD.
+STEPS = dict(
+    per_device_train_batch_size=4, max_steps=3, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
+    dataloader_pin_memory=False, save_strategy="no", bf16=False, max_grad_norm=0.0,
+    optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", train_sampling_strategy="sequential",
+)  # fmt: skip
+
+
 def settings(folder, **arguments) -> SFTConfig:
-    """Three steps of four samples, in order, by plain SGD."""
-    defaults = dict(
-        per_device_train_batch_size=4, max_steps=3, logging_steps=1, report_to=[], use_cpu=True, disable_tqdm=True,
-        dataloader_pin_memory=False, save_strategy="no", bf16=False, max_length=64, max_grad_norm=0.0,
-        optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", train_sampling_strategy="sequential",
-    )  # fmt: skip
-    return SFTConfig(str(folder), **defaults | arguments)
+    return SFTConfig(str(folder), **STEPS | dict(max_length=64) | arguments)
 
 
 def make_trainer(folder, kind: str = "plain", *, model=None, train=None, arguments=None, kind_of=SFRTrainer, **given):
     """An SFRTrainer of the tiny model on these texts."""
     if kind_of is SFRTrainer and not {"targets", "objective"} & set(given):
         given = dict(sfr=CONFIG, encoder=ENCODER, targets=folder / "targets") | given
-    return kind_of(
-        tiny_llama() if model is None else model,
-        settings(folder, **arguments or {}),
-        train_dataset=texts(kind) if train is None else train,
-        processing_class=tokenizer(),
-        **given,
-    )
-
-
-def stock_trainer(folder, model, samples: list[dict], store, collate=pad, eval_dataset=None, **arguments) -> Trainer:
-    """A stock Trainer with these `settings`, the callback, and the model attached to a loss with small chunks."""
-    names = {f.name for f in fields(TrainingArguments)}
-    given = {k: v for k, v in settings(folder, **arguments).to_dict().items() if k in names}
-    data = dict(train_dataset=samples, eval_dataset=eval_dataset, data_collator=SFRCollator(CONFIG, store, collate))
-    trainer = Trainer(attach(model, chunked_loss(), store), TrainingArguments(**given), **data)
-    SFRCallback().add_to(trainer)
-    return trainer
+    given |= dict(train_dataset=texts(kind) if train is None else train, processing_class=tokenizer())
+    return kind_of(tiny_llama() if model is None else model, settings(folder, **arguments or {}), **given)
 
 
 def documents(sample: dict) -> list[slice]:
@@ -142,6 +127,16 @@ def train_by_hand(model, head, samples: list[dict], steps: int = 3, batch: int =
 
 def chunked_loss() -> SFRLoss:
     return SFRLoss(CONFIG, VelocityHead.from_config(CONFIG, HIDDEN, TARGET), chunk_rows=CHUNK_ROWS)
+
+
+def in_parts(adapters: bool):
+    """The same model twice, and arguments: for steps of a whole batch, and of its samples accumulated one by one."""
+    for accumulated in (1, 4):
+        model = tiny_llama(initializer_range=0.2)
+        if adapters:
+            torch.manual_seed(1)
+            model = adapted(model, init_lora_weights="gaussian")
+        yield model, dict(gradient_accumulation_steps=accumulated, per_device_train_batch_size=4 // accumulated)
 
 
 class ByHand:

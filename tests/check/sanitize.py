@@ -15,9 +15,8 @@ from sfr_kernels.kernels.backend import unavailable
 # Widths that no block divides, so that every mask is in use; one that fills blocks, with rows of logits for a cluster.
 SHAPES = (Shape(2, 40, 72, 0.7, vocab=331, target_size=34, width=50, num_layers=3),
           Shape(1, 40, 64, 1.0, vocab=65536, target_size=64, width=128, num_layers=3))  # fmt: skip
-KERNELS = dict(
-    cuda=("csrc/*.cu", r"(\w+_kernel)\("), triton=("sfr_kernels/kernels/*/triton.py", r"^@kernel\ndef (\w+)")
-)
+KERNELS = dict(cuda=("csrc/*.cu", r"(\w+_kernel)\("),
+               triton=("sfr_kernels/kernels/*/triton.py", r"^@kernel\ndef (\w+)"))  # fmt: skip
 
 
 def watched(backend: str, device: str = "cuda") -> list[float]:
