@@ -285,7 +285,8 @@ def _validate(labels, segment_ids, noise_id, has_targets, real):
         if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be an integer tensor, got {getattr(value, 'dtype', type(value).__name__)}")
         if value.shape != labels.shape or value.dim() not in (1, 2):
-            raise ValueError(f"{name} must be (B, L) like labels {tuple(labels.shape)}, got {tuple(value.shape)}")
+            shape = "(L,) or (B, L)" if name == "labels" else f"{tuple(labels.shape)} like labels"
+            raise ValueError(f"{name} must be {shape}, got {tuple(value.shape)}")
         if value.device != labels.device:
             raise ValueError(f"{name} is on {value.device}, labels on {labels.device}")
     return tuple(v if v is None or v.dim() == 2 else v.unsqueeze(0) for v in named.values())

@@ -66,8 +66,8 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype):
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise RuntimeError(
-            f"model {name!r} cannot be loaded: {str(error).splitlines()[0]}. Give a transformers folder, or a name in "
-            "the local cache or on the hub"
+            f"model {name!r} cannot be loaded: {str(error).splitlines()[0].rstrip('.')}. Give a transformers folder, or "
+            "a name in the local cache or on the hub"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
