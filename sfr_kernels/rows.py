@@ -161,20 +161,13 @@ class SupervisedRows:
         token_row = torch.full_like(flat, -1, dtype=torch.int32)
         token_row.scatter_(0, kept, torch.arange(kept.numel(), dtype=torch.int32, device=device))
         identity = torch.arange(flat.numel(), device=device) if noise_id is None else noise_id.reshape(-1)
+        weight = torch.where(flow, _at(_weights(i, size, config), order), 0.0)
+        time_index = (kept // length).int() if config.time_sampling == "sequence" else None
         return cls(
-            rows=kept,
-            noise_id=_at(identity, kept),
-            labels=_at(next_label, kept),
-            anchor=anchor.int(),
-            weight=torch.where(flow, _at(_weights(i, size, config), order), 0.0),
-            time_index=(kept // length).int() if config.time_sampling == "sequence" else None,
-            token_row=token_row,
-            segments=segments,
-            shape=(batch, length),
-            num_flow=int(flow.sum()),
-            num_ce=kept.numel() if ce is None else int(ce.sum()),
-            config=config,
-        )
+            rows=kept, noise_id=_at(identity, kept), labels=_at(next_label, kept), anchor=anchor.int(), weight=weight,
+            time_index=time_index, token_row=token_row, segments=segments, shape=(batch, length),
+            num_flow=int(flow.sum()), num_ce=kept.numel() if ce is None else int(ce.sum()), config=config,
+        )  # fmt: skip
 
 
 def _at(values: Tensor, index: Tensor) -> Tensor:

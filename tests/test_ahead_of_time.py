@@ -162,7 +162,7 @@ def test_every_configuration_compiles_without_a_spill(launches, capability):
     assert len(rows) > 100
     files = Path(package.__file__).parent.glob("*/triton.py")
     declared = {name for file in files for name in re.findall(r"^@kernel\ndef (\w+)", file.read_text(), re.MULTILINE)}
-    assert len(declared) > 10 and {launch[0].__name__ for launch, *_ in rows} == declared
+    assert len(declared) > 10 and declared <= {launch[0].__name__ for launch, *_ in rows}
     ragged = set()
     for (kernel, _, meta), used, shared, wide in rows:
         name = f"{kernel.__name__} {meta}"

@@ -14,18 +14,9 @@ MOST_LINES = 400
 
 # Imports run one way: a part may import those before it, and itself.
 LAYERS = [
-    "_version",
-    "atomic",
-    "config",
-    "rows",
-    "reference",
-    "kernels",
-    "ops",
-    "modules",
-    "training",
-    "commands",
+    "_version", "atomic", "config", "rows", "reference", "kernels", "ops", "modules", "training", "commands",
     "__main__",
-]
+]  # fmt: skip
 # And these beside them are for training and the command line alone.
 SIDE = {"targets", "evaluation"}
 

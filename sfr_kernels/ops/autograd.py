@@ -114,16 +114,10 @@ class Operator:
         self.call_type, self.forward, self.save, self.backward = call_type, forward, save, backward
 
         def function(
-            hidden: Tensor,
-            weight: Tensor | None,
-            bias: Tensor | None,
-            params: Sequence[Tensor],
-            tensors: Sequence[Tensor],
-            floats: Sequence[float],
-            integers: Sequence[int],
-            text: str,
+            hidden: Tensor, weight: Tensor | None, bias: Tensor | None, params: Sequence[Tensor],
+            tensors: Sequence[Tensor], floats: Sequence[float], integers: Sequence[int], text: str,
             need: Sequence[bool],
-        ) -> list[Tensor]:
+        ) -> list[Tensor]:  # fmt: skip
             call = unpack(call_type, tensors, floats, integers, text)
             return forward(Inputs(hidden, weight, bias, params), call, Need(*need))
 
@@ -305,14 +299,9 @@ def scale_gradients(
 
 @torch.library.custom_op("sfr_kernels::scale_gradients", mutates_args=())
 def scale_gradients_op(
-    factor: Tensor,
-    token_row: Tensor,
-    grads: Sequence[Tensor],
-    head: Sequence[Tensor],
-    dtype: torch.dtype,
-    head_dtype: torch.dtype,
-    backend: str,
-) -> list[Tensor]:
+    factor: Tensor, token_row: Tensor, grads: Sequence[Tensor], head: Sequence[Tensor],
+    dtype: torch.dtype, head_dtype: torch.dtype, backend: str,
+) -> list[Tensor]:  # fmt: skip
     return scale_gradients(factor, token_row, grads, head, dtype, head_dtype, backend)
 
 

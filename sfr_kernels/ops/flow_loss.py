@@ -334,17 +334,11 @@ def _forward(x: Inputs, call: FlowCall, need: Need) -> list[Tensor]:
     """[loss, dh (n, H), the parameters' two buffers]; the gradients in float16 those of normalizer times the loss."""
     with without_autocast(x.hidden):
         weight, (early, _) = call.flow.weight, split_normalizer(call.normalizer, x.hidden.dtype)
-        coefficient = weight if early is None else weight.to(early.dtype) / early
+        scaled = weight if early is None else weight.to(early.dtype) / early
+        coefficient = scaled if need.hidden or need.params else None
         h = gather_rows(x.hidden, call.rows)
-        loss, *buffers = run_flow(
-            call.backend,
-            h,
-            x.params,
-            coefficient if need.hidden or need.params else None,
-            call.flow,
-            need_params=need.params,
-            dh=h if need.hidden else None,  # the last to read h writes over it
-        )
+        dh = h if need.hidden else None  # the last to read h writes over it
+        loss, *buffers = run_flow(call.backend, h, x.params, coefficient, call.flow, need_params=need.params, dh=dh)
         total = (loss * weight).sum() / call.normalizer
         return [total, h.contiguous() if need.hidden else h.new_empty(0, 0), *buffers]
 

@@ -167,16 +167,11 @@ def _forward(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
         )  # fmt: skip
         ce = row_loss.sum() if late is None else row_loss.sum() / late
         scale = (call.flow_weight if late is None else call.flow_weight * late) / call.flow_normalizer
+        coefficient = call.flow.weight.to(call.normalizer.dtype) * scale if need.hidden or need.params else None
         row_loss, *buffers = run_flow(
-            call.backend,
-            h[:flow_rows],
-            x.params,
-            call.flow.weight.to(call.normalizer.dtype) * scale if need.hidden or need.params else None,
-            call.flow,
-            need_params=need.params,
-            dh=None if dh is None else dh[:flow_rows],
-            add_to_dh=True,
-        )
+            call.backend, h[:flow_rows], x.params, coefficient, call.flow, need_params=need.params,
+            dh=None if dh is None else dh[:flow_rows], add_to_dh=True,
+        )  # fmt: skip
         flow = (row_loss * call.flow.weight).sum() / call.flow_normalizer
         dh = h.new_empty(0, 0) if dh is None else dh.contiguous()
         return [ce + call.flow_weight * flow, ce, flow, *stats, dh, dw.contiguous(), db.contiguous(), *buffers]

@@ -89,14 +89,9 @@ def plan_targets(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     identity = Identity(
-        encoder=describe_encoder(encoder),
-        tokenizer=tokenizer_hash(tokenizer),
-        segments=segment_rules(config),
-        data=corpus.fingerprint,
-        dtype=dtype,
-        batch_size=batch_size,
-        cu_samples=corpus.cu_samples,
-    )
+        encoder=describe_encoder(encoder), tokenizer=tokenizer_hash(tokenizer), segments=segment_rules(config),
+        data=corpus.fingerprint, dtype=dtype, batch_size=batch_size, cu_samples=corpus.cu_samples,
+    )  # fmt: skip
     if not replace:
         with contextlib.suppress(FileNotFoundError):
             read_manifest(folder, identity.fields())

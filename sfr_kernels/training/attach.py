@@ -236,17 +236,10 @@ _find_inputs = torch.compiler.disable(Attachment.inputs)
 
 
 def _forward(
-    self,
-    *args,
-    labels=None,
-    rows=None,
-    targets=None,
-    times=None,
-    seed=None,
-    sample_id=None,
+    self, *args, labels=None, rows=None, targets=None, times=None, seed=None, sample_id=None,
     label_smoothing=None,  # a Trainer's, which SFRCallback passes on
     **kwargs,
-):
+):  # fmt: skip
     """The attached forward."""
     if len(args) > 1:  # labels may be among them
         kwargs |= zip(inspect.signature(plain(self, "forward")).parameters, args, strict=False)

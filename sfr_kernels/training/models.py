@@ -65,9 +65,10 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype):
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
         raise RuntimeError(
-            f"model {name!r} cannot be loaded: {str(error).splitlines()[0].rstrip('.')}. Give a transformers folder, or "
-            "a name in the local cache or on the hub"
+            f"model {name!r} cannot be loaded: {reason}. Give a transformers folder, or a name in the local cache or "
+            "on the hub"
         ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -227,15 +227,11 @@ class Attachment(SFRLoss):
             if not online:
                 raise ValueError("targets are texts, which only a model attached with OnlineTargets can embed")
             targets = self.store.start(targets, rows.device)  # embedded during the decoder's forward
+        seed = self.seed() if batch.seed is None else batch.seed
         return dict(
-            rows=rows,
-            targets=targets,
-            times=batch.times,
-            seed=self.seed() if batch.seed is None else batch.seed,
-            normalizer=batch.num_items_in_batch,
-            flow_weight=self._lambdas[0 if self.training else 1],
-            label_smoothing=batch.label_smoothing,
-        )
+            rows=rows, targets=targets, times=batch.times, seed=seed, normalizer=batch.num_items_in_batch,
+            flow_weight=self._lambdas[0 if self.training else 1], label_smoothing=batch.label_smoothing,
+        )  # fmt: skip
 
     def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:
         targets = _wait(targets) if isinstance(targets, PendingTargets) else targets
