@@ -9,14 +9,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def exp(x):
     """`tl.exp` without its care of subnormal results: e^x below 2⁻¹²⁶ may be 0."""
-    return tl.exp2(LOG2_E * x)
+    return tl.exp2(x * LOG2_E)
 
 
 @triton.jit
 def sigmoid(x):
     """1 / (1 + exp(−x)) as the square of a reciprocal square root, which a GPU has in one instruction: a division, and
     an exponential that keeps subnormal numbers, take three or four each."""
-    root = tl.rsqrt(1.0 + tl.exp2(-LOG2_E * x))
+    root = tl.rsqrt(1.0 + tl.exp2(x * -LOG2_E))
     return root * root
 
 
@@ -29,7 +29,7 @@ def tanh(x):
     series = 62.0 / 2835.0 + w * (-1382.0 / 155925.0 + w * (21844.0 / 6081075.0))
     series = w * (-1.0 / 3.0 + w * (2.0 / 15.0 + w * (-17.0 / 315.0 + w * series)))
     # Of a negative exponent, so that nothing overflows.
-    e = tl.exp2(-2.0 * LOG2_E * size)
+    e = tl.exp2(size * (-2.0 * LOG2_E))
     far = (1.0 - e) / (1.0 + e)
     t = tl.where(size < 0.4, x + x * series, tl.where(x < 0.0, -far, far))
     return t, 4.0 * e / ((1.0 + e) * (1.0 + e))
