@@ -79,7 +79,7 @@ def flow_matching_loss(
 
 
 def check_finite(targets: Tensor) -> None:
-    """On the CPU, where looking costs nothing; on a GPU a NaN goes on into the loss, which shows it without a wait."""
+    """On the CPU, where it costs little; on a GPU it would be a device sync, and a NaN shows in the loss."""
     if targets.device.type == "cpu" and not torch.isfinite(targets).all():
         raise ValueError("targets contain NaN or infinite values")
 
@@ -137,9 +137,9 @@ def cka_loss(
         Ã_ij = A_ij − Σ_j A_ij/(n−2) − Σ_i A_ij/(n−2) + Σ A/((n−1)(n−2)) off the diagonal, 0 on it
         HSIC(A, B) = Σ Ã B̃ / (n(n − 3))      CKA = HSIC(K, L) / √(HSIC(K, K) HSIC(L, L))
 
-    As published, CKA is kept within [0, 1].
-    Fewer than four responses: 0 as published, else ValueError. Responses without text are counted on the
-    CPU alone, not on a GPU (a device sync) nor under a compiler: where only they are missing, the loss is NaN there.
+    As published, CKA is kept within [0, 1], and fewer than four responses have loss 0. Else fewer are a ValueError;
+    where responses without text make them fewer, that is known on the CPU alone, and on a GPU (to avoid a device sync)
+    and under a compiler the loss is NaN.
     """
     wide = torch.promote_types(h.dtype, torch.float32)
     count = targets.shape[0]

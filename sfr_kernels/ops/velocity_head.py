@@ -283,7 +283,7 @@ velocity_head_op = Operator("velocity_head", HeadCall, _forward, _fake, _save, _
 
 
 def named_parameters(head: Any) -> dict[str, Tensor]:
-    """Those of a VelocityHead, in order; TypeError for codes of a quantized one."""
+    """The parameters of a VelocityHead, in order; TypeError for one that is quantized to integer or float8 codes."""
     named = dict(head.named_parameters())
     for name, p in named.items():
         check_tensor(f"head.{name}", p)
