@@ -15,7 +15,7 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, Train
 from transformers.utils import logging as hf_logging
 
 from ..atomic import write_atomically
-from ..evaluation.generate import generate
+from ..evaluation.generate import Sampling, TransformersEngine, generate
 from ..evaluation.held_out import frozen_flow_loss, held_out_losses
 from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
 from ..targets.encoder import MINILM
@@ -102,7 +102,8 @@ def run(args) -> None:
     shown = shown[: 3 * args.samples]
     prompts = [last_prompt(example, tokenizer) for example in shown]
     before = held_out_losses(model, loader(held_out), device) if held_out else {}
-    answers_before = generate(model, tokenizer, prompts, seed=args.seed)
+    engine, once = TransformersEngine(model, tokenizer), Sampling(samples=1, seed=args.seed)
+    answers_before = [answer.text.strip() for (answer,) in generate(engine, prompts, once)]
     print(f"{len(train)} training and {len(held_out)} held-out examples; held out before: {_text(before)}", flush=True)
 
     trainer = Trainer(
@@ -126,7 +127,7 @@ def run(args) -> None:
             itertools.islice(batches, steps), loader(held_out), steps, args.learning_rate, WARMUP, device,
         )  # fmt: skip
     history = [h for h in trainer.state.log_history if "loss" in h]
-    answers = generate(model, tokenizer, prompts, seed=args.seed)
+    answers = [answer.text.strip() for (answer,) in generate(engine, prompts, once)]
     _save_model(args, model, tokenizer)
 
     results["seconds"] = round(time.monotonic() - began, 1)
