@@ -131,7 +131,7 @@ def test_smollm2_learns_and_the_saved_model_is_a_plain_one(tmp_path, capsys):
     results = json.loads((out / "losses.json").read_text())
     assert results["held_out_after"]["ce_loss"] < results["held_out_before"]["ce_loss"] - 0.1
     assert results["held_out_after"]["flow_loss"] < results["held_out_before"]["flow_loss"]
-    assert "cannot see the hidden states" in shown and str(out / "model") in shown
+    assert "style fidelity ↑" in shown and "Fewer than 5 prompts" in shown and str(out / "model") in shown
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "samples.md").read_text().count("\n| ") >= 3
     tokenizer, chat = AutoTokenizer.from_pretrained(out / "model"), read_chats(PERSONAS)[0].messages[:2]

@@ -1,4 +1,4 @@
-"""The command line: `python -m sfr_kernels train`, `targets`, `bench` and `info`.
+"""The command line: `python -m sfr_kernels train`, `targets`, `evaluate`, `curate`, `bench` and `info`.
 
 Here are the options of every command. What a command does is `run(args)` in the file of its name, which is imported
 when it is called, so that `--help` imports neither transformers nor Triton.
@@ -12,7 +12,9 @@ from pathlib import Path
 from ..config import SFRConfig
 
 _CHATS = 'JSON lines of {"messages": […]}, ShareGPT\'s {"conversations": […]} or {"prompt", "completion"}'
-_COUNTS = ("accumulate", "batch_size", "max_length", "samples", "save_every", "workers")
+_COUNTS = (
+    "accumulate", "batch_size", "max_length", "max_new_tokens", "max_prompts", "samples", "save_every", "workers",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,8 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        if hasattr(args, "config"):
-            _check(args)
+        _check(args)
         return importlib.import_module(f".{args.command}", __package__).run(args) or 0
     except KeyboardInterrupt:
         print(f"\nsfr_kernels {args.command}: stopped; {args.again}", file=sys.stderr)
@@ -42,10 +43,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Reads the configuration; ValueError for a count below 1."""
+    """ValueError for a count below 1; reads the configuration."""
     for name in _COUNTS:
-        if (value := getattr(args, name, 1)) < 1:
+        if (value := getattr(args, name, None)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not hasattr(args, "config"):
+        return
     try:
         config = SFRConfig() if args.config is None else SFRConfig.from_json(args.config.read_text())
     except (ValueError, TypeError) as error:
@@ -83,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lr", type=float, dest="learning_rate", metavar="LR", help="learning rate; 1e-3 for LoRA, 1e-4 with --full")
     add("--max-length", type=int, default=1024, help="tokens of context; longer examples are cut, and counted")
     add("--save-every", type=int, default=50, help="steps between checkpoints")
-    add("--samples", type=int, default=3, help="held-out prompts in the table of answers")
+    add("--samples", type=int, default=8, help="held-out prompts that are answered before and after")
     add("--seed", type=int, help="of data order, adapters, noise and samples; overrides the config's, else 0")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
@@ -111,6 +114,37 @@ def _parser() -> argparse.ArgumentParser:
     add("--engine", choices=("local", "ray"), default="local", help="ray: tasks and actors of a Ray cluster")
     add("--workers", type=int, default=1, help="with ray: how many encoders")
     add("--overwrite", action="store_true", help="replace a store that was made differently")
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="compare the answers of models: diversity, style, pass@k",
+        description="Lets several models answer the same prompts and compares them, in pairs over prompts: the first "
+        "model is what the others are compared with. Started again, it goes on where it was stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    evaluate.set_defaults(again="the same command goes on from there")
+    add = evaluate.add_argument
+    add("--models", nargs="+", required=True, metavar="MODEL", help="causal LMs: folders, runs of train, names")
+    what = evaluate.add_mutually_exclusive_group()
+    what.add_argument("--data", type=Path, help=f"{_CHATS}; the shipped personas if left out")
+    what.add_argument("--code", metavar="humaneval|FILE", help="problems in the form of HumanEval, MBPP or "
+                      "LiveCodeBench; programs run in a sandbox, which needs Linux and bubblewrap")  # fmt: skip
+    add("--out", type=Path, default=Path("runs/evaluation"), help="folder of answers, table and plots")
+    add("--samples", type=int, default=2, help="answers to each prompt, or persona and prompt")
+    add("--prompts", choices=("held-out", "all"), default="held-out", help="held-out: those that train leaves out")
+    add("--max-prompts", type=int, default=64, help="prompts that are answered, the first of them")
+    add("--max-new-tokens", type=int, help="of an answer; 96, and 512 for code")
+    add("--temperature", type=float, default=0.7, help="0: the likeliest token at each step")
+    add("--top-p", type=float, default=0.9, help="share of the probability that is sampled from")
+    add("--seed", type=int, default=0, help="of the samples, the same for every model")
+    add("--batch-size", type=int, default=32, help="answers that are generated at once")
+    add(
+        "--encoder",
+        default="all-minilm-l6-v2",
+        help="sentence encoder: folder, name, or the packaged default",
+    )
+    add("--engine", choices=("transformers", "vllm"), default="transformers", help="what generates")
+    add("--overwrite", action="store_true", help="drop the answers in --out that were made otherwise")
 
     bench = commands.add_parser("bench", help="what this library is worth on this machine", add_help=False)
     bench.set_defaults(again="what was measured is kept")

