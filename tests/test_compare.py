@@ -10,7 +10,7 @@ import pytest
 from sfr_kernels.commands.evaluate import write_comparison
 from sfr_kernels.evaluation.compare import Cell, Setting, compare, holm, interval, measure
 from sfr_kernels.evaluation.fidelity import StyleProbe
-from sfr_kernels.evaluation.generate import Answer, Sampling
+from sfr_kernels.evaluation.generate import Answer
 
 PERSONAS = ["pirate", "monk", "robot", "bard"]
 PROMPTS = [f"What of number {i}?" for i in range(24)]
@@ -170,7 +170,7 @@ def test_holm():
 
 def test_equal_models_do_not_differ_and_different_ones_do(setting, tmp_path, capsys):
     measured = {"a": measure(setting, system()), "b": measure(setting, system()), "c": measure(setting, system(0.75))}
-    write_comparison(tmp_path / "it", setting, measured, Sampling(samples=2))
+    write_comparison(tmp_path / "it", setting, measured, {"sampling": {"samples": 2}})
     shown = capsys.readouterr().out
     assert "b and a: no difference." in shown
     verdict = next(line for line in shown.splitlines() if line.startswith("c against a: worse: "))

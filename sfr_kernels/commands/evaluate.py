@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,44 +37,45 @@ def run(args) -> None:
                         args.seed)  # fmt: skip
     models = dict(zip(_labels(args.models), map(_folder, args.models), strict=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problems = _problems(args.code) if args.code else None
+    problems = _problems(args.code) if args.code else []
     examples, rest = ([], []) if problems else _examples(args)
+    loaded = {label: load_tokenizer(folder) for label, folder in models.items()}
+    for tokenizer, longest in loaded.values():
+        examples = with_room(examples, tokenizer, longest, sampling)
+    if not (examples or problems):
+        raise ValueError("no prompt leaves room for an answer: lower --max-new-tokens")
     encoder = load_encoder(args.encoder, device)
-    if problems:
-        cells = [Cell(problem.request, "") for problem in problems]
-        setting = Setting(cells, _embedder(encoder), _vocabulary([p.request for p in problems]))
-    else:
-        setting = setting_of(examples, rest, encoder)
-    prompts = {}
-    for label, folder in models.items():
-        tokenizer, _ = load_tokenizer(folder)
-        asked = [_code_prompt(p, tokenizer) for p in problems] if problems else None
-        prompts[label] = asked or [last_prompt(e, tokenizer) for e in examples]
+    setting = _code_setting(problems, encoder) if problems else setting_of(examples, rest, encoder)
+    about = {"sampling": vars(sampling), "encoder": args.encoder, "models": dict(models)}
 
-    measured, answers = {}, {}
+    measured = {}
     for label, folder in models.items():
-        answers[label] = generate(
-            _engine(args.engine, folder, device), prompts[label], sampling, batch_size=args.batch_size,
-            keep=_answers_file(args, label), identity={"model": fingerprint(folder)}, progress=label,
+        tokenizer, _ = loaded[label]
+        prompts = [_code_prompt(p, tokenizer) for p in problems] or [last_prompt(e, tokenizer) for e in examples]
+        answers = generate(
+            _engine(args.engine, folder, device), prompts, sampling, batch_size=args.batch_size,
+            keep=_answers_file(args, label), progress=label,
+            identity={"model": fingerprint(folder), "engine": args.engine, "device": device.type},
         )  # fmt: skip
-        measured[label] = measure(setting, answers[label])
-    if problems:
-        _judge(problems, answers, measured, sampling.samples)
-    write_comparison(args.out / "evaluation", setting, measured, sampling)
+        measured[label] = measure(setting, answers)
+        if problems:
+            passed, about[f"verdicts of {label}"] = _judge(problems, answers)
+            measured[label].values.update(passed)
+    write_comparison(args.out / "evaluation", setting, measured, about)
 
 
 def write_comparison(
     path: Path,  # without its ending: .json, .md and the plots' names are added
     setting: Setting,
     measured: dict[str, Measured],  # the baseline first
-    sampling: Sampling,
+    about: dict,  # how the answers were made
 ) -> None:
     """Prints the table and writes what it is made of."""
     baseline, *_ = measured
     found = compare({label: m.values for label, m in measured.items()}, baseline)
     result = {
-        "prompts": len(setting.prompts), "personas": setting.personas, "answers": len(setting.cells) * sampling.samples,
-        "sampling": vars(sampling), "baseline": baseline, "models": found,
+        "about": about, "prompts": len(setting.prompts), "personas": setting.personas,
+        "answers": len(setting.cells) * about["sampling"]["samples"], "baseline": baseline, "models": found,
     }  # fmt: skip
     if setting.references is not None:
         of_data = measure(setting, [[Answer(text, True)] for text in setting.references])
@@ -109,6 +111,23 @@ def one_of_each(examples: Sequence[Example]) -> list[Example]:
     for example in examples:
         first.setdefault((example.prompt, _persona(example) if personas else ""), example)
     return list(first.values())
+
+
+def with_room(examples: Sequence[Example], tokenizer, longest: int | None, sampling: Sampling) -> list[Example]:
+    """The examples whose prompt leaves room for an answer in the model's context; says how many do not."""
+    if longest is None:
+        return list(examples)
+    lengths = [len(tokenizer(last_prompt(e, tokenizer), add_special_tokens=False)["input_ids"]) for e in examples]
+    kept = [e for e, length in zip(examples, lengths, strict=True) if length + sampling.max_new_tokens <= longest]
+    if len(kept) < len(examples):
+        left_out = f"{len(examples) - len(kept)} prompts are left out"
+        print(f"{left_out}: no room for an answer in a context of {longest} tokens", file=sys.stderr)
+    return kept
+
+
+def _code_setting(problems: list, encoder) -> Setting:
+    cells = [Cell(problem.request, "") for problem in problems]
+    return Setting(cells, _embedder(encoder), _vocabulary([problem.request for problem in problems]))
 
 
 def has_personas(examples: Sequence[Example]) -> bool:
@@ -147,15 +166,15 @@ def _problems(source: str) -> list:
     return read_problems(source)
 
 
-def _judge(problems: list, answers: dict[str, list[list[Answer]]], measured: dict[str, Measured], samples: int) -> None:
-    """Runs the programs in the answers and adds pass@k to the measures."""
+def _judge(problems: list, answers: list[list[Answer]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """pass@k by problem, from running the programs in the answers; and how often each verdict was given."""
     from ..evaluation.pass_at_k import judge, pass_at_k
 
-    for label, found in answers.items():
-        verdicts = judge(problems, [[answer.text for answer in row] for row in found], progress=True)
-        for k in (k for k in _PASS_AT if k <= samples):
-            rates = [pass_at_k(samples, sum(verdict.passed for verdict in row), k) for row in verdicts]
-            measured[label].values[f"pass@{k}"] = np.array(rates, np.float64)
+    verdicts = judge(problems, [[answer.text for answer in row] for row in answers], progress=True)
+    counts = [(len(row), sum(verdict.passed for verdict in row)) for row in verdicts]
+    ks = [k for k in _PASS_AT if k <= min(n for n, _ in counts)]
+    values = {f"pass@{k}": np.array([pass_at_k(n, c, k) for n, c in counts], np.float64) for k in ks}
+    return values, dict(Counter(verdict.reason for row in verdicts for verdict in row).most_common())
 
 
 def _code_prompt(problem, tokenizer) -> str:

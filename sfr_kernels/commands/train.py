@@ -1,5 +1,6 @@
 """The `train` command: data, targets, model and Trainer put together, with what changed shown at the end."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -28,7 +29,7 @@ from ..training.labelling import Tokenized, last_prompt
 from ..training.lm_head import output_linear
 from ..training.models import load_model
 from ..training.objectives import attachment_of
-from .evaluate import has_personas, one_of_each, setting_of, write_comparison
+from .evaluate import has_personas, one_of_each, setting_of, with_room, write_comparison
 from .report import ProgressBar, loss_curves, samples_table
 
 WARMUP = 5  # steps of rising learning rate
@@ -72,6 +73,9 @@ def run(args) -> None:
             where = examples[sample["sample_id"]].where
             raise ValueError(f"{where}: token id {top} is outside the model's vocabulary of {vocab}")
     train, held_out, shown = _split(examples, data, args.samples)
+    sampling = Sampling(samples=1 if has_personas(shown) else 2, seed=args.seed)
+    shown = with_room(shown, tokenizer, getattr(model.config, "max_position_embeddings", None), sampling)
+    prompts = [last_prompt(example, tokenizer) for example in shown]
     sfr = args.objective == "sfr"
     store = encoder = None
     if sfr and args.config.loss != "mtp":
@@ -102,10 +106,9 @@ def run(args) -> None:
         last = args.config.loss == "cka"  # compares the responses of a batch, and needs at least 4
         return DataLoader(samples, batch_size, shuffle, collate_fn=collate, generator=order, drop_last=last)
 
-    prompts = [last_prompt(example, tokenizer) for example in shown]
-    sampling = Sampling(samples=1 if has_personas(shown) else 2, seed=args.seed)
+    engine = TransformersEngine(model, tokenizer)
     before = held_out_losses(model, loader(held_out), device) if held_out else {}
-    answers_before = generate(TransformersEngine(model, tokenizer), prompts, sampling, progress="answers before")
+    answers = {"before": _answer(args, "before", engine, prompts, sampling)}
     print(f"{len(train)} training and {len(held_out)} held-out examples; held out before: {_text(before)}", flush=True)
 
     trainer = Trainer(
@@ -120,17 +123,22 @@ def run(args) -> None:
     after = held_out_losses(model, loader(held_out), device) if held_out else {}
     results = {"held_out_before": before, "held_out_after": after, "steps": steps}
     history = [h for h in trainer.state.log_history if "loss" in h]
-    answers = generate(TransformersEngine(model, tokenizer), prompts, sampling, progress="answers after")
+    answers[args.objective] = _answer(args, args.objective, engine, prompts, sampling)
     _save_model(args, model, tokenizer)
 
     results["seconds"] = round(time.monotonic() - began, 1)
     text = json.dumps(results | {"history": history}, indent=1) + "\n"
     write_atomically(args.out / "losses.json", text.encode())
     loss_curves(history, results, args.out / "losses.png")
-    _show_answers(shown, answers_before, answers, args.out / "samples.md")
+    if shown:
+        _show_answers(shown, *answers.values(), args.out / "samples.md")
     print(f"\nHeld out, before: {_text(before)}\nHeld out, after:  {_text(after)}")
     if setting is not None:
-        _compare(args, setting, sampling, answers_before, answers)
+        answers |= _answers_of_other_runs(args, prompts, sampling)
+        first = next((label for label in answers if label.startswith("ce")), "before")  # what others are compared with
+        labels = [first, *(label for label in answers if label != first)]
+        measured = {label: measure(setting, answers[label]) for label in labels}
+        write_comparison(args.out / "comparison", setting, measured, {"sampling": vars(sampling)})
     print(f"Loss curves: {args.out / 'losses.png'}\nAnswers:     {args.out / 'samples.md'}")
     print(f"Model:       {args.out / 'model'}")
 
@@ -146,7 +154,9 @@ def _show_answers(shown: list[Example], before: list[list[Answer]], after: list[
 
 
 def _setting(args, shown: list[Example], train: list[Example], encoder, device: torch.device) -> Setting | None:
-    """What the answers are measured with; None where there is no sentence encoder, and none was asked for."""
+    """What the answers are measured with; None where there are none, or no sentence encoder, and none was asked for."""
+    if not shown:
+        return None
     if encoder is None:
         try:
             encoder = load_encoder(args.encoder or MINILM, device)
@@ -158,21 +168,28 @@ def _setting(args, shown: list[Example], train: list[Example], encoder, device: 
     return setting_of(shown, train, encoder)
 
 
-def _compare(args, setting: Setting, sampling: Sampling, before: list[list[Answer]], after: list[list[Answer]]) -> None:
-    """The short form of `evaluate`: the model before and after, and beside them the runs of the other objective that
-    lie in the same folder and differ in nothing else. Plain fine-tuning is what others are compared with."""
+def _answer(args, whose: str, engine, prompts: list[str], sampling: Sampling, folder: Path | None = None):
+    """Answers of the model before, or after training with an objective, kept in the run's folder."""
     shared = {k: v for k, v in _identity(args).items() if k not in _COMPARED}
-    kept = {"shared": shared, "objective": args.objective, "sampling": vars(sampling), "answers": after}
-    write_atomically(args.out / "answers.json", (json.dumps(kept) + "\n").encode())
-    found = {"before": before, args.objective: after}
-    for file in sorted(args.out.parent.glob("*/answers.json")):
-        other = json.loads(file.read_text())
-        same = all(other.get(k) == json.loads(json.dumps(kept[k])) for k in ("shared", "sampling"))
-        if file.parent != args.out and same and other["objective"] != args.objective:
-            found[f"{other['objective']}, {file.parent}"] = [[Answer(*a) for a in row] for row in other["answers"]]
-    first = next((label for label in found if label.split(",")[0] == "ce"), "before")
-    measured = {label: measure(setting, found[label]) for label in (first, *(x for x in found if x != first))}
-    write_comparison(args.out / "comparison", setting, measured, sampling)
+    return generate(
+        engine, prompts, sampling, keep=(folder or args.out) / f"answers-{whose}.jsonl",
+        identity=shared | {"whose": whose}, progress=f"answers, {whose}" if folder is None else None,
+    )  # fmt: skip
+
+
+def _answers_of_other_runs(args, prompts: list[str], sampling: Sampling) -> dict[str, list[list[Answer]]]:
+    """Of runs of the other objective that lie in the same folder and differ in nothing else."""
+    found = {}
+    objective = {"sfr": "ce", "ce": "sfr"}[args.objective]
+    for file in sorted(args.out.parent.glob(f"*/answers-{objective}.jsonl")):
+        with contextlib.suppress(ValueError, RuntimeError):  # other settings, or still being written
+            answers = _answer(args, objective, _no_engine, prompts, sampling, file.parent)
+            found[f"{objective}, {file.parent.name}"] = answers
+    return found
+
+
+def _no_engine():
+    raise ValueError("not all answers are there")
 
 
 def _identity(args) -> dict:
@@ -213,6 +230,8 @@ def _start_folder(args) -> None:
         (args.out / "losses.json").unlink(missing_ok=True)
         for path in [*args.out.glob("checkpoint-*"), args.out / "model"]:
             shutil.rmtree(path, ignore_errors=True)
+        for path in args.out.glob("answers-*.jsonl"):
+            path.unlink()
     for partial in args.out.glob("checkpoint-*"):
         if not (partial / "trainer_state.json").is_file():
             shutil.rmtree(partial)
