@@ -87,28 +87,27 @@ def generate(
     wanted = [[key_of(prompt, j) for j in range(sampling.samples)] for prompt in prompts]
     first = {row[0].prompt: i for i, row in reversed([*enumerate(wanted)])}
     settings = {name: value for name, value in asdict(sampling).items() if name != "samples"}
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(AnswerFile(keep, {"identity": identity, "sampling": settings})) if keep else None
+    header = {"identity": identity, "sampling": settings}
+    with contextlib.nullcontext() if keep is None else AnswerFile(keep, header) as file:
         answers: dict[Key, Answer] = file.answers if file else {}
         unique = dict.fromkeys(key for row in wanted for key in row)
         missing = [key for key in unique if key not in answers]
-        bar = stack.enter_context(
-            tqdm(total=len(unique), initial=len(unique) - len(missing), desc=progress, disable=progress is None)
-        )
         if missing:
             engine = engine if hasattr(engine, "answer") else engine()
             indices = sorted({first[key.prompt] for key in missing})
             ids = dict(zip(indices, engine.encode([prompts[i] for i in indices]), strict=True))
             _check_lengths(ids, engine.context, sampling.max_new_tokens)
             missing.sort(key=lambda key: -len(ids[first[key.prompt]]))  # stable: samples of a prompt stay together
-        for start in range(0, len(missing), batch_size):
-            part = missing[start : start + batch_size]
-            batch = [(ids[first[key.prompt]], _seed(sampling.seed, key)) for key in part]
-            made = dict(zip(part, engine.answer(batch, sampling), strict=True))
-            if file:
-                file.add(made)
-            answers |= made
-            bar.update(len(part))
+        done = len(unique) - len(missing)
+        with tqdm(total=len(unique), initial=done, desc=progress, disable=progress is None) as bar:
+            for start in range(0, len(missing), batch_size):
+                part = missing[start : start + batch_size]
+                batch = [(ids[first[key.prompt]], _seed(sampling.seed, key)) for key in part]
+                made = dict(zip(part, engine.answer(batch, sampling), strict=True))
+                if file:
+                    file.add(made)
+                answers |= made
+                bar.update(len(part))
     return [[answers[key] for key in row] for row in wanted]
 
 
