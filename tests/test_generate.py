@@ -282,9 +282,18 @@ def test_batches_before_an_interruption_are_kept(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         generate(Echo(stop_at=2), PROMPTS, Sampling(2), batch_size=3, keep=keep)
     assert keep.read_bytes().count(b"\n") == 1 + 6
-    again = Echo()
-    assert generate(lambda: again, PROMPTS, Sampling(2), keep=keep) == generate(Echo(), PROMPTS, Sampling(2))
-    assert sum(map(len, again.batches)) == 4
+    seen = []
+
+    class Watching(Echo):
+        def answer(self, batch, sampling):
+            seen.append(keep.read_bytes().count(b"\n"))  # what a kill would leave
+            return super().answer(batch, sampling)
+
+    again = Watching()
+    assert generate(lambda: again, PROMPTS, Sampling(2), keep=keep, batch_size=3) == generate(
+        Echo(), PROMPTS, Sampling(2)
+    )
+    assert [len(batch) for batch in again.batches] == [3, 1] and seen == [7, 10]
 
 
 def test_what_is_there_is_not_made_again(tmp_path, tokenizer, capfd):
