@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nsfr_kernels {args.command}: stopped; {args.again}", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        extra = "ray" if error.name == "ray" else "bench" if args.command == "bench" else "train,demo"
+        extra = {"ray": "ray", "pyarrow": "code"}.get(error.name, "bench" if args.command == "bench" else "train,demo")
         print(f"sfr_kernels {args.command}: needs {error.name}: pip install 'sfr_kernels[{extra}]'", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -145,6 +145,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--engine", choices=("transformers", "vllm"), default="transformers", help="what generates")
     add("--overwrite", action="store_true", help="drop the answers in --out that were made otherwise")
+
+    curate = commands.add_parser(
+        "curate",
+        help="filter public code sets into chats to train on",
+        description="Keeps of OpenCodeInstruct's or rStar-Coder's parquet files the answers that are judged best or "
+        "verified, one to a question, and says how many rows it dropped for which reason.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    curate.set_defaults(again="nothing was written; the same command starts anew")
+    add = curate.add_argument
+    add("files", type=Path, nargs="+", metavar="FILE", help="parquet files of the set, in the order of the chats")
+    add("--format", choices=("opencodeinstruct", "rstar-coder"), required=True, help="whose columns the files have")
+    add("--out", type=Path, required=True, help='file of the chats, JSON lines of {"messages": […]}')
+    add("--model", help="causal LM whose tokenizer counts rStar-Coder's answers; 4 characters a token if left out")
+    add("--overwrite", action="store_true", help="replace the file of the chats")
 
     bench = commands.add_parser("bench", help="what this library is worth on this machine", add_help=False)
     bench.set_defaults(again="what was measured is kept")
