@@ -78,7 +78,7 @@ OPEN_CASES = [
     (dict(tests_execution_status='["pass"]'), None),
     (dict(tests_execution_status='["pass", "fail"]'), UNTESTED),
     (dict(tests_execution_status="[]"), UNTESTED),
-    (dict(tests_execution_status='"pass"'), UNTESTED),
+    (dict(tests_execution_status='{"pass": 2}'), UNTESTED),
     (dict(tests_execution_status=None), UNTESTED),
     (dict(average_test_score="0.9"), UNTESTED),
     (dict(average_test_score=None), UNTESTED),
@@ -155,14 +155,17 @@ def test_of_the_answers_to_a_question_the_best_judged_the_shortest_and_the_first
 
 
 def test_of_questions_with_the_same_5_grams_the_first_is_kept(tmp_path):
-    same = "a b c d e a b c d e a b c d"  # has the same grams with one turn more, and in another case
-    questions = [same, "one two three four", "a b c d e", "a b c d f", "two three four five"]
-    again = [same.upper() + " e\tA", "One two three four ", "a  b c\nd e", "one two three", "f a b c d"]
+    questions = [
+        "a b c d e a b c d", "one two three four", "a b c d e", "a b c d f", "two three four five",
+        "p q r s p q r", "q r s p q r s",  # which share all their 4-grams
+    ]  # fmt: skip
+    same = ["b c d e a b c d e", "A B C D E a b c d e\tA", "One two three four ", "a  b c\nd e"]
+    others = ["one two three", "f a b c d"]
     files = [write(tmp_path / "1.parquet", [seed_row("a b c d f", verified=False), *map(seed_row, questions)])]
-    files += [write(tmp_path / "2.parquet", [seed_row(q, "print(2)") for q in again])]
+    files += [write(tmp_path / "2.parquet", [seed_row(q, "print(2)") for q in (*same, *others)])]
     counts, chats = curate(RSTAR, tmp_path / "chats.jsonl", *files)
-    assert [c[0] for c in chats] == [*questions, "one two three", "f a b c d"]
-    assert counts == {"kept": 7, "not verified": 1, REPEATED: 3}
+    assert [c[0] for c in chats] == [*questions, *others]
+    assert counts == {"kept": 9, "not verified": 1, REPEATED: 4}
 
 
 def test_code_that_is_missing_is_appended(tmp_path):
@@ -212,6 +215,13 @@ def test_tokens_are_counted_in_the_answer_with_its_code(tmp_path, monkeypatch, b
     assert [text[0] for text in seen] == [*({1: "0125", 2: "0125", 128: "012345"}[batch])]
 
 
+def test_special_tokens_are_not_counted():
+    def tokenizer(texts, add_special_tokens, return_attention_mask):
+        return {"input_ids": [[7] * (len(text.split()) + add_special_tokens) for text in texts]}
+
+    assert command._counter(tokenizer)(("a b", "")) == [2, 0]
+
+
 def test_the_tokenizer_of_a_model_counts(tmp_path):
     tokenizer = corpora.smollm2()
     texts = ["def f(x):\n    return x + 1", "héllo <|im_end|>", ""]
@@ -243,9 +253,10 @@ def test_what_stands_in_the_way_is_said_before_anything_is_written(tmp_path, cap
     assert f"{few} has no column llm_judgement, tests_execution_status, average_test_score; it has input, ou" in said
     assert f"{nested}: column tests_execution_status must hold strings, it holds list<" in said
     assert f"{good} has no column question, response, starter_code, code, verified, is_pas" in fails(good, name=RSTAR)
-    for flag in ("verified", "is_passed", "starter_code"):  # of a file that says that it is of the synthetic set, too
-        seed = file(f"without-{flag}", seed_row(seed_question="sum"), flag)
-        assert f"{seed} has no column {flag}; it has question_id" in fails(seed, name=RSTAR)
+    # a file with a column of the synthetic set is not one if it has any that this set has not
+    for without in (("verified",), ("is_passed",), ("starter_code",), ("verified", "is_passed")):
+        seed = file("-".join(without), seed_row(seed_question="sum"), *without)
+        assert f"{seed} has no column {', '.join(without)}; it has question_id" in fails(seed, name=RSTAR)
 
     (tmp_path / "plain.parquet").write_text("not parquet")
     assert f"{tmp_path}/plain.parquet is not a parquet file" in fails(good, tmp_path / "plain.parquet")
