@@ -260,10 +260,8 @@ def test_bad_arguments(tokenizer):
 
 def test_a_run_cut_anywhere_goes_on_to_the_same_file(tmp_path):
     """As a kill leaves it: nothing, a torn header, torn answers. What is whole is not made again."""
-    prompts, options = (
-        PROMPTS[:3],
-        dict(sampling=Sampling(2, seed=9), batch_size=4, identity={"model": "é", "list": (1, 2)}),
-    )
+    prompts, identity = PROMPTS[:3], {"model": "é", "list": (1, 2)}
+    options = dict(sampling=Sampling(2, seed=9), batch_size=4, identity=identity)
     wanted = generate(Echo(), prompts, keep=tmp_path / "deep" / "whole", **options)
     whole = (tmp_path / "deep" / "whole").read_bytes()
     assert [Answer(e["text"], e["finished"]) for e in map(json.loads, whole.splitlines()[1:3])] == wanted[2]
@@ -289,10 +287,8 @@ def test_batches_before_an_interruption_are_kept(tmp_path):
             seen.append(keep.read_bytes().count(b"\n"))  # what a kill would leave
             return super().answer(batch, sampling)
 
-    again = Watching()
-    assert generate(lambda: again, PROMPTS, Sampling(2), keep=keep, batch_size=3) == generate(
-        Echo(), PROMPTS, Sampling(2)
-    )
+    again, wanted = Watching(), generate(Echo(), PROMPTS, Sampling(2))
+    assert generate(lambda: again, PROMPTS, Sampling(2), keep=keep, batch_size=3) == wanted
     assert [len(batch) for batch in again.batches] == [3, 1] and seen == [7, 10]
 
 
@@ -391,9 +387,8 @@ def test_vllm(tokenizer, monkeypatch):
     sampling = Sampling(4, 8, 0.6, 0.95, seed=1)
     found = generate(engine, PROMPTS, sampling, batch_size=7)
     params = [p for _, p in engine.llm.calls]
-    assert {(p.n, p.temperature, p.top_p, p.max_tokens, p.top_k, p.stop) for p in params} == {
-        (1, 0.6, 0.95, 8, 0, None)
-    }
+    fields = {(p.n, p.temperature, p.top_p, p.max_tokens, p.top_k, p.stop) for p in params}
+    assert fields == {(1, 0.6, 0.95, 8, 0, None)}
     assert len({p.seed for p in params}) == 20 and all(0 <= p.seed < 2**63 for p in params)
     assert [list(prompt) for prompt, _ in engine.llm.calls] == [["prompt_token_ids"]] * 20
     assert found[1][2].text.startswith(f"{{'prompt_token_ids': {ids(PROMPTS[1])}}} ")
