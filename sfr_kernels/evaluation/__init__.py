@@ -1,1 +1,1 @@
-"""What training changed: losses on held-out prompts, and answers to them."""
+"""What training changed: losses on held-out prompts, answers to prompts, and programs that pass tests."""
