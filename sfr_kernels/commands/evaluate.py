@@ -18,6 +18,9 @@ from ..evaluation.compare import Cell, Measured, Setting, compare, measure
 from ..evaluation.diversity import words
 from ..evaluation.fidelity import StyleProbe
 from ..evaluation.generate import Answer, Sampling, TransformersEngine, VLLMEngine, generate
+from ..evaluation.pass_at_k import pass_at_k
+from ..evaluation.problems import Problem, read_problems
+from ..evaluation.sandbox import judge, why_not
 from ..targets.encoder import encode, load_encoder
 from ..training.data import PERSONAS, read_chats, split_by_prompt
 from ..training.formats import Example
@@ -125,7 +128,7 @@ def with_room(examples: Sequence[Example], tokenizer, longest: int | None, sampl
     return kept
 
 
-def _code_setting(problems: list, encoder) -> Setting:
+def _code_setting(problems: list[Problem], encoder) -> Setting:
     cells = [Cell(problem.request, "") for problem in problems]
     return Setting(cells, _embedder(encoder), _vocabulary([problem.request for problem in problems]))
 
@@ -158,18 +161,14 @@ def _examples(args) -> tuple[list[Example], list[Example]]:
     return examples, [everything[i] for i in train]
 
 
-def _problems(source: str) -> list:
-    from ..evaluation.pass_at_k import read_problems, why_not
-
+def _problems(source: str) -> list[Problem]:
     if reason := why_not():
         raise RuntimeError(reason)
     return read_problems(source)
 
 
-def _judge(problems: list, answers: list[list[Answer]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+def _judge(problems: list[Problem], answers: list[list[Answer]]) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """pass@k by problem, from running the programs in the answers; and how often each verdict was given."""
-    from ..evaluation.pass_at_k import judge, pass_at_k
-
     verdicts = judge(problems, [[answer.text for answer in row] for row in answers], progress=True)
     counts = [(len(row), sum(verdict.passed for verdict in row)) for row in verdicts]
     ks = [k for k in _PASS_AT if k <= min(n for n, _ in counts)]
@@ -177,7 +176,7 @@ def _judge(problems: list, answers: list[list[Answer]]) -> tuple[dict[str, np.nd
     return values, dict(Counter(verdict.reason for row in verdicts for verdict in row).most_common())
 
 
-def _code_prompt(problem, tokenizer) -> str:
+def _code_prompt(problem: Problem, tokenizer) -> str:
     if not tokenizer.chat_template:
         raise ValueError("--code asks in chats, and a model's tokenizer has no chat template: use its instruct version")
     messages = [{"role": "user", "content": problem.request}]
