@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from sfr_kernels.commands.evaluate import write_comparison
-from sfr_kernels.evaluation.compare import Cell, Setting, compare, holm, interval, measure
+from sfr_kernels.evaluation import compare as compare_module
+from sfr_kernels.evaluation.compare import CLAIMS, Cell, Setting, compare, holm, interval, measure
 from sfr_kernels.evaluation.fidelity import StyleProbe
 from sfr_kernels.evaluation.generate import Answer
 
@@ -65,7 +67,7 @@ def means(setting, answers) -> dict[str, float]:
 
 def test_identical_answers_are_full_collapse(setting):
     found = means(setting, system(collapse=1.0))
-    for kind in ("between personas", "within a persona"):
+    for kind in ("between personas", "between samples"):
         assert found[f"distance {kind}"] == pytest.approx(0, abs=1e-6)
         assert found[f"Vendi score {kind}"] == pytest.approx(1, abs=1e-4)
         assert found[f"self-BLEU {kind}"] == pytest.approx(100)
@@ -87,11 +89,11 @@ def test_shuffled_answers_are_no_collapse_but_nobody_is_who_he_is(setting):
 
 def test_constructed_systems_come_in_their_order(setting):
     found = [means(setting, system(collapse)) for collapse in (0.25, 0.5, 0.75)]
-    more = ("distance between personas", "Vendi score between personas", "distance within a persona", "distinct-1",
+    more = ("distance between personas", "Vendi score between personas", "distance between samples", "distinct-1",
             "distinct-1, expectation-adjusted", "distinct-2", "style fidelity")  # fmt: skip
     for name in more:
         assert found[0][name] > found[1][name] > found[2][name], name
-    for name in ("self-BLEU between personas", "self-BLEU within a persona"):
+    for name in ("self-BLEU between personas", "self-BLEU between samples"):
         assert found[0][name] < found[1][name] < found[2][name], name
 
 
@@ -107,7 +109,7 @@ def test_lengths_repetition_relevance_and_cut_answers(setting):
 
 def test_the_number_of_samples_changes_no_measure_between_personas(setting):
     one, four = means(setting, system(samples=1)), means(setting, system(samples=4))
-    assert "distance within a persona" not in one
+    assert "distance between samples" not in one
     for name in ("distance", "Vendi score"):
         assert one[f"{name} between personas"] == pytest.approx(four[f"{name} between personas"], rel=0.1)
 
@@ -120,7 +122,7 @@ def test_a_prompt_that_not_everybody_is_asked_and_an_unknown_persona():
     assert found.values["style fidelity"].tolist() == [1, 1]  # the robot does not count
     between = found.values["distance between personas"]
     assert between[0] > 0 and math.isnan(between[1]) and not np.isnan(found.similarity[0, 1])
-    assert "distance within a persona" not in found.values
+    assert "distance between samples" not in found.values
     with pytest.raises(ValueError, match="answers must be of 4 cells, got 1"):
         measure(Setting(cells, embed, 100), [[Answer("x", True)]])
 
@@ -134,23 +136,29 @@ DRAWS = {
 
 @pytest.mark.parametrize("kind", DRAWS)
 @pytest.mark.parametrize("prompts", [7, 24])
-def test_intervals_cover_the_truth_as_often_as_they_say(kind, prompts):
-    """1,000 experiments without a difference. 0.95 ± 3.5 standard errors of the simulation; of seven skewed or
-    discrete values no interval is exact, and it may be too careful, or miss by two in a hundred."""
-    draw = np.random.default_rng(1)
-    found = [interval(DRAWS[kind](draw, prompts), resamples=499) for _ in range(1000)]
+def test_intervals_cover_the_truth_as_often_as_they_say(kind, prompts, monkeypatch):
+    """1,000 experiments without a difference, with 3 standard errors of the simulation; of seven skewed values not
+    even Student's interval is right."""
+    draws, draw = compare_module._draws, np.random.default_rng(1)
+    monkeypatch.setattr(compare_module, "_draws", lambda n: draws(n)[:4000])
+    found = [interval(DRAWS[kind](draw, prompts)) for _ in range(1000)]
     covered = np.mean([x.low <= 0 <= x.high for x in found])
-    assert 0.926 - 0.02 * (kind != "normal") <= covered <= (0.975 if prompts > 7 else 0.99)
-    assert np.mean([x.p <= 0.05 for x in found]) == pytest.approx(1 - covered, abs=0.012)  # p says the same
+    assert 0.95 - 0.021 - {"skewed": 0.05}.get(kind, 0) <= covered <= 0.95 + 0.021
+    assert np.mean([x.p > 0.05 for x in found]) == pytest.approx(covered, abs=0.003)  # p says the same
 
 
-def test_an_interval_is_as_wide_as_students():
-    """Of many normal values, where both are exact."""
-    x = np.random.default_rng(0).normal(1.0, 2.0, 400)
-    found, half = interval(x), 1.9659 * x.std(ddof=1) / 20
-    assert found.mean == pytest.approx(x.mean()) and found.p < 1e-3
-    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.03)
-    assert found.low == pytest.approx(2 * found.mean - found.high)
+def test_an_interval_of_normal_values_is_students():
+    x = np.random.default_rng(0).normal(1.0, 2.0, 8)
+    found, student = interval(x), ttest_1samp(x, 0)
+    low, high = student.confidence_interval(0.95)
+    assert found.mean == pytest.approx(x.mean()) and found.low > 0  # as Student's does
+    assert found.high - found.low == pytest.approx(high - low, rel=0.1)
+    assert found.p == pytest.approx(student.pvalue, rel=0.5)
+    wide = interval(x, level=1 - found.p)  # p is where the interval ends at 0
+    assert min(abs(wide.low), abs(wide.high)) < 0.02
+    many = np.random.default_rng(0).normal(1.0, 2.0, 400)
+    limits = ttest_1samp(many, 0).confidence_interval(0.95)
+    assert interval(many)[1:3] == pytest.approx(tuple(limits), abs=0.02)
 
 
 def test_intervals_of_few_and_of_equal_values():
@@ -173,8 +181,9 @@ def test_equal_models_do_not_differ_and_different_ones_do(setting, tmp_path, cap
     write_comparison(tmp_path / "it", setting, measured, {"sampling": {"samples": 2}})
     shown = capsys.readouterr().out
     assert "b and a: no difference." in shown
-    verdict = next(line for line in shown.splitlines() if line.startswith("c against a: worse: "))
-    assert "distance between personas" in verdict and "style fidelity" in verdict and "better" not in verdict
+    verdict = next(line for line in shown.splitlines() if line.startswith("c against a: "))
+    worse = "distance between personas, distance between samples, style fidelity"
+    assert verdict == f"c against a: worse: {worse}; no difference: relevance."
     result = json.loads((tmp_path / "it.json").read_text())
     assert result["prompts"] == 24 and result["answers"] == 192 and result["baseline"] == "a"
     lost = result["models"]["c"]["distance between personas"]["difference"]
@@ -189,11 +198,10 @@ def test_equal_models_do_not_differ_and_different_ones_do(setting, tmp_path, cap
 
 
 def test_models_that_differ_by_chance_alone_are_called_equal():
-    """Of 60 pairs of one model with itself, on 10 measures each, at most one in twenty may be told apart."""
+    """Of 60 pairs of one model with itself, at most one in twenty may be told apart."""
     draw, told = np.random.default_rng(2), 0
     for _ in range(60):
-        names = [f"m{i}" for i in range(10)]
-        first, second = ({n: draw.normal(size=20) for n in names} for _ in range(2))
+        first, second = ({name: draw.normal(size=20) for name in CLAIMS} for _ in range(2))
         found = compare({"a": first, "b": second}, "a")["b"]
         told += any(row["difference"]["differs"] for row in found.values())
     assert told <= 60 * 0.05 + 3.5 * math.sqrt(60 * 0.05 * 0.95)

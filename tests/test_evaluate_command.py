@@ -10,6 +10,7 @@ from tiny import chat, tiny_llama, write_chats
 from transformers import AutoTokenizer
 
 from sfr_kernels.commands import evaluate, main
+from sfr_kernels.evaluation.generate import Answer
 from sfr_kernels.training.data import read_chats
 from sfr_kernels.training.models import SMOLLM2, fingerprint, model_path
 
@@ -47,7 +48,7 @@ def test_a_copy_does_not_differ_and_nothing_is_answered_twice(folder, tmp_path, 
     assert result["prompts"] == 6 and result["answers"] == 24 and result["personas"] == SYSTEMS
     assert list(result["models"]) == [a, copy, "b"]
     names = set(result["models"][a])
-    assert {"style fidelity", "distance between personas", "distance within a persona", "relevance"} <= names
+    assert {"style fidelity", "distance between personas", "distance between samples", "relevance"} <= names
     assert result["models"][a]["unfinished"]["mean"] > 0.5  # six tokens of an untrained model
     for name in ("evaluation-collapse.png", "evaluation-fidelity.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -77,7 +78,7 @@ def test_answers_of_a_model_that_was_trained_anew_are_refused(folder, tmp_path, 
 def test_data_without_personas(folder, tmp_path, capsys):
     assert main(command(folder, tmp_path / "out", data="plain.jsonl", models=("a", "b"))) == 0
     measures = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]["a"]
-    assert "distance within a persona" in measures and "style fidelity" not in measures
+    assert "distance between samples" in measures and "style fidelity" not in measures
     assert (tmp_path / "out" / "evaluation-fidelity.png").is_file()
     assert not (tmp_path / "out" / "evaluation-collapse.png").exists()
 
@@ -99,6 +100,44 @@ def test_personas_are_told_by_name_or_else_by_the_system_message(folder):
     assert evaluate.has_personas(examples) and not evaluate.has_personas(examples[::2])
     assert len(evaluate.one_of_each([*examples, *examples])) == 12
     assert len(evaluate.one_of_each([*examples[::2], *examples[::2]])) == 6
+
+
+def test_code_is_judged_by_running_it(folder, tmp_path, capsys, monkeypatch):
+    """Model a answers two of three problems right with every second sample, b none."""
+    if reason := evaluate.why_not():
+        pytest.skip(reason)
+    lines = [{"task_id": i, "text": f"Add {i} to a number.", "code": f"def add{i}(x): return x + {i}",
+              "test_list": [f"assert add{i}(1) == {1 + i}"], "test_setup_code": ""} for i in range(3)]  # fmt: skip
+    file = write_chats(tmp_path / "mbpp.jsonl", lines)
+    real, right = evaluate.generate, iter([True, False])
+
+    def generate(engine, prompts, sampling, **options):
+        assert prompts[2].count("Add 2 to a number.") == 1 and prompts[2].rstrip().endswith("assistant")
+        works = next(right)
+        return [[Answer(f"```python\ndef add{i}(x): return x + {i} + {0 if works and i and j else 1}\n```", True)
+                 for j in range(sampling.samples)] for i in range(3)]  # fmt: skip
+
+    monkeypatch.setattr(evaluate, "generate", generate)
+    line = [
+        "evaluate",
+        "--models",
+        str(folder / "a"),
+        str(folder / "b"),
+        "--code",
+        file,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(line) == 0
+    result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert result["models"]["a"]["pass@1"]["per_prompt"] == [0, 0.5, 0.5]
+    assert result["models"]["b"]["pass@1"]["per_prompt"] == [0, 0, 0]
+    assert result["about"]["verdicts of a"] == {"wrong answer": 4, "passed": 2}
+    assert "pass@1 ↑" in capsys.readouterr().out and "distance between samples" in result["models"]["a"]
+    monkeypatch.setattr(evaluate, "generate", real)
+    assert main([*line, "--max-new-tokens", "4", "--samples", "1"]) == 0  # and with answers of the models themselves
+    monkeypatch.setattr(evaluate, "why_not", lambda: "no sandbox: apt install bubblewrap")
+    assert main(line) == 2 and "apt install bubblewrap" in capsys.readouterr().err
 
 
 def test_bad_input_is_an_error_before_anything_is_written(folder, tmp_path, capsys):

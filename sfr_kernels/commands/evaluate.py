@@ -63,7 +63,7 @@ def run(args) -> None:
         measured[label] = measure(setting, answers)
         if problems:
             passed, about[f"verdicts of {label}"] = _judge(problems, answers)
-            measured[label].values.update(passed)
+            measured[label] = Measured(passed | measured[label].values, None)
     write_comparison(args.out / "evaluation", setting, measured, about)
 
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ..atomic import write_atomically
-from ..evaluation.compare import BETTER, FEWEST_PROMPTS
+from ..evaluation.compare import CLAIMS, DETAILS, FEWEST_PROMPTS
 from ..training.formats import Example
 
 _COLOURS = ("#4477aa", "#cc6677", "#228833", "#aa3377", "#999933", "#66ccee", "#ee7733", "#bbbbbb")
@@ -80,7 +80,7 @@ def comparison_table(result: dict, path: Path) -> None:
     columns = ["measure", *(["the data"] if data else []), baseline, *others]
     rows = [
         [
-            f"{name} {_ARROWS[BETTER.get(name, 1)]}".strip(),
+            f"{name} {_ARROWS[(CLAIMS | DETAILS).get(name, 1)]}".strip(),
             *([_number(data.get(name, math.nan))] if data else []),
             _number(models[baseline][name]["mean"] if name in models[baseline] else math.nan),
             *(_cell(models[label].get(name)) for label in others),
@@ -93,8 +93,8 @@ def comparison_table(result: dict, path: Path) -> None:
         notes = [f"Fewer than {FEWEST_PROMPTS} prompts say nothing of a difference."]
     elif others:
         notes = [
-            f"In brackets: the difference from {baseline}, and its 95% interval over prompts. ★: more than chance, "
-            "with all measures counted.",
+            f"In brackets: the difference from {baseline}, and its 95% interval over prompts. ★: more than chance, of "
+            f"{', '.join(name for name in models[baseline] if name in CLAIMS)}, all counted.",
             *(_verdict(label, baseline, models[label]) for label in others),
         ]
     _print(title, columns, rows)
@@ -128,18 +128,17 @@ def _cell(measure: dict | None) -> str:
 
 
 def _verdict(label: str, baseline: str, measures: dict) -> str:
-    found = {name: m["difference"] for name, m in measures.items() if "difference" in m}
-    holds = {name: d["mean"] for name, d in found.items() if d["differs"]}
+    found = {name: m["difference"] for name, m in measures.items() if name in CLAIMS and "difference" in m}
+    holds = {name: d["mean"] * CLAIMS[name] for name, d in found.items() if d["differs"]}
     if not holds:
         return f"{label} and {baseline}: no difference."
     parts = {
-        "better": [name for name, mean in holds.items() if mean * BETTER.get(name, 1) > 0],
-        "worse": [name for name, mean in holds.items() if mean * BETTER.get(name, 1) < 0],
-        "more": [name for name, mean in holds.items() if not BETTER.get(name, 1) and mean > 0],
-        "fewer": [name for name, mean in holds.items() if not BETTER.get(name, 1) and mean < 0],
+        "better": [name for name, gain in holds.items() if gain > 0],
+        "worse": [name for name, gain in holds.items() if gain < 0],
+        "no difference": [name for name in found if name not in holds],
     }
     told = "; ".join(f"{word}: {', '.join(names)}" for word, names in parts.items() if names)
-    return f"{label} against {baseline}: {told}; no difference in the other {len(found) - len(holds)} measures."
+    return f"{label} against {baseline}: {told}."
 
 
 def collapse_matrices(personas: Sequence[str], similarity: dict[str, np.ndarray], path: Path) -> None:
@@ -162,7 +161,7 @@ def diversity_against_fidelity(result: dict, path: Path) -> None:
     """Draws the distance between personas against style fidelity; without personas, that within a prompt's answers
     against their relevance."""
     names = next(iter(result["models"].values()))
-    pairs = [("style fidelity", "distance between personas"), ("relevance", "distance within a persona")]
+    pairs = [("style fidelity", "distance between personas"), ("relevance", "distance between samples")]
     chosen = next((pair for pair in pairs if set(pair) <= set(names)), None)
     if chosen is None:
         return

@@ -172,7 +172,7 @@ def _answer(args, whose: str, engine, prompts: list[str], sampling: Sampling, fo
     """Answers of the model before, or after training with an objective, kept in the run's folder."""
     shared = {k: v for k, v in _identity(args).items() if k not in _COMPARED}
     return generate(
-        engine, prompts, sampling, keep=(folder or args.out) / f"answers-{whose}.jsonl",
+        engine, prompts, sampling, batch_size=32, keep=(folder or args.out) / f"answers-{whose}.jsonl",
         identity=shared | {"whose": whose}, progress=f"answers, {whose}" if folder is None else None,
     )  # fmt: skip
 
