@@ -154,8 +154,9 @@ def test_an_interval_of_normal_values_is_students():
     assert found.mean == pytest.approx(x.mean()) and found.low > 0  # as Student's does
     assert found.high - found.low == pytest.approx(high - low, rel=0.1)
     assert found.p == pytest.approx(student.pvalue, rel=0.5)
-    wide = interval(x, level=1 - found.p)  # p is where the interval ends at 0
-    assert min(abs(wide.low), abs(wide.high)) < 0.02
+    less = interval(x - 1)
+    assert less.p == pytest.approx(ttest_1samp(x, 1).pvalue, rel=0.1)
+    assert interval(x - 1, level=1 - less.p).low == pytest.approx(0, abs=0.01)  # where the interval reaches 0
     many = np.random.default_rng(0).normal(1.0, 2.0, 400)
     limits = ttest_1samp(many, 0).confidence_interval(0.95)
     assert interval(many)[1:3] == pytest.approx(tuple(limits), abs=0.02)
