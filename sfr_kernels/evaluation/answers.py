@@ -5,6 +5,11 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, where nothing is locked
+    fcntl = None
+
 
 class Answer(NamedTuple):
     text: str  # as the model wrote it, without special tokens
@@ -36,13 +41,12 @@ class AnswerFile:
         self.answers: dict[Key, Answer] = {}
 
     def __enter__(self):
-        import fcntl  # of POSIX systems, where files are locked
-
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("a+b")
         try:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if fcntl is not None:
+                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RuntimeError(f"another process is writing answers to {self.path}: wait for it to end") from error
             self._read()
