@@ -26,7 +26,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluate")
     tokenizer = AutoTokenizer.from_pretrained(model_path(SMOLLM2))
     for seed, name in enumerate("ab"):
-        tiny_llama(seed, vocab_size=len(tokenizer)).save_pretrained(folder / name)
+        model = tiny_llama(seed, vocab_size=len(tokenizer))
+        model.lm_head.weight.data *= 20  # to draw from what is far from even is quicker
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     shutil.copytree(folder / "a", folder / "run" / "model")
     write_chats(folder / "personas.jsonl", [chat(p, f"{s} {p} " * 3, s) for p in PROMPTS for s in SYSTEMS])
@@ -98,6 +100,7 @@ def test_held_out_prompts_are_those_that_train_leaves_out(folder, tmp_path, caps
 def test_personas_are_told_by_name_or_else_by_the_system_message(folder):
     examples = read_chats(folder / "personas.jsonl")
     assert evaluate.has_personas(examples) and not evaluate.has_personas(examples[::2])
+    assert not evaluate.has_personas([*examples[::2], *examples[1:7:2]])  # half of the prompts
     assert len(evaluate.one_of_each([*examples, *examples])) == 12
     assert len(evaluate.one_of_each([*examples[::2], *examples[::2]])) == 6
 
@@ -135,7 +138,8 @@ def test_code_is_judged_by_running_it(folder, tmp_path, capsys, monkeypatch):
     assert result["about"]["verdicts of a"] == {"wrong answer": 4, "passed": 2}
     assert "pass@1 ↑" in capsys.readouterr().out and "distance between samples" in result["models"]["a"]
     monkeypatch.setattr(evaluate, "generate", real)
-    assert main([*line, "--max-new-tokens", "4", "--samples", "1"]) == 0  # and with answers of the models themselves
+    assert main([*line, "--samples", "1"]) == 0  # and with answers of the models themselves
+    assert main([*line, "--max-new-tokens", "256"]) == 2 and "MBPP/0: no room for 256" in capsys.readouterr().err
     monkeypatch.setattr(evaluate, "why_not", lambda: "no sandbox: apt install bubblewrap")
     assert main(line) == 2 and "apt install bubblewrap" in capsys.readouterr().err
 

@@ -92,6 +92,9 @@ def test_full_fine_tuning_and_plain_fine_tuning(folder, tmp_path):
     assert ce["held_out_before"]["ce_loss"] == pytest.approx(full["held_out_before"]["ce_loss"], rel=1e-5)
     assert not (tmp_path / "ce" / "model" / "sfr_head.safetensors").exists()
     assert load_head(tmp_path / "full" / "model").head.shape.target_size == 384
+    # runs of both objectives that differ in nothing else stand beside each other
+    compared = {n: list(json.loads((tmp_path / n / "comparison.json").read_text())["models"]) for n in ("ce", "none")}
+    assert compared == {"ce": ["ce", "before"], "none": ["ce, ce", "before", "sfr"]}
     # and without flow weight, SFR is plain fine-tuning
     for (_, _, ce, _), (_, loss, _, _) in zip(history(tmp_path / "none"), history(tmp_path / "ce"), strict=True):
         assert ce == pytest.approx(loss, rel=2e-4)

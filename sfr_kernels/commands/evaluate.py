@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import random
 import re
 import sys
 from collections import Counter
@@ -29,6 +30,7 @@ from ..training.models import fingerprint, load_model, load_tokenizer
 from .report import collapse_matrices, comparison_table, diversity_against_fidelity
 
 _PASS_AT = (1, 5, 10, 50, 100)
+_PROBED = 4000  # training answers that the style probe is fitted to, at most: on a CPU each takes some 10 ms to embed
 
 
 def run(args) -> None:
@@ -47,16 +49,18 @@ def run(args) -> None:
         examples = with_room(examples, tokenizer, longest, sampling)
     if not (examples or problems):
         raise ValueError("no prompt leaves room for an answer: lower --max-new-tokens")
+    prompts = {
+        label: _code_prompts(problems, tokenizer, longest, sampling) or [last_prompt(e, tokenizer) for e in examples]
+        for label, (tokenizer, longest) in loaded.items()
+    }
     encoder = load_encoder(args.encoder, device)
     setting = _code_setting(problems, encoder) if problems else setting_of(examples, rest, encoder)
     about = {"sampling": vars(sampling), "encoder": args.encoder, "models": dict(models)}
 
     measured = {}
     for label, folder in models.items():
-        tokenizer, _ = loaded[label]
-        prompts = [_code_prompt(p, tokenizer) for p in problems] or [last_prompt(e, tokenizer) for e in examples]
         answers = generate(
-            _engine(args.engine, folder, device), prompts, sampling, batch_size=args.batch_size,
+            _engine(args.engine, folder, device), prompts[label], sampling, batch_size=args.batch_size,
             keep=_answers_file(args, label), progress=label,
             identity={"model": fingerprint(folder), "engine": args.engine, "device": device.type},
         )  # fmt: skip
@@ -98,6 +102,8 @@ def setting_of(examples: Sequence[Example], rest: Sequence[Example], encoder) ->
     personas = has_personas(examples)
     cells = [Cell(e.prompt, _persona(e) if personas else "") for e in examples]
     embed, probe = _embedder(encoder), None
+    if len(rest) > _PROBED:
+        rest = random.Random(0).sample(rest, _PROBED)
     texts = [e.messages[-1]["content"] for e in rest]
     known = {cell.persona for cell in cells} & {_persona(e) for e in rest}
     if personas and len(known) > 1:
@@ -118,14 +124,16 @@ def one_of_each(examples: Sequence[Example]) -> list[Example]:
 
 def with_room(examples: Sequence[Example], tokenizer, longest: int | None, sampling: Sampling) -> list[Example]:
     """The examples whose prompt leaves room for an answer in the model's context; says how many do not."""
-    if longest is None:
-        return list(examples)
-    lengths = [len(tokenizer(last_prompt(e, tokenizer), add_special_tokens=False)["input_ids"]) for e in examples]
-    kept = [e for e, length in zip(examples, lengths, strict=True) if length + sampling.max_new_tokens <= longest]
+    kept = [e for e in examples if _has_room(last_prompt(e, tokenizer), tokenizer, longest, sampling)]
     if len(kept) < len(examples):
         left_out = f"{len(examples) - len(kept)} prompts are left out"
         print(f"{left_out}: no room for an answer in a context of {longest} tokens", file=sys.stderr)
     return kept
+
+
+def _has_room(prompt: str, tokenizer, longest: int | None, sampling: Sampling) -> bool:
+    length = len(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+    return longest is None or length + sampling.max_new_tokens <= longest
 
 
 def _code_setting(problems: list[Problem], encoder) -> Setting:
@@ -134,8 +142,11 @@ def _code_setting(problems: list[Problem], encoder) -> Setting:
 
 
 def has_personas(examples: Sequence[Example]) -> bool:
-    """Whether some prompt is asked of two personas."""
-    return len({(e.prompt, _persona(e)) for e in examples}) > len({e.prompt for e in examples})
+    """Whether most prompts are asked of two personas or more."""
+    asked: dict[str, set[str]] = {}
+    for example in examples:
+        asked.setdefault(example.prompt, set()).add(_persona(example))
+    return 2 * sum(len(personas) > 1 for personas in asked.values()) > len(asked)
 
 
 def _persona(example: Example) -> str:
@@ -176,11 +187,21 @@ def _judge(problems: list[Problem], answers: list[list[Answer]]) -> tuple[dict[s
     return values, dict(Counter(verdict.reason for row in verdicts for verdict in row).most_common())
 
 
-def _code_prompt(problem: Problem, tokenizer) -> str:
-    if not tokenizer.chat_template:
+def _code_prompts(problems: list[Problem], tokenizer, longest: int | None, sampling: Sampling) -> list[str]:
+    """The chats that ask for programs. ValueError for a tokenizer without a chat template, and a problem without room
+    for its answer: of a benchmark, no problem is left out."""
+    if problems and not tokenizer.chat_template:
         raise ValueError("--code asks in chats, and a model's tokenizer has no chat template: use its instruct version")
-    messages = [{"role": "user", "content": problem.request}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompts = []
+    for problem in problems:
+        messages = [{"role": "user", "content": problem.request}]
+        prompts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        if not _has_room(prompts[-1], tokenizer, longest, sampling):
+            new = sampling.max_new_tokens
+            raise ValueError(
+                f"{problem.name}: no room for {new} new tokens in a context of {longest}: --max-new-tokens"
+            )
+    return prompts
 
 
 def _engine(kind: str, folder: str, device: torch.device):
@@ -206,7 +227,8 @@ def _folder(name: str) -> str:
 
 def _labels(names: Sequence[str]) -> list[str]:
     """As much of the end of each name as tells them apart; of a run of `train`, its folder."""
-    parts = [Path(name).parts[: -1 if Path(name).name == "model" else None] for name in names]
+    parts = [Path(name).parts for name in names]
+    parts = [x[:-1] if x[1:] and x[-1] == "model" else x for x in parts]
     if len(set(parts)) < len(parts):
         raise ValueError(f"--models names a model twice: {' '.join(names)}")
     for count in itertools.count(1):

@@ -143,7 +143,8 @@ def _verdict(label: str, baseline: str, measures: dict) -> str:
 
 def collapse_matrices(personas: Sequence[str], similarity: dict[str, np.ndarray], path: Path) -> None:
     """Draws, for each model, how alike two personas answer the same prompt: the mean cosine of their answers."""
-    size = max(2.6, 0.32 * len(personas))
+    size = min(max(2.6, 0.32 * len(personas)), 12.0)
+    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in personas] if len(personas) <= 60 else []
     figure = _figure((size + 0.6) * len(similarity) + 1.2, size + 1.4)
     axes = figure.subplots(1, len(similarity), squeeze=False, sharey=True)[0]
     low = min(np.nanmin(matrix) for matrix in similarity.values())
@@ -151,8 +152,8 @@ def collapse_matrices(personas: Sequence[str], similarity: dict[str, np.ndarray]
         image = axis.imshow(matrix, vmin=low, vmax=1.0, cmap="viridis")
         off = matrix[~np.eye(len(personas), dtype=bool)]
         axis.set_title(f"{label}\nbetween personas: {np.nanmean(off):.3f}", fontsize=9)
-        axis.set_xticks(range(len(personas)), personas, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(personas)), personas, fontsize=7)
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
     figure.colorbar(image, ax=list(axes), label="mean cosine of answers", shrink=0.8)
     _save(figure, path)
 
