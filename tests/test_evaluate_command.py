@@ -121,16 +121,8 @@ def test_code_is_judged_by_running_it(folder, tmp_path, capsys, monkeypatch):
                  for j in range(sampling.samples)] for i in range(3)]  # fmt: skip
 
     monkeypatch.setattr(evaluate, "generate", generate)
-    line = [
-        "evaluate",
-        "--models",
-        str(folder / "a"),
-        str(folder / "b"),
-        "--code",
-        file,
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    line = ["evaluate", "--models", str(folder / "a"), str(folder / "b"), "--code", file, "--max-new-tokens", "4"]
+    line += ["--out", str(tmp_path / "out")]
     assert main(line) == 0
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert result["models"]["a"]["pass@1"]["per_prompt"] == [0, 0.5, 0.5]
