@@ -142,7 +142,8 @@ def _verdict(label: str, baseline: str, measures: dict) -> str:
 
 
 def collapse_matrices(personas: Sequence[str], similarity: dict[str, np.ndarray], path: Path) -> None:
-    """Draws, for each model, how alike two personas answer the same prompt: the mean cosine of their answers."""
+    """Draws, for each model, how alike two personas answer the same prompt: the mean cosine of their answers. On the
+    diagonal it is of the samples of one."""
     size = min(max(2.6, 0.32 * len(personas)), 12.0)
     names = [name if len(name) <= 24 else f"{name[:23]}…" for name in personas] if len(personas) <= 60 else []
     figure = _figure((size + 0.6) * len(similarity) + 1.2, size + 1.4)
@@ -166,7 +167,7 @@ def diversity_against_fidelity(result: dict, path: Path) -> None:
     chosen = next((pair for pair in pairs if set(pair) <= set(names)), None)
     if chosen is None:
         return
-    figure = _figure(5, 4)
+    figure = _figure(5, 4.5)
     axis = figure.subplots()
     for colour, (label, measures) in zip(itertools.cycle(_COLOURS), result["models"].items(), strict=False):
         (x, y), bars = [measures[name]["mean"] for name in chosen], [_bar(measures[name]) for name in chosen]
@@ -175,7 +176,7 @@ def diversity_against_fidelity(result: dict, path: Path) -> None:
         axis.plot(*(result["data"][name] for name in chosen), "*", color="black", markersize=12, label="the data")
     axis.set(xlabel=chosen[0], ylabel=chosen[1], title="bars: 95% intervals over prompts")
     axis.grid(alpha=0.3)
-    axis.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     _save(figure, path)
 
 
