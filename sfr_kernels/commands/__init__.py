@@ -73,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder of the run")
     add("--data", type=Path, help=f"{_CHATS}; the shipped personas if left out")
     add("--model", default="smollm2-135m-instruct", help="causal LM: folder, name, or the packaged default")
-    add("--encoder", help="sentence encoder: folder or name; that of the targets, else the packaged all-minilm-l6-v2")
+    add("--encoder", help="sentence encoder of targets and of the comparison: folder or name; if left out, the store's "
+        "own, and the packaged all-minilm-l6-v2")  # fmt: skip
     add("--targets", type=Path, help="folder of the targets, built there if there are none; OUT/targets if left out")
     add("--objective", choices=("sfr", "ce"), default="sfr", help="ce is plain fine-tuning on the same data and seed")
     add("--config", type=Path, help="JSON file of SFRConfig fields")
@@ -86,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--lr", type=float, dest="learning_rate", metavar="LR", help="learning rate; 1e-3 for LoRA, 1e-4 with --full")
     add("--max-length", type=int, default=1024, help="tokens of context; longer examples are cut, and counted")
     add("--save-every", type=int, default=50, help="steps between checkpoints")
-    add("--samples", type=int, default=8, help="held-out prompts that are answered before and after")
+    add(
+        "--max-prompts", type=int, default=8, help="held-out prompts that are answered before and after, the first ones"
+    )
     add("--seed", type=int, help="of data order, adapters, noise and samples; overrides the config's, else 0")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--overwrite", action="store_true", help="start anew in a folder that holds a run")
@@ -131,9 +134,9 @@ def _parser() -> argparse.ArgumentParser:
                       "LiveCodeBench; programs run in a sandbox, which needs Linux and bubblewrap")  # fmt: skip
     add("--out", type=Path, default=Path("runs/evaluation"), help="folder of answers, table and plots")
     add("--samples", type=int, default=2, help="answers to each prompt, or persona and prompt")
-    add("--prompts", choices=("held-out", "all"), default="held-out", help="held-out: those that train leaves out")
-    add("--max-prompts", type=int, default=64, help="prompts that are answered, the first of them")
-    add("--max-new-tokens", type=int, help="of an answer; 96, and 512 for code")
+    add("--prompts", choices=("held-out", "all"), help="of --data; if left out, those that train leaves out")
+    add("--max-prompts", type=int, help="prompts that are answered, the first ones; 64 if left out, all of --code")
+    add("--max-new-tokens", type=int, help="of an answer; 96 if left out, 512 of --code")
     add("--temperature", type=float, default=0.7, help="0: the likeliest token at each step")
     add("--top-p", type=float, default=0.9, help="share of the probability that is sampled from")
     add("--seed", type=int, default=0, help="of the samples, the same for every model")

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -12,8 +13,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ..atomic import write_atomically
-from ..evaluation.compare import CLAIMS, DETAILS, FEWEST_PROMPTS
-from ..training.formats import Example
+from ..evaluation.compare import CLAIMS, DETAILS, FEWEST_PROMPTS, Cell, Measured, Setting, compare, measure
+from ..evaluation.generate import Answer
 
 _COLOURS = ("#4477aa", "#cc6677", "#228833", "#aa3377", "#999933", "#66ccee", "#ee7733", "#bbbbbb")
 
@@ -63,14 +64,54 @@ def loss_curves(history: list[dict], results: dict, path: Path) -> None:
     _save(figure, path)
 
 
-def samples_table(examples: Sequence[Example], before: Sequence[str], after: Sequence[str], path: Path) -> None:
-    """Prints the answers before and after, persona by persona, and writes them as Markdown."""
-    lines, columns = ["# Held-out prompts, before and after"], ["persona", "before", "after"]
-    for prompt, group in itertools.groupby(zip(examples, before, after, strict=True), key=lambda row: row[0].prompt):
-        rows = [[example.persona, *answers] for example, *answers in group]
-        _print(prompt, columns, rows, ratios=(1, 4, 4))
-        lines += ["", f"## {prompt}", "", *_markdown(columns, rows)]
+def samples_table(
+    title: str,
+    cells: Sequence[Cell],
+    answers: dict[str, Sequence[str]],  # by model, for each cell
+    path: Path,
+    printed: tuple[int, int] = (0, 0),  # prompts, and personas of each
+) -> None:
+    """Writes the answers as Markdown, persona by persona, and prints the first of them."""
+    lines, columns = [f"# {title}"], ["persona", *answers]
+    rows = [(cell.prompt, [cell.persona, *texts]) for cell, *texts in zip(cells, *answers.values(), strict=True)]
+    for number, (prompt, group) in enumerate(itertools.groupby(rows, key=lambda row: row[0])):
+        table = [row for _, row in group]
+        if number < printed[0]:
+            _print(prompt, columns, table[: printed[1]], ratios=(1, *[4] * len(answers)))
+        lines += ["", f"## {prompt}", "", *_markdown(columns, table)]
     write_atomically(path, ("\n".join(lines) + "\n").encode())
+
+
+def write_comparison(
+    path: Path,  # without its ending: .json, .md and the plots' names are added
+    setting: Setting,
+    measured: dict[str, Measured],  # the baseline first
+    about: dict,  # how the answers were made
+) -> None:
+    """Prints the table and writes what it is made of, in place of what is there."""
+    baseline, *_ = measured
+    found = compare({label: m.values for label, m in measured.items()}, baseline)
+    result = {
+        "about": about, "prompts": setting.prompts, "personas": [p for p in setting.personas if p],
+        "answers": len(setting.cells) * about["sampling"]["samples"], "baseline": baseline, "models": found,
+    }  # fmt: skip
+    if setting.references is not None:
+        of_data = measure(setting, [[Answer(text, True) for text in texts] for texts in setting.references])
+        result["data"] = {name: float(np.nanmean(column)) for name, column in of_data.values.items()}
+        if setting.probe_knows_references:
+            result["data"].pop("style fidelity", None)
+        measured = {"the data": of_data} | measured
+    shown = {label: m.similarity for label, m in measured.items() if m.similarity is not None}
+    result["similarity"] = {label: matrix.tolist() for label, matrix in shown.items()}
+    text = json.dumps(_finite(result), indent=1, allow_nan=False) + "\n"
+    write_atomically(path.with_suffix(".json"), text.encode())
+    comparison_table(result, path.with_suffix(".md"))
+    plots = [path.with_name(f"{path.name}-{name}.png") for name in ("collapse", "fidelity")]
+    for plot in plots:
+        plot.unlink(missing_ok=True)
+    if shown:
+        collapse_matrices(setting.personas, shown, plots[0])
+    diversity_against_fidelity(result, plots[1])
 
 
 def comparison_table(result: dict, path: Path) -> None:
@@ -87,14 +128,14 @@ def comparison_table(result: dict, path: Path) -> None:
         ]
         for name in dict.fromkeys(name for measures in models.values() for name in measures)
     ]
-    title = f"{result['prompts']} prompts, {result['answers']} answers of each model"
+    title = f"Prompts: {len(result['prompts'])}; answers of each model: {result['answers']}"
     notes = []
-    if others and result["prompts"] < FEWEST_PROMPTS:
-        notes = [f"Fewer than {FEWEST_PROMPTS} prompts say nothing of a difference."]
+    if others and len(result["prompts"]) < FEWEST_PROMPTS:
+        notes = [f"Fewer than {FEWEST_PROMPTS} prompts say nothing of a difference (evaluate --prompts all)."]
     elif others:
         notes = [
-            f"In brackets: the difference from {baseline}, and its 95% interval over prompts. ★: more than chance, of "
-            f"{', '.join(name for name in models[baseline] if name in CLAIMS)}, all counted.",
+            f"In brackets: the difference from {baseline}, and its 95% interval over prompts. ★: more than chance, "
+            f"with {', '.join(name for name in models[baseline] if name in CLAIMS)} of a model counted together.",
             *(_verdict(label, baseline, models[label]) for label in others),
         ]
     _print(title, columns, rows)
@@ -109,7 +150,7 @@ _ARROWS = {1: "↑", -1: "↓", 0: ""}  # which way is better
 def _number(value: float) -> str:
     if math.isnan(value):
         return "–"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}".replace("-0.000", "0.000")
 
 
 def _signed(value: float) -> str:
@@ -129,14 +170,13 @@ def _cell(measure: dict | None) -> str:
 
 def _verdict(label: str, baseline: str, measures: dict) -> str:
     found = {name: m["difference"] for name, m in measures.items() if name in CLAIMS and "difference" in m}
-    holds = {name: d["mean"] * CLAIMS[name] for name, d in found.items() if d["differs"]}
-    if not holds:
+    parts: dict[str, list[str]] = {"higher": [], "lower": [], "no difference": [], "too few prompts": []}
+    for name, difference in found.items():
+        way = "higher" if difference["mean"] > 0 else "lower"
+        tested = "too few prompts" if math.isnan(difference["p"]) else "no difference"
+        parts[way if difference["differs"] else tested].append(name)
+    if parts["no difference"] == list(found):
         return f"{label} and {baseline}: no difference."
-    parts = {
-        "better": [name for name, gain in holds.items() if gain > 0],
-        "worse": [name for name, gain in holds.items() if gain < 0],
-        "no difference": [name for name in found if name not in holds],
-    }
     told = "; ".join(f"{word}: {', '.join(names)}" for word, names in parts.items() if names)
     return f"{label} against {baseline}: {told}."
 
@@ -145,14 +185,17 @@ def collapse_matrices(personas: Sequence[str], similarity: dict[str, np.ndarray]
     """Draws, for each model, how alike two personas answer the same prompt: the mean cosine of their answers. On the
     diagonal it is of the samples of one."""
     size = min(max(2.6, 0.32 * len(personas)), 12.0)
-    names = [name if len(name) <= 24 else f"{name[:23]}…" for name in personas] if len(personas) <= 60 else []
+    names = [_plain(name) if len(name) <= 24 else _plain(f"{name[:23]}…") for name in personas]
+    names = names if len(names) <= 60 else []
     figure = _figure((size + 0.6) * len(similarity) + 1.2, size + 1.4)
     axes = figure.subplots(1, len(similarity), squeeze=False, sharey=True)[0]
-    low = min(np.nanmin(matrix) for matrix in similarity.values())
     for axis, (label, matrix) in zip(axes, similarity.items(), strict=True):
-        image = axis.imshow(matrix, vmin=low, vmax=1.0, cmap="viridis")
+        image = axis.imshow(matrix, vmin=0.0, vmax=1.0, cmap="viridis")
+        for at, value in np.ndenumerate(matrix if len(personas) <= 12 else np.zeros((0, 0))):
+            if not math.isnan(value):
+                axis.text(*at[::-1], f"{value:.2f}".lstrip("0"), ha="center", va="center", color="white", fontsize=6)
         off = matrix[~np.eye(len(personas), dtype=bool)]
-        axis.set_title(f"{label}\nbetween personas: {np.nanmean(off):.3f}", fontsize=9)
+        axis.set_title(f"{_plain(label)}\nbetween personas: {np.nanmean(off):.3f}", fontsize=9)
         axis.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         axis.set_yticks(range(len(names)), names, fontsize=7)
     figure.colorbar(image, ax=list(axes), label="mean cosine of answers", shrink=0.8)
@@ -171,13 +214,19 @@ def diversity_against_fidelity(result: dict, path: Path) -> None:
     axis = figure.subplots()
     for colour, (label, measures) in zip(itertools.cycle(_COLOURS), result["models"].items(), strict=False):
         (x, y), bars = [measures[name]["mean"] for name in chosen], [_bar(measures[name]) for name in chosen]
-        axis.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="o", capsize=3, color=colour, label=label)
+        axis.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="o", capsize=3, color=colour, label=_plain(label))
     if set(chosen) <= set(result.get("data", {})):
         axis.plot(*(result["data"][name] for name in chosen), "*", color="black", markersize=12, label="the data")
-    axis.set(xlabel=chosen[0], ylabel=chosen[1], title="bars: 95% intervals over prompts")
+    axis.set(xlabel=chosen[0], ylabel=chosen[1], title="bars, if any: 95% intervals of each mean")
+    axis.locator_params(nbins=5)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     _save(figure, path)
+
+
+def _plain(text: str) -> str:
+    """Not to be read as mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _bar(measure: dict) -> list[list[float]] | None:
@@ -194,9 +243,9 @@ def _print(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], ra
     console = Console()
     if not console.is_terminal:
         console.width = 140  # of a log, which folds nothing
-    table = Table(title=title, title_justify="left", show_lines=bool(ratios))
+    table = Table(title=Text(title), title_justify="left", show_lines=bool(ratios))
     for column, ratio in itertools.zip_longest(columns, ratios):
-        table.add_column(column, ratio=ratio)
+        table.add_column(Text(column), ratio=ratio)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
@@ -218,3 +267,12 @@ def _save(figure, path: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, dpi=120, format="png")
     write_atomically(path, data.getvalue())
+
+
+def _finite(value):
+    """NaN and infinity as null, for which JSON has no numbers."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

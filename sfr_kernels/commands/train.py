@@ -1,6 +1,5 @@
 """The `train` command: data, targets, model and Trainer put together, with what changed shown at the end."""
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -14,8 +13,8 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, Train
 from transformers.utils import logging as hf_logging
 
 from ..atomic import write_atomically
-from ..evaluation.compare import Setting, measure
-from ..evaluation.generate import Answer, Sampling, TransformersEngine, generate
+from ..evaluation.compare import measure
+from ..evaluation.generate import Answer, Sampling, TransformersEngine, generate, stored
 from ..evaluation.held_out import held_out_losses
 from ..targets import SFRCollator, TargetStore, build_targets, load_encoder
 from ..targets.encoder import MINILM
@@ -23,14 +22,14 @@ from ..targets.manifest import FILE as MANIFEST
 from ..training.attach import attach, detach
 from ..training.callbacks import SFRCallback
 from ..training.checkpoint import save_head
+from ..training.comparison import Asked, choose, prompts_of, setting_of, with_room
 from ..training.data import PERSONAS, ChatFile, read_chats, split_by_prompt, tokenize
 from ..training.formats import Example
-from ..training.labelling import Tokenized, last_prompt
+from ..training.labelling import Tokenized
 from ..training.lm_head import output_linear
 from ..training.models import load_model
 from ..training.objectives import attachment_of
-from .evaluate import has_personas, one_of_each, setting_of, with_room, write_comparison
-from .report import ProgressBar, loss_curves, samples_table
+from .report import ProgressBar, loss_curves, samples_table, write_comparison
 
 WARMUP = 5  # steps of rising learning rate
 _PRINTED = 3, 3  # prompts, and personas of each, in the table of answers
@@ -72,17 +71,16 @@ def run(args) -> None:
         if (top := max(sample["input_ids"])) >= vocab:
             where = examples[sample["sample_id"]].where
             raise ValueError(f"{where}: token id {top} is outside the model's vocabulary of {vocab}")
-    train, held_out, shown = _split(examples, data, args.samples)
-    sampling = Sampling(samples=1 if has_personas(shown) else 2, seed=args.seed)
-    shown = with_room(shown, tokenizer, getattr(model.config, "max_position_embeddings", None), sampling)
-    prompts = [last_prompt(example, tokenizer) for example in shown]
+    train, held_out, asked = _split(examples, data, args.max_prompts)
+    asked, setting = _compared(args, asked, [examples[s["sample_id"]] for s in train], model, tokenizer, device)
+    prompts = prompts_of(asked, tokenizer)
+    sampling = Sampling(samples=1 if len({cell.persona for cell in asked}) > 1 else 2, seed=args.seed)
     sfr = args.objective == "sfr"
     store = encoder = None
     if sfr and args.config.loss != "mtp":
         corpus, folder = ChatFile(args.data, tokenizer, context), args.targets or args.out / "targets"
         store, encoder = _open_targets(args, folder, corpus, tokenizer, device)
 
-    setting = _setting(args, shown, [examples[s["sample_id"]] for s in train], encoder, device)
     _start_folder(args)
     if encoder is not None:
         store = build_targets(corpus, args.config, tokenizer, encoder, folder=folder, replace=args.overwrite)
@@ -130,66 +128,57 @@ def run(args) -> None:
     text = json.dumps(results | {"history": history}, indent=1) + "\n"
     write_atomically(args.out / "losses.json", text.encode())
     loss_curves(history, results, args.out / "losses.png")
-    if shown:
-        _show_answers(shown, *answers.values(), args.out / "samples.md")
+    first = {label: [row[0].text.strip() for row in rows] for label, rows in answers.items()}
+    samples_table("Held-out prompts, before and after", list(asked), first, args.out / "samples.md", printed=_PRINTED)
     print(f"\nHeld out, before: {_text(before)}\nHeld out, after:  {_text(after)}")
     if setting is not None:
         answers |= _answers_of_other_runs(args, prompts, sampling)
         first = next((label for label in answers if label.startswith("ce")), "before")  # what others are compared with
         labels = [first, *(label for label in answers if label != first)]
         measured = {label: measure(setting, answers[label]) for label in labels}
-        write_comparison(args.out / "comparison", setting, measured, {"sampling": vars(sampling)})
+        about = _identity(args) | {"encoder": args.encoder or MINILM, "sampling": vars(sampling)}
+        write_comparison(args.out / "comparison", setting, measured, about)
+        print(f"Comparison:  {args.out / 'comparison.md'}")
     print(f"Loss curves: {args.out / 'losses.png'}\nAnswers:     {args.out / 'samples.md'}")
     print(f"Model:       {args.out / 'model'}")
 
 
-def _show_answers(shown: list[Example], before: list[list[Answer]], after: list[list[Answer]], path: Path) -> None:
-    prompts, personas = _PRINTED
-    printed: dict[str, list[int]] = {}
-    for i, example in enumerate(shown):
-        if len(printed) < prompts or example.prompt in printed:
-            printed.setdefault(example.prompt, []).append(i)
-    chosen = [i for group in printed.values() for i in group[:personas]]
-    samples_table([shown[i] for i in chosen], *([x[i][0].text for i in chosen] for x in (before, after)), path)
+def _compared(args, asked: Asked, train: list[Example], model, tokenizer, device: torch.device):
+    """The chats that are answered before and after, and what the answers are measured with: None, and why is said,
+    where their personas cannot be told apart, or there is no sentence encoder and none was asked for."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    try:
+        asked = with_room(asked, tokenizer, longest, Sampling().max_new_tokens)
+        return asked, setting_of(asked, train, load_encoder(args.encoder or MINILM, device)) if asked else None
+    except (RuntimeError, ValueError) as error:
+        if args.encoder is not None and isinstance(error, RuntimeError):
+            raise
+        print(f"The answers will not be compared: {error}", file=sys.stderr)
+        return asked, None
 
 
-def _setting(args, shown: list[Example], train: list[Example], encoder, device: torch.device) -> Setting | None:
-    """What the answers are measured with; None where there are none, or no sentence encoder, and none was asked for."""
-    if not shown:
-        return None
-    if encoder is None:
-        try:
-            encoder = load_encoder(args.encoder or MINILM, device)
-        except RuntimeError as error:
-            if args.encoder is not None:
-                raise
-            print(f"The answers will not be compared: {error}", file=sys.stderr)
-            return None
-    return setting_of(shown, train, encoder)
+def _shared(args, whose: str) -> dict:
+    """What runs have in common whose answers can be compared, and whose answers they are."""
+    return {k: v for k, v in _identity(args).items() if k not in _COMPARED} | {"whose": whose}
 
 
-def _answer(args, whose: str, engine, prompts: list[str], sampling: Sampling, folder: Path | None = None):
+def _answer(args, whose: str, engine, prompts: list[str], sampling: Sampling) -> list[list[Answer]]:
     """Answers of the model before, or after training with an objective, kept in the run's folder."""
-    shared = {k: v for k, v in _identity(args).items() if k not in _COMPARED}
-    return generate(
-        engine, prompts, sampling, batch_size=32, keep=(folder or args.out) / f"answers-{whose}.jsonl",
-        identity=shared | {"whose": whose}, progress=f"answers, {whose}" if folder is None else None,
-    )  # fmt: skip
+    keep = args.out / f"answers-{whose}.jsonl"
+    identity, progress = _shared(args, whose), f"answers, {whose}"
+    return generate(engine, prompts, sampling, batch_size=32, keep=keep, identity=identity, progress=progress)
+
+
+def _label(objective: str, folder: str) -> str:
+    return objective if folder == objective else f"{objective} ({folder})"
 
 
 def _answers_of_other_runs(args, prompts: list[str], sampling: Sampling) -> dict[str, list[list[Answer]]]:
     """Of runs of the other objective that lie in the same folder and differ in nothing else."""
-    found = {}
     objective = {"sfr": "ce", "ce": "sfr"}[args.objective]
-    for file in sorted(args.out.parent.glob(f"*/answers-{objective}.jsonl")):
-        with contextlib.suppress(ValueError, RuntimeError):  # other settings, or still being written
-            answers = _answer(args, objective, _no_engine, prompts, sampling, file.parent)
-            found[f"{objective}, {file.parent.name}"] = answers
-    return found
-
-
-def _no_engine():
-    raise ValueError("not all answers are there")
+    files = sorted(args.out.parent.glob(f"*/answers-{objective}.jsonl"))
+    found = {_label(objective, f.parent.name): stored(f, prompts, sampling, _shared(args, objective)) for f in files}
+    return {label: answers for label, answers in found.items() if answers is not None}
 
 
 def _identity(args) -> dict:
@@ -230,8 +219,8 @@ def _start_folder(args) -> None:
         (args.out / "losses.json").unlink(missing_ok=True)
         for path in [*args.out.glob("checkpoint-*"), args.out / "model"]:
             shutil.rmtree(path, ignore_errors=True)
-        for path in args.out.glob("answers-*.jsonl"):
-            path.unlink()
+        for path in (*args.out.glob("answers-*.jsonl"), *args.out.glob("comparison*"), args.out / "samples.md"):
+            path.unlink(missing_ok=True)
     for partial in args.out.glob("checkpoint-*"):
         if not (partial / "trainer_state.json").is_file():
             shutil.rmtree(partial)
@@ -251,16 +240,14 @@ def _arguments(args, device: torch.device) -> TrainingArguments:
     )  # fmt: skip
 
 
-def _split(examples: list[Example], data: Tokenized, prompts: int):
-    """Training samples, held-out samples, and the examples that are answered: all personas of the first prompts."""
+def _split(examples: list[Example], data: Tokenized, most: int):
+    """Training samples, held-out samples, and the chats that are answered, of the first `most` prompts."""
     train_ids, held_ids = split_by_prompt(examples)
     sample = {s["sample_id"]: s for s in data.samples}
     if not any(i in sample for i in train_ids):
         raise ValueError("no training example is left within --max-length")
-    asked = one_of_each([examples[i] for i in held_ids or train_ids])
-    first = set(list(dict.fromkeys(e.prompt for e in asked))[:prompts])
-    shown = [example for example in asked if example.prompt in first]
-    return [sample[i] for i in train_ids if i in sample], [sample[i] for i in held_ids if i in sample], shown
+    asked = choose([examples[i] for i in held_ids or train_ids], most)
+    return [sample[i] for i in train_ids if i in sample], [sample[i] for i in held_ids if i in sample], asked
 
 
 def _open_targets(args, folder: Path, corpus: ChatFile, tokenizer, device: torch.device):

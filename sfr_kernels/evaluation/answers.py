@@ -27,16 +27,21 @@ def key_of(prompt: str, sample: int) -> Key:
     return Key(hashlib.sha256(prompt.encode()).hexdigest(), sample)
 
 
+class OtherSettings(ValueError):
+    """A file of answers has another header."""
+
+
 class AnswerFile:
     """JSON lines, open for one process at a time: `header`, then an answer a line. Use it as a context manager.
 
-    Entering reads what is there into `answers`, and cuts off a last line that a killed run has not finished.
-    ValueError if the file begins with another header, naming every difference, or has a line that is no answer;
-    RuntimeError if another process has it open.
+    Entering reads what is there into `answers`, and cuts off a last line that a killed run has not finished. If the
+    file begins with another header it is emptied where there is no answer in it, or to `replace` it; else that is
+    OtherSettings, naming every difference. ValueError for a file of something else; RuntimeError if another process has
+    it open.
     """
 
-    def __init__(self, path: Path, header: dict[str, dict | None]):
-        self.path = Path(path)
+    def __init__(self, path: Path, header: dict[str, dict | None], replace: bool = False):
+        self.path, self.replace = Path(path), replace
         self.header = json.loads(json.dumps(header))  # as it is read back: tuples are lists
         self.answers: dict[Key, Answer] = {}
 
@@ -49,7 +54,17 @@ class AnswerFile:
                     fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RuntimeError(f"another process is writing answers to {self.path}: wait for it to end") from error
-            self._read()
+            self._file.seek(0)
+            data = self._file.read()
+            try:
+                self.answers, whole = read_answers(self.path, data, self.header)
+            except OtherSettings:
+                if not self.replace and data.count(b"\n") > 1:
+                    raise
+                whole = 0
+            self._file.truncate(whole)
+            if not whole:
+                self._write([self.header])
         except BaseException:
             self._file.close()
             raise
@@ -66,41 +81,44 @@ class AnswerFile:
         self._file.write("".join(json.dumps(line, sort_keys=True) + "\n" for line in lines).encode())
         self._file.flush()
 
-    def _read(self) -> None:
-        self._file.seek(0)
-        first, *lines = self._file.read().split(b"\n")
-        if not lines:  # not even the header is whole
-            if not json.dumps(self.header, sort_keys=True).encode().startswith(first):
-                raise ValueError(f"{self.path}, line 1: not a header of answers; choose another file")
-            self._file.truncate(0)
-            self._write([self.header])
-            return
-        self._check(first)
-        torn = lines.pop()
-        for number, line in enumerate(lines, 2):
-            try:
-                entry = json.loads(line)
-                key, answer = (kind(**{f: entry.pop(f) for f in kind._fields}) for kind in (Key, Answer))
-                if entry or [*map(type, (*key, *answer))] != [str, int, str, bool]:
-                    raise ValueError("other fields than those of an answer")
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise ValueError(f"{self.path}, line {number}: not an answer ({error})") from error
-            self.answers[key] = answer
-        self._file.truncate(self._file.tell() - len(torn))
 
-    def _check(self, line: bytes) -> None:
-        """ValueError unless this is our header."""
+def read_answers(path: Path, data: bytes, header: dict) -> tuple[dict[Key, Answer], int]:
+    """The answers in `data`, the content of a file at `path`, and how many bytes of it are whole lines. Errors as of
+    AnswerFile."""
+    first, *lines = data.split(b"\n")
+    if not lines:  # not even the header is whole
+        if not json.dumps(header, sort_keys=True).encode().startswith(first):
+            raise ValueError(f"{path}, line 1: not a header of answers; choose another file")
+        return {}, 0
+    _check(path, first, header)
+    torn, answers = lines.pop(), {}
+    for number, line in enumerate(lines, 2):
         try:
-            stored = json.loads(line)
-            old, new = _fields(stored), _fields(self.header)
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{self.path}, line 1: not a header of answers ({error}); choose another file") from error
-        names = dict.fromkeys([*new, *old])
-        if differences := [f"{n}: {old.get(n)!r} → {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]:
-            raise ValueError(
-                f"{self.path} holds answers of other settings, stored → wanted: {'; '.join(differences)}. Use those "
-                "settings, choose another file, or remove this one"
-            )
+            entry = json.loads(line)
+            key, answer = (kind(**{f: entry.pop(f) for f in kind._fields}) for kind in (Key, Answer))
+            if entry or [*map(type, (*key, *answer))] != [str, int, str, bool]:
+                raise ValueError("other fields than those of an answer")
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}, line {number}: not an answer ({error})") from error
+        answers[key] = answer
+    return answers, len(data) - len(torn)
+
+
+def _check(path: Path, line: bytes, header: dict) -> None:
+    """OtherSettings unless the line is this header."""
+    try:
+        stored = json.loads(line)
+        old, new = _fields(stored), _fields(header)
+        if stored.keys() != header.keys():
+            raise ValueError(f"of {', '.join(stored)}")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}, line 1: not a header of answers ({error}); choose another file") from error
+    names = dict.fromkeys([*new, *old])
+    if differences := [f"{n}: {old.get(n)!r} → {new.get(n)!r}" for n in names if old.get(n) != new.get(n)]:
+        raise OtherSettings(
+            f"{path} holds answers of other settings, stored → wanted: {'; '.join(differences)}. Use those settings, "
+            "another file, or replace it"
+        )
 
 
 def _fields(header: dict[str, dict | None]) -> dict[str, object]:

@@ -27,25 +27,28 @@ from .diversity import (
 from .fidelity import StyleProbe, relevance
 from .generate import Answer
 
-FEWEST_PROMPTS = 5  # of fewer, no interval is given
+FEWEST_PROMPTS = 6  # of fewer, no interval is given: 100,000 draws do not show the p that Holm's correction asks for
+_MOST_REFERENCES = 16  # texts that a self-BLEU compares: its cost grows with the square
 
-# What a difference between models is claimed of; 1: more is better, −1: less is, 0: neither.
+# What a difference between models is claimed of; 1: more is promised, −1: less, 0: neither.
 CLAIMS = {
     "pass@1": 1,
-    "distance between personas": 1,
+    "separation of personas": 1,
     "distance between samples": 1,
     "style fidelity": 1,
     "relevance": 1,
 }
 # The same by other measures, and at what price.
 DETAILS = {
+    "distance between personas": 1,
     "Vendi score between personas": 1,
     "self-BLEU between personas": -1,
+    "distinct-2 between personas": 1,
+    "adjusted distinct-1 between personas": 1,
     "Vendi score between samples": 1,
     "self-BLEU between samples": -1,
-    "distinct-1": 1,
-    "distinct-1, expectation-adjusted": 1,
-    "distinct-2": 1,
+    "distinct-2 between samples": 1,
+    "adjusted distinct-1 between samples": 1,
     "words": 0,
     "repetition": -1,
     "unfinished": 0,
@@ -67,7 +70,8 @@ class Setting:
     embed: Callable[[list[str]], np.ndarray]  # n texts to (n, d) unit vectors
     vocabulary: int  # how many different words the data's answers have
     probe: StyleProbe | None = None
-    references: Sequence[str] | None = None  # for each cell, the answer that the data has
+    references: Sequence[Sequence[str]] | None = None  # for each cell, the answers that the data has, as many for each
+    probe_knows_references: bool = False  # was fitted to them, too
 
     @property
     def prompts(self) -> list[str]:
@@ -91,91 +95,74 @@ def measure(
     """The measures of one model's answers; those that no prompt defines are left out."""
     if len(answers) != len(setting.cells):
         raise ValueError(f"answers must be of {len(setting.cells)} cells, got {len(answers)}")
+    prompts, everyone = setting.prompts, {persona: i for i, persona in enumerate(setting.personas)}
+    inside: dict[str, list[int]] = {prompt: [] for prompt in prompts}
+    for i, cell in enumerate(setting.cells):
+        inside[cell.prompt].append(i)
     flat = [answer.text for samples in answers for answer in samples]
-    everything = setting.embed([*flat, *setting.prompts])
+    everything = setting.embed([*flat, *prompts])
     at = np.cumsum([0, *(len(samples) for samples in answers)])
     of_cell = [everything[a:b] for a, b in itertools.pairwise(at)]
-    of_prompt = dict(zip(setting.prompts, everything[len(flat) :], strict=True))
-    rows, matrices = [], []
-    for prompt in setting.prompts:
-        inside = [i for i, cell in enumerate(setting.cells) if cell.prompt == prompt]
-        personas = [setting.cells[i].persona for i in inside]
-        texts = [[answer.text for answer in answers[i]] for i in inside]
-        vectors = [of_cell[i] for i in inside]
-        row = _lexical(texts, setting.vocabulary) | _between(texts, vectors) | _within(texts, vectors)
-        whole = np.concatenate(vectors)
-        row["relevance"] = relevance(whole, np.broadcast_to(of_prompt[prompt], whole.shape)).mean()
-        row["unfinished"] = np.mean([not answer.finished for i in inside for answer in answers[i]])
+    rows, total = [], np.zeros((2, len(everyone), len(everyone)), np.float64)
+    for prompt, of_prompt in zip(prompts, everything[len(flat) :], strict=True):
+        cells = inside[prompt]
+        texts, vectors = [[answer.text for answer in answers[i]] for i in cells], [of_cell[i] for i in cells]
+        whole, spoken = np.concatenate(vectors), list(itertools.chain(*texts))
+        row = _between(texts, vectors, setting.vocabulary)
+        row["words"] = np.mean([sum(any(map(str.isalnum, word)) for word in words(text)) for text in spoken])
+        row["repetition"] = np.mean([repetition(text) for text in spoken])
+        row["unfinished"] = np.mean([not answer.finished for i in cells for answer in answers[i]])
+        row["relevance"] = relevance(whole, np.broadcast_to(of_prompt, whole.shape)).mean()
+        personas = [setting.cells[i].persona for i in cells]
         if setting.probe is not None:
             meant = [persona for persona, part in zip(personas, vectors, strict=True) for _ in part]
             known = np.array([persona in setting.probe.personas for persona in meant])
             right = setting.probe.recognised(whole, meant)
             row["style fidelity"] = right[known].mean() if known.any() else math.nan
         rows.append(row)
-        if len(setting.personas) > 1:
-            matrices.append(_among(setting.personas, personas, vectors))
+        among = similarity_between(vectors)
+        place = np.ix_(*[[everyone[persona] for persona in personas]] * 2)
+        total[0][place] += np.nan_to_num(among)
+        total[1][place] += ~np.isnan(among)
     values = {name: np.array([row.get(name, math.nan) for row in rows], np.float64) for name in CLAIMS | DETAILS}
     values = {name: column for name, column in values.items() if not np.isnan(column).all()}
-    return Measured(values, _mean(matrices) if matrices else None)
+    mean = np.divide(*total, out=np.full_like(total[0], math.nan), where=total[1] > 0)
+    return Measured(values, mean if len(everyone) > 1 else None)
 
 
-def _lexical(texts: list[list[str]], vocabulary: int) -> dict[str, float]:
-    flat = list(itertools.chain(*texts))
-    return {
-        "distinct-1": distinct(flat, 1),
-        "distinct-1, expectation-adjusted": expectation_adjusted_distinct(flat, vocabulary),
-        "distinct-2": distinct(flat, 2),
-        "words": np.mean([len(words(text)) for text in flat]),
-        "repetition": np.mean([repetition(text) for text in flat]),
-    }
+def _between(texts: list[list[str]], vectors: list[np.ndarray], vocabulary: int) -> dict[str, float]:
+    """The diversity of a prompt's answers: between its personas, each with its first sample, then each with its second,
+    and so on, so that the number of samples changes no value; and between the samples of a persona."""
+    rounds, embedded = [list(x) for x in zip(*texts, strict=True)], [np.stack(x) for x in zip(*vectors, strict=True)]
+    personas = _diversity(rounds, embedded, vocabulary)
+    samples = _diversity(texts, vectors, vocabulary)
+    row = {f"{name} between personas": value for name, value in personas.items()}
+    row |= {f"{name} between samples": value for name, value in samples.items()}
+    if personas and samples:  # what chance does to one persona, it does to two
+        row["separation of personas"] = personas["distance"] - samples["distance"]
+    return row
 
 
-def _between(texts: list[list[str]], vectors: list[np.ndarray]) -> dict[str, float]:
-    """Of the personas' answers to one prompt, each with its first sample, each with its second, and so on: so that the
-    number of samples changes no value."""
-    if len(texts) < 2:
-        return {}
-    rounds = [list(texts) for texts in zip(*texts, strict=True)]
-    embedded = [np.stack(vectors) for vectors in zip(*vectors, strict=True)]
-    return {f"{name} between personas": value for name, value in _diversity(rounds, embedded).items()}
-
-
-def _within(texts: list[list[str]], vectors: list[np.ndarray]) -> dict[str, float]:
-    return {f"{name} between samples": value for name, value in _diversity(texts, vectors).items()}
-
-
-def _diversity(sets: list[list[str]], embedded: list[np.ndarray]) -> dict[str, float]:
-    """The mean over sets of texts."""
+def _diversity(sets: list[list[str]], embedded: list[np.ndarray], vocabulary: int) -> dict[str, float]:
+    """The means over sets of texts; of sets of one, none."""
     if len(sets[0]) < 2:
         return {}
     return {
         "distance": np.mean([mean_distance(x) for x in embedded]),
         "Vendi score": np.mean([vendi_score(x) for x in embedded]),
-        "self-BLEU": np.mean([self_bleu(texts) for texts in sets]),
+        "self-BLEU": np.mean([self_bleu(texts[:_MOST_REFERENCES]) for texts in sets]),
+        "distinct-2": np.mean([distinct(texts, 2) for texts in sets]),
+        "adjusted distinct-1": np.mean([expectation_adjusted_distinct(texts, vocabulary) for texts in sets]),
     }
 
 
-def _among(everyone: list[str], personas: list[str], vectors: list[np.ndarray]) -> np.ndarray:
-    """`similarity_between` of the personas that were asked, NaN elsewhere."""
-    matrix = np.full((len(everyone), len(everyone)), math.nan)
-    at = [everyone.index(persona) for persona in personas]
-    matrix[np.ix_(at, at)] = similarity_between(vectors)
-    return matrix
-
-
-def _mean(matrices: list[np.ndarray]) -> np.ndarray:
-    stacked = np.stack(matrices)
-    counts = (~np.isnan(stacked)).sum(axis=0)
-    return np.where(counts, np.nansum(stacked, axis=0) / np.maximum(counts, 1), math.nan)
-
-
 class Interval(NamedTuple):
-    """A mean, and the 95% interval around it; NaN for the limits of too few values."""
+    """A mean, and the 95% interval around it; NaN for the limits and p of too few values."""
 
     mean: float
     low: float
     high: float
-    p: float  # of the mean being 0, two-sided: 1 − the level at which the interval reaches 0
+    p: float  # of the mean being 0, two-sided: 1 − the level at which the interval reaches 0, if a draw does
 
 
 def interval(
@@ -184,19 +171,21 @@ def interval(
 ) -> Interval:
     """The expanded percentile bootstrap (Hesterberg 2015, arXiv 1411.5279, section 4.2): quantiles of the means of
     values drawn again with replacement, so far out that of n normal values they are Student's interval. Plain
-    percentiles are too narrow for the dozen prompts that one has. NaNs are left out."""
+    percentiles are too narrow for the dozen prompts that one has. NaNs are left out. Of equal values other than 0, p is
+    that of the sign test, 2 · 2⁻ⁿ."""
     values = values[~np.isnan(values)]
     n = len(values)
     if n < FEWEST_PROMPTS:
         return Interval(float(values.mean()) if n else math.nan, math.nan, math.nan, math.nan)
-    if np.ptp(values) == 0:
-        return Interval(float(values[0]), float(values[0]), float(values[0]), float(values[0] == 0))
-    mean, means, wider = values.mean(), _draws(n) @ values, math.sqrt(n / (n - 1))
+    mean, rounding = float(values.mean()), 1e-9 * float(np.abs(values).max())
+    if np.ptp(values) <= rounding:
+        return Interval(mean, mean, mean, 1.0 if mean == 0 else 2.0 ** (1 - n))
+    means, wider = _draws(n) @ values, math.sqrt(n / (n - 1))
     tail = norm.cdf(-wider * t.ppf((1 + level) / 2, n - 1))
     low, high = np.quantile(means, tail, method="lower"), np.quantile(means, 1 - tail, method="higher")
-    beyond = (1 + np.count_nonzero(means * np.sign(mean) <= 0)) / (1 + len(means))
+    beyond = (1 + np.count_nonzero(means * np.sign(mean) <= rounding)) / (1 + len(means))
     p = 2 * t.sf(-norm.ppf(beyond) / wider, n - 1)
-    return Interval(float(mean), float(low), float(high), min(float(p), 1.0))
+    return Interval(mean, float(low), float(high), min(float(p), 1.0))
 
 
 @lru_cache(maxsize=2)  # of the whole, and of a measure that some prompts do not define
@@ -220,7 +209,8 @@ def holm(p: Mapping[str, float], level: float = 0.05) -> set[str]:
 
 def compare(measured: Mapping[str, Mapping[str, np.ndarray]], baseline: str) -> dict[str, dict]:
     """By model and measure {"mean", "low", "high", "per_prompt"}, and for all but the baseline "difference" from it,
-    {"mean", "low", "high", "p", "differs"}: of the claims, whether it is more than chance with all of them counted."""
+    {"mean", "low", "high", "p", "differs"}: of the claims, whether it is more than chance with all of the model's
+    counted."""
     result: dict[str, dict] = {}
     for model, values in measured.items():
         rows: dict[str, dict] = {}

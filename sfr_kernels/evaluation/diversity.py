@@ -1,7 +1,8 @@
 """How different answers are from each other, in words and in meaning.
 
-Words are those of sacrebleu's tokenizer "13a", in lower case. Embeddings are unit vectors, e.g. of a sentence encoder.
-A value that is not defined, such as the distance between the answers of a set of one, is NaN.
+Words are those of sacrebleu's tokenizer "13a", in lower case; of scripts that put no spaces between words, such as
+Chinese, Japanese and Thai, each character is one. Embeddings are unit vectors, e.g. of a sentence encoder. A value that
+is not defined, such as the distance between the answers of a set of one, is NaN.
 """
 
 import math
@@ -9,15 +10,17 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+import regex
 from sacrebleu.metrics import BLEU
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-_words = Tokenizer13a()
+_split = Tokenizer13a()
+_UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 
 
 @lru_cache(maxsize=1 << 16)  # every measure reads the same answers
 def words(text: str) -> tuple[str, ...]:
-    return tuple(_words(text.lower()).split())
+    return tuple(_split(_UNSPACED.sub(r" \g<0> ", text.lower())).split())
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -47,11 +50,14 @@ def expectation_adjusted_distinct(texts: Sequence[str], vocabulary: int) -> floa
 
 def self_bleu(texts: Sequence[str]) -> float:
     """The mean BLEU, 0 to 100, of each text with the others as its references (Zhu et al. 2018, arXiv 1802.01886):
-    sacrebleu's sentence BLEU with lower case, its own smoothing and effective order. 100: all texts are the same."""
+    sacrebleu's sentence BLEU, its own smoothing and effective order. 100: each has its words in another, in order."""
     if len(texts) < 2:
         return math.nan
-    bleu = BLEU(lowercase=True, effective_order=True)
-    scores = [bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score for i, text in enumerate(texts)]
+    bleu, spaced = BLEU(tokenize="none", effective_order=True), [" ".join(words(text)) for text in texts]
+    scores = []
+    for i, text in enumerate(spaced):
+        others = [*spaced[:i], *spaced[i + 1 :]]
+        scores.append(100.0 if text in others else bleu.sentence_score(text, others).score)  # silence, too, repeats
     return sum(scores) / len(scores)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +15,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from .answers import Answer, AnswerFile, Key, key_of
+from .answers import Answer, AnswerFile, Key, key_of, read_answers
 
-__all__ = ["Answer", "Engine", "Sampling", "TransformersEngine", "VLLMEngine", "draw", "generate"]
+__all__ = ["Answer", "Engine", "Sampling", "TransformersEngine", "VLLMEngine", "draw", "generate", "stored"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def generate(
     batch_size: int = 16,
     keep: Path | None = None,
     identity: dict | None = None,
+    replace: bool = False,
     progress: str | None = None,
 ) -> list[list[Answer]]:
     """`sampling.samples` answers to each prompt: sample j of prompts[i] is result[i][j].
@@ -76,6 +78,7 @@ def generate(
         keep: a JSON-lines file of the answers, written batch by batch. Answers that are in it are not made again, also
             where there are more prompts or samples than before.
         identity: what else the answers in `keep` depend on, as JSON: the model, the engine, its dtype.
+        replace: drop the answers in `keep` if they depend on other things.
         progress: the description of a progress bar over answers; None: no bar.
 
     ValueError for a prompt that has no tokens or leaves no room for its answer, and where `keep` holds other answers;
@@ -83,13 +86,17 @@ def generate(
     """
     if isinstance(prompts, str):
         raise TypeError("prompts must be a sequence of texts, got one text")
+    if bad := [i for i, prompt in enumerate(prompts) if not isinstance(prompt, str)]:
+        raise TypeError(f"prompts[{bad[0]}] must be a text, which a chat template makes of messages")
+    if not (hasattr(engine, "answer") or callable(engine)) or isinstance(engine, torch.nn.Module):
+        raise TypeError(f"engine must be one, as TransformersEngine(model, tokenizer), got {type(engine).__name__}")
+    if keep is not None and identity is None:
+        raise ValueError("keep needs identity: what the answers depend on beside the prompts and the sampling")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    wanted = [[key_of(prompt, j) for j in range(sampling.samples)] for prompt in prompts]
+    wanted, header = _keys(prompts, sampling), _header(sampling, identity)
     first = {row[0].prompt: i for i, row in reversed([*enumerate(wanted)])}
-    settings = {name: value for name, value in asdict(sampling).items() if name != "samples"}
-    header = {"identity": identity, "sampling": settings}
-    with contextlib.nullcontext() if keep is None else AnswerFile(keep, header) as file:
+    with contextlib.nullcontext() if keep is None else AnswerFile(keep, header, replace) as file:
         answers: dict[Key, Answer] = file.answers if file else {}
         unique = dict.fromkeys(key for row in wanted for key in row)
         missing = [key for key in unique if key not in answers]
@@ -110,6 +117,26 @@ def generate(
                 answers |= made
                 bar.update(len(part))
     return [[answers[key] for key in row] for row in wanted]
+
+
+def stored(
+    keep: Path, prompts: Sequence[str], sampling: Sampling, identity: dict | None = None
+) -> list[list[Answer]] | None:
+    """What `generate` would return if all of it is in `keep`, else None. The file is not touched."""
+    try:
+        answers, _ = read_answers(keep, keep.read_bytes(), json.loads(json.dumps(_header(sampling, identity))))
+        return [[answers[key] for key in row] for row in _keys(prompts, sampling)]
+    except (ValueError, OSError, KeyError):
+        return None
+
+
+def _keys(prompts: Sequence[str], sampling: Sampling) -> list[list[Key]]:
+    return [[key_of(prompt, j) for j in range(sampling.samples)] for prompt in prompts]
+
+
+def _header(sampling: Sampling, identity: dict | None) -> dict:
+    settings = {name: value for name, value in asdict(sampling).items() if name != "samples"}
+    return {"identity": identity, "sampling": settings}
 
 
 def _check_lengths(ids: dict[int, list[int]], context: int | None, new: int) -> None:

@@ -19,6 +19,8 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def model_path(name: str) -> str:
     """The path or hub name of `--model`; the packaged GGUF is converted once, into $SFR_KERNELS_CACHE."""
     if name != SMOLLM2:
+        if len(Path(name).parts) > 1 and not os.path.isdir(name) and os.path.isdir(Path(name).parts[0]):
+            raise RuntimeError(f"model {name!r} cannot be loaded: there is no such folder")  # not a name on the hub
         return name
     users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = Path(os.environ.get("SFR_KERNELS_CACHE") or users / "sfr_kernels") / SMOLLM2
@@ -78,11 +80,12 @@ def load_model(name: str, device: torch.device, dtype: torch.dtype):
 
 
 def fingerprint(name: str) -> str:
-    """A digest of a causal LM's weights, configuration and tokenizer; of a hub name, of the files in the cache."""
+    """What identifies a causal LM: a digest of the files in its folder, or the commit of a hub name."""
     path = model_path(name)
-    folder = Path(path) if os.path.isdir(path) else Path(cached_file(path, "config.json")).parent
+    if not os.path.isdir(path):
+        return Path(cached_file(path, "config.json")).parent.name
     digest = hashlib.sha256()
-    for file in sorted(p for kind in ("*.json", "*.safetensors", "*.jinja", "*.model") for p in folder.glob(kind)):
+    for file in sorted(p for p in Path(path).iterdir() if p.is_file()):
         with open(file, "rb") as opened:
             digest.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()[:32]
