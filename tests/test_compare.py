@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from sfr_kernels.commands.report import write_comparison
+from sfr_kernels.commands.report import collapse_matrices, samples_table, write_comparison
 from sfr_kernels.evaluation import compare as compare_module
 from sfr_kernels.evaluation.compare import CLAIMS, FEWEST_PROMPTS, Cell, Setting, compare, holm, interval, measure
 from sfr_kernels.evaluation.fidelity import StyleProbe
@@ -220,6 +220,16 @@ def test_collapse_is_told_from_the_fewest_prompts(setting, tmp_path, capsys):
     assert "one against apart: lower: separation of personas, distance between samples" in shown
     assert all(f"{name} between samples {way}" in shown for name, way in (("distinct-2", "↑"), ("self-BLEU", "↓")))
     assert "repetition ↓" in shown and "words " in shown and "words ↑" not in shown
+
+
+def test_names_are_neither_mathematics_nor_markup(tmp_path, capsys):
+    names = [r"Use $\frac$ here", "[/b] and [red]"]
+    collapse_matrices(names, {r"a $\x$": np.eye(2), "[/b]": np.full((2, 2), 0.5)}, tmp_path / "it.png")
+    assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+    cells = [Cell("Close [/b]!", name) for name in names]
+    samples_table("All", cells, {"[/i]": ["a|b", "c\nd"]}, tmp_path / "it.md", printed=(1, 2))
+    assert "Close [/b]!" in (shown := capsys.readouterr().out) and "[/i]" in shown and "[red]" in shown
+    assert r"| [/b] and [red] | c<br>d |" in (tmp_path / "it.md").read_text()
 
 
 def test_models_that_differ_by_chance_alone_are_called_equal():

