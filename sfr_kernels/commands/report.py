@@ -78,7 +78,7 @@ def samples_table(
         table = [row for _, row in group]
         if number < printed[0]:
             _print(prompt, columns, table[: printed[1]], ratios=(1, *[4] * len(answers)))
-        lines += ["", f"## {prompt}", "", *_markdown(columns, table)]
+        lines += ["", f"## {' '.join(prompt.split())}", "", *_markdown(columns, table)]
     write_atomically(path, ("\n".join(lines) + "\n").encode())
 
 
