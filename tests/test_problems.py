@@ -5,6 +5,7 @@ import gzip
 import importlib.util
 import json
 import pickle
+import time
 import zlib
 from pathlib import Path
 
@@ -145,6 +146,16 @@ def test_an_empty_file_is_an_error(tmp_path):
         read_problems(lines(tmp_path / "x.jsonl", ""))
 
 
+def compiled(text):
+    try:
+        return compile(text, "answer", "exec")
+    except SyntaxError:
+        return None
+
+
+QUOTING = 'def f():\n    """As in\n    ```\n    f()\n    ```\n    """\n'
+
+
 @pytest.mark.parametrize(
     "answer, names, wanted",
     [
@@ -159,10 +170,27 @@ def test_an_empty_file_is_an_error(tmp_path):
         ("```\ndef f(): 1\n```\nrevised\n```\nclass f: 2\n```\n```\nff = 3\n```", ("f",), "class f: 2\n"),
         ("```\ndef ff(): 1\n```\n```\ny\n```", ("f",), "y\n"),
         ("<think>```\nx = 1\n``` no</think>\n```\nx = 2\n```", (), "x = 2\n"),
+        ("Here: ```python\nx = 1\n```\nDone.", (), "x = 1\n"),
+        ("```\nx = 1```\nDone.", (), "x = 1\n"),
+        ("```\nx = 1\n`````\nDone.", (), "x = 1\n"),
+        ("In ```x``` or after ``` so:\n```\nx = 1\n```", (), "x = 1\n"),
+        (f"```\n{QUOTING}```\nDone.", (), QUOTING),
+        ('x = """\n  \n"""', (), 'x = """\n  \n"""'),
+        ("\ufeffx = 1", (), "x = 1"),
     ],
 )
 def test_the_block_that_is_taken(answer, names, wanted):
-    assert extract_code(answer, names) == [wanted]
+    assert next(filter(compiled, extract_code(answer, names))) == wanted
+
+
+@pytest.mark.parametrize(
+    "answer", ["```\n" + "\n" * 20_000, "```" + "x" * 60_000, "`" * 60_000 + " `", "```\n" * 20_000]
+)
+def test_long_answers_are_read_in_linear_time(answer):
+    """While they are, no other answer's sandbox is watched."""
+    started = time.process_time()
+    extract_code(answer, ("f",))
+    assert time.process_time() - started < 1
 
 
 @pytest.mark.parametrize(
@@ -178,12 +206,6 @@ def test_the_block_that_is_taken(answer, names, wanted):
     ],
 )
 def test_the_rest_of_a_function_is_a_program_too(answer):
-    def compiled(text):
-        try:
-            return compile(text, "answer", "exec")
-        except SyntaxError:
-            return None
-
     readings = extract_code(answer, ("inc",), 'def inc(x):\n    """One more."""\n')
     space = {}
     exec(next(code for code in map(compiled, readings) if code), space)

@@ -53,6 +53,7 @@ def got():
     "spawn": "import subprocess, sys\ndef got(): return subprocess.run([sys.executable, '-c', '']).returncode == 0",
     "execute": "import os, sys\ndef got(): os.execv(sys.executable, [sys.executable, '-c', 'raise SystemExit(0)'])",
     "hide memory": "import os\ndef got(): return os.memfd_create('x') > 0",
+    "survive": "import ctypes\ndef got(): return ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) == 0",  # PR_SET_PDEATHSIG
     "trace": "import ctypes\ndef got(): return ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0",
     "take much memory": "def got(): return len(bytearray(2**29)) > 0",
     "write much": """
@@ -127,8 +128,8 @@ HOSTILE = {
         "    setattr(sys.modules['__main__'], name, lambda *a: {'value': True})\ndef f(x): return 5", None),
     "equal to all": ("class E:\n    def __eq__(self, o): return True\ndef f(x): return E()", "wrong answer"),
     "lying int": ("class L(int):\n    def __eq__(self, o): return True\ndef f(x): return L(5)", "wrong answer"),
-    "deaf to signals": (
-        "import signal, time\nfor s in set(signal.valid_signals()) - {9, 19}: signal.signal(s, signal.SIG_IGN)\n"
+    "deaf to signals": (  # also to that of the parent's death
+        "import ctypes, signal, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\nfor s in set(signal.valid_signals()) - {9, 19}: signal.signal(s, signal.SIG_IGN)\n"
         "signal.alarm(1)\nwhile True: time.sleep(9)", "timed out"),
     "stopped": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", "raised NameError"),  # an init, it goes on
     "close all": ("import os\nos.closerange(0, 999)", "exited early"),
@@ -228,6 +229,16 @@ def children() -> set[str]:
     return found
 
 
+def test_what_waits_at_the_deadline_is_read():
+    read, write = os.pipe()
+    os.write(write, b"x" * 2**16)
+    assert sandbox._read(read, 2**17, time.monotonic() - 1) == "timed out"
+    os.write(write, b"x" * 9)
+    os.close(write)
+    assert sandbox._read(read, 2**17, time.monotonic() - 1) == b"x" * 9
+    os.close(read)
+
+
 @contained
 def test_answers_that_end_leave_nothing_for_init_to_reap():
     """In many containers nobody does."""
@@ -283,22 +294,28 @@ def filtered(program: bytes, architecture: int, number: int, argument: int = 0) 
             at += 1 + (yes if met else no)
 
 
-# A call that is allowed; clone; and the numbers of those denied, as the kernel's headers have them.
+# A call that is allowed; clone; prctl; and the numbers of those denied, as the kernel's headers have them.
 CALLS = {
-    "x86_64": (0xC000003E, 0, 56, {57: "fork", 58: "vfork", 59: "execve", 101: "ptrace", 319: "memfd_create"}),
-    "aarch64": (0xC00000B7, 56, 220, {221: "execve", 117: "ptrace", 279: "memfd_create", 281: "execveat"}),
-}
+    "x86_64": (
+        0xC000003E, 0, 56, 157,
+        {57: "fork", 58: "vfork", 59: "execve", 101: "ptrace", 319: "memfd_create", 64: "semget", 41: "socket"}),
+    "aarch64": (
+        0xC00000B7, 56, 220, 167,
+        {221: "execve", 117: "ptrace", 279: "memfd_create", 281: "execveat", 190: "semget", 198: "socket"}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("machine", CALLS)
 def test_the_filter_lets_threads_through_and_processes_not(machine):
     program = sandbox.seccomp_filter(machine)
-    here, read, clone, denied = CALLS[machine]
+    here, read, clone, prctl, denied = CALLS[machine]
     allow, refuse, kill = 0x7FFF0000, 0x00050000, 0x80000000
     thread = 0x00010000
     assert filtered(program, here, read) == allow
     assert filtered(program, here, clone, thread | 0x100) == allow
     assert filtered(program, here, clone, 17) == refuse | errno.EPERM
     assert filtered(program, here, 435, thread) == refuse | errno.ENOSYS  # clone3
+    assert filtered(program, here, prctl, 1) == refuse | errno.EPERM  # PR_SET_PDEATHSIG
+    assert filtered(program, here, prctl, 15) == allow  # PR_SET_NAME, for threads
     assert {filtered(program, here, number) for number in denied} == {refuse | errno.EPERM}
     assert filtered(program, 0x40000003, read) == filtered(program, here, 0x40000000 | read) == kill

@@ -203,7 +203,37 @@ def _unpacked(text: str) -> str:
         raise ValueError(f"private_test_cases must be JSON, or base64(zlib(pickle(one string))): {error}") from error
 
 
-FENCE = re.compile(r"^[ \t]*(```+|~~~+)[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*\1[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
+LANGUAGE = re.compile(r"[\w+-]*")
+
+
+def _fence(line: str) -> tuple[str, str, str]:
+    """What stands before a line's one run of three or more backticks, or of tildes at its start, the run ("" where
+    there is none), and what follows. By hand, since a regular expression takes quadratic time on some lines."""
+    mark = "~~~" if line.lstrip().startswith("~~~") else "```"
+    before, found, after = line.rpartition(mark)
+    start = before.rstrip(mark[0])
+    if not found or mark in start or mark[0] in after:
+        return line, "", ""
+    return start, before[len(start) :] + found, after.strip()
+
+
+def _blocks(answer: str) -> list[tuple[str, str]]:
+    """The fenced blocks' languages and code. Text may stand before the opening fence, and the code's last line before
+    the closing one, which is at least as long; a fence that is indented by four spaces more is part of the code."""
+    blocks, lines, opening, language, indent = [], [], "", "", 0
+    for line in answer.split("\n"):
+        before, run, after = _fence(line)
+        spaces = len(before) - len(before.lstrip())
+        if not opening:
+            if run and (not before.strip() or LANGUAGE.fullmatch(after)):
+                opening, language, indent, lines = run, LANGUAGE.match(after)[0].lower(), spaces, []
+        elif run.startswith(opening) and not after and (before.strip() or spaces <= indent + 3):
+            lines += [before, ""] if before.strip() else [""]
+            blocks.append((language, "\n".join(lines)))
+            opening = ""
+        else:
+            lines.append(line)
+    return [*blocks, (language, "\n".join(lines))] if opening else blocks
 
 
 def extract_code(answer: str, names: tuple[str, ...] = (), prompt: str = "") -> list[str]:
@@ -213,14 +243,15 @@ def extract_code(answer: str, names: tuple[str, ...] = (), prompt: str = "") -> 
     what follows is only usage; else the last marked as Python; else the last. One that is never closed reaches to the
     end; without a fence the text itself is the code. Thoughts before `</think>` are left out. With a `prompt`, code
     that defines none of the names continues it: as it is, with its first line's indentation lost, or with all of it."""
-    answer = answer.rpartition("</think>")[2].replace("\r\n", "\n")
-    blocks = [(language.lower(), code) for _, language, code in FENCE.findall(answer)]
-    defines = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+(?:{'|'.join(map(re.escape, names))})\b", re.MULTILINE)
+    answer = answer.rpartition("</think>")[2].replace("\r\n", "\n").lstrip("\ufeff")
+    blocks = _blocks(answer)
+    words = "|".join(map(re.escape, names))
+    defines = re.compile(rf"^[ \t]*(?:async[ \t]+)?(?:def|class)[ \t]+(?:{words})\b", re.MULTILINE)
     named = [code for _, code in blocks if names and defines.search(code)]
     python = [code for language, code in blocks if language in ("python", "python3", "py")]
     code = [answer, *(code for _, code in blocks), *python, *named][-1]
     if not prompt or defines.search(code):
-        return [textwrap.dedent(code)]
+        return list(dict.fromkeys([code, textwrap.dedent(code)]))  # dedent also changes strings of several lines
     code = code.strip("\n")
     indented = textwrap.indent(textwrap.dedent(code), "    ")
     return [f"{prompt.rstrip()}\n{text}\n" for text in (code, "    " + code, indented)]

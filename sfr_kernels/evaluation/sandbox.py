@@ -137,8 +137,8 @@ def _bwrap(limits: Limits, options: list[str]) -> list[str]:
     return [*command, "--", python, "-I", "-S", "-B", "-X", "utf8", "/harness.py"]
 
 
-# By platform.machine(): the kernel's number for the architecture, and that of the system call `clone`.
-MACHINES = {"x86_64": (0xC000003E, 56), "aarch64": (0xC00000B7, 220)}
+# By platform.machine(): the kernel's number for the architecture, and those of the system calls `clone` and `prctl`.
+MACHINES = {"x86_64": (0xC000003E, 56, 157), "aarch64": (0xC00000B7, 220, 167)}
 # System calls that are denied, with their numbers on these machines.
 DENIED = {
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "ptrace": (101, 117),
@@ -146,22 +146,27 @@ DENIED = {
     "bpf": (321, 280), "userfaultfd": (323, 282), "perf_event_open": (298, 241), "io_uring_setup": (425, 425),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
     # memory that RLIMIT_AS does not count
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
+    "socket": (41, 198),  # AF_VSOCK reaches past network namespaces; socketpair is a call of its own
 }  # fmt: skip
 
 
 def seccomp_filter(machine: str) -> bytes:
-    """A classic BPF program (seccomp(2)) that denies new processes and the calls in `DENIED`. Threads are allowed."""
+    """A classic BPF program (seccomp(2)) that denies new processes, the calls in `DENIED` and outliving bwrap.
+    Threads are allowed."""
     LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
     ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
     NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data
-    CLONE_THREAD, CLONE3, X32 = 0x00010000, 435, 0x40000000
-    (audit, clone), column = MACHINES[machine], list(MACHINES).index(machine)
+    CLONE_THREAD, CLONE3, X32, PR_SET_PDEATHSIG = 0x00010000, 435, 0x40000000, 1
+    (audit, clone, prctl), column = MACHINES[machine], list(MACHINES).index(machine)
     program = [(LOAD, 0, 0, ARCHITECTURE), (EQUAL, 1, 0, audit), (RETURN, 0, 0, KILL), (LOAD, 0, 0, NUMBER)]
     program += [(AT_LEAST, 0, 1, X32), (RETURN, 0, 0, KILL)]  # x86-64's other set of numbers
     program += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, ENOSYS)]  # its flags cannot be seen; libc falls back to clone
     for number in filter(None, (numbers[column] for numbers in DENIED.values())):
         program += [(EQUAL, 0, 1, number), (RETURN, 0, 0, EPERM)]
+    # the signal with which this process dies when bwrap does
+    program += [(EQUAL, 0, 4, prctl), (LOAD, 0, 0, FIRST_ARGUMENT), (EQUAL, 0, 1, PR_SET_PDEATHSIG)]
+    program += [(RETURN, 0, 0, EPERM), (LOAD, 0, 0, NUMBER)]
     program += [(EQUAL, 0, 3, clone), (LOAD, 0, 0, FIRST_ARGUMENT), (ANY_BIT, 1, 0, CLONE_THREAD)]
     program += [(RETURN, 0, 0, EPERM), (RETURN, 0, 0, ALLOW)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
@@ -200,17 +205,17 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _read(pipe: int, most: int, deadline: float) -> bytes | str:
-    """All that comes, until `deadline` of time.monotonic(); or why not all was read."""
+    """All that comes until `deadline` of time.monotonic(), also what waits then, since this process may be the slow
+    one; or why not all was read."""
     poll, data = select.poll(), bytearray()
     poll.register(pipe, select.POLLIN)
-    while (left := deadline - time.monotonic()) > 0:
-        if poll.poll(left * 1000):
-            part = os.read(pipe, 2**16)
-            if not part:
-                return bytes(data)
-            data += part
-            if len(data) > most:
-                return "too much output"
+    while poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+        part = os.read(pipe, 2**16)
+        if not part:
+            return bytes(data)
+        data += part
+        if len(data) > most:
+            return "too much output"
     return "timed out"
 
 
