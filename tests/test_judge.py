@@ -1,6 +1,12 @@
 """Answers are judged as they deserve: HumanEval's own solutions, problems of each form, values of every plain type."""
 
+import collections
+import datetime
+import decimal
+import fractions
 import json
+import os
+import resource
 
 import pytest
 from corpora import needs
@@ -60,11 +66,12 @@ def test_reasons():
         "syntax error", "raised Own", "exited early", "out of memory",
     ]  # fmt: skip
     assert reasons(
-        PROGRAM, "def", "1 / 0", "print('4')", "bytearray(2**40)", "import sys\nprint(int(input()) ** 2)\nsys.exit(3)",
+        PROGRAM, "def", "1 / 0", "print('4')", "bytearray(2**40)",
+        "import os\nprint(int(input()) ** 2, flush=True)\nos._exit(3)",
         "import os\nos.ftruncate(0, 2**21)\nprint(int(input()) ** 2)", "import ctypes\nctypes.string_at(0)",
         "while True: print(1)", "while True: pass",
-        "import sys\nx = int(sys.stdin.read())\nprint(f'{x * x}.0')\nsys.exit()",
-        limits=Limits(5.0, 2**28, 2**20, 2**16),
+        "import sys\nx = int(sys.stdin.read())\nprint(f'{x * x}.0')\nexit(1)",
+        limits=Limits(2.5, 2**28, 2**20, 2**16),
     ) == [
         "syntax error", "raised an exception", "wrong answer", "out of memory", "ended with status 3",
         "raised an exception", "ended with status 139", "too much output", "timed out", "passed",
@@ -92,6 +99,15 @@ def sum(a, b):
     builtin = right.replace("def sum", "def total")
     found = reasons(from_line(tmp_path, row), right, challenged, builtin)
     assert found == ["passed", "wrong answer", "raised NameError"]
+    # an answer brings no module that the tests use, nor a name that only the tests know
+    row["code"], row["challenge_test_list"] = "def half(x):\n    import math\n    return x / 2", []
+    close = "class math: isclose = staticmethod(lambda *args: True)\ndef half(x): return 0\nother = half"
+    for test, reason in (("math.isclose(half(3), 1.5)", "wrong answer"), ("other(3) == 0", "wrong answer: NameError")):
+        assert reasons(from_line(tmp_path, row | {"test_list": [f"assert {test}"]}), close) == [reason]
+    missing = row | {"test_imports": ["import numpy"], "test_list": ["assert half(2) == 1"]}
+    assert reasons(from_line(tmp_path, missing), "def half(x): return x / 2") == [
+        "the problem's own code raised ModuleNotFoundError"
+    ]
 
 
 @contained
@@ -110,7 +126,42 @@ def test_live_code_bench(tmp_path):
     stdin = row | {"starter_code": "", "public_test_cases": json.dumps([case])}
     right = "def main():\n    input()\n    print(sum(map(float, input().split())))\n    print('yes ')\n"
     right += "if __name__ == '__main__':\n    main()"
-    assert reasons(from_line(tmp_path, stdin), right, right.replace("yes", "no")) == ["passed", "wrong answer"]
+    names = "assert pow(2, 3, 5) == 3 and deepcopy([mean([4])]) == [statistics.mean([4])]\n"
+    names += "datetime.date, datetime.datetime, match, dumps, randrange, itemgetter, json, stdin\n"
+    found = reasons(from_line(tmp_path, stdin), right, right.replace("yes", "no"), names + right)
+    assert found == ["passed", "wrong answer", "passed"]
+
+
+@contained
+def test_tests_may_be_large_and_each_has_its_own_time():
+    numbers = "numbers = [i * 7 for i in range(10**5)]\nrows = [numbers[:1000]] * 1000\n"
+    tests = ("assert f(numbers) == 10**5",) * 20 + ("assert f(rows) == 1000",)
+    problem = Problem("", "", names=("f",), setup=numbers, tests=tests)
+    assert reasons(problem, "def f(x): return len(x)") == ["passed"]
+    slow = Problem("", "", names=("f",), tests=("assert f(2) == 4",) * 4)
+    limits = Limits(seconds=1.5, memory_bytes=2**28)
+    answer = "import time\ndef f(x):\n    time.sleep(0.45)\n    return x * x"
+    assert reasons(slow, answer, limits=limits) == ["passed"]
+
+
+@contained
+def test_what_cannot_be_carried_is_not_the_answers_fault():
+    tests = ("assert f(lambda x: x + 1) == 2", "assert next(g()) == 0")
+    for test in tests:
+        problem = Problem("", "", names=("f", "g"), tests=(test,))
+        answer = "import itertools\ndef f(x): return x(1)\ndef g(): return itertools.count()"
+        assert reasons(problem, answer) == [harness.NOT_CARRIED]
+
+
+@contained
+def test_there_are_no_more_workers_than_file_descriptors_for_them():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        (found,) = judge([SQUARE], [["def f(x): return x * x"] * 12], limits=SMALL, workers=12)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert all(verdict.passed for verdict in found)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +184,9 @@ def test_outputs_are_compared_line_by_line(found, wanted, same):
     assert same_output(found, wanted) is same
 
 
+NAMES = ("f", "keyword", "numbers", "counted", "kind", "value", "stop", "Node", "swap")
+
+
 @contained
 def test_what_tests_may_see_of_an_answer():
     answer = """
@@ -152,12 +206,15 @@ def counted(): return collections.Counter("aab")
 def kind(x): return [type(x), x]
 def value(node): return node.value
 def stop(): raise StopIteration
+def swap(a, b, c): a.append(b.pop()); c[0] = True
 """
     honest = (
         "try:\n    f(None)\n    assert False\nexcept ValueError as error:\n    assert str(error) == 'none given'",
         "x = [{}, 2, 3]\ninner = x[0]\nassert f(x) == [{'new': {5}}, 2, 3, 4]\nassert x[3] == 4 and 'new' in x[0]",
         "rows = ([[1, 2]], {3})\nfirst = rows[0][0]\nkeyword(rows=rows)\nassert rows == ([[2, 1]], set())",
         "assert first == [2, 1]",  # changed in place, not replaced
+        "import collections\na, b, c = collections.deque([1]), bytearray(b'xy'), [1]\nswap(a, b, c)\n"
+        "assert list(a) == [1, 121] and b == b'x' and c[0] is True",
         "it = numbers()\nassert iter(it) is it and next(it) == 0 and list(it) == [1, 2]",
         "assert counted() == {'a': 2, 'b': 1} and type(counted()) is dict",
         "assert kind(int) == [type, int] or kind(3) == [int, 3]",
@@ -168,13 +225,16 @@ def stop(): raise StopIteration
     for test in honest:
         setup = "import math\n"
         tests = (test,) if "first ==" not in test else (honest[2], test)
-        tests = tests if "kind(n)" not in test else (honest[7], test)
-        assert reasons(Problem("", "", names=("f",), setup=setup, tests=tests), answer) == ["passed"], test
+        tests = tests if "kind(n)" not in test else (honest[8], test)
+        assert reasons(Problem("", "", names=NAMES, setup=setup, tests=tests), answer) == ["passed"], test
 
 
 VALUES = [
     None, True, 0, -1, 10**5000, 1.5, -0.0, float("inf"), 5e-324, 1 + 2j, "", "a\n\0ü\U0001f600", b"\x00\xff", [], (),
     [1, (2, [3.0, {"k": (None,)}])], {1, 2}, frozenset("ab"), {(1, "a"): {1.5: b"x"}}, range(3, 10**30, 2), int, object,
+    [1, None, -0.0, "a", True], [2**64, -(2**64)], [[1.5], [2]], collections.deque([1, "a"]), bytearray(b"\x00a"),
+    fractions.Fraction(-3, 4), decimal.Decimal("-0.10"), datetime.date(2020, 2, 29),
+    datetime.datetime(2020, 2, 29, 1, 2, 3, 45, datetime.UTC),
 ]  # fmt: skip
 
 
@@ -184,6 +244,8 @@ def test_plain_data_survives_the_journey():
 
     for value in VALUES:
         assert repr_of(journey(value)) == repr_of(value)
+    for view in ({"b": 1, "a": 2}.keys(), {1: [2], 3: [2]}.values(), {(1,): 2.5}.items()):
+        assert repr(journey(view)) == repr(view)
     nan = journey([float("nan")])[0]
     assert type(nan) is float and nan != nan
     lying = {"__eq__": lambda *_: True, "__hash__": lambda self: 0}
@@ -202,7 +264,10 @@ def test_plain_data_survives_the_pipes():
     tests = tuple(f"assert f({v!r}) == {v!r} and type(f({v!r})) is type({v!r})" for v in VALUES if type(v) is not type
                   and v != float("inf") and v != 10**5000)  # fmt: skip
     tests += ("assert f(10**5000) == 10**5000", "assert f(float('inf')) == float('inf')", "assert f(int) is int")
-    assert reasons(Problem("", "", names=("f",), tests=tests), "def f(x): return x") == ["passed"]
+    setup = (
+        "import datetime\nfrom collections import deque\nfrom decimal import Decimal\nfrom fractions import Fraction"
+    )
+    assert reasons(Problem("", "", names=("f",), setup=setup, tests=tests), "def f(x): return x") == ["passed"]
 
 
 @contained
@@ -240,5 +305,8 @@ def test_answers_pair_with_problems():
     for answers in ([], [["a"], ["b"]], ["def f(x): pass"]):
         with pytest.raises(ValueError, match="a list of answers for each of 1 problems"):
             judge([SQUARE], answers)
+    for answer in (None, b"a", 1):
+        with pytest.raises(TypeError, match=rf"answers\[0\]\[1\] must be a string, not {type(answer).__name__}"):
+            judge([SQUARE], [["a", answer]])
     with pytest.raises(ValueError, match="workers"):
         judge([SQUARE], [["a"]], workers=0)

@@ -24,7 +24,7 @@ HUMAN_EVAL = {
 MBPP = {
     "task_id": 7,
     "text": "Write a function to add.",
-    "code": "import math\ndef helper(a): return a\ndef add(a, b): return helper(a) + b",
+    "code": "import math, os\nimport re\ndef helper(a): return a\ndef add(a, b): return helper(a) + b",
     "test_list": ["assert add(1, 2) == 3", "assert add(0, math.inf) == math.inf"],
     "test_setup_code": "",
     "challenge_test_list": ["assert add(-1, 1) == 0"],
@@ -69,10 +69,16 @@ def test_the_form_is_told_by_the_fields(tmp_path):
     assert (human.name, human.names, human.continued) == ("X/0", ("area",), True)
     assert HUMAN_EVAL["prompt"].strip() in human.request and "check" not in human.request
     # the helper is the reference's own affair; its import is not
-    assert (mbpp.name, mbpp.names, mbpp.setup.split("\n")[0]) == ("MBPP/7", ("add",), "import math")
+    assert (mbpp.name, mbpp.names, mbpp.setup.split("\n")[0]) == ("MBPP/7", ("add",), "import math, os")
     assert mbpp.tests == (*MBPP["test_list"], *MBPP["challenge_test_list"])
     assert all(test in mbpp.request for test in MBPP["test_list"]) and "add(-1, 1)" not in mbpp.request
-    assert clean.request.startswith("Add, please.") and clean.setup == "import math\nimport cmath"
+    assert clean.request.startswith("Add, please.") and clean.setup.split() == [
+        "import",
+        "math,",
+        "os",
+        "import",
+        "cmath",
+    ]
     assert (live.name, live.runs, live.tests) == ("q1", (("1\n", "2\n"),), ())
     assert "standard input" in live.request
     assert all("one Python code block" in p.request for p in (human, mbpp, clean, live))
@@ -133,12 +139,29 @@ def test_a_pickle_of_more_than_a_string_is_refused_and_never_run(private, words,
         (LIVE | {"public_test_cases": "[3]"}, "int"),
         (LIVE | {"metadata": "[]"}, "no attribute 'get'"),
         (LIVE | {"public_test_cases": LIVE["public_test_cases"].replace("stdin", "functional")}, "func_name None"),
+        (MBPP | {"task_id": {"a": 1}}, "task_id must be a string or an integer, not dict"),
+        (LIVE | {"question_id": [1]}, "question_id must be a string or an integer, not list"),
+        (HUMAN_EVAL | {"test": "def check("}, r"\(tests, line 1\)"),
+        (MBPP | {"test_setup_code": "x = "}, "invalid syntax"),
+        (MBPP | {"code": "-" * 100_000 + "1"}, "(recursion|memory|nested|MemoryError|RecursionError)"),
+        ("[" * 100_000, "recursion"),
+        (LIVE | {"public_test_cases": LIVE["public_test_cases"].replace("1", "\\ud800")}, "a standard input of .* q1"),
         (HUMAN_EVAL, "a second problem of the name X/0"),
     ],
 )
 def test_a_bad_line_is_named(row, words, tmp_path):
     with pytest.raises(ValueError, match=f"x.jsonl, line 2: .*{words}"):
         read_problems(lines(tmp_path / "x.jsonl", HUMAN_EVAL, row))
+
+
+def test_a_file_that_breaks_off_or_is_no_text_is_named(tmp_path):
+    row = json.dumps(HUMAN_EVAL).encode()
+    for name, content in (
+        ("cut.gz", gzip.compress(row)[:-9]), ("plain.gz", row), ("latin.jsonl", row + b"\n\xe9"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} cannot be read after line "):
+            read_problems(tmp_path / name)
 
 
 def test_an_empty_file_is_an_error(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from sfr_kernels.evaluation import sandbox
+from sfr_kernels.evaluation.harness import NOT_CARRIED
 from sfr_kernels.evaluation.problems import Problem
 from sfr_kernels.evaluation.sandbox import Limits, judge, why_not
 
@@ -91,8 +92,8 @@ HOSTILE = {
         "        try: os.write(fd, b'x' * 65536)\n        except OSError: pass",
         "too much output"),
     "large value": ("def f(x): return 'x' * 2**21", "raised ValueError"),
-    "endless iterator": ("import itertools\ndef f(x): return itertools.count()", "raised ValueError"),
-    "endless nesting": ("def f(x):\n    x = []\n    x.append(x)\n    return x", "raised ValueError"),
+    "endless iterator": ("import itertools\ndef f(x): return itertools.count()", NOT_CARRIED),
+    "endless nesting": ("def f(x):\n    x = []\n    x.append(x)\n    return x", NOT_CARRIED),
     "memory bomb": ("x = [0]\nwhile True: x += x", "out of memory"),
     "one large block": ("x = bytearray(2**40)", "out of memory"),
     "endless loop": ("while True: pass", "timed out"),
@@ -129,8 +130,9 @@ HOSTILE = {
     "equal to all": ("class E:\n    def __eq__(self, o): return True\ndef f(x): return E()", "wrong answer"),
     "lying int": ("class L(int):\n    def __eq__(self, o): return True\ndef f(x): return L(5)", "wrong answer"),
     "deaf to signals": (  # also to that of the parent's death
-        "import ctypes, signal, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\nfor s in set(signal.valid_signals()) - {9, 19}: signal.signal(s, signal.SIG_IGN)\n"
-        "signal.alarm(1)\nwhile True: time.sleep(9)", "timed out"),
+        "import ctypes, signal, time\nctypes.CDLL(None).prctl(1, 0, 0, 0, 0)\n"
+        "for s in set(signal.valid_signals()) - {9, 19}: signal.signal(s, signal.SIG_IGN)\nsignal.alarm(1)\n"
+        "while True: time.sleep(9)", "timed out"),
     "stopped": ("import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)", "raised NameError"),  # an init, it goes on
     "close all": ("import os\nos.closerange(0, 999)", "exited early"),
     "look for the tests": ("""

@@ -6,7 +6,9 @@ cannot say how they went, and an object with an `__eq__` of its own never reache
 """
 
 import builtins
+import collections
 import ctypes
+import importlib
 import itertools
 import json
 import os
@@ -16,35 +18,54 @@ import types
 
 MOST_NESTED = 100
 MOST_ITEMS = 100_000  # of an iterator, which may have no end
-SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset)}
+LONG = 2**64  # integers from here on travel in hexadecimal, since Python bounds the decimal digits that it reads
+PLAIN = {type(None), bool, int, float, str}  # which JSON has too: a float is written with all of its digits
+SEQUENCES = {kind.__name__: kind for kind in (list, tuple, set, frozenset, collections.deque)}
+BYTES = {kind.__name__: kind for kind in (bytes, bytearray)}
+VIEWS = {"keys": dict.fromkeys, "values": lambda items: dict(enumerate(items)), "items": dict}  # the dict of a view
+TEXTS = {"Fraction": "fractions", "Decimal": "decimal", "date": "datetime", "datetime": "datetime"}  # made of their str
 TYPES = {t.__name__: t for t in (object, bool, int, float, complex, str, bytes, dict, range, *SEQUENCES.values())}
+NOT_CARRIED = "the tests need what cannot be carried"  # a reason that is not the answer's fault
 ENDS = {101: "syntax error", 102: "out of memory", 103: "raised an exception"}  # by exit status, of a whole program
+
+
+class NotCarried(ValueError):
+    """A value, in the tests or in an answer, that has no form as data."""
 
 
 def encode(value, opaque, depth: int = 0):
     """Plain data as what `json` can write; a subclass of a plain type as that type, an iterator as its items. What else
     there is, is `opaque`'s to name."""
     if depth > MOST_NESTED:
-        raise ValueError(f"nested more than {MOST_NESTED} deep")
+        raise NotCarried(f"nested more than {MOST_NESTED} deep")
 
     def items(values):
         return [encode(item, opaque, depth + 1) for item in values]
 
     if value is None or isinstance(value, bool | str):
         return value
-    if isinstance(value, int):
-        return ["int", hex(value)]  # in decimal, Python bounds the digits
     if isinstance(value, float):
-        return ["float", float.hex(value)]
+        return float.__pos__(value)
+    if isinstance(value, int):
+        value = int.__pos__(value)
+        return value if -LONG < value < LONG else ["int", hex(value)]
+    if type(value) is list and {*map(type, value)} <= PLAIN and all(-LONG < i < LONG for i in value if type(i) is int):
+        return {"list": value}  # as it is, since tests may have 100,000 items
     if isinstance(value, complex):
         return ["complex", float.hex(value.real), float.hex(value.imag)]
-    if isinstance(value, bytes):
-        return ["bytes", value.hex()]
+    for name, kind in BYTES.items():
+        if isinstance(value, kind):
+            return [name, value.hex()]
     for name, kind in SEQUENCES.items():
         if isinstance(value, kind):
             return [name, *items(value)]
     if isinstance(value, dict):
         return ["dict", items(value.keys()), items(value.values())]
+    for name in VIEWS:
+        if isinstance(value, type(getattr({}, name)())):
+            return [name, *items(value)]
+    if TEXTS.get(type(value).__name__, "") == type(value).__module__:
+        return [type(value).__name__, str(value)]
     if isinstance(value, range):
         return ["range", *items((value.start, value.stop, value.step))]
     if isinstance(value, type) and TYPES.get(value.__name__) is value:
@@ -52,18 +73,22 @@ def encode(value, opaque, depth: int = 0):
     if hasattr(type(value), "__next__"):
         found = list(itertools.islice(value, MOST_ITEMS + 1))
         if len(found) > MOST_ITEMS:
-            raise ValueError(f"an iterator of more than {MOST_ITEMS} items")
+            raise NotCarried(f"an iterator of more than {MOST_ITEMS} items")
         return ["iter", *items(found)]
     return opaque(value)
 
 
 def decode(data, known):
     """What `encode` wrote; `known` gives what `opaque` named. Raises, of whatever type, for anything else."""
-    if data is None or isinstance(data, bool | str):
+    if type(data) in PLAIN:
         return data
+    if type(data) is dict:
+        return list(data["list"])
     tag, *rest = data
     if tag in SEQUENCES:
         return SEQUENCES[tag](decode(item, known) for item in rest)
+    if tag in VIEWS:
+        return getattr(VIEWS[tag]([decode(item, known) for item in rest]), tag)()
     if tag == "iter":
         return iter([decode(item, known) for item in rest])
     if tag == "dict":
@@ -76,30 +101,32 @@ def decode(data, known):
     (text,) = rest
     if tag == "int":
         return int(text, 16)
-    if tag == "float":
-        return float.fromhex(text)
-    if tag == "bytes":
-        return bytes.fromhex(text)
+    if tag in BYTES:
+        return BYTES[tag].fromhex(text)
+    if tag in TEXTS:
+        kind = getattr(importlib.import_module(TEXTS[tag]), tag)
+        return getattr(kind, "fromisoformat", kind)(text)
     return TYPES[text] if tag == "type" else known(tag, text)
 
 
 class Channel:
-    """Messages over a pair of pipes, a line each."""
+    """Messages over a pair of pipes, a line each, of at most so many bytes."""
 
-    def __init__(self, read: int, write: int, most: int):
-        self.reader, self.writer, self.most = os.fdopen(read, "rb"), os.fdopen(write, "wb"), most
+    def __init__(self, read: int, write: int, *, most_read: int = sys.maxsize - 1, most_written: int = sys.maxsize):
+        self.reader, self.writer = os.fdopen(read, "rb"), os.fdopen(write, "wb")
+        self.most_read, self.most_written = most_read, most_written
 
     def send(self, message) -> None:
         line = json.dumps(message).encode() + b"\n"
-        if len(line) > self.most:
-            raise ValueError(f"a message of more than {self.most} bytes")
+        if len(line) > self.most_written:
+            raise ValueError(f"a message of more than {self.most_written} bytes")
         self.writer.write(line)
         self.writer.flush()
 
     def receive(self):
         """EOFError when the other side is gone, OverflowError for a line that is too long."""
-        line = self.reader.readline(self.most + 1)
-        if len(line) > self.most:
+        line = self.reader.readline(self.most_read + 1)
+        if len(line) > self.most_read:
             raise OverflowError
         if not line.endswith(b"\n"):
             raise EOFError
@@ -109,7 +136,8 @@ class Channel:
 def load(job: dict, name: str) -> dict:
     """Runs the answer as the module `name`: the first of its readings that compiles. SyntaxError if none does."""
     module = sys.modules[name] = types.ModuleType(name)
-    error = None
+    module.__file__, error = "<answer>", None
+    builtins.exit = builtins.quit = sys.exit  # as Python's `site` has it, which does not run here
     exec(job["prelude"], module.__dict__)
     for text in job["programs"]:
         try:
@@ -124,9 +152,11 @@ def load(job: dict, name: str) -> dict:
 
 
 def run_program(job: dict) -> None:
-    """The answer as a program that reads standard input."""
+    """The answer as a program that reads standard input. As in LiveCodeBench, any status that it exits with will do."""
     try:
         load(job, "__main__")
+    except SystemExit:
+        return
     except SyntaxError:
         os._exit(101)
     except MemoryError:
@@ -171,16 +201,18 @@ def serve(job: dict, channel: Channel) -> None:
             os._exit(0)
         try:
             target = decode(request["of"], known)
-            args, kwargs = decode(request["given"], known)
+            args, kwargs = decode(json.loads(request["given"]), known)
             value = getattr(target, request["get"]) if request["get"] else target(*args, **kwargs)
-            reply = {"value": encode(value, opaque), "given": encode([args, kwargs], opaque)}
-            if reply["given"] == request["given"]:
-                reply["given"] = None  # nothing was changed in place
-            channel.send(reply)
+            given = json.dumps(encode([args, kwargs], opaque))  # texts, which tell 1 from True
+            changed = None if given == request["given"] else given
+            channel.send({"value": encode(value, opaque), "given": changed})
         except SystemExit:
             raise
         except BaseException as error:
             channel.send(raised(error))
+
+
+CHANGEABLE = (list, tuple, dict, set, collections.deque, bytearray)  # a tuple, in its items
 
 
 def update(old, new) -> None:
@@ -188,11 +220,14 @@ def update(old, new) -> None:
     if type(old) is set or (type(old) is dict and list(old) != list(new)):
         old.clear()
         old.update(new)
-    elif type(old) is list and len(old) != len(new):
+    elif type(old) is collections.deque:
+        old.clear()
+        old.extend(new)
+    elif type(old) is bytearray or (type(old) is list and len(old) != len(new)):
         old[:] = new
     else:
         for key in old if type(old) is dict else range(len(old)):
-            if type(old[key]) is type(new[key]) and type(old[key]) in (list, tuple, dict, set):
+            if type(old[key]) is type(new[key]) and type(old[key]) in CHANGEABLE:
                 update(old[key], new[key])
             elif type(old) is not tuple:
                 old[key] = new[key]
@@ -222,9 +257,9 @@ class Tests:
 
     def ask(self, of, get, args, kwargs):
         given = [list(args), kwargs]
-        request = {"of": of, "get": get, "given": encode(given, self.opaque)}
+        text = json.dumps(encode(given, self.opaque))
         try:
-            self.channel.send(request)
+            self.channel.send({"of": of, "get": get, "given": text})
         except BrokenPipeError:
             self.end(False, "exited early")
         message = self.reply()
@@ -232,7 +267,7 @@ class Tests:
             if "raised" not in message:
                 value = decode(message["value"], self.known)
                 if message["given"] is not None:
-                    update(given, decode(message["given"], self.known))
+                    update(given, decode(json.loads(message["given"]), self.known))
                 return value
             error = self.error(*message["raised"])
         except Exception:
@@ -253,7 +288,7 @@ class Tests:
 
     def opaque(self, value):
         if not isinstance(value, Remote):
-            raise TypeError(f"{type(value).__name__} cannot be given to an answer")
+            raise NotCarried(f"{type(value).__name__} cannot be given to an answer")
         return value._ref
 
     def known(self, tag, which):
@@ -276,13 +311,11 @@ class Tests:
             tests = [compile(test, "<tests>", "exec") for test in self.job["tests"]]
         except BaseException as error:
             self.end(False, f"the problem's own code raised {type(error).__name__}")
-        names = set(self.job["names"])
-        for test in tests:
-            names |= {name for name in names_of(test) if name not in space and not hasattr(builtins, name)}
-        space |= {name: Remote(self, ["global", name]) for name in names}
+        space |= {name: Remote(self, ["global", name]) for name in self.job["names"]}
         try:
             for test in tests:
                 exec(test, space)
+                os.write(self.verdict, b"\n")  # the next has time of its own
         except BaseException as error:
             self.end(False, reason(error))
         self.end(True, "passed")
@@ -310,14 +343,10 @@ class Remote:
         return hash(tuple(self._ref))
 
 
-def names_of(code: types.CodeType) -> set[str]:
-    """Every name that code looks up, also in the functions it defines."""
-    inner = [names_of(const) for const in code.co_consts if isinstance(const, types.CodeType)]
-    return set(code.co_names).union(*inner)
-
-
 def reason(error: BaseException) -> str:
     name = getattr(error, "of_answer", None)
+    if isinstance(error, NotCarried) or name == NotCarried.__name__:
+        return NOT_CARRIED
     if name is None:
         return "wrong answer" if isinstance(error, AssertionError) else f"wrong answer: {type(error).__name__}"
     if isinstance(error, SyntaxError):
@@ -347,11 +376,10 @@ def main() -> None:
     if job["role"] == "program":
         return run_program(job)
     read, write, *verdict = job["fds"]
-    channel = Channel(read, write, job["most"])
     if job["role"] == "answer":
-        return serve(job, channel)
+        return serve(job, Channel(read, write, most_written=job["most"]))
     sys.set_int_max_str_digits(0)
-    Tests(job, channel, *verdict).run()
+    Tests(job, Channel(read, write, most_read=job["most"]), *verdict).run()
 
 
 if __name__ == "__main__":

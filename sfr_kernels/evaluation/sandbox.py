@@ -9,6 +9,7 @@ run in a sandbox beside the answer's, so that it can neither read them nor say t
 import json
 import os
 import platform
+import resource
 import select
 import shutil
 import struct
@@ -30,16 +31,17 @@ from .problems import Problem, extract_code
 
 HARNESS = Path(__file__).with_name("harness.py")
 GRACE = 0.5  # seconds
+DESCRIPTORS = 12  # that judging an answer may have open at once
 
 
 @dataclass(frozen=True)
 class Limits:
     """What an answer may use. Processes are not among it: it has one, whose threads its memory bounds."""
 
-    seconds: float = 10.0  # of wall time, for all tests together, and for each standard input
+    seconds: float = 10.0  # of wall time, for each test and each standard input
     memory_bytes: int = 2**30  # of address space
     file_bytes: int = 2**24  # of all files together
-    output_bytes: int = 2**24  # of standard output, and of one returned value
+    output_bytes: int = 2**24  # of standard output, and of one returned value with the arguments it changed
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -61,24 +63,36 @@ def judge(
     workers: int | None = None,
     progress: bool = False,
 ) -> list[list[Verdict]]:
-    """A verdict on every answer of a chat model to every problem, `workers` at once (as many as there are CPUs).
+    """A verdict on every answer of a chat model to every problem, up to `workers` at once (as many as there are CPUs).
 
-    A right answer passes all tests of its problem and, for each of its standard inputs, ends with status 0 after
-    printing the wanted output (`same_output`). ValueError for answers that do not pair with problems; RuntimeError, of
-    which `why_not` tells beforehand, where no sandbox can be made: nothing is ever run without one."""
+    A right answer passes all tests of its problem and, for each of its standard inputs, ends by itself after
+    printing the wanted output (`same_output`). ValueError for answers that do not pair with problems, TypeError for one
+    that is no string; RuntimeError, of which `why_not` tells beforehand, where no sandbox can be made: nothing is ever
+    run without one."""
     if len(problems) != len(answers) or any(isinstance(a, str) for a in answers):
         raise ValueError(f"expected a list of answers for each of {len(problems)} problems, not {len(answers)} items")
+    for i, group in enumerate(answers):
+        for j, answer in enumerate(group):
+            if not isinstance(answer, str):
+                raise TypeError(f"answers[{i}][{j}] must be a string, not {type(answer).__name__}")
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, not {workers}")
     command = sandbox_command(limits)
     todo = [(problem, answer) for problem, group in zip(problems, answers, strict=True) for answer in group]
-    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    pool = ThreadPoolExecutor(min(workers or os.cpu_count(), _most_workers()))
     try:
         done = pool.map(lambda pair: _judge_one(command, limits, *pair), todo)
         verdicts = iter(list(tqdm(done, "judging", len(todo), unit="answer", disable=not progress)))
     finally:
         pool.shutdown(cancel_futures=True)
     return [[next(verdicts) for _ in group] for group in answers]
+
+
+def _most_workers() -> int:
+    """How many answers this process has file descriptors for."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = sys.maxsize if most == resource.RLIM_INFINITY else most - len(os.listdir("/proc/self/fd"))
+    return max(1, most // DESCRIPTORS)
 
 
 def why_not() -> str | None:
@@ -146,7 +160,8 @@ DENIED = {
     "bpf": (321, 280), "userfaultfd": (323, 282), "perf_event_open": (298, 241), "io_uring_setup": (425, 425),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
     # memory that RLIMIT_AS does not count
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190),
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "msgget": (68, 186),
+    "semget": (64, 190),
     "socket": (41, 198),  # AF_VSOCK reaches past network namespaces; socketpair is a call of its own
 }  # fmt: skip
 
@@ -204,9 +219,9 @@ def _end(process: subprocess.Popen) -> None:
         process.kill()
 
 
-def _read(pipe: int, most: int, deadline: float) -> bytes | str:
+def _read(pipe: int, most: int, deadline: float, renewed: float | None = None) -> bytes | str:
     """All that comes until `deadline` of time.monotonic(), also what waits then, since this process may be the slow
-    one; or why not all was read."""
+    one; or why not all was read. Where `renewed` is given, what comes puts the deadline off by so many seconds."""
     poll, data = select.poll(), bytearray()
     poll.register(pipe, select.POLLIN)
     while poll.poll(max(deadline - time.monotonic(), 0) * 1000):
@@ -214,6 +229,8 @@ def _read(pipe: int, most: int, deadline: float) -> bytes | str:
         if not part:
             return bytes(data)
         data += part
+        if renewed is not None:
+            deadline = time.monotonic() + renewed
         if len(data) > most:
             return "too much output"
     return "timed out"
@@ -243,7 +260,7 @@ def _test(command: list[str], limits: Limits, problem: Problem, job: dict) -> Ve
         for end in ends:
             if end.fileno() != verdict:
                 end.close()  # a process sees the other's end only when nobody else holds the pipe
-        found = _read(verdict, 4096, deadline)
+        found = _read(verdict, 4096 + len(problem.tests), deadline, limits.seconds)  # a line after every test
     if isinstance(found, str):
         return Verdict(False, found)
     return Verdict(*json.loads(found)) if found else Verdict(False, "the tests broke off")
