@@ -129,7 +129,7 @@ def test_flags_may_be_numbers_or_strings(tmp_path, yes, no):
 def test_of_the_answers_to_a_question_the_best_judged_the_shortest_and_the_first_is_kept(tmp_path):
     one = [
         open_row("  best judged\n", "short", scores=(5, 5, 4)),
-        open_row("shortest", "a longer answer"),
+        open_row("shortest", "longer by 1"),
         open_row("first", "one"),
         open_row("first", "two"),
         open_row("only the second passes", "failed", average_test_score="0.5"),
@@ -137,7 +137,7 @@ def test_of_the_answers_to_a_question_the_best_judged_the_shortest_and_the_first
     two = [
         open_row("best judged", "a long answer", scores=(5, 5, 5)),
         open_row("First", "in another case it is another question"),
-        open_row("shortest", "shorter"),
+        open_row("shortest", "\n\n  shorter  \t\n\n\n"),
         open_row("first", "six"),
         open_row("best judged", "short again", scores=(5, 5, 4)),
         open_row("only the second passes", "passed"),
@@ -148,7 +148,7 @@ def test_of_the_answers_to_a_question_the_best_judged_the_shortest_and_the_first
         ("first", "one"),
         ("best judged", "a long answer"),
         ("First", "in another case it is another question"),
-        ("shortest", "shorter"),
+        ("shortest", "\n\n  shorter  \t\n\n\n"),
         ("only the second passes", "passed"),
     ]
     assert counts == {"kept": 5, UNTESTED: 1, REPEATED: 5}
@@ -159,7 +159,7 @@ def test_of_questions_with_the_same_5_grams_the_first_is_kept(tmp_path):
         "a b c d e a b c d", "one two three four", "a b c d e", "a b c d f", "two three four five",
         "p q r s p q r", "q r s p q r s",  # which share all their 4-grams
     ]  # fmt: skip
-    same = ["b c d e a b c d e", "A B C D E a b c d e\tA", "One two three four ", "a  b c\nd e"]
+    same = ["b c d e a b c d e", "A B C D E a b c d e\tA", "One  two three\n four ", "a  b c\nd e"]
     others = ["one two three", "f a b c d"]
     files = [write(tmp_path / "1.parquet", [seed_row("a b c d f", verified=False), *map(seed_row, questions)])]
     files += [write(tmp_path / "2.parquet", [seed_row(q, "print(2)") for q in (*same, *others)])]
@@ -171,17 +171,20 @@ def test_of_questions_with_the_same_5_grams_the_first_is_kept(tmp_path):
 def test_code_that_is_missing_is_appended(tmp_path):
     starter, code = "def f(x):\n    pass\n", "def f(x):\n    return '```'\n"
     rows = [
-        seed_row("double the number", "So:", starter_code=starter, code=code),
-        seed_row(f"has it: {starter}!", f"Here:\n{code}\nDone.", starter_code=f"\n{starter}", code=f"{code}\n"),
+        seed_row("double", "So:", starter_code=starter, code=code),
+        seed_row(f"has it:\n{starter}!", f"Here:\n{code}\nDone.", starter_code=f"\n{starter}", code=f"{code}\n"),
+        seed_row("other line ends", f"Here:\n{code}", code=code.replace("\n", " \r\n")),
+        seed_row("within a line", "Use spin x.", code="in"),
+        seed_row("only thought of", f"<think>\n{code}</think>\nSo:", code=code),
         seed_row("has none", "no code", starter_code=None, code=" \n"),
     ]
     _, chats = curate(RSTAR, tmp_path / "chats.jsonl", write(tmp_path / "rows.parquet", rows))
     assert chats == [
-        (
-            "double the number\n\n```python\ndef f(x):\n    pass\n```",
-            "So:\n\n````python\ndef f(x):\n    return '```'\n````",
-        ),
-        (f"has it: {starter}!", f"Here:\n{code}\nDone."),
+        ("double\n\n```python\ndef f(x):\n    pass\n```", "So:\n\n````python\ndef f(x):\n    return '```'\n````"),
+        (f"has it:\n{starter}!", f"Here:\n{code}\nDone."),
+        ("other line ends", f"Here:\n{code}"),
+        ("within a line", "Use spin x.\n\n```python\nin\n```"),
+        ("only thought of", f"<think>\n{code}</think>\nSo:\n\n````python\n{code}````"),
         ("has none", "no code"),
     ]
 
@@ -258,6 +261,10 @@ def test_what_stands_in_the_way_is_said_before_anything_is_written(tmp_path, cap
         seed = file("-".join(without), seed_row(seed_question="sum"), *without)
         assert f"{seed} has no column {', '.join(without)}; it has question_id" in fails(seed, name=RSTAR)
 
+    table = pa.Table.from_pylist([open_row()])
+    pq.write_table(table.append_column("output", table["output"]), tmp_path / "double.parquet")
+    assert f"{tmp_path}/double.parquet has 2 columns output" in fails(good, tmp_path / "double.parquet")
+
     (tmp_path / "plain.parquet").write_text("not parquet")
     assert f"{tmp_path}/plain.parquet is not a parquet file" in fails(good, tmp_path / "plain.parquet")
     assert f"{tmp_path}/none.parquet does not exist" in fails(good, tmp_path / "none.parquet")
@@ -293,11 +300,8 @@ def test_bytes_that_are_no_text_are_dropped(tmp_path):
     good = "é \u2028\x00 \U0001f600 \\ud83d"
     half = b"half \xed\xa0\xbd of a surrogate pair"
     table = pa.Table.from_pylist([open_row(str(i)) for i in range(4)])
-    for name, column in (
-        ("input", strings(good.encode(), half, b"caf\xe9", b"answer")),
-        ("output", strings(good.encode(), b"1", b"2", half)),
-    ):
-        table = table.set_column(table.schema.get_field_index(name), name, column)
+    for name, raw in (("input", [half, b"caf\xe9", b"answer"]), ("output", [b"1", b"2", half])):
+        table = table.set_column(table.schema.get_field_index(name), name, strings(good.encode(), *raw))
     pq.write_table(table, tmp_path / "rows.parquet")
     counts, chats = curate(OPEN, tmp_path / "chats.jsonl", tmp_path / "rows.parquet")
     assert counts == {"kept": 1, UNENCODABLE: 3} and chats == [(good, good)]
@@ -320,6 +324,17 @@ def test_neither_batches_nor_row_groups_nor_long_strings_matter(tmp_path, monkey
         found.add((json.dumps(counts), (tmp_path / f"{i}.jsonl").read_bytes()))
         assert counts["kept"] == 7 and counts[REPEATED] > 10
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.string()), pa.string_view(), pa.null()], ids=str)
+def test_strings_of_every_kind_are_read(tmp_path, kind):
+    codes = [None] * 2 if kind == pa.null() else ["print(0)", "print(1)"]
+    table = pa.Table.from_pylist([seed_row(str(i)) for i in range(2)])
+    table = table.set_column(table.schema.names.index("code"), "code", pa.array(codes).cast(kind))
+    pq.write_table(table, tmp_path / "rows.parquet")
+    _, chats = curate(RSTAR, tmp_path / "chats.jsonl", tmp_path / "rows.parquet")
+    ends = [f"\n\n```python\n{code}\n```" if code else "" for code in codes]
+    assert [answer for _, answer in chats] == [f"print(sum){end}" for end in ends]
 
 
 def watched(monkeypatch, see) -> None:

@@ -41,8 +41,8 @@ def curate(
     {"messages": [user, assistant]}, all of them or none. The files are read twice, and no text is held between.
 
     `count_tokens` gives the tokens in each of several texts. Returns `Selection.counts`. ValueError or
-    FileNotFoundError naming the files that are not parquet, do not exist, are given twice, lack columns or hold none
-    that is kept, before anything is written.
+    FileNotFoundError naming the files that are not parquet, do not exist, are given twice, lack columns or have
+    two of one name, or hold no row that is kept, before anything is written.
     """
     if out.is_dir() or out.resolve() in [path.resolve() for path in files]:
         raise ValueError(f"the chats need a file of their own, got {out}")
@@ -98,8 +98,11 @@ def _columns(files: Sequence[Path], recipe: Recipe) -> dict[Path, tuple[str, ...
             wrong.append(f"{path} has no column {', '.join(missing)}; it has {', '.join(schema.names)}")
             continue
         for name in columns[path]:
+            if schema.names.count(name) > 1:
+                wrong.append(f"{path} has {schema.names.count(name)} columns {name}")
+                continue
             kind = schema.field(name).type
-            if not (_is_text(kind) or (name in _MARKS and pa.types.is_primitive(kind))):
+            if not (_is_text(kind) or pa.types.is_null(kind) or (name in _MARKS and pa.types.is_primitive(kind))):
                 wrong.append(f"{path}: column {name} must hold strings, it holds {kind}")
         if recipe.released_as_passed(schema.names):
             print(f"{path}: no verified and is_passed, as in synthetic_sft: every answer passed", file=sys.stderr)
@@ -118,7 +121,8 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _batches(columns: dict[Path, Sequence[str]], unit: str) -> Iterator[pa.RecordBatch]:
-    """The rows of the files, some at a time, with a progress bar. ValueError naming a file that cannot be read."""
+    """The rows of the files, some at a time, with a progress bar, and texts as large_binary: not all kinds of string
+    can be taken from. ValueError naming a file that cannot be read."""
     with tqdm(total=sum(_open(path).metadata.num_rows for path in columns), desc=f"rows {unit}", unit="row") as bar:
         for path, names in columns.items():
             with _open(path) as file:
@@ -130,21 +134,23 @@ def _batches(columns: dict[Path, Sequence[str]], unit: str) -> Iterator[pa.Recor
                         raise ValueError(f"{path} cannot be read: {error}") from error
                     if batch is None:
                         break
-                    yield batch
+                    arrays = [c.cast(pa.large_binary()) if _is_text(c.type) else c for c in batch.columns]
+                    yield pa.RecordBatch.from_arrays(arrays, batch.schema.names)
                     bar.update(len(batch))
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
 def _rows(batch: pa.RecordBatch) -> list[Row]:
     """The rows by column. Bytes of a string that are not UTF-8 become lone surrogates, which the recipe drops."""
     values = []
     for column in batch.columns:
-        if _is_text(column.type):
-            raw = column.cast(pa.large_binary()).to_pylist()
-            values.append([None if text is None else text.decode(errors="surrogateescape") for text in raw])
-        else:
-            values.append(column.to_pylist())
+        raw = column.to_pylist()
+        if pa.types.is_large_binary(column.type):
+            raw = [None if text is None else text.decode(errors="surrogateescape") for text in raw]
+        values.append(raw)
     return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*values, strict=True)]

@@ -2,7 +2,7 @@
 
 OpenCodeInstruct (nvidia/OpenCodeInstruct, every column a string): answers judged 5 for requirement conformance, 5 for
 logical correctness and at least 4 for edge cases, that pass all of their unit tests, of which there is one; of the
-answers to a question, stripped, the best judged, then the shortest, then the first.
+answers to a question, stripped, the best judged, then the shortest (stripped too), then the first.
 
 rStar-Coder (microsoft/rStar-Coder): answers that are verified and passed, of at most 16,384 tokens; of the questions
 with the same set of 5-grams, the first. The files of seed_sft have both flags and starter code; those of synthetic_sft
@@ -118,13 +118,18 @@ def count_by_characters(texts: Sequence[str]) -> list[int]:
 
 
 def _with_code(text: str, code: str | None) -> str:
-    """The text, and after it the code as a block of Python unless the text contains it."""
-    if not code or code.strip() in text:
+    """The text, and after it the code as a block of Python unless the text has its lines, whatever blanks end them.
+    Thoughts before `</think>` do not count."""
+    if not code or not code.strip() or f"\n{_lines(code)}\n" in f"\n{_lines(text.rpartition('</think>')[2])}\n":
         return text
     fence = "```"
     while fence in code:
         fence += "`"
     return f"{text.rstrip()}\n\n{fence}python\n{code.strip(chr(10))}\n{fence}"
+
+
+def _lines(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.split("\n")).strip("\n")
 
 
 def _digest(text: str) -> bytes:
@@ -139,7 +144,7 @@ def _grams_key(question: str) -> bytes:
     """A digest of the set of the question's 5-grams of words in lower case; of all of it where it has fewer words."""
     words = question.lower().split()
     if len(words) < _GRAM:
-        return _digest(question.strip().lower())
+        return _digest(" ".join(words))
     return _digest("\n".join(sorted({" ".join(words[i : i + _GRAM]) for i in range(len(words) - _GRAM + 1)})))
 
 
@@ -192,7 +197,7 @@ RECIPES = {
             _REPEATED,
         ),
         drop=_drop_open_code_instruct,
-        rank=lambda row: (-sum(_scores(row)), len(row["output"])),
+        rank=lambda row: (-sum(_scores(row)), len(row["output"].strip())),
         key=_stripped_key,
         limited=False,
     ),
