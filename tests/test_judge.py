@@ -145,6 +145,14 @@ def test_tests_may_be_large_and_each_has_its_own_time():
 
 
 @contained
+def test_an_answer_has_what_a_program_has():
+    answers = ["exit, quit, __file__\ndef f(x): return x * x"]
+    if os.path.exists("/usr/share/zoneinfo/Europe/Paris"):
+        answers.append("import zoneinfo\nzoneinfo.ZoneInfo('Europe/Paris')\ndef f(x): return x * x")
+    assert reasons(SQUARE, *answers) == ["passed"] * len(answers)
+
+
+@contained
 def test_what_cannot_be_carried_is_not_the_answers_fault():
     tests = ("assert f(lambda x: x + 1) == 2", "assert next(g()) == 0")
     for test in tests:
@@ -184,7 +192,7 @@ def test_outputs_are_compared_line_by_line(found, wanted, same):
     assert same_output(found, wanted) is same
 
 
-NAMES = ("f", "keyword", "numbers", "counted", "kind", "value", "stop", "Node", "swap")
+NAMES = ("f", "keyword", "numbers", "counted", "kind", "value", "stop", "Node", "swap", "mark")
 
 
 @contained
@@ -206,15 +214,17 @@ def counted(): return collections.Counter("aab")
 def kind(x): return [type(x), x]
 def value(node): return node.value
 def stop(): raise StopIteration
-def swap(a, b, c): a.append(b.pop()); c[0] = True
+def swap(a, b): a.append(b.pop())
+def mark(x): x[0] = True
 """
     honest = (
         "try:\n    f(None)\n    assert False\nexcept ValueError as error:\n    assert str(error) == 'none given'",
         "x = [{}, 2, 3]\ninner = x[0]\nassert f(x) == [{'new': {5}}, 2, 3, 4]\nassert x[3] == 4 and 'new' in x[0]",
         "rows = ([[1, 2]], {3})\nfirst = rows[0][0]\nkeyword(rows=rows)\nassert rows == ([[2, 1]], set())",
         "assert first == [2, 1]",  # changed in place, not replaced
-        "import collections\na, b, c = collections.deque([1]), bytearray(b'xy'), [1]\nswap(a, b, c)\n"
-        "assert list(a) == [1, 121] and b == b'x' and c[0] is True",
+        "import collections\na, b = collections.deque([1]), bytearray(b'xy')\nswap(a, b)\n"
+        "assert list(a) == [1, 121] and b == b'x'",
+        "x = [1]\nmark(x)\nassert x[0] is True",
         "it = numbers()\nassert iter(it) is it and next(it) == 0 and list(it) == [1, 2]",
         "assert counted() == {'a': 2, 'b': 1} and type(counted()) is dict",
         "assert kind(int) == [type, int] or kind(3) == [int, 3]",
@@ -225,7 +235,7 @@ def swap(a, b, c): a.append(b.pop()); c[0] = True
     for test in honest:
         setup = "import math\n"
         tests = (test,) if "first ==" not in test else (honest[2], test)
-        tests = tests if "kind(n)" not in test else (honest[8], test)
+        tests = tests if "kind(n)" not in test else (honest[9], test)
         assert reasons(Problem("", "", names=NAMES, setup=setup, tests=tests), answer) == ["passed"], test
 
 

@@ -55,6 +55,8 @@ def got():
     "execute": "import os, sys\ndef got(): os.execv(sys.executable, [sys.executable, '-c', 'raise SystemExit(0)'])",
     "hide memory": "import os\ndef got(): return os.memfd_create('x') > 0",
     "survive": "import ctypes\ndef got(): return ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) == 0",  # PR_SET_PDEATHSIG
+    "start many threads":
+        "import resource\ndef got(): return resource.getrlimit(resource.RLIMIT_NPROC)[0] not in range(1, 1025)",
     "trace": "import ctypes\ndef got(): return ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0",
     "take much memory": "def got(): return len(bytearray(2**29)) > 0",
     "write much": """

@@ -31,12 +31,14 @@ from .problems import Problem, extract_code
 
 HARNESS = Path(__file__).with_name("harness.py")
 GRACE = 0.5  # seconds
+THREADS = 1024  # before Linux 5.14, of all the user's processes together
 DESCRIPTORS = 12  # that judging an answer may have open at once
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an answer may use. Processes are not among it: it has one, whose threads its memory bounds."""
+    """What an answer may use. It has one process, of at most `THREADS` threads, save those of root, which memory and
+    time alone bound. Only time bounds how many files it makes; they are gone when it ends."""
 
     seconds: float = 10.0  # of wall time, for each test and each standard input
     memory_bytes: int = 2**30  # of address space
@@ -143,7 +145,7 @@ def _bwrap(limits: Limits, options: list[str]) -> list[str]:
             command += ["--symlink", os.readlink(folder), folder]
         else:
             command += ["--ro-bind-try", folder, folder]
-    for path in (python, str(stdlib.parent), "/etc/ld.so.cache"):
+    for path in (python, str(stdlib.parent), "/etc/ld.so.cache", "/usr/share/zoneinfo"):
         command += ["--ro-bind-try", path, path]
     for folder in {*stdlib.glob("*-packages"), *Path("/usr/lib").glob("python*/*-packages")}:
         command += ["--size", "4096", "--tmpfs", str(folder), "--remount-ro", str(folder)]
@@ -198,6 +200,7 @@ def _memory_file(stack: ExitStack, data: bytes):
 def _start(stack: ExitStack, command: list[str], limits: Limits, job: dict, fds: Sequence[int] = (), **streams):
     """Begins a sandbox that has these file descriptors, streams and no other. The end of `stack` is its end."""
     bounds = dict(RLIMIT_AS=limits.memory_bytes, RLIMIT_FSIZE=limits.file_bytes, RLIMIT_CORE=0, RLIMIT_NOFILE=64)
+    bounds["RLIMIT_NPROC"] = THREADS
     job = job | {"limits": bounds, "seccomp": seccomp_filter(platform.machine()).hex(), "fds": fds}
     file = _memory_file(stack, json.dumps(job | {"most": limits.output_bytes}).encode())
     streams = dict(stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) | streams
