@@ -22,7 +22,7 @@ from sfr_kernels.evaluation.problems import Problem
 from sfr_kernels.evaluation.sandbox import Limits, judge, why_not
 
 contained = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
-SMALL = Limits(seconds=5.0, memory_bytes=2**28, file_bytes=2**20, output_bytes=2**20)
+SMALL = Limits(seconds=4.0, memory_bytes=2**28, file_bytes=2**20, output_bytes=2**20)
 SQUARE = Problem("square", "", names=("f",), tests=("assert f(2) == 4", "assert f(-3) == 9"))
 
 
