@@ -66,7 +66,7 @@ def test_a_copy_does_not_differ_and_nothing_is_answered_twice(folder, tmp_path, 
     assert main(command(folder, out, "--temperature", "0.9")) == 2
     assert "sampling.temperature: 0.7 → 0.9" in (error := capsys.readouterr().err) and "--overwrite" in error
     monkeypatch.undo()
-    assert main(command(folder, out, "--temperature", "0.9", "--overwrite")) == 0
+    assert main(command(folder, out, "--temperature", "0.9", "--overwrite", models=("a",))) == 0
     assert (out / "evaluation.md").read_text() != table
 
 
