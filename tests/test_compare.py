@@ -222,6 +222,13 @@ def test_collapse_is_told_from_the_fewest_prompts(setting, tmp_path, capsys):
     assert "repetition ↓" in shown and "words " in shown and "words ↑" not in shown
 
 
+def test_rounding_of_embeddings_is_no_difference():
+    """Models that both answer alike, whose distances of 0 differ by float32's last bits."""
+    first, second = np.zeros(24), np.random.default_rng(0).uniform(1e-9, 1e-7, 24)
+    found = compare({"a": {"relevance": first}, "b": {"relevance": second}}, "a")["b"]["relevance"]["difference"]
+    assert found == {"mean": 0, "low": 0, "high": 0, "p": 1, "differs": False}
+
+
 def test_names_are_neither_mathematics_nor_markup(tmp_path, capsys):
     names = [r"Use $\frac$ here", "[/b] and [red]"]
     collapse_matrices(names, {r"a $\x$": np.eye(2), "[/b]": np.full((2, 2), 0.5)}, tmp_path / "it.png")

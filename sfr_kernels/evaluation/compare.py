@@ -219,7 +219,8 @@ def compare(measured: Mapping[str, Mapping[str, np.ndarray]], baseline: str) -> 
             rows[name] = {"mean": own.mean, "low": own.low, "high": own.high, "per_prompt": column.tolist()}
         if model != baseline:
             common = [name for name in values if name in measured[baseline]]
-            found = {name: interval(values[name] - measured[baseline][name]) for name in common}
+            # to six decimals: what is less is the rounding of float32 embeddings
+            found = {name: interval(np.round(values[name] - measured[baseline][name], 6)) for name in common}
             holds = holm({name: x.p for name, x in found.items() if name in CLAIMS})
             for name, x in found.items():
                 rows[name]["difference"] = x._asdict() | {"differs": name in holds}
