@@ -15,7 +15,7 @@ from ..atomic import atomic_file
 from ..training.curation import RECIPES, Recipe, Row, Selection, count_by_characters
 from ..training.models import load_tokenizer
 
-_BATCH_ROWS = 128  # rStar-Coder's answers have some 50 kB each, and a token counted takes 36 bytes
+_BATCH_ROWS = 128  # answers may be long, and a token counted takes 36 bytes
 _BUFFER = 1 << 20  # bytes read of a column at once, so that a row group, of any size, is never held whole
 _MARKS = ("verified", "is_passed", "average_test_score")  # these may be numbers or booleans; the rest are texts
 

@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-# Decompressed tests of one LiveCodeBench problem; the largest are near half of it.
+# Decompressed tests of one LiveCodeBench problem: what is longer is taken for a zip bomb.
 MOST_TEST_BYTES = 2**27
 
 
