@@ -9,8 +9,8 @@ from corpora import HashEncoder, needs
 from tiny import VOCAB, tiny_llama, tiny_samples
 from torch.nn import functional as F
 
-from sfr_kernels import SupervisedRows, targets
-from sfr_kernels.training.checkpoint import HEAD_FILE
+from sfr_kernels import SFRConfig, SFRLoss, SupervisedRows, VelocityHead, targets
+from sfr_kernels.training.checkpoint import HEAD_FILE, save_head
 from sfr_kernels.training.objectives import attachment_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ def test_answers_and_programs_from_python():
 
     from sfr_kernels.evaluation.sandbox import why_not
 
-    answers, programs = blocks("sfr_kernels/evaluation/README.md")
+    answers, programs, _ = blocks("sfr_kernels/evaluation/README.md")
     tokenizer = smollm2()
     names = dict(model=tiny_llama(vocab_size=len(tokenizer)), tokenizer=tokenizer, questions=["Why?", "How?"])
     execute(answers, names)
@@ -74,6 +74,15 @@ def test_answers_and_programs_from_python():
     execute(programs, names)
     assert (names["passed"], names["reason"]) == (False, "wrong answer")
     assert names["chance"] == pytest.approx(1 - 21 / 252)  # C(7, 5) of C(10, 5)
+
+
+def test_futures_from_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_head("runs/mine/model", SFRLoss(SFRConfig(width=8), VelocityHead(5, 6, width=8)))
+    names = dict(hidden=torch.randn(3, 5))
+    execute(blocks("sfr_kernels/evaluation/README.md")[-1], names)
+    assert names["samples"].shape == (3, 16, 6)
+    torch.testing.assert_close(names["openness"], names["together"].expand(3))  # of a head that learned nothing
 
 
 @pytest.mark.parametrize("file", READMES, ids=lambda f: f.relative_to(ROOT).as_posix())

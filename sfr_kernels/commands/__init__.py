@@ -1,4 +1,5 @@
-"""The command line: `python -m sfr_kernels train`, `targets`, `evaluate`, `curate`, `bench` and `info`.
+"""The command line: `python -m sfr_kernels train`, `targets`, `evaluate`, `futures`, `curate`, `bench` and
+`info`.
 
 Here are the options of every command. What a command does is `run(args)` in the file of its name, which is imported
 when it is called, so that `--help` imports neither transformers nor Triton.
@@ -13,7 +14,8 @@ from ..config import SFRConfig
 
 _CHATS = 'JSON lines of {"messages": […]}, ShareGPT\'s {"conversations": […]} or {"prompt", "completion"}'
 _COUNTS = (
-    "accumulate", "batch_size", "max_length", "max_new_tokens", "max_prompts", "samples", "save_every", "workers",
+    "accumulate", "batch_size", "max_length", "max_new_tokens", "max_prompts", "samples", "save_every", "steps",
+    "workers",
 )  # fmt: skip
 
 
@@ -148,6 +150,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--engine", choices=("transformers", "vllm"), default="transformers", help="what generates")
     add("--overwrite", action="store_true", help="drop the answers in --out that were made otherwise")
+
+    futures = commands.add_parser(
+        "futures",
+        help="show where in a text what follows is open",
+        description="Samples, at every token of a response, embeddings of the text ahead from the velocity head that "
+        "was trained with the model, and shows how far they are apart.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    futures.set_defaults(again="nothing was written; the same command starts anew")
+    add = futures.add_argument
+    add("model", metavar="MODEL", help="run of train, or a folder with a model and its velocity head")
+    text = futures.add_mutually_exclusive_group(required=True)
+    text.add_argument("--text", help="the response")
+    text.add_argument("--file", type=Path, help="text file of the response")
+    add("--prompt", help="what the user said before it; if left out, the text alone is read, in no chat")
+    add("--system", help="system message, such as a persona; needs --prompt")
+    add("--noises", type=int, default=16, help="samples at each token, 2 or more")
+    add("--steps", type=int, default=16, help="Euler steps from noise to embedding")
+    add("--seed", type=int, default=0, help="of the noise, the same at every token")
+    add("--out", type=Path, default=Path("runs/futures"), help="folder of page, plot and numbers; replaces those there")
 
     curate = commands.add_parser(
         "curate",

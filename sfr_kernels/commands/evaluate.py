@@ -21,7 +21,7 @@ from ..targets.encoder import load_encoder
 from ..training.comparison import Asked, choose, embedder, prompts_of, setting_of, vocabulary_of, with_room
 from ..training.data import PERSONAS, read_chats, split_by_prompt
 from ..training.formats import Example
-from ..training.models import fingerprint, load_model, load_tokenizer, model_path
+from ..training.models import fingerprint, load_model, load_tokenizer, model_of_run, model_path
 from .report import samples_table, write_comparison
 
 _PROMPTS, _NEW_TOKENS, _NEW_TOKENS_OF_CODE = 64, 96, 512  # if not said
@@ -38,7 +38,7 @@ def run(args) -> None:
     sampling = Sampling(args.samples, new, args.temperature, args.top_p, args.seed)
     if args.temperature == 0 and args.samples > 1:
         raise ValueError("--temperature 0 gives the same answer each time: --samples 1")
-    models = dict(zip(_labels(args.models), map(_folder, args.models), strict=True))
+    models = dict(zip(_labels(args.models), map(model_of_run, args.models), strict=True))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problems = _problems(args) if args.code else []
     asked, rest = ({}, []) if problems else _chats(args)
@@ -151,12 +151,6 @@ def _engine(kind: str, folder: str, device: torch.device):
         return lambda: VLLMEngine(model_path(folder))
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return lambda: TransformersEngine(*load_model(folder, device, dtype))
-
-
-def _folder(name: str) -> str:
-    """The model of a run of `train`, or what was named."""
-    own = Path(name) / "model"
-    return str(own) if (own / "config.json").is_file() and not (Path(name) / "config.json").is_file() else name
 
 
 def _labels(names: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -222,6 +223,31 @@ def diversity_against_fidelity(result: dict, path: Path) -> None:
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     _save(figure, path)
+
+
+def spread_plot(
+    tokens: Sequence[str], spread: Sequence[float], trained: Sequence[bool], together: float, path: Path
+) -> None:
+    """Draws the spread of futures along a response, and that of all its tokens together, as PNG; grey where training
+    has no target."""
+    named = len(tokens) <= 80
+    figure = _figure(min(max(5.0, 0.2 * len(tokens)), 16.0), 3.6)
+    axis = figure.subplots()
+    axis.plot(range(len(tokens)), spread, "o-", markersize=3, color=_COLOURS[0], label="of a token")
+    axis.axhline(together, linestyle="--", color=_COLOURS[1], label="of whatever tokens")
+    for at, known in enumerate(trained):
+        if not known:
+            axis.axvspan(at - 0.5, at + 0.5, color="#eeeeee", linewidth=0)
+    if named:
+        names = [_plain(token.strip(" ").replace("\n", "\\n")) for token in tokens]
+        axis.set_xticks(range(len(tokens)), names, rotation=90, fontsize=7)
+    axis.set(xlabel="" if named else "token of the response", ylabel="spread of futures", xmargin=0.01)
+    axis.set_ylim(bottom=0.0)
+    axis.legend()
+    axis.grid(alpha=0.3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # which is drawn as a box
+        _save(figure, path)
 
 
 def _plain(text: str) -> str:

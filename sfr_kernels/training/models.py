@@ -29,6 +29,12 @@ def model_path(name: str) -> str:
     return str(folder)
 
 
+def model_of_run(name: str) -> str:
+    """The model of a run of `train`, or what was named."""
+    own = Path(name) / "model"
+    return str(own) if (own / "config.json").is_file() and not (Path(name) / "config.json").is_file() else name
+
+
 def _convert_gguf(source: Path, folder: Path) -> None:
     """De-quantises the packaged model into a plain transformers folder in bf16."""
     print(f"Converting {_GGUF} (once, about 20 seconds) ...", flush=True)
