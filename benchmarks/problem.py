@@ -39,7 +39,7 @@ class Shape:
         return SFRConfig(width=self.width, num_layers=self.num_layers, time_scale=1.0, **short, **options)
 
 
-def make_head(hidden_size: int, target_size: int, config: SFRConfig, dtype=torch.float64) -> VelocityHead:
+def make_head(hidden_size: int, target_size: int | None, config: SFRConfig, dtype=torch.float64) -> VelocityHead:
     """A head on the CPU as in mid-training: the output layer and the norms are not at their initial values."""
     g = torch.Generator().manual_seed(3)
     head = VelocityHead.from_config(config, hidden_size, target_size).to(dtype)

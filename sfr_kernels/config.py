@@ -16,7 +16,7 @@ class SFRConfig:
     """
 
     # What regularises the hidden state: conditional flow matching, "mse" (its Dirac limit at t = 0), "cosine", "cka"
-    # (linear CKA of response means) or "mtp" (multi-token prediction).
+    # (linear CKA of response means) or "mtp" (multi-token prediction: the same limit, with tokens for targets).
     loss: LossKind = "flow"
     flow_weight: float = 1.0  # λ, the weight of the regulariser
     flow_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of λ after the warm-up; the others decay to 0
@@ -52,7 +52,7 @@ class SFRConfig:
     flow_normalizer: Literal["tokens", "weights"] = "tokens"
     encoder_pooling: Literal["own", "mean"] = "own"  # "mean": of the encoder's last hidden states, with no prompt
     encoder_max_tokens: int | None = None  # tokens of a text that the encoder reads; None: its own limit
-    mtp_offset: int = 2  # j: "mtp" predicts the token j positions ahead
+    mtp_tokens: int = 1  # how many tokens beyond the next "mtp" predicts, those 2, …, mtp_tokens + 1 positions ahead
     seed: int = 0  # of noise and times
 
     def __post_init__(self):
@@ -67,11 +67,9 @@ class SFRConfig:
                     raise TypeError(f"{name} must be {what}, got {value!r}")
                 if float in kinds and not math.isfinite(value):
                     raise ValueError(f"{name} must be finite, got {value!r}")
-        ones = ("width", "num_times", "stride", "min_tokens", "encoder_max_tokens")
+        ones = ("width", "num_times", "stride", "min_tokens", "encoder_max_tokens", "mtp_tokens")
         zeros = ("segment_tokens", "flow_weight", "source_std", "flow_warmup")
-        for name, least in dict(
-            num_layers=2, mtp_offset=2, **dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)
-        ).items():
+        for name, least in dict(num_layers=2, **dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)).items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.flow_warmup >= 1:
@@ -134,8 +132,9 @@ class HeadShape:
     """A velocity head's sizes and scales."""
 
     hidden_size: int
-    target_size: int
+    target_size: int  # of x_t, and of the embedding of t
     width: int
     num_blocks: int
     time_scale: float
     hidden_scale: float
+    output_size: int  # target_size for a velocity; for "mtp" mtp_tokens hidden states side by side

@@ -8,9 +8,12 @@ from torch import Tensor, nn
 from .config import HeadShape, SFRConfig
 from .kernels.softmax_xent import RowStats
 from .ops import SFROutput, linear_cross_entropy, sfr_loss
-from .ops.validate import check_constant, check_scales, check_tensor
+from .ops.validate import check_constant, check_head_shape, check_tensor
 from .ops.velocity_head import evaluate_head
 from .rows import IGNORE_INDEX, SupervisedRows
+
+# Of a head for "mtp", whose x_t and t are always 0: the least of which a row has 16 bytes in 16 bit.
+MTP_TARGET_SIZE = 8
 
 
 class _TimeEmbedding(nn.Module):
@@ -32,7 +35,8 @@ class VelocityHead(nn.Module):
     Parameters carry the names and shapes of the published head, so its checkpoints load with `load_state_dict`:
     `time_embed.mlp.{0,2}`, from d to 4d and back, `input_proj.{0,1}` with weight [W_x | W_τ | W_h],
     `res_blocks.i.{linear,norm}`, `output_proj`, which starts at zero. The published head has time_scale and
-    hidden_scale 1: `VelocityHead.from_config(SFRConfig.official(), hidden_size, target_size)`.
+    hidden_scale 1: `VelocityHead.from_config(SFRConfig.official(), hidden_size, target_size)`. For "mtp" the output
+    is no velocity, and has a size of its own.
     """
 
     def __init__(
@@ -43,33 +47,49 @@ class VelocityHead(nn.Module):
         num_layers: int = 3,
         time_scale: float = 1000.0,
         hidden_scale: float = 0.0625,
+        output_size: int | None = None,  # None: target_size, as published
     ):
         super().__init__()
-        for name, value in dict(hidden_size=hidden_size, target_size=target_size, width=width).items():
+        output_size = target_size if output_size is None else output_size
+        sizes = dict(hidden_size=hidden_size, target_size=target_size, width=width, output_size=output_size)
+        for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive int, got {value!r}")
         if num_layers < 2:
             raise ValueError(f"num_layers must be at least 2, an input and an output layer, got {num_layers}")
         if not (time_scale > 0 and hidden_scale > 0):
             raise ValueError(f"time_scale and hidden_scale must be positive, got {time_scale} and {hidden_scale}")
-        self.shape = HeadShape(hidden_size, target_size, width, num_layers - 2, float(time_scale), float(hidden_scale))
+        self.shape = HeadShape(
+            hidden_size, target_size, width, num_layers - 2, float(time_scale), float(hidden_scale), output_size
+        )
         self.time_embed = _TimeEmbedding(target_size)
         self.input_proj = nn.Sequential(nn.Linear(2 * target_size + hidden_size, width), nn.LayerNorm(width), nn.SiLU())
         self.res_blocks = nn.ModuleList(_ResidualBlock(width) for _ in range(num_layers - 2))
-        self.output_proj = nn.Linear(width, target_size)
+        self.output_proj = nn.Linear(width, output_size)
         nn.init.zeros_(self.output_proj.weight)
         nn.init.zeros_(self.output_proj.bias)
 
     @classmethod
-    def from_config(cls, config: SFRConfig, hidden_size: int, target_size: int) -> "VelocityHead":
-        return cls(hidden_size, target_size, config.width, config.num_layers, config.time_scale, config.hidden_scale)
+    def from_config(cls, config: SFRConfig, hidden_size: int, target_size: int | None = None) -> "VelocityHead":
+        """A new head for the config's loss. target_size: of the targets; None for "mtp", which has none."""
+        output_size = None
+        if config.loss == "mtp":
+            if target_size is not None:
+                raise ValueError(f"target_size must be None with loss='mtp', got {target_size}: its targets are tokens")
+            target_size, output_size = MTP_TARGET_SIZE, config.mtp_tokens * hidden_size
+        elif target_size is None:
+            raise ValueError(f"target_size must be given for loss={config.loss!r}: it is that of the targets")
+        return cls(
+            hidden_size, target_size, config.width, config.num_layers, config.time_scale, config.hidden_scale,
+            output_size,
+        )  # fmt: skip
 
     def forward(
         self,
         x_t: Tensor,  # (n, d)
         t: Tensor,  # (n,) or a scalar
         hidden: Tensor,  # (n, H)
-    ) -> Tensor:  # (n, d)
+    ) -> Tensor:  # (n, output_size), d but for "mtp"
         """The velocity at x_t, differentiable in `hidden` and the parameters; x_t and t must not require a gradient."""
         check_tensor("hidden", hidden)
         check_tensor("x_t", x_t)
@@ -93,7 +113,9 @@ class VelocityHead(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.shape
-        sizes = f"hidden_size={s.hidden_size}, target_size={s.target_size}, width={s.width}"
+        sizes = (
+            f"hidden_size={s.hidden_size}, target_size={s.target_size}, output_size={s.output_size}, width={s.width}"
+        )
         return f"{sizes}, time_scale={s.time_scale:g}, hidden_scale={s.hidden_scale:g}"
 
 
@@ -170,7 +192,7 @@ class SFRLoss(nn.Module):
         if (head is None) != (config.loss == "cka"):
             raise ValueError(f"loss={config.loss!r} {'has no' if head is not None else 'needs a'} velocity head")
         if head is not None:
-            check_scales(head, config)
+            check_head_shape(head, config)
         self.config, self.head = config, head
         self.options: dict[str, Any] = dict(
             label_smoothing=label_smoothing, z_loss=z_loss, chunk_rows=chunk_rows, accum_dtype=accum_dtype,

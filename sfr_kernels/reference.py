@@ -105,7 +105,8 @@ def velocity(
     time_scale: float,
     hidden_scale: float = 1.0,
 ) -> Tensor:
-    """v(x_t, t, h) (n, d): sinusoid and MLP of t, then input layer, residual blocks and output layer."""
+    """v(x_t, t, h) (n, d): sinusoid and MLP of t, then input layer, residual blocks and output layer. For "mtp" the
+    output layer is mtp_tokens · H wide."""
 
     def linear(name, x):
         return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
@@ -194,12 +195,19 @@ def flow_matching_loss(
     else:
         time_index = rows.time_index.long()
     t = times.to(dtype)[time_index[used]]
-    size = params["output_proj.weight"].shape[0]
+    size = params["time_embed.mlp.2.weight"].shape[0]
     std = 0.0 if config.is_dirac else config.source_std
     x_0 = std * gaussian_noise(seed, rows.noise_id[used], size).to(dtype)
     if config.loss == "mtp":
-        v = velocity(params, x_0, t, h, time_scale, hidden_scale)
-        return (w * linear_cross_entropy(v, weight, targets[anchor], **(decoder_options or {}))).sum() / norm
+        # A slice of v for each offset j + 2, decoded against the label of the row that j + 1 links lead to.
+        v = velocity(params, x_0, t, h, time_scale, hidden_scale).unflatten(1, (config.mtp_tokens, -1))
+        losses = []
+        for j in range(config.mtp_tokens):
+            there = anchor >= 0
+            row_loss = linear_cross_entropy(v[there, j], weight, targets[anchor[there]], **(decoder_options or {}))
+            losses.append((w[there] * row_loss).sum())
+            anchor = torch.where(there, rows.anchor[anchor].long(), -1)
+        return torch.stack(losses).mean() / norm
     x_1 = config.scale_for(size) * targets.to(dtype)[anchor]
     x_t = (1 - t)[:, None] * x_0 + t[:, None] * x_1
     v = velocity(params, x_t, t, h, time_scale, hidden_scale)

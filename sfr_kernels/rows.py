@@ -16,8 +16,7 @@ from .config import SFRConfig
 
 IGNORE_INDEX = -100
 # The fields of a config on which rows depend.
-RULES = ("loss", "target_rule", "segment", "segment_tokens", "stride", "min_tokens", "mtp_offset", "weighting",
-         "time_sampling")  # fmt: skip
+RULES = ("loss", "target_rule", "segment", "segment_tokens", "stride", "min_tokens", "weighting", "time_sampling")
 
 
 class SupervisedRows:
@@ -136,9 +135,9 @@ class SupervisedRows:
         i, size = torch.arange(member.numel(), device=device) - _at(start, response), _at(m, response)
         lacking = None if has_targets is None else _at(has_targets.reshape(-1), _at(member, start)) == 0
         if config.loss == "mtp":
-            # The target of a row is the label of the row mtp_offset - 1 ahead of it: anchors index rows, not segments.
-            target = i + config.mtp_offset - 1
-            anchor = torch.where(target < size, target + _at(start, response), -1)
+            # Anchors index rows, not segments: that of a row is the next row of its response, whose label is the token
+            # two ahead. Anchors of anchors lead to the tokens further ahead.
+            anchor = torch.where(i + 1 < size, torch.arange(1, member.numel() + 1, device=device), -1)
             if lacking is not None:
                 anchor.masked_fill_(_at(lacking, response), -1)
         else:

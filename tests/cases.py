@@ -102,9 +102,9 @@ def make_case(
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
     hidden, weight, bias = normal(*labels.shape, hidden_size), normal(vocab, hidden_size) / 2, normal(vocab) / 2
-    target_size = hidden_size if config.loss == "mtp" else target_size
-    head = None if config.loss == "cka" else make_head(hidden_size, target_size, config)
-    targets = rows.labels if config.loss == "mtp" else embed(rows, labels, target_size)
+    mtp = config.loss == "mtp"
+    head = None if config.loss == "cka" else make_head(hidden_size, None if mtp else target_size, config)
+    targets = rows.labels if mtp else embed(rows, labels, target_size)
     return LossCase(config, labels, rows, hidden, weight, bias, head, targets)
 
 
@@ -299,7 +299,7 @@ LOSSES = {
         for loss in ("flow", "mse", "cosine", "cka")
         for preset in ("default", "official")
     },
-    "sfr: mtp": Loss(sfr_output, reference_sfr, config=dict(loss="mtp", flow_weight=0.6)),
+    "sfr: mtp": Loss(sfr_output, reference_sfr, config=dict(loss="mtp", mtp_tokens=3, flow_weight=0.6)),
 }
 
 

@@ -50,7 +50,7 @@ def test_json_round_trip_of_every_field():
         loss="mse", flow_weight=0.25, flow_schedule="cosine", flow_warmup=0.1, width=64, num_layers=5, time_scale=10.0,
         hidden_scale=0.5, target_scale=3.0, source_std=0.5, time_sampling="sequence", num_times=7, segment="sentence",
         segment_tokens=9, stride=4, min_tokens=3, target_rule="published", weighting="uniform",
-        flow_normalizer="weights", encoder_pooling="mean", encoder_max_tokens=100, mtp_offset=4, seed=-(2**63),
+        flow_normalizer="weights", encoder_pooling="mean", encoder_max_tokens=100, mtp_tokens=4, seed=-(2**63),
     )  # fmt: skip
     assert all(getattr(config, f.name) != f.default for f in fields(config))
     text = config.to_json()
@@ -72,7 +72,7 @@ WRONG = {
         hidden_scale=[0.0], target_scale=[-1.0], source_std=[-1.0], time_sampling=["uniform"], num_times=[0],
         segment_tokens=[-1], stride=[0], min_tokens=[0], target_rule=["previous"], encoder_pooling=["cls"],
         encoder_max_tokens=[0], weighting=["quadratic"], flow_normalizer=["rows"],
-        mtp_offset=[1],  # the next token is cross-entropy's
+        mtp_tokens=[0],
         seed=[2**63, -(2**63) - 1],
     ),
     TypeError: dict(

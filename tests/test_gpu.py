@@ -30,7 +30,7 @@ def inputs(dtype, device, batch=4, length=60, hidden_size=H, vocab=V, target_siz
     hidden, weight = (torch.randn(s, generator=generator) / 3 for s in shapes)
     targets = torch.nn.functional.normalize(torch.randn(rows.num_anchors, target_size, generator=generator), dim=1)
     torch.manual_seed(0)
-    head = VelocityHead.from_config(config, hidden_size, target_size)
+    head = VelocityHead.from_config(config, hidden_size, None if config.loss == "mtp" else target_size)
     torch.nn.init.normal_(head.output_proj.weight, std=0.1)
     leaves = [t.to(device, dtype).requires_grad_() for t in (hidden, weight)]
     return *leaves, head.to(device, dtype), rows.to(device), targets.to(device)
@@ -39,9 +39,8 @@ def inputs(dtype, device, batch=4, length=60, hidden_size=H, vocab=V, target_siz
 @pytest.mark.parametrize("backend", [*KERNELS, "torch"])
 @pytest.mark.parametrize("loss", ["flow", "mse", "cosine", "mtp"])
 def test_a_step_never_waits_for_the_device(loss, backend):
-    config = replace(CONFIG, loss=loss)
-    target_size = H if loss == "mtp" else D
-    hidden, weight, head, rows, targets = inputs(torch.float32, "cuda", target_size=target_size, config=config)
+    config = replace(CONFIG, loss=loss, mtp_tokens=2)
+    hidden, weight, head, rows, targets = inputs(torch.float32, "cuda", config=config)
     targets = rows.labels if loss == "mtp" else targets
     options = dict(config=config, backend=backend)
     for step in range(2):  # the first compiles

@@ -147,9 +147,9 @@ def test_kinds_of_loss_that_do_not_fit_the_call():
         joint.ours(replace(case, targets=zeros(len(case.rows), 12)))(case.inputs())
     with pytest.raises(ValueError, match="targets are on meta"):
         joint.ours(replace(case, targets=case.targets.to("meta")))(case.inputs())
-    with pytest.raises(ValueError, match="target size 6"):  # the head's output must be a hidden state
+    with pytest.raises(ValueError, match="output size 36"):  # the head's output must be hidden states
         y = case.inputs()
-        y.head = make_head(12, 6, case.config)
+        y.head = make_head(12, 6, replace(case.config, loss="flow"))
         joint.ours(case)(y)
 
 

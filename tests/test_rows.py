@@ -72,8 +72,7 @@ def slow_rows(labels: list[list[int]], segments, config: SFRConfig, blank=lambda
         for i, position in enumerate(response):
             weight = {"linear": 2 * (m - i) / (m + 1), "uniform": 1.0, "linear_decay": (m - i) / m}[config.weighting]
             if config.loss == "mtp":
-                ahead = i + config.mtp_offset - 1
-                chosen = (response[ahead] + 1, response[ahead] + 2) if ahead < m else None
+                chosen = (response[i + 1] + 1, response[i + 1] + 2) if i + 1 < m else None
             elif config.segment_tokens == 0:
                 chosen = left.get(response[0], "zero" if published else None)
             elif config.stride == 1 and published:
@@ -148,7 +147,6 @@ CONFIGS = {
     "stride beyond the response": small_config(stride=50, min_tokens=3),
     "no shortest text": small_config(stride=4, min_tokens=1, weighting="uniform"),
     "mtp": small_config(loss="mtp"),
-    "mtp, four ahead": small_config(loss="mtp", mtp_offset=4),
 }
 
 

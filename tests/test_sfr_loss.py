@@ -1,10 +1,9 @@
-"""What is `sfr_loss`'s own: it is the sum of its two parts, takes the options of both, and decodes for "mtp".
+"""What is `sfr_loss`'s own: it is the sum of its two parts, and takes the options of both.
 
-What every loss does is in test_every_loss.py.
+What every loss does is in test_every_loss.py, what "mtp" predicts in test_mtp.py.
 """
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from sfr_kernels import flow_matching_loss, linear_cross_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = [(loss, preset) for loss in ("flow", "mse", "cosine", "cka") for preset in ("default", "official")]
-KINDS = pytest.mark.parametrize("loss, preset", [*KINDS, ("mtp", "default")])
 
 
 def check(case: LossCase, **overrides) -> None:
@@ -32,7 +30,7 @@ def check(case: LossCase, **overrides) -> None:
     assert_same(evaluate(our_sfr(case, **overrides), case.inputs(), upstream=-1.7), exact)
 
 
-@KINDS
+@pytest.mark.parametrize("loss, preset", [*KINDS, ("mtp", "default")])
 def test_options_of_a_call(loss, preset):
     """λ, the normalizer and the transforms of the logits; and L_flow with the other normalizer than the preset's."""
     case = make_case(small_config(preset, loss=loss))
@@ -43,15 +41,13 @@ def test_options_of_a_call(loss, preset):
     check(case, bias=None, flow_weight=torch.tensor(0.0, dtype=torch.float64))
 
 
-@KINDS
+@pytest.mark.parametrize("loss, preset", KINDS)
 def test_loss_is_the_sum_of_its_parts(loss, preset):
-    case = make_case(small_config(preset, loss=loss), hidden_size=6)  # as wide as the targets, for "mtp"
+    case = make_case(small_config(preset, loss=loss))
     x = case.inputs()
 
     def parts(x):
         ce = linear_cross_entropy(x.hidden, x.weight, case.rows, bias=x.bias)
-        if loss == "mtp":
-            return ce, multi_token_prediction(case, x)
         arguments = (x.hidden, x.head, case.rows, case.targets)
         return ce, flow_matching_loss(*arguments, seed=case.seed, config=case.config)
 
@@ -70,29 +66,3 @@ def test_how_logits_are_held_is_passed_on(loss, preset):
         found = evaluate(our_sfr(case, softcap=3.0, chunk_rows=3, accum_dtype=torch.float64), case.inputs())
     assert_same(found, evaluate(reference_sfr(case, softcap=3.0), case.inputs()))
     assert max(s[0] for s in seen.shapes if len(s) == 2 and s[1] == len(case.weight)) == 3
-
-
-def multi_token_prediction(case: LossCase, x: SimpleNamespace) -> torch.Tensor:
-    """Plain multi-token prediction: cross-entropy of head(0, 0, h) with the label mtp_offset ahead in the response."""
-    labels, n = torch.full_like(case.labels, -100), case.labels.numel()
-    ahead = case.config.mtp_offset
-    for b, p in (divmod(r, 13) for r in case.rows.rows.tolist()):
-        inside = all((b * 13 + q) in case.rows.rows.tolist() for q in range(p, p + ahead) if q < 13)
-        if inside and p + ahead < 13:
-            labels[b, p] = case.labels[b, p + ahead]
-    zeros = torch.zeros(n, case.hidden.shape[-1], dtype=torch.float64)
-    v = x.head(zeros, 0.0, x.hidden.flatten(0, 1))
-    weight = torch.zeros(n, dtype=torch.float64)
-    weight[case.rows.rows] = case.rows.weight.double()
-    options = dict(bias=x.bias, row_weight=weight, normalizer=case.rows.num_ce)
-    return linear_cross_entropy(v, x.weight, labels.flatten(), **options)
-
-
-@pytest.mark.parametrize("mtp_offset", [2, 3, 20])  # 20: further ahead than any response is long
-def test_mtp_is_cross_entropy_of_labels_shifted_within_the_response(mtp_offset):
-    case = make_case(small_config(loss="mtp", mtp_offset=mtp_offset))
-    with torch.no_grad():
-        expected = multi_token_prediction(case, case.inputs())
-        out = sfr_output(case, case.inputs())
-    torch.testing.assert_close(out.flow, expected, rtol=1e-11, atol=0)
-    assert (case.rows.num_flow > 0) == (out.flow > 0) == (mtp_offset < 20)

@@ -87,18 +87,25 @@ def test_a_run_that_is_killed_while_targets_are_built_goes_on(folder, tmp_path):
     assert main(command(folder, tmp_path / "out", "--resume")) == 0
 
 
-def test_full_fine_tuning_and_plain_fine_tuning(folder, tmp_path):
-    for name, *options in (("full", "--full"), ("ce", "--objective", "ce"), ("none", "--flow-weight", "0")):
+def test_full_fine_tuning_and_the_other_objectives(folder, tmp_path):
+    (tmp_path / "mtp.json").write_text('{"mtp_tokens": 2}')
+    mtp = ("mtp", "--objective", "mtp", "--config", str(tmp_path / "mtp.json"))
+    for name, *options in (("full", "--full"), ("ce", "--objective", "ce"), ("none", "--flow-weight", "0"), mtp):
         assert main(command(folder, tmp_path / name, *options)) == 0
-    full, ce = (json.loads((tmp_path / n / "losses.json").read_text()) for n in ("full", "ce"))
+    full, ce, mtp = (json.loads((tmp_path / n / "losses.json").read_text()) for n in ("full", "ce", "mtp"))
     assert "flow_loss" in full["held_out_after"] and "flow_loss" not in ce["held_out_after"]
+    assert mtp["held_out_after"]["flow_loss"] < mtp["held_out_before"]["flow_loss"]
+    loaded = load_head(tmp_path / "mtp" / "model")
+    assert (loaded.config.loss, loaded.config.mtp_tokens) == ("mtp", 2) and not (tmp_path / "mtp" / "targets").exists()
     # same data, same start: the first step sees the same cross-entropy
     assert ce["held_out_before"]["ce_loss"] == pytest.approx(full["held_out_before"]["ce_loss"], rel=1e-5)
     assert not (tmp_path / "ce" / "model" / "sfr_head.safetensors").exists()
     assert load_head(tmp_path / "full" / "model").head.shape.target_size == 384
-    # runs of both objectives that differ in nothing else stand beside each other
-    compared = {n: list(json.loads((tmp_path / n / "comparison.json").read_text())["models"]) for n in ("ce", "none")}
-    assert compared == {"ce": ["ce", "before"], "none": ["ce", "before", "sfr"]}
+    # runs of all objectives that differ in nothing else stand beside each other
+    names = ("ce", "none", "mtp")
+    compared = {n: list(json.loads((tmp_path / n / "comparison.json").read_text())["models"]) for n in names}
+    beside = {"none": ["ce", "before", "sfr"], "mtp": ["ce", "before", "mtp", "sfr (none)"]}
+    assert compared == {"ce": ["ce", "before"]} | beside
     # and without flow weight, SFR is plain fine-tuning
     for (_, _, ce, _), (_, loss, _, _) in zip(history(tmp_path / "none"), history(tmp_path / "ce"), strict=True):
         assert ce == pytest.approx(loss, rel=2e-4)
@@ -118,6 +125,7 @@ def test_bad_input_is_an_error_and_writes_nothing(folder, tmp_path, capsys):
         ("--lr", "0"): "--lr",
         ("--resume",): "no run",
         ("--config", bad): "--config",
+        ("--objective", "mtp", "--targets", str(tmp_path / "absent")): "--targets has no meaning",
     }
     assert_refused(command(folder, tmp_path / "out"), cases, tmp_path / "out", capsys)
     (tmp_path / "mine").mkdir()

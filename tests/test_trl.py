@@ -177,6 +177,8 @@ def test_an_attached_model_keeps_its_objective_and_goes_under_peft(tmp_path):
             make_trainer(tmp_path, model=model, **dict(targets=None) | {name: value})
     with pytest.raises(ValueError, match="attached with the SFR objective"):
         make_trainer(tmp_path, model=model, objective="ce")
+    with pytest.raises(ValueError, match="objective must not be 'mtp': the model is attached with another"):
+        make_trainer(tmp_path, model=model, objective="mtp")
     with pytest.raises(ValueError, match="max_length"):  # from TRL's constructor, when it had been detached
         make_trainer(tmp_path, model=model, targets=None, arguments=dict(padding_free=True))
     assert attachment_of(model).head is head
@@ -214,9 +216,10 @@ REFUSED = {
     "encoder must be given: there are no targets in .*train yet": dict(encoder=None),
     "encoder has no meaning with objective='ce'": dict(objective="ce", encoder=ENCODER),
     "targets has no meaning with loss='mtp'": dict(sfr=SFRConfig(loss="mtp"), targets="t"),
+    "encoder has no meaning with objective='mtp'": dict(objective="mtp", encoder=ENCODER),
     "sfr must be SFRConfig or VelocityHead or SFRLoss with objective": dict(sfr=LinearCrossEntropy(), targets="t"),
     "sfr must be LinearCrossEntropy or None with objective='ce', got SFRConfig": dict(objective="ce", sfr=CONFIG),
-    "objective must be sfr or ce": dict(objective="dpo"),
+    "objective must be sfr or mtp or ce": dict(objective="dpo"),
     "encoder must not be given with Online": dict(sfr=CONFIG, targets=ONLINE, encoder=ENCODER),
     "targets must be a folder, OnlineTargets or a TargetStore, got int": dict(sfr=CONFIG, targets=3),
     "peft_config must not put tokens before the batch": dict(peft_config=PromptTuningConfig(**VIRTUAL)),
@@ -272,8 +275,14 @@ def test_a_pipeline_generates_as_with_the_plain_model():
 
 
 @setting("SFRTrainer", "SFRConfig(loss=…) other than flow")
-def test_multi_token_prediction_has_no_targets_and_no_encoder(tmp_path):
-    trainer = trained(make_trainer(tmp_path, sfr=SFRConfig(loss="mtp", width=8), encoder=None, targets=None))
+@pytest.mark.parametrize(
+    "given", [dict(sfr=SFRConfig(loss="mtp", width=8)), dict(sfr=SFRConfig(mtp_tokens=2, width=8), objective="mtp")]
+)
+def test_multi_token_prediction_has_no_targets_and_no_encoder(tmp_path, given):
+    trainer = trained(make_trainer(tmp_path, encoder=None, targets=None, **given))
+    config = given["sfr"]
+    assert attachment_of(trainer.model).config == replace(config, loss="mtp")
+    assert attachment_of(trainer.model).head.shape.output_size == config.mtp_tokens * SIZES["hidden_size"]
     assert trainer.state.log_history[0]["flow_loss"] > 0 and trainer.evaluate(texts("plain", 2))["eval_loss"] > 0
 
 

@@ -78,7 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--encoder", help="sentence encoder of targets and of the comparison: folder or name; if left out, the store's "
         "own, and the packaged all-minilm-l6-v2")  # fmt: skip
     add("--targets", type=Path, help="folder of the targets, built there if there are none; OUT/targets if left out")
-    add("--objective", choices=("sfr", "ce"), default="sfr", help="ce is plain fine-tuning on the same data and seed")
+    add("--objective", choices=("sfr", "mtp", "ce"), default="sfr", help="on the same data and seed, mtp is "
+        "multi-token prediction, ce plain fine-tuning")  # fmt: skip
     add("--config", type=Path, help="JSON file of SFRConfig fields")
     add("--flow-weight", type=float, help="λ; overrides the config")
     add("--full", action="store_true", help="train every weight instead of LoRA adapters")

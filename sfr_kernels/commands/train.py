@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from ..training.formats import Example
 from ..training.labelling import Tokenized
 from ..training.lm_head import output_linear
 from ..training.models import load_model
-from ..training.objectives import attachment_of
+from ..training.objectives import OBJECTIVES, attachment_of
 from .report import ProgressBar, loss_curves, samples_table, write_comparison
 
 WARMUP = 5  # steps of rising learning rate
@@ -45,6 +46,10 @@ def run(args) -> None:
     FileNotFoundError or RuntimeError, before anything is written, for input that does not work."""
     began = time.monotonic()
     args.data, args.seed = args.data or PERSONAS, args.config.seed
+    if args.objective == "mtp":
+        args.config = replace(args.config, loss="mtp")
+    if args.targets is not None and (args.objective == "ce" or args.config.loss == "mtp"):
+        raise ValueError("--targets has no meaning with --objective ce or mtp, which have no targets")
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.full else 1e-3
     if args.max_steps < 1 and args.max_steps != -1:
@@ -75,7 +80,7 @@ def run(args) -> None:
     asked, setting = _compared(args, asked, [examples[s["sample_id"]] for s in train], model, tokenizer, device)
     prompts = prompts_of(asked, tokenizer)
     sampling = Sampling(samples=1 if len({cell.persona for cell in asked}) > 1 else 2, seed=args.seed)
-    sfr = args.objective == "sfr"
+    sfr = args.objective != "ce"
     store = encoder = None
     if sfr and args.config.loss != "mtp":
         corpus, folder = ChatFile(args.data, tokenizer, context), args.targets or args.out / "targets"
@@ -179,11 +184,13 @@ def _label(objective: str, folder: str) -> str:
 
 
 def _answers_of_other_runs(args, prompts: list[str], sampling: Sampling) -> dict[str, list[list[Answer]]]:
-    """Of runs of the other objective that lie in the same folder and differ in nothing else."""
-    objective = {"sfr": "ce", "ce": "sfr"}[args.objective]
-    files = sorted(args.out.parent.glob(f"*/answers-{objective}.jsonl"))
-    found = {_label(objective, f.parent.name): stored(f, prompts, sampling, _shared(args, objective)) for f in files}
-    return {label: answers for label, answers in found.items() if answers is not None}
+    """Of runs of the other objectives that lie in the same folder and differ in nothing else."""
+    found = {}
+    for objective in OBJECTIVES.keys() - {args.objective}:
+        for file in args.out.parent.glob(f"*/answers-{objective}.jsonl"):
+            label = _label(objective, file.parent.name)
+            found[label] = stored(file, prompts, sampling, _shared(args, objective))
+    return {label: answers for label, answers in sorted(found.items()) if answers is not None}
 
 
 def _identity(args) -> dict:
@@ -280,7 +287,7 @@ def _save_model(args, model, tokenizer) -> None:
     """Saves the plain model and the head, and removes the checkpoints."""
     folder, loss = args.out / "model", attachment_of(model)
     detach(model)
-    if args.objective == "sfr":
+    if args.objective != "ce":
         save_head(folder, loss)
     plain = model if args.full else model.merge_and_unload()
     plain.save_pretrained(folder)

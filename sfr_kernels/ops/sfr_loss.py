@@ -119,12 +119,29 @@ def sfr_loss(
 
 
 def _mtp(x: Inputs, head: Any, rows: SupervisedRows, targets: Tensor, call: CrossEntropyCall) -> Tensor:
-    """Multi-token prediction: the head maps h to the hidden state whose logits predict the token mtp_offset ahead."""
-    n = rows.num_flow
-    anchor, h = rows.anchor[:n], x.hidden.index_select(0, rows.rows[:n])
-    v = velocity_head(call.backend, head, h, None, h.new_zeros(1), torch.zeros_like(anchor))
-    logits = call.logits._replace(labels=targets[anchor.long()], row_weight=rows.weight[:n], need_stats=False)
-    return cross_entropy(x._replace(hidden=v), call._replace(rows=None, token_row=None, logits=logits))[0]
+    """Multi-token prediction: the head maps h to hidden states side by side, of which the j-th has the logits of the
+    token j + 2 ahead, j from 0. The mean over j of Σ_r weight[r] ℓ_rj / normalizer.
+
+    Where the response of a row ends before that token, the loss has weight 0, and the label of the last one it has:
+    dropping such rows would be a device sync, and a label that is in the loss anyway has a finite loss.
+    """
+    n, count = rows.num_flow, head.shape.output_size // x.hidden.shape[1]
+    anchor, row_weight = rows.anchor[:n].long(), rows.weight[:n]
+    h = x.hidden.index_select(0, rows.rows[:n])
+    v = velocity_head(call.backend, head, h, None, h.new_zeros(1), torch.zeros_like(rows.anchor[:n]))
+    labels, weights = [], []
+    for _ in range(count):
+        labels.append(targets[anchor])
+        weights.append(row_weight)
+        following = rows.anchor[anchor].long()
+        row_weight = torch.where(following < 0, 0.0, row_weight)
+        anchor = torch.where(following < 0, anchor, following)
+    logits = call.logits._replace(
+        labels=torch.stack(labels, dim=1).flatten(), row_weight=torch.stack(weights, dim=1).flatten(), need_stats=False
+    )
+    x = x._replace(hidden=v.view(-1, x.hidden.shape[1]))
+    call = call._replace(rows=None, token_row=None, normalizer=call.normalizer * count, logits=logits)
+    return cross_entropy(x, call)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a public function is given: errors naming the argument, and numbers as tensors."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,12 +103,11 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
         return
     if not isinstance(getattr(head, "shape", None), HeadShape):
         raise TypeError(f"head must be a VelocityHead, got {type(head).__name__}")
-    check_scales(head, config)
+    check_head_shape(head, config)
     if head.shape.hidden_size != hidden.shape[-1]:
         raise ValueError(f"head was made for hidden size {head.shape.hidden_size}, hidden has {hidden.shape[-1]}")
-    size = hidden.shape[-1] if config.loss == "mtp" else targets.shape[1]
-    if head.shape.target_size != size:
-        raise ValueError(f"head was made for target size {head.shape.target_size}, targets have {size}")
+    if config.loss != "mtp" and head.shape.target_size != targets.shape[1]:
+        raise ValueError(f"head was made for target size {head.shape.target_size}, targets have {targets.shape[1]}")
 
 
 def _check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) -> None:
@@ -122,14 +122,24 @@ def _check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) 
         raise ValueError(f"targets are on {targets.device}, hidden on {device}")
 
 
-def check_scales(head: torch.nn.Module, config: SFRConfig) -> None:
-    """The head's scales are part of what it learned: they must be those of the objective."""
+def check_head_shape(head: Any, config: SFRConfig) -> None:
+    """The head's scales are part of what it learned, and its output is what the loss is taken of: both must be those of
+    the objective."""
+    shape = head.shape
     for name in ("time_scale", "hidden_scale"):
-        if getattr(head.shape, name) != getattr(config, name):
+        if getattr(shape, name) != getattr(config, name):
             raise ValueError(
-                f"head was made with {name} {getattr(head.shape, name):g}, config has {getattr(config, name):g}: "
+                f"head was made with {name} {getattr(shape, name):g}, config has {getattr(config, name):g}: "
                 "make it with VelocityHead.from_config"
             )
+    mtp = config.loss == "mtp"
+    size = config.mtp_tokens * shape.hidden_size if mtp else shape.target_size
+    if shape.output_size != size:
+        what = f"mtp_tokens={config.mtp_tokens} hidden states" if mtp else "a velocity"
+        raise ValueError(
+            f"head must have output size {size}, {what}, for loss={config.loss!r}, got {shape.output_size}: make it "
+            "with VelocityHead.from_config"
+        )
 
 
 def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

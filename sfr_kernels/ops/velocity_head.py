@@ -59,7 +59,7 @@ class HeadWeights:
         flat = [aligned(p) if p.dim() == 2 and k != 4 else p for k, p in enumerate(flat)]  # of w_in, its parts below
         self.dtype = dtype
         self.w1, self.b1, self.w2, self.b2, w_in, self.b_in, self.gamma_in, self.beta_in = flat[:8]
-        self.size = self.w2.shape[0]  # d
+        self.size = self.w2.shape[0]  # d, of x_t and τ; v has as many columns as w_out rows
         self.w_x, self.w_tau, self.w_h = map(aligned, self.columns(w_in))
         self.blocks = [flat[k : k + 4] for k in range(8, len(flat) - 2, 4)]
         self.w_out, self.b_out = flat[-2:]
@@ -76,7 +76,7 @@ class HeadActivations:
 
     time: list[Tensor]  # sinusoid (M, d), pre-activation and activation (M, 4d), τ (M, d)
     normed: list[tuple[Tensor, Tensor, Tensor]]  # per normed layer: y (n, D), mean and rstd (n,)
-    outputs: list[Tensor]  # per normed layer: a (n, D); at last v (n, d), whose place dv takes
+    outputs: list[Tensor]  # per normed layer: a (n, D); at last v (n, E), whose place dv takes
     overwrite: bool = False  # backward may write dy over y
 
     def flatten(self) -> list[Tensor]:
@@ -90,7 +90,7 @@ class HeadActivations:
 
 
 def head_forward(call: HeadCall, weights: HeadWeights, h: Tensor) -> HeadActivations:  # h (n, H)
-    """v (n, d), the last of the outputs, and all that backward needs."""
+    """v (n, E), the last of the outputs, and all that backward needs. E: the output size, d but for "mtp"."""
     w = weights
     s = aligned(sinusoid(call.backend, call.times, w.size, call.time_scale, w.dtype))
     z = linear(s, w.w1, w.b1)
@@ -118,7 +118,7 @@ def head_backward(
     weights: HeadWeights,
     saved: HeadActivations,  # with dv in place of v; emptied on the way, to free what is used up
     h: Tensor,  # (n, H)
-    db_out: Tensor,  # (d,), Σ dv
+    db_out: Tensor,  # (E,), Σ dv
     *,
     need_params: bool = True,
     dh: Tensor | None = None,  # (n, H), where the gradient of h goes, may be h itself; None if it is not needed
@@ -204,7 +204,7 @@ def _time_backward(
 
 
 def _forward(x: Inputs, call: HeadCall, need: Need) -> list[Tensor]:
-    """[v (n, d)], and where a gradient is needed the other activations behind it."""
+    """[v (n, E)], and where a gradient is needed the other activations behind it."""
     with without_autocast(x.hidden):
         call = call._replace(x_t=None if call.x_t is None else aligned(call.x_t))
         saved = head_forward(call, HeadWeights(x.params, x.hidden.dtype), aligned(x.hidden))
@@ -214,22 +214,23 @@ def _forward(x: Inputs, call: HeadCall, need: Need) -> list[Tensor]:
 
 def _fake(x: Inputs, call: HeadCall, need: Need) -> list[Tensor]:
     (n, _), m, params = x.hidden.shape, call.times.shape[0], x.params
-    width, (d, inner) = params[4].shape[0], params[2].shape
+    width, (d, inner), outputs = params[4].shape[0], params[2].shape, params[-1].shape[0]
 
     def rows(n: int, width: int) -> Tensor:
         return empty_rows(n, width, x.hidden.dtype, x.hidden.device)
 
+    v = rows(n, outputs)
     if not (need.hidden or need.params):
-        return [rows(n, d)]
+        return [v]
     layers = 1 + (len(params) - 10) // 4
     time = [rows(m, size) for size in (d, inner, inner, d)]
     stats = [x.hidden.new_empty(n, dtype=wide_dtype(x.hidden.dtype)) for _ in range(2)]
     normed = [t for _ in range(layers) for t in (rows(n, width), *map(torch.empty_like, stats))]
-    return [rows(n, d), *time, *normed, *(rows(n, width) for _ in range(layers))]
+    return [v, *time, *normed, *(rows(n, width) for _ in range(layers))]
 
 
 def _head_gradients(
-    dv: Tensor,  # (n, d)
+    dv: Tensor,  # (n, E)
     h: Tensor,
     params: Sequence[Tensor],
     saved: Sequence[Tensor],
@@ -298,7 +299,7 @@ def velocity_head(
     times: Tensor,  # (M,)
     time_index: Tensor,  # (n,) int32
 ) -> Tensor:
-    """v (n, d), differentiable in h and the parameters; not in x_t."""
+    """v (n, E), differentiable in h and the parameters; not in x_t."""
     dtype, shape = autocast_dtype(h), head.shape
     x_t = None if x_t is None else x_t.to(dtype)
     call = HeadCall(x_t, times, time_index, shape.time_scale, shape.hidden_scale, backend)

@@ -29,8 +29,8 @@ from .objectives import (
     CrossEntropyAttachment,
     SFRModelOutput,
     attachment_of,
-    check_objective,
     keep_from_predictions,
+    objective_of,
     placed,
 )
 from .own_loss import OwnLoss, router_loss
@@ -64,17 +64,18 @@ def attach(
     head_or_config: VelocityHead | SFRConfig | SFRLoss | LinearCrossEntropy | None = None,
     targets: TargetStore | OnlineTargets | None = None,
     *,
-    objective: Literal["sfr", "ce"] = "sfr",
+    objective: Literal["sfr", "mtp", "ce"] = "sfr",
     target_size: int | None = None,
 ) -> Model:
     """Makes `model(input_ids=…, labels=…, rows=…, targets=…)` return the SFR loss; returns the same model.
 
     model           a transformers causal LM, or a PEFT model around one (wrap with PEFT first, then attach).
     head_or_config  the objective: an SFRConfig (a new head is made), a VelocityHead (with the default config of its
-                    sizes), or an SFRLoss, which has both. With objective "ce" None, or a LinearCrossEntropy.
+                    sizes), or an SFRLoss, which has both. With objective "mtp" None, an SFRConfig, whose loss
+                    becomes "mtp", or an SFRLoss that has it. With objective "ce" None, or a LinearCrossEntropy.
     targets         the store of the data set, which gives the head its target size, and in which a batch with
                     `sample_id` but without rows and targets finds them. Or OnlineTargets, which embed its texts.
-    objective       "sfr", or "ce": fused cross-entropy alone.
+    objective       "sfr"; "mtp": multi-token prediction, without targets; or "ce": fused cross-entropy alone.
     target_size     d, where there are no targets.
 
     Without labels and rows the model returns what it did. `rows` default to those of `labels`; `seed` to that of
@@ -91,15 +92,14 @@ def attach(
     if not isinstance(targets, TargetStore | OnlineTargets | None):
         kind = type(targets).__name__
         raise TypeError(f"targets must be a TargetStore or OnlineTargets, got {kind}: see TargetStore.open")
-    check_objective("head_or_config", head_or_config, objective)
+    given = objective_of("head_or_config", head_or_config, objective)
+    if targets is not None and objective != "sfr":
+        raise ValueError(f"targets have no meaning with objective={objective!r}")
     sfr: Any
-    if objective == "sfr":
-        sfr = Attachment(_sfr_loss(head_or_config, linear, targets, target_size), targets)
-    elif targets is None:
-        given: Any = head_or_config or LinearCrossEntropy()
-        sfr = CrossEntropyAttachment(given)
+    if objective == "ce":
+        sfr = CrossEntropyAttachment(given or LinearCrossEntropy())
     else:
-        raise ValueError("targets have no meaning with objective='ce'")
+        sfr = Attachment(_sfr_loss(given, linear, targets, target_size), targets)
     _fit(sfr, linear, targets)
 
     base.sfr = sfr.train(base.training)
@@ -160,12 +160,8 @@ def _sfr_loss(given: Any, linear: nn.Linear, targets, target_size) -> SFRLoss:
         return SFRLoss(SFRConfig(**sizes), given)
     if given.loss == "cka":
         return SFRLoss(given, None)
-    if given.loss == "mtp":
-        target_size = linear.in_features
-    elif targets is not None:
+    if targets is not None and given.loss != "mtp":
         target_size = targets.target_size
-    elif target_size is None:
-        raise ValueError("target_size must be given where there are no targets: the head has to know it")
     return SFRLoss(given, VelocityHead.from_config(given, linear.in_features, target_size))
 
 

@@ -44,7 +44,14 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
     if shape := saved["head"]:
         head = VelocityHead(num_layers=shape.pop("num_blocks") + 2, **shape)
         head.load_state_dict(load_file(folder / HEAD_FILE))
-    return SFRLoss(SFRConfig.from_dict(saved["config"]), head)
+    config = saved["config"]
+    offset = config.pop("mtp_offset", 2)  # earlier versions wrote it, whatever the loss
+    if config["loss"] == "mtp" and offset != 2:
+        raise ValueError(
+            f"{folder / CONFIG_FILE} has mtp_offset={offset}, of an earlier version: such a head has no counterpart "
+            "here, where mtp_tokens counts from the token two ahead"
+        )
+    return SFRLoss(SFRConfig.from_dict(config), head)
 
 
 @torch.no_grad()

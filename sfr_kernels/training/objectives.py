@@ -5,7 +5,7 @@ a forward was given, and calling it computes the loss from hidden states, the lm
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,14 +62,28 @@ def keep_from_predictions(config: type) -> None:
     config.keys_to_ignore_at_inference = list(dict.fromkeys([*config.keys_to_ignore_at_inference, *ours]))
 
 
-def check_objective(name: str, given, objective: str) -> None:
-    """ValueError or TypeError if `given`, the argument `name`, does not go with the objective."""
-    if objective not in ("sfr", "ce"):
-        raise ValueError(f"objective must be sfr or ce, got {objective!r}")
-    kinds = (SFRConfig, VelocityHead, SFRLoss) if objective == "sfr" else (LinearCrossEntropy, type(None))
-    if not isinstance(given, kinds):
+OBJECTIVES: dict[str, tuple[type, ...]] = {  # and of what each is made
+    "sfr": (SFRConfig, VelocityHead, SFRLoss),
+    "mtp": (SFRConfig, SFRLoss, type(None)),
+    "ce": (LinearCrossEntropy, type(None)),
+}
+
+
+def objective_of(name: str, given: Any, objective: str) -> Any:
+    """`given`, the argument `name`, as the objective takes it: with "mtp" the loss of a config becomes that.
+    ValueError or TypeError if it does not go with the objective."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be {' or '.join(OBJECTIVES)}, got {objective!r}")
+    if not isinstance(given, kinds := OBJECTIVES[objective]):
         names = " or ".join(kind.__name__.replace("NoneType", "None") for kind in kinds)
         raise TypeError(f"{name} must be {names} with objective={objective!r}, got {type(given).__name__}")
+    if objective != "mtp":
+        return given
+    if isinstance(given, SFRLoss):
+        if given.config.loss != "mtp":
+            raise ValueError(f"{name} must have loss='mtp' with objective='mtp', got loss={given.config.loss!r}")
+        return given
+    return replace(given or SFRConfig(), loss="mtp")
 
 
 @dataclass

@@ -19,7 +19,7 @@ from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from ..targets import OnlineTargets, SFRCollator, TargetStore, load_encoder
 from .attach import attach, base_of, detach
 from .callbacks import SFRCallback
-from .objectives import Attachment, attachment_of, check_objective
+from .objectives import Attachment, attachment_of, objective_of
 
 try:
     from trl import SFTTrainer
@@ -36,7 +36,7 @@ class SFRTrainer(SFTTrainer):
     """SFTTrainer with the SFR objective: its arguments, and those below (README.md has an example).
 
     The targets of the prepared data are built in a folder, or opened if they are there. OnlineTargets are for an
-    IterableDataset. Objective "ce" and loss="mtp" take no encoder and no targets. A model that is attached already has
+    IterableDataset. Objectives "ce" and "mtp" take no encoder and no targets. A model that is attached already has
     its objective and its targets: neither is given again. `ce_loss`, `flow_loss` and `flow_weight` are logged beside
     what SFTTrainer logs. ValueError, before training, for what would replace the loss (loss_type="dft",
     compute_loss_func) and for data without targets.
@@ -48,7 +48,7 @@ class SFRTrainer(SFTTrainer):
         sfr: SFRConfig | VelocityHead | SFRLoss | LinearCrossEntropy | None = None,  # as in `attach`; None: SFRConfig()
         encoder=None,  # SentenceTransformer, or its name or path
         targets: str | os.PathLike | OnlineTargets | TargetStore | None = None,  # None: the folder "targets"
-        objective: str = "sfr",  # or "ce": fused cross-entropy alone
+        objective: str = "sfr",  # or "mtp": multi-token prediction; or "ce": fused cross-entropy alone
         **kwargs,
     ):
         given = inspect.signature(SFTTrainer.__init__).bind(self, *args, **kwargs).arguments
@@ -60,7 +60,7 @@ class SFRTrainer(SFTTrainer):
             sfr, targets, objective = _taken_over(attached, sfr, encoder, targets, objective)
         elif sfr is None and objective == "sfr":
             sfr = SFRConfig()
-        check_objective("sfr", sfr, objective)  # attach would, but only after the data are prepared
+        sfr = objective_of("sfr", sfr, objective)  # attach would, but only after the data are prepared
         targets = _check_targets(sfr, targets, encoder, objective)
         if isinstance(targets, str | os.PathLike):
             check_folder(targets, encoder, named_sets(given.get("train_dataset"), given.get("eval_dataset")))
@@ -112,13 +112,13 @@ class SFRTrainer(SFTTrainer):
         return super()._prepare_dataset(dataset, *args, **kwargs)
 
     def _attach(self, sfr, encoder, targets, objective: str) -> None:
-        if objective == "sfr":
+        if objective != "ce":
             targets = self._find_targets(targets, encoder, _config_of(sfr))
         attach(self.model, sfr, targets=targets, objective=objective)
         self._sfr = attachment_of(self.model)
         self._sfr.return_stats = True
         self.model_accepts_loss_kwargs = True
-        if objective == "sfr":
+        if objective != "ce":
             self.data_collator = SFRCollator(self._sfr.config, targets, self.data_collator)
         (self.pop_callback(SFRCallback) or SFRCallback()).add_to(self)
 
@@ -262,6 +262,8 @@ def _taken_over(attached, sfr, encoder, targets, objective: str):
         raise ValueError(f"{', '.join(again)} must not be given: the model is attached, and brings its own along")
     if objective == "ce" and taken[2] == "sfr":
         raise ValueError("objective must not be 'ce': the model is attached with the SFR objective; detach it first")
+    if objective == "mtp" and getattr(attached.config, "loss", None) != "mtp":
+        raise ValueError("objective must not be 'mtp': the model is attached with another; detach it first")
     return taken
 
 
@@ -272,7 +274,7 @@ def _config_of(sfr: SFRConfig | VelocityHead | SFRLoss) -> SFRConfig:
 
 def _check_targets(sfr, targets, encoder, objective: str):
     """The targets, or the folder for them; None for an objective without targets."""
-    none = "objective='ce'" if objective == "ce" else "loss='mtp'" if _config_of(sfr).loss == "mtp" else None
+    none = f"objective={objective!r}" if objective != "sfr" else "loss='mtp'" if _config_of(sfr).loss == "mtp" else None
     if none is not None:
         for name, value in (("targets", targets), ("encoder", encoder)):
             if value is not None:

@@ -81,7 +81,7 @@ def close_to_the_reference(case) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("loss", ["cosine", "cka", "mtp"])
 def test_relatives_of_the_flow_loss(loss):
-    close_to_the_reference(make_case(small_config(loss=loss), hidden_size=20, target_size=14, vocab=37))
+    close_to_the_reference(make_case(small_config(loss=loss, mtp_tokens=2), hidden_size=20, target_size=14, vocab=37))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -80,6 +80,7 @@ def flow_loss(
     coefficient, dtype = coefficient.float().contiguous(), h.dtype
     w_1, b_1, w_2, b_2, *of_layers, w_out, b_out = params
     (n, hidden), (d, inner), width, num_layers = h.shape, w_2.shape, of_layers[0].shape[0], len(of_layers) // 4
+    assert len(w_out) == d, "a head whose output is no velocity"  # check_head_shape has refused it
     d_w_1, d_w_2, *d_weights, d_w_out = map(Tensor.data_ptr, matrices) if matrices else [None] * (num_layers + 3)
     num_times, size = times.shape[0], dtype.itemsize
     mse_threads, back_threads = threads_for(d, dtype, 256), threads_for(width, dtype, 256)
