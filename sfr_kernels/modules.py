@@ -215,10 +215,11 @@ class SFRLoss(nn.Module):
         logit_scale: float = 1.0,
         label_smoothing: float | None = None,  # in place of the option
         return_stats: bool = False,
+        return_norms: bool = False,
     ) -> SFROutput:
         options = self.options if label_smoothing is None else self.options | dict(label_smoothing=label_smoothing)
         return sfr_loss(
             hidden, weight, self.head, rows, targets, times, seed=seed, config=self.config, bias=bias,
             flow_weight=flow_weight, normalizer=normalizer, softcap=softcap, logit_scale=logit_scale,
-            return_stats=return_stats, **options,
+            return_stats=return_stats, return_norms=return_norms, **options,
         )  # fmt: skip

@@ -76,11 +76,33 @@ def test_a_trainer_that_compiles_logs_what_one_that_does_not_logs(tmp_path):
     for name, arguments in (("eager", {}), ("compiled", dict(torch_compile=True, torch_compile_backend="eager"))):
         trainer = make_trainer(tmp_path / name, config=config, max_steps=9, per_device_train_batch_size=4, **arguments)
         trainer.train()
-        runs.append([*losses(trainer), [h["flow_weight"] for h in trainer.state.log_history if "flow_weight" in h]])
+        health = [h[name] for h in trainer.state.log_history if "loss" in h for name in ("flow_share", "flow_gap")]
+        runs.append(
+            [*losses(trainer), health, [h["flow_weight"] for h in trainer.state.log_history if "flow_weight" in h]]
+        )
     for a, b in zip(*runs, strict=True):
         assert a == pytest.approx(b, rel=1e-5)
     assert 1 <= counters["stats"]["unique_graphs"] <= 3, counters["stats"]
     assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("loss", ["flow", "mse", "cosine", "mtp"])
+def test_measuring_costs_one_graph_when_it_is_first_switched_on(loss):
+    config = SFRConfig(**{**CONFIG.to_dict(), "loss": loss})
+    eager, model = twins(config, STORE)
+    counter, graphs = CompileCounterWithBackend("eager"), []
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    batches = [SFRCollator(config, STORE, pad)(SAMPLES[i : i + k]) for i, k in ((3, 5), (8, 4), (14, 6), (4, 7))]
+    for measuring in (False, False, True, False, True, True):
+        eager.sfr.measuring = model.sfr.measuring = measuring
+        batch = batches[len(graphs) % len(batches)]
+        assert_same(compiled(**batch).loss, eager(**batch).loss, rtol=1e-6)
+        graphs.append(counter.frame_count)
+        first = 0 if loss in ("flow", "mse") else 2  # the norms of the others are not in a graph
+        assert_same(model.sfr.health[first:], eager.sfr.health[first:], rtol=1e-4, atol=1e-7)
+        assert not model.sfr.health[:first].any() and bool(eager.sfr.health[0]) == (len(graphs) > 2)
+    # of cosine a second one: rows have sizes that this graph is the first to see
+    assert graphs == [1, 2, 3, 3, *[4 if loss == "cosine" else 3] * 2]
 
 
 @pytest.mark.parametrize("kind", ["store", "online", "ce"])

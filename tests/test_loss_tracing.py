@@ -22,7 +22,7 @@ OPERATORS += ["flow: mse, default", "flow: cosine, default", HEAD[1]]
 MAIN = pytest.mark.parametrize("name", [*OPERATORS, "sfr: mtp", HEAD[0]])
 
 
-def function_of(name: str) -> tuple[SimpleNamespace, Callable]:
+def function_of(name: str, **options) -> tuple[SimpleNamespace, Callable]:
     """Leaves, and a scalar function of them."""
     case = LOSSES.get(name, LOSSES["flow: flow, default"]).case()
 
@@ -30,7 +30,7 @@ def function_of(name: str) -> tuple[SimpleNamespace, Callable]:
         h = x.hidden[0] if name == HEAD[0] else x.hidden[0].T.contiguous().T
         return x.head(torch.ones(13, 6, dtype=torch.float64), 0.5, h).square().sum()
 
-    return case.inputs(), velocity if name in HEAD else LOSSES[name].ours(case)
+    return case.inputs(), velocity if name in HEAD else LOSSES[name].ours(case, **options)
 
 
 class Calls(TorchDispatchMode):
@@ -46,7 +46,7 @@ class Calls(TorchDispatchMode):
         return operator(*arguments, **(options or {}))
 
 
-def check_operators(name: str, trained: bool) -> None:
+def check_operators(name: str, trained: bool, **options) -> None:
     """opcheck of every operator that is called in forward and, kept for another, in backward, with its arguments."""
 
     def leaf(t, wanted):  # with the strides it has, and no history
@@ -54,7 +54,7 @@ def check_operators(name: str, trained: bool) -> None:
             return [leaf(u, wanted) for u in t]
         return t.detach().requires_grad_(wanted and t.requires_grad) if isinstance(t, torch.Tensor) else t
 
-    x, function = function_of(name)
+    x, function = function_of(name, **options)
     for p in leaves_of(x).values():
         p.requires_grad_(trained)
     with Calls() as forward:
@@ -74,6 +74,11 @@ UNTRAINED = ("cross-entropy", "flow: flow, default", "sfr: flow, default", HEAD[
 @pytest.mark.parametrize("name, trained", [*((n, True) for n in OPERATORS), *((n, False) for n in UNTRAINED)])
 def test_opcheck(name, trained):
     check_operators(name, trained)
+
+
+@losses("sfr: flow", "sfr: mse, default")
+def test_opcheck_with_the_norms_of_both_gradients(name):
+    check_operators(name, True, return_norms=True)
 
 
 @pytest.mark.parametrize("name", ["cross-entropy", "row losses"])
@@ -119,6 +124,7 @@ COMPILED = {name: {} for name in PLAIN} | {
     "cross-entropy of rows": STATS | dict(label_smoothing=0.1),
     "row losses": STATS | dict(softcap=3.0),
     "sfr: flow, official": STATS,
+    "sfr: mse, default": dict(return_norms=True),
 }
 
 
@@ -128,7 +134,10 @@ def all_it_returns(name: str, x: SimpleNamespace, case: LossCase, seed: torch.Te
     out = LOSSES[name].output(case, x, **case.options, **COMPILED[name], **seeded)
     if isinstance(out, torch.Tensor):
         return out
-    sums = () if out[-1] is None else out[-1]
+    if (norms := getattr(out, "norms", None)) is not None:
+        return out.loss.square() + norms[0] + norms[1] / 3
+    stats = getattr(out, "stats", out[-1])
+    sums = () if stats is None else stats
     return out[0].square().sum() + sum((s * (i + 1)).sum() for i, s in enumerate(sums)) / 100
 
 

@@ -97,6 +97,7 @@ def test_full_fine_tuning_and_the_other_objectives(folder, tmp_path):
     assert mtp["held_out_after"]["flow_loss"] < mtp["held_out_before"]["flow_loss"]
     loaded = load_head(tmp_path / "mtp" / "model")
     assert (loaded.config.loss, loaded.config.mtp_tokens) == ("mtp", 2) and not (tmp_path / "mtp" / "targets").exists()
+    assert all(h["flow_share"] >= 0 and "flow_gap" in h for h in full["history"]) and "flow_share" in full["history"][0]
     # same data, same start: the first step sees the same cross-entropy
     assert ce["held_out_before"]["ce_loss"] == pytest.approx(full["held_out_before"]["ce_loss"], rel=1e-5)
     assert not (tmp_path / "ce" / "model" / "sfr_head.safetensors").exists()

@@ -48,18 +48,21 @@ class ProgressBar(TrainerCallback):
 
 
 def loss_curves(history: list[dict], results: dict, path: Path) -> None:
-    """Draws the training losses, with the held-out values before and after, as PNG."""
-    names = [n for n in ("ce_loss", "flow_loss") if n in history[0]] or ["loss"]
-    titles = {"ce_loss": "cross-entropy (nats per token)", "flow_loss": "flow loss", "loss": "loss"}
+    """Draws the training losses, with the held-out values before and after, and the share of the flow, as PNG."""
+    titles = {
+        "ce_loss": "cross-entropy (nats per token)", "flow_loss": "flow loss",
+        "flow_share": "flow share: ‖∂(λ L_flow)/∂h‖ / ‖∂L_CE/∂h‖",
+    }  # fmt: skip
+    names = [n for n in titles if n in history[0]] or ["loss"]
     figure = _figure(5 * len(names), 3.6)
     steps = [h["step"] for h in history]
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        axis.plot(steps, [h[name] for h in history], color=_COLOURS[0], label="training")
+        axis.plot(steps, [h.get(name, math.nan) for h in history], color=_COLOURS[0], label="training")
         held = "ce_loss" if name == "loss" else name
         points = [results[k].get(held) for k in ("held_out_before", "held_out_after")]
         if None not in points:
             axis.plot([0, steps[-1]], points, "o--", color=_COLOURS[1], label="held out")
-        axis.set(title=titles[name], xlabel="step")
+        axis.set(title=titles.get(name, name), xlabel="step")
         axis.grid(alpha=0.3)
         axis.legend()
     _save(figure, path)

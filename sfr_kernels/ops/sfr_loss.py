@@ -40,6 +40,7 @@ class SFROutput(NamedTuple):
     ce: Tensor
     flow: Tensor
     stats: RowStats | None = None  # of the rows with CE
+    norms: Tensor | None = None  # (2,) ‖∂L_CE/∂h‖² and ‖∂(λ L_flow)/∂h‖² over all rows; of micro-batches they add up
 
 
 def sfr_loss(
@@ -62,6 +63,7 @@ def sfr_loss(
     chunk_rows: int | None = None,
     accum_dtype: torch.dtype | None = None,
     return_stats: bool = False,
+    return_norms: bool = False,
     debug: bool = False,
     backend: str | None = None,
 ) -> SFROutput:
@@ -70,12 +72,20 @@ def sfr_loss(
     Equal to `linear_cross_entropy` + λ · `flow_matching_loss` in value and in every gradient.
     softcap, logit_scale, label_smoothing, z_loss, chunk_rows, accum_dtype and debug are those of
     `linear_cross_entropy`; return_stats fills the output's `stats`, in the order of rows.rows[rows.ce_start:].
+    return_norms fills its `norms`, and changes no bit of the loss and the gradients. In 16 bit the second is that of
+    the change that L_flow makes to the rounded gradient of L_CE: below 2⁻⁹ of the latter (bfloat16; float16: 2⁻¹²) it
+    is rounding. hidden must require a gradient then.
     targets, times, flow_weight, normalizer and rows.weight are constants: none may require a gradient.
     Raises TypeError or ValueError naming the argument. No rows give 0, still connected to the graph.
     """
     check_hidden(hidden)
     check_flow(hidden, head, rows, targets, times, seed, config)
     check_decoder(hidden, weight, bias)
+    if return_norms and not (torch.is_grad_enabled() and hidden.requires_grad):
+        raise ValueError("hidden must require a gradient, and gradients be enabled, where return_norms is asked for")
+    joint = config.loss in ("flow", "mse")
+    if return_norms and not joint and torch.compiler.is_compiling():
+        raise ValueError(f"return_norms is not served under torch.compile for loss={config.loss!r}")
     flow_weight = config.flow_weight if flow_weight is None else flow_weight
     check_number("flow_weight", flow_weight)
     check_logit_options(softcap, logit_scale, label_smoothing, z_loss)
@@ -97,17 +107,19 @@ def sfr_loss(
             hidden, weight, params, rows, targets, times, seed=seed_tensor(seed, hidden.device), config=config,
             bias=bias, flow_weight=lam, normalizer=norm, **scales, **logits.options(),
         )  # fmt: skip
-        return SFROutput(loss.to(norm.dtype), ce.detach().to(norm.dtype), flow.detach().to(norm.dtype))
+        norms = _squared_norms(ce, lam * flow, hidden, norm) if return_norms else None
+        return SFROutput(loss.to(norm.dtype), ce.detach().to(norm.dtype), flow.detach().to(norm.dtype), norms=norms)
     x = Inputs(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     )
     flow_norm = flow_normalizer(norm, rows, config)
-    if config.loss in ("flow", "mse"):
+    if joint:
         x = x._replace(params=[*named_parameters(head).values()])
         path = flow_of(rows, targets, times, seed, config, head)
-        joint = SFRCall(rows.rows, rows.token_row, norm, backend, lam, flow_norm, logits, path)
-        loss, ce, flow, *stats = sfr_loss_op(x, joint)[:7]
-        return SFROutput(loss, ce, flow, RowStats(*stats) if return_stats else None)
+        call = SFRCall(rows.rows, rows.token_row, norm, backend, lam, flow_norm, logits, path, return_norms)
+        loss, ce, flow, norms, *stats = sfr_loss_op(x, call)[:8]
+        stats = RowStats(*stats) if return_stats else None
+        return SFROutput(loss, ce, flow, stats, norms if return_norms else None)
     token_row = rows.token_row - rows.ce_start
     call = CrossEntropyCall(rows.rows[rows.ce_start :], token_row, norm, backend, None, False, logits)
     ce, *stats = cross_entropy(x, call)
@@ -115,7 +127,23 @@ def sfr_loss(
         flow = _mtp(x, head, rows, targets, call._replace(normalizer=flow_norm))
     else:
         flow = cosine_or_cka(backend, x.hidden, head, rows, targets, config, flow_norm)
-    return SFROutput(ce + lam * flow, ce.detach(), flow.detach(), RowStats(*stats) if return_stats else None)
+    norms = _squared_norms(ce, lam * flow, x.hidden, norm) if return_norms else None
+    return SFROutput(ce + lam * flow, ce.detach(), flow.detach(), RowStats(*stats) if return_stats else None, norms)
+
+
+def _squared_norms(ce: Tensor, flow: Tensor, hidden: Tensor, normalizer: Tensor) -> Tensor:
+    """Those of two losses with graphs, by a backward pass of each, scaled so that float16 does not underflow."""
+    found = []
+    for loss in (ce, flow):
+        (grad,) = torch.autograd.grad(loss, hidden, normalizer.to(loss.dtype), retain_graph=True)
+        found.append(_squared_norm(grad, normalizer))
+    return torch.stack(found)
+
+
+def _squared_norm(grad: Tensor, scale: Tensor | None) -> Tensor:
+    """‖grad / scale‖², a zero-dim tensor in float32 (float64 for float64)."""
+    norm = torch.linalg.vector_norm(grad, dtype=wide_dtype(grad.dtype))
+    return (norm if scale is None else norm / scale).square()
 
 
 def _mtp(x: Inputs, head: Any, rows: SupervisedRows, targets: Tensor, call: CrossEntropyCall) -> Tensor:
@@ -159,10 +187,12 @@ class SFRCall(NamedTuple):
     flow_normalizer: Tensor  # zero-dim, of L_flow
     logits: LogitLoss  # of the last rows, those with CE
     flow: Flow  # of the first rows, those with flow
+    norms: bool  # whether the squared norms of both gradients are wanted
 
 
 def _forward(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
-    """[loss, L_CE, L_flow, lse, predicted, entropy, correct, dh (n, H), dW, db, the head's gradients in two buffers].
+    """[loss, L_CE, L_flow, the squared norms (2,), lse, predicted, entropy, correct, dh (n, H), dW, db, the head's
+    gradients in two buffers].
 
     The gradients are those of the loss, in float16 of normalizer times the loss.
     """
@@ -185,13 +215,19 @@ def _forward(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
         ce = row_loss.sum() if late is None else row_loss.sum() / late
         scale = (call.flow_weight if late is None else call.flow_weight * late) / call.flow_normalizer
         coefficient = call.flow.weight.to(call.normalizer.dtype) * scale if need.hidden or need.params else None
+        dh_flow = None if dh is None else dh[:flow_rows]
+        dh_ce = dh_flow.clone() if call.norms else None
+        norms = [_squared_norm(dh, late)] if call.norms else []
         row_loss, *buffers = run_flow(
-            call.backend, h[:flow_rows], x.params, coefficient, call.flow, need_params=need.params,
-            dh=None if dh is None else dh[:flow_rows], add_to_dh=True,
+            call.backend, h[:flow_rows], x.params, coefficient, call.flow, need_params=need.params, dh=dh_flow,
+            add_to_dh=True,
         )  # fmt: skip
+        if dh_ce is not None:
+            norms.append(_squared_norm(dh_ce.sub_(dh_flow), late))
+        norms = torch.stack(norms) if norms else ce.new_empty(0)
         flow = (row_loss * call.flow.weight).sum() / call.flow_normalizer
         dh = h.new_empty(0, 0) if dh is None else dh.contiguous()
-        return [ce + call.flow_weight * flow, ce, flow, *stats, dh, dw.contiguous(), db.contiguous(), *buffers]
+        return [ce + call.flow_weight * flow, ce, flow, norms, *stats, dh, dw.contiguous(), db.contiguous(), *buffers]
 
 
 def _fake(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
@@ -200,6 +236,7 @@ def _fake(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
     dw_dtype = call.logits.dweight_dtype(n, x.hidden)
     return [
         *(x.hidden.new_empty((), dtype=wide) for _ in range(3)),
+        x.hidden.new_empty(2 if call.norms else 0, dtype=wide),
         *call.logits.empty_stats(x.hidden, n),
         x.hidden.new_empty(dh),
         x.weight.new_empty(x.weight.shape, dtype=dw_dtype) if need.weight else x.hidden.new_empty(0),

@@ -1,6 +1,7 @@
 """`SFRCallback`: λ's schedule, the losses in the logs, and resuming, for a stock transformers Trainer."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import IntervalStrategy, has_length
 
 from ..config import SFRConfig
 from .checkpoint import pairing, restore_head
@@ -23,6 +25,30 @@ def schedule_at(config: SFRConfig, step: int, total: int) -> float:
     done = (step - warmup) / max(total - warmup, 1)
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return max(factor[config.flow_schedule], 0.0)
+
+
+def will_log(args, state, batches) -> bool:
+    """Whether Trainer logs the step that begins; `batches` is its loader. Of a stream, whose end is not known, the only
+    end of an epoch is that of the run."""
+    step = state.global_step + 1
+    if step == 1 and args.logging_first_step:
+        return True
+    if args.logging_strategy == IntervalStrategy.EPOCH:
+        per_epoch = -(-len(batches) // args.gradient_accumulation_steps) if has_length(batches) else state.max_steps
+        return step % per_epoch == 0 or step == state.max_steps
+    return args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
+
+
+def health_values(args, health: Sequence[Tensor]) -> dict[str, float]:
+    """`flow_share` and `flow_gap` of a step: the sums over its forwards on all processes, without what has none."""
+    sums = torch.stack([*health]).sum(0, dtype=torch.float32)
+    parts = 1
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+        parts = 1 if args.average_tokens_across_devices else dist.get_world_size()  # as in `_Mean`
+    ce, flow, gap, gaps = sums.tolist()
+    values = {"flow_share": math.sqrt(flow / ce)} if ce > 0 else {}
+    return values | ({"flow_gap": gap / parts} if gaps else {})
 
 
 class _Mean:
@@ -54,7 +80,8 @@ class _Mean:
 
 class SFRCallback(TrainerCallback):
     """Moves λ along its schedule, restores the head when a run resumes, logs `ce_loss`, `flow_loss` and `flow_weight`
-    averaged since the last log, and `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
+    averaged since the last log, `flow_share` and `flow_gap` of the step that is logged (README.md beside this file says
+    how to read them), and `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
 
     Add it with `add_to(trainer)`: it is then the first callback, so that reporters see its values, puts the Trainer's
     label smoothing into the attached loss, and knows the folder a run is resumed from, which otherwise is
@@ -66,6 +93,7 @@ class SFRCallback(TrainerCallback):
         self.resume_from, self.last_step = resume_from, 0
         self._added, self._loaded = False, None
         self._training, self._evaluation = _Mean(), _Mean()
+        self._health: list[Tensor] = []  # of the forwards of a measured step
         self._progress = None  # `Watch.progress` when training began; None after the first step
 
     def add_to(self, trainer) -> "SFRCallback":
@@ -126,10 +154,13 @@ class SFRCallback(TrainerCallback):
         if isinstance(sfr := attachment_of(model), Attachment):
             sfr.step = state.global_step
             sfr.schedule = schedule_at(sfr.config, state.global_step, state.max_steps)
+            self._health, sfr.measuring = [], will_log(args, state, kwargs.get("train_dataloader"))
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         if isinstance(sfr := attachment_of(model), Attachment):
             self._training.add(sfr.last, by_sequence=False)
+            if sfr.measuring:
+                self._health.append(sfr.health)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self._progress is not None:
@@ -151,6 +182,8 @@ class SFRCallback(TrainerCallback):
         steps = state.global_step - self.last_step
         if "loss" in logs and steps > 0 and (means := self._training.take(args, steps)):
             values = means | {"flow_weight": sfr.flow_weight * sfr.schedule}
+            if self._health:
+                values |= health_values(args, self._health)
             logs.update(values)
             self.last_step = state.global_step
         else:
@@ -170,6 +203,6 @@ class SFRCallback(TrainerCallback):
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if not isinstance(sfr := attachment_of(model), Attachment):
             return
-        sfr.schedule = None
+        sfr.schedule, sfr.measuring = None, False
         if args.load_best_model_at_end and state.best_model_checkpoint:
             restore_head(state.best_model_checkpoint, sfr, pairing(model))

@@ -17,7 +17,7 @@ from ..config import SFRConfig
 from ..kernels.backend import resolve_backend
 from ..kernels.softmax_xent import RowStats
 from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
-from ..ops import SFROutput, linear_cross_entropy
+from ..ops import SFROutput, flow_matching_loss, linear_cross_entropy
 from ..ops.flow_loss import step_seed
 from ..rows import IGNORE_INDEX, SupervisedRows
 from ..targets.collator import sfr_inputs
@@ -142,6 +142,7 @@ class Attachment(SFRLoss):
     `guard` counts. Both are in the `state_dict`. The noise of a step follows from (config.seed, step) alone."""
 
     return_stats = False  # whether outputs have the `stats` of their rows
+    measuring = False  # whether training forwards fill `health`, which changes no bit of the training
     restore: dict[str, Any]  # what `attach` has changed of the model, for `detach`
 
     def __init__(self, loss: SFRLoss, store: TargetStore | OnlineTargets | None):
@@ -152,6 +153,9 @@ class Attachment(SFRLoss):
         self._step, self._seed = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
         self._lambdas = torch.zeros(2, dtype=torch.float64, device="cpu")  # λ in training, in evaluation
         self.last = torch.zeros(3, dtype=torch.float32, device="cpu")  # ce, flow and sequences of the last forward
+        # Of the last one measured: the squared norms of ∂L_CE/∂h and ∂(λ L_flow)/∂h, the gap, and whether there is one.
+        # They add up over the micro-batches of a step. Norms that cannot be had are 0.
+        self.health = torch.zeros(4, dtype=torch.float32, device="cpu")
         self._flow_weight, self._schedule, self.scheduled = loss.config.flow_weight, 1.0, False
         self._set_lambdas()
         self.step = 0
@@ -208,12 +212,19 @@ class Attachment(SFRLoss):
         if device.type != "meta":
             wide = torch.float32 if device.type == "mps" else torch.float64
             self._lambdas = self._lambdas.to(device, wide)
-            self._step, self._seed, self.last = (x.to(device) for x in (self._step, self._seed, self.last))
+            for name in ("_step", "_seed", "last", "health"):
+                setattr(self, name, getattr(self, name).to(device))
         return self
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        for name in ("_lambdas", "_step", "_seed", "last"):  # a spawned process is sent tensors in shared memory
+        for name in (
+            "_lambdas",
+            "_step",
+            "_seed",
+            "last",
+            "health",
+        ):  # a spawned process is sent tensors in shared memory
             setattr(self, name, getattr(self, name).clone())
 
     def seed(self) -> int | Tensor:
@@ -250,10 +261,33 @@ class Attachment(SFRLoss):
     def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:
         targets = _wait(targets) if isinstance(targets, PendingTargets) else targets
         options["return_stats"] = _wants_stats(self, hidden)
+        measured = self.measuring and self.training and torch.is_grad_enabled()
+        whole = self.config.loss in ("flow", "mse") or not torch.compiler.is_compiling()  # all that can be measured
+        options["return_norms"] = measured and hidden.requires_grad and whole
         out = super().forward(hidden, weight, rows, targets, *args, **options)
+        if measured:
+            norms = out.flow.new_zeros(2) if out.norms is None else out.norms
+            self.health = torch.cat([norms, self._gap(out.flow, hidden, rows, targets, *args, **options)])
         sequences = torch.full((), rows.shape[0], dtype=out.ce.dtype, device=out.ce.device)
         self.last = torch.stack([out.ce, out.flow, sequences])
         return out
+
+    @torch.no_grad()
+    def _gap(
+        self, flow: Tensor, hidden: Tensor, rows: SupervisedRows, targets: Tensor, times: Tensor | None = None, *,
+        seed: int | Tensor, normalizer: float | Tensor | None = None, **_,
+    ) -> Tensor:  # fmt: skip
+        """(2,): L_flow with another row's hidden state for each row minus L_flow, and 1; zeros where there is none."""
+        n = rows.num_flow
+        if n < 2 or self.config.loss in ("mtp", "cka"):
+            return flow.new_zeros(2)
+        index = rows.rows.clone()
+        index[:n] = index[:n].roll(n // 2)  # half the batch away, mostly in another response
+        exchanged = flow_matching_loss(
+            hidden, self.head, rows.replace(rows=index), targets, times, seed=seed, config=self.config,
+            normalizer=normalizer, backend=self.options["backend"],
+        )  # fmt: skip
+        return torch.stack([exchanged - flow, torch.ones_like(flow)])
 
 
 _wait = torch.compiler.disable(PendingTargets.wait)
