@@ -34,6 +34,10 @@ class SFRConfig:
     # uniform time per sequence.
     time_sampling: Literal["stratified", "sequence"] = "stratified"
     num_times: int = 256  # M
+    # t = u^time_power of a uniform u. Above 1 more times are early, where x_t is mostly noise and only h tells x_1.
+    time_power: float = 3.0
+    # Before training, steps in which the head alone is trained, on the model as it is (`training.head.fit_head`).
+    head_steps: int = 200
 
     # How far the text of a target goes: k "tokens"; to the first end of a "sentence" at least min_tokens and at most k
     # tokens ahead; or the whole "response", one target for all its rows.
@@ -68,13 +72,13 @@ class SFRConfig:
                 if float in kinds and not math.isfinite(value):
                     raise ValueError(f"{name} must be finite, got {value!r}")
         ones = ("width", "num_times", "stride", "min_tokens", "encoder_max_tokens", "mtp_tokens")
-        zeros = ("segment_tokens", "flow_weight", "source_std", "flow_warmup")
+        zeros = ("segment_tokens", "flow_weight", "source_std", "flow_warmup", "head_steps")
         for name, least in dict(num_layers=2, **dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)).items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.flow_warmup >= 1:
             raise ValueError(f"flow_warmup is a share of the run and must be below 1, got {self.flow_warmup}")
-        for name in ("time_scale", "hidden_scale", "target_scale"):
+        for name in ("time_scale", "hidden_scale", "target_scale", "time_power"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not -(2**63) <= self.seed < 2**63:
@@ -95,6 +99,7 @@ class SFRConfig:
         published: dict[str, Any] = dict(
             target_scale=1.0, time_scale=1.0, hidden_scale=1.0, time_sampling="sequence", target_rule="published",
             weighting="linear_decay", flow_normalizer="weights", encoder_pooling="mean", encoder_max_tokens=512,
+            time_power=1.0, head_steps=0,
         )  # fmt: skip
         return cls(**published | overrides)
 

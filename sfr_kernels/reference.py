@@ -67,8 +67,9 @@ def gaussian_noise(seed: int | Tensor, noise_id: Tensor, size: int) -> Tensor:
 def draw_times(rows: SupervisedRows, seed: int | Tensor, config: SFRConfig) -> tuple[Tensor, Tensor]:
     """`times` (M,) float32 and `time_index` (n,) of a step.
 
-    "stratified": t_m = (m + u_m) / M, u_m from stream 2; a row's index is the high word of M · w, w from stream 1.
-    "sequence": t_b uniform from stream 3 at the smallest noise_id of the sequence's rows. Dirac losses: t = 0.
+    "stratified": t_m = ((m + u_m) / M)^p, u_m from stream 2; a row's index is the high word of M · w, w from stream 1.
+    "sequence": t_b = u^p, u from stream 3 at the smallest noise_id of the sequence's rows. p = time_power. For Dirac
+    losses t = 0.
     """
     n, device = len(rows), rows.device
     if config.is_dirac:
@@ -77,12 +78,13 @@ def draw_times(rows: SupervisedRows, seed: int | Tensor, config: SFRConfig) -> t
     if config.time_sampling == "sequence":
         identity = torch.zeros(rows.shape[0], dtype=torch.int64, device=device)
         identity.scatter_reduce_(0, rows.time_index.long(), rows.noise_id, "amin", include_self=False)
-        return uniform(_words(seed, torch.zeros_like(identity), identity, 3)[0]), rows.time_index.long()
+        u = uniform(_words(seed, torch.zeros_like(identity), identity, 3)[0])
+        return u**config.time_power, rows.time_index.long()
     size = config.num_times
     block = torch.arange((size + 3) // 4, device=device)
     u = uniform(torch.stack(_words(seed, block, torch.zeros_like(block), 2), dim=1).flatten()[:size])
     word = _words(seed, torch.zeros_like(rows.noise_id), rows.noise_id, 1)[0]
-    return (torch.arange(size, device=device) + u) / size, (word * size) >> 32
+    return ((torch.arange(size, device=device) + u) / size) ** config.time_power, (word * size) >> 32
 
 
 # ---------------------------------------------------------------------------------------------------------------------

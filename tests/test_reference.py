@@ -85,13 +85,15 @@ def test_a_zero_target_of_the_published_rule_keeps_its_weight():
 
 def test_stratified_times():
     labels = torch.arange(40_000).remainder(50).view(4, 10_000)
-    config = SFRConfig(num_times=10)  # not a multiple of the four words of a block
+    config = SFRConfig(num_times=10, time_power=1.0)  # not a multiple of the four words of a block
     rows = SupervisedRows.from_labels(labels, config)
     times, index = reference.draw_times(rows, 3, config)
     assert times.shape == (10,) and ((times * 10).floor() == torch.arange(10)).all()  # one in each stratum
     counts = torch.bincount(index, minlength=10).double()
     assert index.min() == 0 and index.max() == 9
     assert ((counts - len(rows) / 10).abs() < 5 * (len(rows) * 0.09) ** 0.5).all()  # five standard deviations
+    early, same = reference.draw_times(rows, 3, replace(config, time_power=3.0))
+    assert torch.equal(same, index) and torch.allclose(early, times * times * times, rtol=1e-6)
 
 
 def test_one_time_a_sequence_from_its_first_row():

@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
 
 def command(folder, out, *extra):
     return ["train", "--out", str(out), "--data", str(folder / "chats.jsonl"), "--model", str(folder / "model"),
-            "--steps", "8", "--save-every", "2", "--max-prompts", "1", "--batch-size", "4", *extra]  # fmt: skip
+            "--head-steps", "2", "--steps", "8", "--save-every", "2", "--max-prompts", "1", "--batch-size", "4", *extra]  # fmt: skip
 
 
 def history(out):
@@ -165,7 +165,7 @@ def test_smollm2_learns_and_the_saved_model_is_a_plain_one(tmp_path, capsys):
     prompts = list(dict.fromkeys(c["messages"][1]["content"] for c in chats))[:15]  # the last of them is held out
     kept = [c for c in chats if c["messages"][1]["content"] in prompts and c["persona"] in ("pirate", "monk")]
     write_chats(data, kept)
-    options = ["--steps", "10", "--max-prompts", "1", "--batch-size", "2"]
+    options = ["--head-steps", "10", "--steps", "10", "--max-prompts", "1", "--batch-size", "2"]
     assert main(["train", "--data", str(data), "--out", str(out), *options]) == 0
     shown = capsys.readouterr().out
     results = json.loads((out / "losses.json").read_text())

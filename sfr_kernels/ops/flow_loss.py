@@ -250,6 +250,7 @@ class Flow(NamedTuple):
     sequence_id: Tensor | None  # (B,) int64
     seed: Tensor  # (1,) int64
     num_times: int  # M; 0: the head sees x_t = 0 at t = 0
+    time_power: float  # of drawn times
     target_scale: float
     source_std: float
     time_scale: float
@@ -270,7 +271,8 @@ def flow_of(
         index, num_times = None, config.num_times
     return Flow(
         targets, times, rows.noise_id[:n], rows.anchor[:n], rows.weight[:n], None if index is None else index[:n],
-        sequence_id, seed_tensor(seed, rows.device), num_times, config.scale_for(head.shape.target_size),
+        sequence_id, seed_tensor(seed, rows.device), num_times, float(config.time_power),
+        config.scale_for(head.shape.target_size),
         0.0 if config.is_dirac else config.source_std, head.shape.time_scale, head.shape.hidden_scale,
     )  # fmt: skip
 
@@ -292,6 +294,7 @@ def run_flow(
     time_index: Any = flow.time_index
     if times is None:
         times, time_index = draw_times(backend, flow.noise_id, time_index, flow.sequence_id, flow.seed, flow.num_times)
+        times = times**flow.time_power
     path = FlowPath(
         aligned(flow.targets), times, flow.noise_id, flow.anchor, time_index, flow.seed, flow.target_scale,
         flow.source_std,

@@ -8,12 +8,15 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy, has_length
 
 from ..config import SFRConfig
+from ..ops.flow_loss import step_seed
 from .checkpoint import pairing, restore_head
 from .guard import NEVER_CALLED, check_head, watch_of
+from .head import fit_head, is_new
 from .objectives import WHOLE_BATCHES, Attachment, attachment_of, keep_from_predictions
 
 
@@ -39,16 +42,14 @@ def will_log(args, state, batches) -> bool:
     return args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
 
 
-def health_values(args, health: Sequence[Tensor]) -> dict[str, float]:
+def health_values(health: Sequence[Tensor]) -> dict[str, float]:
     """`flow_share` and `flow_gap` of a step: the sums over its forwards on all processes, without what has none."""
     sums = torch.stack([*health]).sum(0, dtype=torch.float32)
-    parts = 1
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
-        parts = 1 if args.average_tokens_across_devices else dist.get_world_size()  # as in `_Mean`
     ce, flow, gap, gaps = sums.tolist()
     values = {"flow_share": math.sqrt(flow / ce)} if ce > 0 else {}
-    return values | ({"flow_gap": gap / parts} if gaps else {})
+    return values | ({"flow_gap": gap / gaps} if gaps else {})
 
 
 class _Mean:
@@ -79,7 +80,8 @@ class _Mean:
 
 
 class SFRCallback(TrainerCallback):
-    """Moves λ along its schedule, restores the head when a run resumes, logs `ce_loss`, `flow_loss` and `flow_weight`
+    """Fits a new head before training (`config.head_steps`), moves λ along its schedule, restores the head when a run
+    resumes, logs `ce_loss`, `flow_loss` and `flow_weight`
     averaged since the last log, `flow_share` and `flow_gap` of the step that is logged (README.md beside this file says
     how to read them), and `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
 
@@ -147,8 +149,23 @@ class SFRCallback(TrainerCallback):
         if state.global_step > 0 and isinstance(sfr, Attachment):
             folder = self.resume_from or self._loaded or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             restore_head(folder, sfr, pairing(model))
+        elif isinstance(sfr, Attachment):
+            self._fit_head(args, model, sfr, kwargs.get("train_dataloader"))
         self._training, self.last_step = _Mean(), state.global_step
         self._progress = watch_of(model).progress
+
+    def _fit_head(self, args, model, sfr: Attachment, batches) -> None:
+        """Fits a new head to the data of training, in an order of its own: that of training is as without it."""
+        if not sfr.config.head_steps or sfr.head is None or not is_new(sfr.head):
+            return
+        order = torch.Generator().manual_seed(step_seed(sfr.config.seed, -1 - args.process_index))
+        own = DataLoader(
+            batches.dataset, args.per_device_train_batch_size, not isinstance(batches.dataset, IterableDataset),
+            collate_fn=batches.collate_fn, generator=order, drop_last=args.dataloader_drop_last,
+        )  # fmt: skip
+        dtype = torch.bfloat16 if args.bf16 else torch.float16
+        with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
+            fit_head(model, own, sfr.config.head_steps, progress=args.process_index == 0)
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if isinstance(sfr := attachment_of(model), Attachment):
@@ -183,7 +200,7 @@ class SFRCallback(TrainerCallback):
         if "loss" in logs and steps > 0 and (means := self._training.take(args, steps)):
             values = means | {"flow_weight": sfr.flow_weight * sfr.schedule}
             if self._health:
-                values |= health_values(args, self._health)
+                values |= health_values(self._health)
             logs.update(values)
             self.last_step = state.global_step
         else:

@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .head import is_new
+
 NEVER_CALLED = (
     "this training does not compute the loss that was attached: the optimizer steps, and the model's forward was not "
     "called with labels or rows. With TRL use sfr_kernels.training.trl.SFRTrainer; with use_liger_kernel set "
@@ -43,6 +45,11 @@ _NEW_HEAD = (
 _NO_SCHEDULE = (
     "config.flow_schedule and config.flow_warmup change λ in the course of a run, which only SFRCallback knows: add it "
     "to the Trainer, or set model.sfr.schedule, the factor of λ, at each step"
+)
+_NOT_FITTED = (
+    "the velocity head is new, and config.head_steps asks for it to be fitted before training, without which the flow "
+    "loss does little: add SFRCallback to the Trainer, or call fit_head(model, batches, steps) of "
+    "sfr_kernels.training.head first; head_steps=0 goes without"
 )
 _IN_EVALUATION = "the optimizer steps on a model in eval(): no dropout, the same noise at each step. Call model.train()"
 _NOT_EXCHANGED = (
@@ -132,6 +139,8 @@ class Watch:
         has_schedule = sfr.config is not None and (sfr.config.flow_warmup or sfr.config.flow_schedule != "constant")
         if has_schedule and not sfr.scheduled:
             raise RuntimeError(_NO_SCHEDULE)
+        if sfr.config is not None and sfr.config.head_steps and sfr.head is not None and is_new(sfr.head):
+            warnings.warn(_NOT_FITTED, RuntimeWarning, stacklevel=6)
         check_head(sfr)
         moving = _ids(group for group in optimizer.param_groups if float(group.get("lr", 1.0)))
         head = [] if sfr.head is None else list(sfr.head.parameters())

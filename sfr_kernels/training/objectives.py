@@ -137,6 +137,9 @@ class BatchInputs:
             self.rows.check_rules(config)
 
 
+_GAP_ROWS = 64  # whose loss is compared with that at another row's hidden state; and times
+
+
 class Attachment(SFRLoss):
     """The SFR objective. The state of a run is the head and the step, the number of optimizer steps taken, which
     `guard` counts. Both are in the `state_dict`. The noise of a step follows from (config.seed, step) alone."""
@@ -154,7 +157,7 @@ class Attachment(SFRLoss):
         self._lambdas = torch.zeros(2, dtype=torch.float64, device="cpu")  # λ in training, in evaluation
         self.last = torch.zeros(3, dtype=torch.float32, device="cpu")  # ce, flow and sequences of the last forward
         # Of the last one measured: the squared norms of ∂L_CE/∂h and ∂(λ L_flow)/∂h, the gap, and whether there is one.
-        # They add up over the micro-batches of a step. Norms that cannot be had are 0.
+        # They add up over the micro-batches of a step: the gap is a sum of as many. Norms that cannot be had are 0.
         self.health = torch.zeros(4, dtype=torch.float32, device="cpu")
         self._flow_weight, self._schedule, self.scheduled = loss.config.flow_weight, 1.0, False
         self._set_lambdas()
@@ -259,7 +262,7 @@ class Attachment(SFRLoss):
         )  # fmt: skip
 
     def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:
-        targets = _wait(targets) if isinstance(targets, PendingTargets) else targets
+        targets = settled(targets)
         options["return_stats"] = _wants_stats(self, hidden)
         measured = self.measuring and self.training and torch.is_grad_enabled()
         whole = self.config.loss in ("flow", "mse") or not torch.compiler.is_compiling()  # all that can be measured
@@ -267,30 +270,40 @@ class Attachment(SFRLoss):
         out = super().forward(hidden, weight, rows, targets, *args, **options)
         if measured:
             norms = out.flow.new_zeros(2) if out.norms is None else out.norms
-            self.health = torch.cat([norms, self._gap(out.flow, hidden, rows, targets, *args, **options)])
+            self.health = torch.cat([norms, self._gap(hidden, rows, targets, options["seed"]).to(norms)])
         sequences = torch.full((), rows.shape[0], dtype=out.ce.dtype, device=out.ce.device)
         self.last = torch.stack([out.ce, out.flow, sequences])
         return out
 
     @torch.no_grad()
-    def _gap(
-        self, flow: Tensor, hidden: Tensor, rows: SupervisedRows, targets: Tensor, times: Tensor | None = None, *,
-        seed: int | Tensor, normalizer: float | Tensor | None = None, **_,
-    ) -> Tensor:  # fmt: skip
-        """(2,): L_flow with another row's hidden state for each row minus L_flow, and 1; zeros where there is none."""
+    def _gap(self, hidden: Tensor, rows: SupervisedRows, targets: Tensor, seed: int | Tensor) -> Tensor:
+        """(2,): the weighted mean of ℓ where each row is given another one's hidden state, minus that of ℓ, and 1;
+        zeros where there is none. Over a few rows and times, which is enough for a mean over steps: all of them would
+        take 1% of a small model's step."""
         n = rows.num_flow
-        if n < 2 or self.config.loss in ("mtp", "cka"):
-            return flow.new_zeros(2)
-        index = rows.rows.clone()
-        index[:n] = index[:n].roll(n // 2)  # half the batch away, mostly in another response
-        exchanged = flow_matching_loss(
-            hidden, self.head, rows.replace(rows=index), targets, times, seed=seed, config=self.config,
-            normalizer=normalizer, backend=self.options["backend"],
+        count = min(n, _GAP_ROWS)
+        if count < 2 or self.config.loss in ("mtp", "cka"):
+            return hidden.new_zeros(2, dtype=torch.float32)
+        some = torch.arange(count, device=rows.device) * n // count
+        twice, weight, place = some.repeat(2), rows.weight[some], rows.rows[some]
+        pairs = rows.replace(  # ℓ of each with weight −w, and with the state half the batch away with weight w
+            rows=torch.cat([place, place.roll(count // 2)]), weight=torch.cat([-weight, weight]),
+            noise_id=rows.noise_id[twice], anchor=rows.anchor[twice], labels=rows.labels[twice],
+            time_index=None if rows.time_index is None else rows.time_index[twice], num_flow=2 * count, num_ce=0,
         )  # fmt: skip
-        return torch.stack([exchanged - flow, torch.ones_like(flow)])
+        gap = flow_matching_loss(
+            hidden, self.head, pairs, targets, seed=seed, normalizer=weight.sum(), backend=self.options["backend"],
+            config=replace(self.config, num_times=_GAP_ROWS, flow_normalizer="tokens"),
+        )  # fmt: skip
+        return torch.stack([gap, torch.ones_like(gap)]).float()
 
 
 _wait = torch.compiler.disable(PendingTargets.wait)
+
+
+def settled(targets: Tensor | PendingTargets) -> Tensor:
+    """The embeddings, waited for where they are being made."""
+    return _wait(targets) if isinstance(targets, PendingTargets) else targets
 
 
 def _wants_stats(sfr: nn.Module, hidden: Tensor) -> bool:

@@ -1,0 +1,125 @@
+"""`fit_head`: the velocity head learns to read the model as it is, before the model is trained through it.
+
+A new head knows nothing, and what its loss asks of the hidden states while it learns is noise: in the experiments
+(benchmarks/collapse) SFR had no effect without this.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from ..modules import VelocityHead
+from ..ops import flow_matching_loss, sfr_loss
+from ..ops.flow_loss import step_seed
+from .objectives import Attachment, attachment_of, settled
+
+RATE = 1e-3
+
+
+def is_new(head: VelocityHead) -> bool:
+    """Whether the head is as it was made: its last layer is zero."""
+    return not head.output_proj.weight.any()
+
+
+def fit_head(
+    model: nn.Module,  # attached, with a head
+    batches: Iterable[dict],  # what its forward takes for the loss; a list or a loader, passed over again and again
+    steps: int,  # of AdamW, one batch each
+    *,
+    rate: float = RATE,
+    progress: bool = True,
+) -> float:
+    """Trains the velocity head alone, on the flow loss of hidden states of the model as it is. Returns the loss of the
+    last step.
+
+    Call it between attach and training; SFRCallback does, by `config.head_steps`. The model is in evaluation mode
+    meanwhile and computes no gradient, so a step costs its forward pass. Under torch.distributed every process gives
+    batches of its own, and the gradients are averaged. ValueError for a model without a head, steps below 1, and
+    batches that run out.
+    """
+    sfr = attachment_of(model)
+    if not isinstance(sfr, Attachment) or sfr.head is None:
+        raise ValueError("model has no velocity head to fit: attach an SFR objective that has one")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if not rate > 0:
+        raise ValueError(f"rate must be positive, got {rate}")
+    # A copy is trained, since `guard` takes an optimizer of the attached head for that of the training.
+    twin = copy.deepcopy(sfr.head)
+    optimizer = torch.optim.AdamW(twin.parameters(), rate, weight_decay=0.0)
+    device = next(sfr.head.parameters()).device
+    modes = [(module, module.training) for module in model.modules()]
+    loss = torch.zeros((), dtype=torch.float32)
+    again = _again(batches)
+    try:
+        model.eval()
+        for step in tqdm(range(steps), desc="velocity head", disable=not progress):
+            batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in next(again).items()}
+            seed = step_seed(sfr.config.seed, -2 - step)  # unlike those of training, and of evaluation
+            loss = _flow_loss(sfr, twin, *_loss_arguments(model, sfr, batch), seed)
+            optimizer.zero_grad()
+            loss.backward()
+            _average(twin)
+            optimizer.step()
+    finally:
+        for module, training in modes:
+            module.training = training
+    sfr.head.load_state_dict(twin.state_dict())
+    return loss.item()
+
+
+def _again(batches: Iterable[dict]) -> Iterator[dict]:
+    while True:
+        any_batch = False
+        for batch in batches:
+            any_batch = True
+            yield batch
+        if not any_batch:
+            raise ValueError("batches ran out: give a list or a loader that is not empty and can be passed over again")
+
+
+@torch.no_grad()
+def _loss_arguments(model: nn.Module, sfr: Attachment, batch: dict) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Hidden states, the lm_head's weight and the keywords with which a forward of the batch calls the loss."""
+    found: list = []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        found[:] = *args, kwargs
+
+    handle = sfr.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        model(**batch)
+    finally:
+        handle.remove()
+    hidden, weight, kwargs = found
+    return hidden, weight, kwargs
+
+
+def _flow_loss(
+    sfr: Attachment, head: VelocityHead, hidden: Tensor, weight: Tensor, given: dict[str, Any], seed: int | Tensor
+) -> Tensor:
+    rows, targets = given["rows"], settled(given["targets"])
+    backend = sfr.options["backend"]
+    if sfr.config.loss != "mtp":
+        return flow_matching_loss(hidden, head, rows, targets, seed=seed, config=sfr.config, backend=backend)
+    logits = {name: given[name] for name in ("bias", "softcap", "logit_scale") if name in given}
+    return sfr_loss(
+        hidden, weight.detach(), head, rows, targets, seed=seed, config=sfr.config, flow_weight=1.0, backend=backend,
+        **logits,
+    ).loss  # fmt: skip
+
+
+def _average(head: VelocityHead) -> None:
+    """Gradients over processes; those of a sharded head are exchanged by what shards it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    for p in head.parameters():
+        if not isinstance(p, DTensor):
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()

@@ -1,0 +1,152 @@
+"""The head is fitted to the model as it is, before that is trained: by `fit_head`, and by SFRCallback."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from tiny import CONFIG, SAMPLES, STORE, in_two_processes, pad
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from sfr_kernels import SFRConfig, attach, reference
+from sfr_kernels.targets import SFRCollator
+from sfr_kernels.training.callbacks import SFRCallback
+from sfr_kernels.training.guard import watch_of
+from sfr_kernels.training.head import fit_head, is_new
+
+FITTED = replace(CONFIG, head_steps=5)
+
+
+def batches(config=CONFIG, store=STORE):
+    return DataLoader(SAMPLES, 4, collate_fn=SFRCollator(config, store, pad))
+
+
+def flow_by_hand(model, config) -> float:
+    """The flow loss of all samples with the reference, in float64."""
+    batch = SFRCollator(config, STORE, pad)(SAMPLES)
+    with torch.no_grad():
+        outputs = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_hidden_states=True)
+        params = {name: p.double() for name, p in model.sfr.head.named_parameters()}
+        return reference.flow_matching_loss(
+            outputs.hidden_states[-1].double(), params, batch["rows"], batch["rows"].targets, seed=7, config=config,
+            time_scale=config.time_scale, hidden_scale=config.hidden_scale,
+        ).item()  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", ["flow", "mse"])
+def test_the_loss_falls_and_nothing_but_the_head_changes(loss):
+    config = replace(CONFIG, loss=loss)
+    model = tiny.attached(STORE, config).train()
+    before = {name: p.clone() for name, p in model.state_dict().items() if not name.startswith("sfr.")}
+    first = flow_by_hand(model, config)
+    last = fit_head(model, batches(config), 60, rate=1e-2, progress=False)
+    assert not is_new(model.sfr.head) and flow_by_hand(model, config) < 0.8 * first and 0 < last < first
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items() if name in before)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    assert model.sfr.step == 0 and watch_of(model).progress == 0
+
+
+def test_the_head_of_mtp_is_fitted_too():
+    config = SFRConfig(loss="mtp", mtp_tokens=2, width=32)
+    model = attach(tiny.tiny_llama(), config)
+    one = [next(iter(batches(config, None)))]
+    first, last = (fit_head(model, one, steps, rate=1e-2, progress=False) for steps in (1, 30))
+    assert last < first
+
+
+def test_the_same_call_gives_the_same_head():
+    heads = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = tiny.attached(STORE)
+        fit_head(model, batches(), 3, progress=False)
+        heads.append(model.sfr.head.output_proj.weight)
+    assert torch.equal(*heads)
+
+
+def test_bad_input_is_named():
+    model = tiny.attached(STORE)
+    for name, call in {
+        "steps": lambda: fit_head(model, batches(), 0),
+        "rate": lambda: fit_head(model, batches(), 1, rate=0.0),
+        "velocity head": lambda: fit_head(tiny.ce_attached(), batches(), 1),
+        "batches ran out": lambda: fit_head(model, iter([*batches()]), 3, progress=False),
+    }.items():
+        with pytest.raises(ValueError, match=name):
+            call()
+
+
+def trained(tmp_path, config, *, callback=True, before=None, **options):
+    model = tiny.attached(STORE, config)
+    if before is not None:
+        before(model)
+    args = TrainingArguments(
+        str(tmp_path), max_steps=3, per_device_train_batch_size=4, use_cpu=True, report_to=[], disable_tqdm=True,
+        remove_unused_columns=False, learning_rate=1e-3, seed=0, **options,
+    )  # fmt: skip
+    trainer = Trainer(model, args, train_dataset=SAMPLES, data_collator=SFRCollator(config, STORE, pad))
+    if callback:
+        SFRCallback().add_to(trainer)
+    trainer.train()
+    return model
+
+
+def test_the_callback_fits_as_many_steps_as_the_config_says(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("sfr_kernels.training.callbacks.fit_head", lambda *args, **kwargs: calls.append(args[2]))
+    trained(tmp_path / "a", FITTED)
+    trained(tmp_path / "b", CONFIG)  # none asked for
+    trained(
+        tmp_path / "c", FITTED, before=lambda m: torch.nn.init.normal_(m.sfr.head.output_proj.weight)
+    )  # has learned
+    assert calls == [5]
+
+
+def test_training_sees_its_data_in_the_same_order_as_without(tmp_path):
+    """The head fitted by hand beforehand, and then trained without the callback's help, ends with the same weights."""
+
+    def by_hand(model):
+        kept = model.sfr.head.state_dict()
+        fitted = trained(tmp_path / "first", FITTED, save_strategy="no")  # only for its first head
+        model.sfr.head.load_state_dict(HEADS[0])
+        assert kept.keys() == fitted.sfr.head.state_dict().keys()
+
+    HEADS.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sfr_kernels.training.callbacks.fit_head", fitted_and_kept)
+        model = trained(tmp_path / "own", FITTED)
+        other = trained(tmp_path / "other", FITTED, before=by_hand)
+    for (name, p), q in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+
+
+HEADS: list[dict] = []
+
+
+def fitted_and_kept(model, *args, **kwargs):
+    fit_head(model, *args, **kwargs)
+    HEADS.append({name: p.clone() for name, p in model.sfr.head.state_dict().items()})
+
+
+def test_a_head_that_nobody_fitted_is_said(tmp_path):
+    with pytest.warns(RuntimeWarning, match="fit_head"):
+        trained(tmp_path, FITTED, callback=False)
+
+
+def fit_in_a_process(rank: int, folder) -> None:
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = tiny.attached(STORE)
+    collate = SFRCollator(CONFIG, STORE, pad)
+    fit_head(model, [collate(SAMPLES[4 * rank : 4 * rank + 4])], 3, progress=False)
+    torch.save(model.sfr.head.state_dict(), folder / f"{rank}.pt")
+
+
+def test_processes_end_with_one_head(tmp_path):
+    in_two_processes(fit_in_a_process, tmp_path)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    alone = tiny.attached(STORE)
+    fit_head(alone, [SFRCollator(CONFIG, STORE, pad)(SAMPLES[:4])], 3, progress=False)
+    assert all(torch.equal(p, second[name]) for name, p in first.items())
+    assert not torch.equal(first["output_proj.weight"], alone.sfr.head.output_proj.weight)
