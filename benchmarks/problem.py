@@ -57,7 +57,7 @@ class Problem:
 
     def __init__(self, op: str, shape: Shape, dtype: torch.dtype, device: torch.device, published: bool = False):
         self.op, self.shape, self.dtype, self.device = op, shape, dtype, device
-        self.config = shape.config(**dict(hidden_scale=1.0) if published else {})
+        self.config = shape.config(**dict(hidden_norm="none") if published else {})
         size, g = (shape.batch, shape.length), torch.Generator().manual_seed(0)
         self.labels = torch.randint(shape.vocab or 2, size, generator=g)
         self.labels[:, : shape.length - round(shape.supervised * shape.length)] = -100

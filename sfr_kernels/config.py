@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args, get_type_hints
 
 LossKind = Literal["flow", "mse", "cosine", "cka", "mtp"]
+HiddenNorm = Literal["rms", "none"]
+
+HIDDEN_NORM_EPS = 1e-6  # added to the mean square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +28,10 @@ class SFRConfig:
     width: int = 1024  # D, of the velocity head
     num_layers: int = 3  # of the head: an input layer, num_layers − 2 residual blocks, an output layer
     time_scale: float = 1000.0  # factor on t before the sinusoidal embedding
-    # Factor on the hidden states before the head. Unscaled, their common offset and their few large coordinates
-    # (measured on SmolLM2-135M) drown x_t in the head's LayerNorm.
-    hidden_scale: float = 0.0625
+    # "rms": each hidden state is divided by its root mean square before the head, without parameters, so that h and x_t
+    # meet the head's LayerNorm with about the same size in every model: larger, h drowns x_t, smaller, x_t drowns h.
+    hidden_norm: HiddenNorm = "rms"
+    hidden_scale: float = 1.0  # factor on the hidden states before the head, after their norm
     target_scale: float | None = None  # x_1 = target_scale · embedding; None: √d, unit variance per coordinate
     source_std: float = 1.0  # standard deviation of the noise x_0
     # "stratified": a table of num_times jittered, stratified times a step, of which each row draws one; "sequence": one
@@ -97,9 +101,9 @@ class SFRConfig:
     def official(cls, **overrides: Any) -> "SFRConfig":
         """The arithmetic of the published code."""
         published: dict[str, Any] = dict(
-            target_scale=1.0, time_scale=1.0, hidden_scale=1.0, time_sampling="sequence", target_rule="published",
-            weighting="linear_decay", flow_normalizer="weights", encoder_pooling="mean", encoder_max_tokens=512,
-            time_power=1.0, head_steps=0,
+            target_scale=1.0, time_scale=1.0, hidden_norm="none", hidden_scale=1.0, time_sampling="sequence",
+            target_rule="published", weighting="linear_decay", flow_normalizer="weights", encoder_pooling="mean",
+            encoder_max_tokens=512, time_power=1.0, head_steps=0,
         )  # fmt: skip
         return cls(**published | overrides)
 
@@ -134,7 +138,7 @@ class SFRConfig:
 
 @dataclass(frozen=True)
 class HeadShape:
-    """A velocity head's sizes and scales."""
+    """A velocity head's sizes, scales and norm of h."""
 
     hidden_size: int
     target_size: int  # of x_t, and of the embedding of t
@@ -143,3 +147,4 @@ class HeadShape:
     time_scale: float
     hidden_scale: float
     output_size: int  # target_size for a velocity; for "mtp" mtp_tokens hidden states side by side
+    hidden_norm: HiddenNorm

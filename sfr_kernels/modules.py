@@ -1,11 +1,11 @@
 """The velocity head and the losses as `nn.Module`s."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .config import HeadShape, SFRConfig
+from .config import HeadShape, HiddenNorm, SFRConfig
 from .kernels.softmax_xent import RowStats
 from .ops import SFROutput, linear_cross_entropy, sfr_loss
 from .ops.validate import check_constant, check_head_shape, check_tensor
@@ -35,8 +35,8 @@ class VelocityHead(nn.Module):
     Parameters carry the names and shapes of the published head, so its checkpoints load with `load_state_dict`:
     `time_embed.mlp.{0,2}`, from d to 4d and back, `input_proj.{0,1}` with weight [W_x | W_τ | W_h],
     `res_blocks.i.{linear,norm}`, `output_proj`, which starts at zero. The published head has time_scale and
-    hidden_scale 1: `VelocityHead.from_config(SFRConfig.official(), hidden_size, target_size)`. For "mtp" the output
-    is no velocity, and has a size of its own.
+    hidden_scale 1 and no norm of h: `VelocityHead.from_config(SFRConfig.official(), hidden_size, target_size)`. For
+    "mtp" the output is no velocity, and has a size of its own.
     """
 
     def __init__(
@@ -46,8 +46,9 @@ class VelocityHead(nn.Module):
         width: int = 1024,  # D
         num_layers: int = 3,
         time_scale: float = 1000.0,
-        hidden_scale: float = 0.0625,
+        hidden_scale: float = 1.0,
         output_size: int | None = None,  # None: target_size, as published
+        hidden_norm: HiddenNorm = "rms",
     ):
         super().__init__()
         output_size = target_size if output_size is None else output_size
@@ -59,9 +60,12 @@ class VelocityHead(nn.Module):
             raise ValueError(f"num_layers must be at least 2, an input and an output layer, got {num_layers}")
         if not (time_scale > 0 and hidden_scale > 0):
             raise ValueError(f"time_scale and hidden_scale must be positive, got {time_scale} and {hidden_scale}")
+        if hidden_norm not in get_args(HiddenNorm):
+            raise ValueError(f"hidden_norm must be one of {', '.join(get_args(HiddenNorm))}, got {hidden_norm!r}")
         self.shape = HeadShape(
-            hidden_size, target_size, width, num_layers - 2, float(time_scale), float(hidden_scale), output_size
-        )
+            hidden_size, target_size, width, num_layers - 2, float(time_scale), float(hidden_scale), output_size,
+            hidden_norm,
+        )  # fmt: skip
         self.time_embed = _TimeEmbedding(target_size)
         self.input_proj = nn.Sequential(nn.Linear(2 * target_size + hidden_size, width), nn.LayerNorm(width), nn.SiLU())
         self.res_blocks = nn.ModuleList(_ResidualBlock(width) for _ in range(num_layers - 2))
@@ -81,7 +85,7 @@ class VelocityHead(nn.Module):
             raise ValueError(f"target_size must be given for loss={config.loss!r}: it is that of the targets")
         return cls(
             hidden_size, target_size, config.width, config.num_layers, config.time_scale, config.hidden_scale,
-            output_size,
+            output_size, config.hidden_norm,
         )  # fmt: skip
 
     def forward(
@@ -116,7 +120,7 @@ class VelocityHead(nn.Module):
         sizes = (
             f"hidden_size={s.hidden_size}, target_size={s.target_size}, output_size={s.output_size}, width={s.width}"
         )
-        return f"{sizes}, time_scale={s.time_scale:g}, hidden_scale={s.hidden_scale:g}"
+        return f"{sizes}, time_scale={s.time_scale:g}, hidden_scale={s.hidden_scale:g}, hidden_norm={s.hidden_norm}"
 
 
 class LinearCrossEntropy(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import SFRConfig
+from .config import HIDDEN_NORM_EPS, SFRConfig
 from .rows import IGNORE_INDEX, SupervisedRows
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -106,9 +106,10 @@ def velocity(
     hidden: Tensor,  # (n, H)
     time_scale: float,
     hidden_scale: float = 1.0,
+    hidden_norm: str = "none",
 ) -> Tensor:
     """v(x_t, t, h) (n, d): sinusoid and MLP of t, then input layer, residual blocks and output layer. For "mtp" the
-    output layer is mtp_tokens · H wide."""
+    output layer is mtp_tokens · H wide. hidden_norm "rms" divides h by its root mean square."""
 
     def linear(name, x):
         return x @ params[f"{name}.weight"].T + params[f"{name}.bias"]
@@ -118,6 +119,8 @@ def velocity(
 
     tau = time_embedding(t, x_t.shape[1], time_scale)
     tau = linear("time_embed.mlp.2", F.silu(linear("time_embed.mlp.0", tau)))
+    if hidden_norm == "rms":
+        hidden = F.rms_norm(hidden, hidden.shape[-1:], eps=HIDDEN_NORM_EPS)
     a = norm_act("input_proj.1", linear("input_proj.0", torch.cat([x_t, tau, hidden_scale * hidden], dim=1)))
     block = 0
     while f"res_blocks.{block}.linear.weight" in params:
@@ -172,6 +175,7 @@ def flow_matching_loss(
     config: SFRConfig,
     time_scale: float,
     hidden_scale: float = 1.0,
+    hidden_norm: str = "none",
     normalizer: float | Tensor | None = None,
     weight: Tensor | None = None,  # (V, H), the decoder of "mtp"
     decoder_options: dict | None = None,
@@ -202,7 +206,7 @@ def flow_matching_loss(
     x_0 = std * gaussian_noise(seed, rows.noise_id[used], size).to(dtype)
     if config.loss == "mtp":
         # A slice of v for each offset j + 2, decoded against the label of the row that j + 1 links lead to.
-        v = velocity(params, x_0, t, h, time_scale, hidden_scale).unflatten(1, (config.mtp_tokens, -1))
+        v = velocity(params, x_0, t, h, time_scale, hidden_scale, hidden_norm).unflatten(1, (config.mtp_tokens, -1))
         losses = []
         for j in range(config.mtp_tokens):
             there = anchor >= 0
@@ -212,7 +216,7 @@ def flow_matching_loss(
         return torch.stack(losses).mean() / norm
     x_1 = config.scale_for(size) * targets.to(dtype)[anchor]
     x_t = (1 - t)[:, None] * x_0 + t[:, None] * x_1
-    v = velocity(params, x_t, t, h, time_scale, hidden_scale)
+    v = velocity(params, x_t, t, h, time_scale, hidden_scale, hidden_norm)
     row_loss = 1 - F.cosine_similarity(v, x_1, dim=1) if config.loss == "cosine" else (v - (x_1 - x_0)).square().mean(1)
     return (w * row_loss).sum() / norm
 
@@ -250,6 +254,7 @@ def sfr_loss(
     config: SFRConfig,
     time_scale: float,
     hidden_scale: float = 1.0,
+    hidden_norm: str = "none",
     bias: Tensor | None = None,
     flow_weight: float | Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -264,7 +269,8 @@ def sfr_loss(
     ce = linear_cross_entropy(h, weight, rows.labels, **decoder).sum() / _normalizer(normalizer, rows)
     flow = flow_matching_loss(
         hidden, params, rows, targets, times, seed=seed, config=config, time_scale=time_scale,
-        hidden_scale=hidden_scale, normalizer=normalizer, weight=weight, decoder_options=decoder,
+        hidden_scale=hidden_scale, hidden_norm=hidden_norm, normalizer=normalizer, weight=weight,
+        decoder_options=decoder,
     )  # fmt: skip
     return ce + (config.flow_weight if flow_weight is None else flow_weight) * flow, ce, flow
 

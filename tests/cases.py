@@ -238,7 +238,8 @@ def reference_entropy(case: LossCase, **overrides) -> Callable:
 def _flow_options(case: LossCase) -> dict:
     """What the reference is told of the flow."""
     shape = None if case.head is None else case.head.shape
-    scales = {name: getattr(shape, name) for name in ("time_scale", "hidden_scale")} if shape else dict(time_scale=1.0)
+    names = ("time_scale", "hidden_scale", "hidden_norm")
+    scales = {name: getattr(shape, name) for name in names} if shape else dict(time_scale=1.0)
     return dict(seed=case.seed, config=case.config) | scales | case.options
 
 

@@ -62,7 +62,8 @@ def test_from_config_takes_every_setting_of_the_head():
         shape = VelocityHead.from_config(config, 3, 4).shape
         assert (shape.hidden_size, shape.target_size, shape.width) == (3, 4, config.width)
         assert shape.num_blocks == config.num_layers - 2
-        assert (shape.time_scale, shape.hidden_scale) == (config.time_scale, config.hidden_scale)
+        for name in ("time_scale", "hidden_scale", "hidden_norm"):
+            assert getattr(shape, name) == getattr(config, name)
 
 
 @pytest.mark.parametrize("t", [torch.rand(5).double(), 0.25, torch.tensor(0.25), torch.zeros(5)])
@@ -70,7 +71,7 @@ def test_forward_and_gradients_equal_the_reference(t):
     head, times = make_head(H, D_TARGET, small_config()), torch.as_tensor(t, dtype=torch.float64).expand(5)
     x_t, h, upstream = (torch.randn(5, size, dtype=torch.float64) for size in (D_TARGET, H, D_TARGET))
     x = SimpleNamespace(hidden=h.requires_grad_(), params=dict(head.named_parameters()))
-    scales = head.shape.time_scale, head.shape.hidden_scale
+    scales = head.shape.time_scale, head.shape.hidden_scale, head.shape.hidden_norm
     exact = evaluate(lambda x: (reference.velocity(x.params, x_t, times, x.hidden, *scales) * upstream).sum(), x)
     assert_same(evaluate(lambda x: (head(x_t, t, x.hidden) * upstream).sum(), x), exact)
     # the upstream gradient of a sum has stride 0, that of a product is contiguous
@@ -111,7 +112,7 @@ def test_no_rows():
 
 WRONG = [("hidden_size", 0), ("target_size", -1), ("width", 2.0), ("num_layers", 1), ("time_scale", 0.0)]
 WRONG += [("hidden_scale", float("nan")), ("hidden", torch.zeros(5, H + 1)), ("x_t", torch.zeros(5, D_TARGET - 1))]
-WRONG += [("x_t", torch.zeros(4, D_TARGET)), ("t", torch.zeros(4)), ("t", torch.zeros(5, 1))]
+WRONG += [("x_t", torch.zeros(4, D_TARGET)), ("t", torch.zeros(4)), ("t", torch.zeros(5, 1)), ("hidden_norm", "layer")]
 
 
 @pytest.mark.parametrize("name, value", WRONG)
@@ -141,8 +142,9 @@ def test_sfr_loss_module_has_a_head_where_the_loss_has_one():
         SFRLoss(small_config(loss="cka"), head)
     with pytest.raises(ValueError, match="flow"):
         SFRLoss(small_config(), None)
-    with pytest.raises(ValueError, match="hidden_scale"):  # another than the head learned with
-        SFRLoss(small_config(hidden_scale=0.5), head)
+    for other in (dict(hidden_scale=0.5), dict(hidden_norm="none")):  # than the head learned with
+        with pytest.raises(ValueError, match=next(iter(other))):
+            SFRLoss(small_config(**other), head)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])

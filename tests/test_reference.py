@@ -33,10 +33,12 @@ def test_gradients_by_finite_differences(loss, preset):
 
 
 def published_velocity(head, x_t, t, h):
-    """Of the published head, a module of torch's own layers; what it says without scales, on each row by itself."""
+    """Of the published head, a module of torch's own layers; what it says without scales and norm, a row by itself."""
     shape, config = head.shape, small_config()
     copy = PublishedFlowLoss(shape.hidden_size, shape.target_size, config.width, 4, shape.time_scale).double()
     copy.load_state_dict(head.state_dict())
+    if shape.hidden_norm == "rms":
+        h = h / (h.square().mean(dim=1, keepdim=True) + 1e-6).sqrt()
     return copy.velocity(x_t[:, None], t, shape.hidden_scale * h[:, None])[:, 0]
 
 
@@ -45,7 +47,7 @@ def test_velocity_equals_a_module_of_torch_layers(size):
     head = make_head(7, size, small_config(time_scale=1000.0))
     x_t, h = torch.randn(5, size, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
     t = torch.tensor([0.0, 1e-3, 0.25, 0.5, 1.0], dtype=torch.float64)
-    ours = reference.velocity(dict(head.named_parameters()), x_t, t, h, 1000.0, 0.3)
+    ours = reference.velocity(dict(head.named_parameters()), x_t, t, h, 1000.0, 0.3, "rms")
     torch.testing.assert_close(ours, published_velocity(head, x_t, t, h), rtol=1e-10, atol=1e-12)
 
 

@@ -82,5 +82,6 @@ def _published_flow(step: Step, hidden: Tensor, batch: Batch) -> Tensor:
     x_0 = torch.randn_like(made).flatten(0, 1)[place].float()
     t = torch.rand(len(hidden), dtype=made.dtype, device=made.device)[rows.time_index[:n].long()].float()
     params = {name: p.float() for name, p in step.head.named_parameters()}
-    v = reference.velocity(params, x_0.lerp(x_1, t[:, None]), t, h[place].float(), c.time_scale, c.hidden_scale)
+    scales = c.time_scale, c.hidden_scale, c.hidden_norm
+    v = reference.velocity(params, x_0.lerp(x_1, t[:, None]), t, h[place].float(), *scales)
     return (weight * (v - (x_1 - x_0)).square().mean(dim=1)).sum() / weight.sum().clamp(min=1.0)

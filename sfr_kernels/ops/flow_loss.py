@@ -27,7 +27,16 @@ from .autograd import (
     new_matrices,
     new_vectors,
 )
-from .numerics import aligned, autocast_dtype, gather_rows, split_normalizer, wide_dtype, without_autocast
+from .numerics import (
+    aligned,
+    autocast_dtype,
+    gather_rows,
+    rms_norm,
+    rms_norm_backward,
+    split_normalizer,
+    wide_dtype,
+    without_autocast,
+)
 from .validate import check_flow, check_hidden, normalizer_of, on_device
 from .velocity_head import HeadCall, HeadWeights, head_backward, head_forward, named_parameters, velocity_head
 
@@ -85,12 +94,12 @@ def check_finite(targets: Tensor) -> None:
 
 
 def reference_head(head: Any, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The head as the reference takes it: parameters by name, and its scales."""
+    """The head as the reference takes it: parameters by name, and its scales and norm."""
     if head is None:
         return {}, {"time_scale": 1.0}
     shape = head.shape
     params = {name: p.to(dtype) for name, p in named_parameters(head).items()}
-    return params, {"time_scale": shape.time_scale, "hidden_scale": shape.hidden_scale}
+    return params, {name: getattr(shape, name) for name in ("time_scale", "hidden_scale", "hidden_norm")}
 
 
 def flow_normalizer(normalizer: Tensor, rows: SupervisedRows, config: SFRConfig) -> Tensor:
@@ -255,6 +264,7 @@ class Flow(NamedTuple):
     source_std: float
     time_scale: float
     hidden_scale: float
+    hidden_norm: str
 
 
 def flow_of(
@@ -274,6 +284,7 @@ def flow_of(
         sequence_id, seed_tensor(seed, rows.device), num_times, float(config.time_power),
         config.scale_for(head.shape.target_size),
         0.0 if config.is_dirac else config.source_std, head.shape.time_scale, head.shape.hidden_scale,
+        head.shape.hidden_norm,
     )  # fmt: skip
 
 
@@ -289,6 +300,14 @@ def run_flow(
     add_to_dh: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row losses ℓ (n,), and the parameters' gradients of Σ_r coefficient[r] ℓ_r in two buffers."""
+    if flow.hidden_norm == "rms":
+        normed, rstd = rms_norm(h)
+        flow = flow._replace(hidden_norm="none")
+        dnormed = None if dh is None else normed  # the last to read it writes over it
+        found = run_flow(backend, normed, params, coefficient, flow, need_params=need_params, dh=dnormed)
+        if dnormed is not None:
+            rms_norm_backward(dnormed, h, rstd, dh, add=add_to_dh)
+        return found
     check_finite(flow.targets)
     times: Any = flow.times
     time_index: Any = flow.time_index

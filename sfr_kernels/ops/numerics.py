@@ -1,10 +1,11 @@
-"""What every composite needs of arithmetic: casts under autocast, products with float32 sums."""
+"""What every composite needs of arithmetic: casts under autocast, products with float32 sums, the norm of h."""
 
 import contextlib
 
 import torch
 from torch import Tensor
 
+from ..config import HIDDEN_NORM_EPS
 from ..kernels import ACCESS_BYTES, empty_rows, row_blocks
 
 
@@ -96,6 +97,33 @@ def _untuned():
     finally:
         if on:
             tunable.enable(True)
+
+
+def rms_norm(h: Tensor) -> tuple[Tensor, Tensor]:  # h (n, H)
+    """h̃ = ρ h (n, H), its rows aligned, and ρ = 1 / √(mean_j h_j² + ε) (n, 1), in float32 (float64 for float64)."""
+    normed, rstd = torch.ops.aten._fused_rms_norm(h, [h.shape[1]], None, HIDDEN_NORM_EPS)
+    return aligned(normed), rstd
+
+
+def rms_norm_backward(
+    grad: Tensor,  # (n, H), of h̃
+    h: Tensor,  # (n, H)
+    rstd: Tensor,  # (n, 1)
+    dh: Tensor,  # (n, H), where the gradient of h goes, may be h itself
+    *,
+    add: bool = False,  # to what dh holds
+) -> None:
+    """dh = ρ (g − h̃ mean_j(g_j h̃_j))."""
+    if grad.is_cuda:  # torch has this kernel for CUDA alone
+        grad, h = grad.contiguous(), h.contiguous()
+        found, _ = torch.ops.aten._fused_rms_norm_backward(grad, h, [h.shape[1]], rstd, None, [True, False])
+        dh.add_(found) if add else dh.copy_(found)
+        return
+    for block in row_blocks(grad):
+        g, rho = grad[block].to(rstd.dtype), rstd[block]
+        normed = h[block] * rho
+        found = torch.addcmul(g, normed, (g * normed).mean(1, keepdim=True), value=-1).mul_(rho)
+        dh[block] = found.add_(dh[block]) if add else found
 
 
 def split_normalizer(normalizer: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

@@ -123,13 +123,13 @@ def _check_targets(targets: Tensor, rows: SupervisedRows, device: torch.device) 
 
 
 def check_head_shape(head: Any, config: SFRConfig) -> None:
-    """The head's scales are part of what it learned, and its output is what the loss is taken of: both must be those of
-    the objective."""
+    """The head's scales and norm are part of what it learned, and its output is what the loss is taken of: both must be
+    those of the objective."""
     shape = head.shape
-    for name in ("time_scale", "hidden_scale"):
+    for name in ("time_scale", "hidden_scale", "hidden_norm"):
         if getattr(shape, name) != getattr(config, name):
             raise ValueError(
-                f"head was made with {name} {getattr(shape, name):g}, config has {getattr(config, name):g}: "
+                f"head was made with {name} {getattr(shape, name)}, config has {getattr(config, name)}: "
                 "make it with VelocityHead.from_config"
             )
     mtp = config.loss == "mtp"

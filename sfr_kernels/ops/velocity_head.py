@@ -4,8 +4,9 @@
     a = a + SiLU(LN(W_i a + b_i))                       num_layers − 2 times
     v = W_o a + b_o
 
-Products run in the dtype of `hidden`, to which the parameters are cast. Nothing is concatenated: the products with h
-and with x_t add up in one buffer, and each gradient is written where it belongs in the gradient of the joint weight.
+h comes normalised, if it is. Products run in the dtype of `hidden`, to which the parameters are cast. Nothing is
+concatenated: the products with h and with x_t add up in one buffer, and each gradient is written where it belongs in
+the gradient of the joint weight.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,17 @@ from .autograd import (
     product_dtype,
     unpack,
 )
-from .numerics import aligned, autocast_dtype, linear, product, product_into, wide_dtype, wide_product, without_autocast
+from .numerics import (
+    aligned,
+    autocast_dtype,
+    linear,
+    product,
+    product_into,
+    rms_norm,
+    wide_dtype,
+    wide_product,
+    without_autocast,
+)
 from .validate import check_tensor
 
 
@@ -301,9 +312,12 @@ def velocity_head(
 ) -> Tensor:
     """v (n, E), differentiable in h and the parameters; not in x_t."""
     dtype, shape = autocast_dtype(h), head.shape
+    h = h.to(dtype)
+    if shape.hidden_norm == "rms":
+        h, _ = rms_norm(h)
     x_t = None if x_t is None else x_t.to(dtype)
     call = HeadCall(x_t, times, time_index, shape.time_scale, shape.hidden_scale, backend)
-    return velocity_head_op(Inputs(h.to(dtype), params=[*named_parameters(head).values()]), call)[0].contiguous()
+    return velocity_head_op(Inputs(h, params=[*named_parameters(head).values()]), call)[0].contiguous()
 
 
 def evaluate_head(head: torch.nn.Module, h: Tensor, x_t: Tensor, times: Tensor, time_index: Tensor) -> Tensor:
@@ -313,5 +327,6 @@ def evaluate_head(head: torch.nn.Module, h: Tensor, x_t: Tensor, times: Tensor, 
     if backend == "reference":
         params = {name: p.to(dtype) for name, p in named_parameters(head).items()}
         h, x_t, t = h.to(dtype), x_t.to(dtype), times.to(dtype)[time_index]
-        return reference.velocity(params, x_t, t, h, head.shape.time_scale, head.shape.hidden_scale)
+        shape = head.shape
+        return reference.velocity(params, x_t, t, h, shape.time_scale, shape.hidden_scale, shape.hidden_norm)
     return velocity_head(backend, head, h, x_t, times, time_index)

@@ -155,8 +155,9 @@ def _sfr_loss(given: Any, linear: nn.Linear, targets, target_size) -> SFRLoss:
     if isinstance(given, VelocityHead):
         s = given.shape
         sizes: dict[str, Any] = dict(
-            width=s.width, num_layers=s.num_blocks + 2, time_scale=s.time_scale, hidden_scale=s.hidden_scale
-        )
+            width=s.width, num_layers=s.num_blocks + 2, time_scale=s.time_scale, hidden_scale=s.hidden_scale,
+            hidden_norm=s.hidden_norm,
+        )  # fmt: skip
         return SFRLoss(SFRConfig(**sizes), given)
     if given.loss == "cka":
         return SFRLoss(given, None)

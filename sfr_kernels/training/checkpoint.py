@@ -41,8 +41,9 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
     """What `save_head` wrote, ready for `attach`. FileNotFoundError if there is none."""
     folder, head = Path(folder), None
     saved = json.loads((folder / CONFIG_FILE).read_text())
+    old = dict(hidden_norm="none")  # of earlier versions, which wrote none
     if shape := saved["head"]:
-        head = VelocityHead(num_layers=shape.pop("num_blocks") + 2, **shape)
+        head = VelocityHead(num_layers=shape.pop("num_blocks") + 2, **old | shape)
         head.load_state_dict(load_file(folder / HEAD_FILE))
     config = saved["config"]
     offset = config.pop("mtp_offset", 2)  # earlier versions wrote it, whatever the loss
@@ -51,7 +52,7 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
             f"{folder / CONFIG_FILE} has mtp_offset={offset}, of an earlier version: such a head has no counterpart "
             "here, where mtp_tokens counts from the token two ahead"
         )
-    return SFRLoss(SFRConfig.from_dict(config), head)
+    return SFRLoss(SFRConfig.from_dict(old | config), head)
 
 
 @torch.no_grad()
