@@ -302,11 +302,11 @@ def run_flow(
     """Row losses ℓ (n,), and the parameters' gradients of Σ_r coefficient[r] ℓ_r in two buffers."""
     if flow.hidden_norm == "rms":
         normed, rstd = rms_norm(h)
-        flow = flow._replace(hidden_norm="none")
+        normed, flow = aligned(normed), flow._replace(hidden_norm="none")
         dnormed = None if dh is None else normed  # the last to read it writes over it
         found = run_flow(backend, normed, params, coefficient, flow, need_params=need_params, dh=dnormed)
-        if dnormed is not None:
-            rms_norm_backward(dnormed, h, rstd, dh, add=add_to_dh)
+        if dh is not None:
+            rms_norm_backward(normed, h, rstd, dh, add=add_to_dh)
         return found
     check_finite(flow.targets)
     times: Any = flow.times

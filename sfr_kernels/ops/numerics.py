@@ -100,9 +100,8 @@ def _untuned():
 
 
 def rms_norm(h: Tensor) -> tuple[Tensor, Tensor]:  # h (n, H)
-    """h̃ = ρ h (n, H), its rows aligned, and ρ = 1 / √(mean_j h_j² + ε) (n, 1), in float32 (float64 for float64)."""
-    normed, rstd = torch.ops.aten._fused_rms_norm(h, [h.shape[1]], None, HIDDEN_NORM_EPS)
-    return aligned(normed), rstd
+    """h̃ = ρ h (n, H), and ρ = 1 / √(mean_j h_j² + ε) (n, 1) in float32 (float64 for float64). Differentiable."""
+    return torch.ops.aten._fused_rms_norm(h, [h.shape[1]], None, HIDDEN_NORM_EPS)
 
 
 def rms_norm_backward(
