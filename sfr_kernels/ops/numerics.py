@@ -121,7 +121,8 @@ def rms_norm_backward(
     for block in row_blocks(grad):
         g, rho = grad[block].to(rstd.dtype), rstd[block]
         normed = h[block] * rho
-        found = torch.addcmul(g, normed, (g * normed).mean(1, keepdim=True), value=-1).mul_(rho)
+        total = torch.bmm(g.unsqueeze(1), normed.unsqueeze(2)).squeeze(2)
+        found = torch.addcmul(g, normed, total, value=-1 / h.shape[1], out=normed).mul_(rho)
         dh[block] = found.add_(dh[block]) if add else found
 
 
