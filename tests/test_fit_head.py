@@ -30,7 +30,7 @@ def flow_by_hand(model, config) -> float:
         params = {name: p.double() for name, p in model.sfr.head.named_parameters()}
         return reference.flow_matching_loss(
             outputs.hidden_states[-1].double(), params, batch["rows"], batch["rows"].targets, seed=7, config=config,
-            time_scale=config.time_scale, hidden_scale=config.hidden_scale,
+            time_scale=config.time_scale, hidden_scale=config.hidden_scale, hidden_norm=config.hidden_norm,
         ).item()  # fmt: skip
 
 

@@ -42,7 +42,8 @@ def folder(tmp_path_factory):
 
 def command(folder, out, *extra):
     return ["train", "--out", str(out), "--data", str(folder / "chats.jsonl"), "--model", str(folder / "model"),
-            "--head-steps", "2", "--steps", "8", "--save-every", "2", "--max-prompts", "1", "--batch-size", "4", *extra]  # fmt: skip
+            "--head-steps", "2", "--steps", "8", "--save-every", "2", "--max-prompts", "1", "--batch-size", "4",
+            *extra]  # fmt: skip
 
 
 def history(out):

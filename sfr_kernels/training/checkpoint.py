@@ -52,7 +52,7 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
             f"{folder / CONFIG_FILE} has mtp_offset={offset}, of an earlier version: such a head has no counterpart "
             "here, where mtp_tokens counts from the token two ahead"
         )
-    return SFRLoss(SFRConfig.from_dict(old | config), head)
+    return SFRLoss(SFRConfig.from_dict(old | dict(time_power=1.0) | config), head)
 
 
 @torch.no_grad()
