@@ -116,10 +116,9 @@ def sfr_loss(
     if joint:
         x = x._replace(params=[*named_parameters(head).values()])
         path = flow_of(rows, targets, times, seed, config, head)
-        call = SFRCall(rows.rows, rows.token_row, norm, backend, lam, flow_norm, logits, path, return_norms)
-        loss, ce, flow, norms, *stats = sfr_loss_op(x, call)[:8]
-        stats = RowStats(*stats) if return_stats else None
-        return SFROutput(loss, ce, flow, stats, norms if return_norms else None)
+        joint_call = SFRCall(rows.rows, rows.token_row, norm, backend, lam, flow_norm, logits, path, return_norms)
+        loss, ce, flow, norms, *stats = sfr_loss_op(x, joint_call)[:8]
+        return SFROutput(loss, ce, flow, RowStats(*stats) if return_stats else None, norms if return_norms else None)
     token_row = rows.token_row - rows.ce_start
     call = CrossEntropyCall(rows.rows[rows.ce_start :], token_row, norm, backend, None, False, logits)
     ce, *stats = cross_entropy(x, call)
@@ -215,16 +214,14 @@ def _forward(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
         ce = row_loss.sum() if late is None else row_loss.sum() / late
         scale = (call.flow_weight if late is None else call.flow_weight * late) / call.flow_normalizer
         coefficient = call.flow.weight.to(call.normalizer.dtype) * scale if need.hidden or need.params else None
-        dh_flow = None if dh is None else dh[:flow_rows]
-        dh_ce = dh_flow.clone() if call.norms else None
-        norms = [_squared_norm(dh, late)] if call.norms else []
+        before = None if dh is None or not call.norms else (dh[:flow_rows].clone(), _squared_norm(dh, late))
         row_loss, *buffers = run_flow(
-            call.backend, h[:flow_rows], x.params, coefficient, call.flow, need_params=need.params, dh=dh_flow,
-            add_to_dh=True,
+            call.backend, h[:flow_rows], x.params, coefficient, call.flow, need_params=need.params,
+            dh=None if dh is None else dh[:flow_rows], add_to_dh=True,
         )  # fmt: skip
-        if dh_ce is not None:
-            norms.append(_squared_norm(dh_ce.sub_(dh_flow), late))
-        norms = torch.stack(norms) if norms else ce.new_empty(0)
+        norms = ce.new_empty(0)
+        if dh is not None and before is not None:
+            norms = torch.stack([before[1], _squared_norm(before[0].sub_(dh[:flow_rows]), late)])
         flow = (row_loss * call.flow.weight).sum() / call.flow_normalizer
         dh = h.new_empty(0, 0) if dh is None else dh.contiguous()
         return [ce + call.flow_weight * flow, ce, flow, norms, *stats, dh, dw.contiguous(), db.contiguous(), *buffers]

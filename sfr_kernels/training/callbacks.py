@@ -158,7 +158,7 @@ class SFRCallback(TrainerCallback):
         """Fits a new head to the data of training, in an order of its own: that of training is as without it."""
         if not sfr.config.head_steps or sfr.head is None or not is_new(sfr.head):
             return
-        order = torch.Generator().manual_seed(step_seed(sfr.config.seed, -1 - args.process_index))
+        order = torch.Generator().manual_seed(int(step_seed(sfr.config.seed, -1 - args.process_index)))
         own = DataLoader(
             batches.dataset, args.per_device_train_batch_size, not isinstance(batches.dataset, IterableDataset),
             collate_fn=batches.collate_fn, generator=order, drop_last=args.dataloader_drop_last,
