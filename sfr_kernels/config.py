@@ -21,7 +21,11 @@ class SFRConfig:
     # What regularises the hidden state: conditional flow matching, "mse" (its Dirac limit at t = 0), "cosine", "cka"
     # (linear CKA of response means) or "mtp" (multi-token prediction: the same limit, with tokens for targets).
     loss: LossKind = "flow"
-    flow_weight: float = 1.0  # λ, the weight of the regulariser
+    # λ, the weight of the regulariser. "auto": it begins at 1, and SFRCallback sets it so that at the hidden states the
+    # gradient of λ L_flow has the share flow_share of L_CE's, measured at the first step and where Trainer logs. One
+    # number is another share in every model.
+    flow_weight: float | Literal["auto"] = "auto"
+    flow_share: float = 0.3
     flow_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of λ after the warm-up; the others decay to 0
     flow_warmup: float = 0.0  # share of the run, in [0, 1), over which λ rises linearly from 0
 
@@ -66,6 +70,8 @@ class SFRConfig:
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
             value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            if name == "flow_weight" and value == "auto":
+                continue
             if isinstance(kinds[0], str):
                 if value not in kinds:
                     raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {value!r}")
@@ -78,11 +84,11 @@ class SFRConfig:
         ones = ("width", "num_times", "stride", "min_tokens", "encoder_max_tokens", "mtp_tokens")
         zeros = ("segment_tokens", "flow_weight", "source_std", "flow_warmup", "head_steps")
         for name, least in dict(num_layers=2, **dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)).items():
-            if (value := getattr(self, name)) is not None and value < least:
+            if isinstance(value := getattr(self, name), int | float) and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.flow_warmup >= 1:
             raise ValueError(f"flow_warmup is a share of the run and must be below 1, got {self.flow_warmup}")
-        for name in ("time_scale", "hidden_scale", "target_scale", "time_power"):
+        for name in ("time_scale", "hidden_scale", "target_scale", "time_power", "flow_share"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not -(2**63) <= self.seed < 2**63:
@@ -103,9 +109,14 @@ class SFRConfig:
         published: dict[str, Any] = dict(
             target_scale=1.0, time_scale=1.0, hidden_norm="none", hidden_scale=1.0, time_sampling="sequence",
             target_rule="published", weighting="linear_decay", flow_normalizer="weights", encoder_pooling="mean",
-            encoder_max_tokens=512, time_power=1.0, head_steps=0,
+            encoder_max_tokens=512, time_power=1.0, head_steps=0, flow_weight=1.0,
         )  # fmt: skip
         return cls(**published | overrides)
+
+    @property
+    def first_weight(self) -> float:
+        """λ where nothing has set it yet."""
+        return 1.0 if self.flow_weight == "auto" else float(self.flow_weight)
 
     def scale_for(self, target_size: int) -> float:
         """x_1 = scale_for(d) · embedding, for embeddings of d = `target_size` coordinates."""

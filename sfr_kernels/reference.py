@@ -272,7 +272,7 @@ def sfr_loss(
         hidden_scale=hidden_scale, hidden_norm=hidden_norm, normalizer=normalizer, weight=weight,
         decoder_options=decoder,
     )  # fmt: skip
-    return ce + (config.flow_weight if flow_weight is None else flow_weight) * flow, ce, flow
+    return ce + (config.first_weight if flow_weight is None else flow_weight) * flow, ce, flow
 
 
 def _normalizer(normalizer, rows: SupervisedRows):

@@ -13,7 +13,7 @@ from sfr_kernels import SFRConfig, SupervisedRows
 from sfr_kernels.targets import TargetStore, build_targets
 
 TARGET = 12
-CONFIG = SFRConfig(head_steps=0, width=24, stride=4, min_tokens=3, segment_tokens=6)
+CONFIG = SFRConfig(head_steps=0, flow_weight=1.0, width=24, stride=4, min_tokens=3, segment_tokens=6)
 
 
 def needs(*names: str) -> None:

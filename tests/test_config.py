@@ -8,18 +8,16 @@ import pytest
 
 from sfr_kernels import SFRConfig
 
-SHARED = dict(
-    loss="flow", segment_tokens=256, stride=32, min_tokens=16, flow_weight=1.0, width=1024, num_layers=3, source_std=1.0
-)
+SHARED = dict(loss="flow", segment_tokens=256, stride=32, min_tokens=16, width=1024, num_layers=3, source_std=1.0)
 DEFAULT = SHARED | dict(
     target_scale=None, time_scale=1000.0, hidden_norm="rms", hidden_scale=1.0, time_sampling="stratified",
     num_times=256, target_rule="following", weighting="linear", flow_normalizer="tokens", encoder_pooling="own",
-    encoder_max_tokens=None, time_power=3.0, head_steps=200,
+    encoder_max_tokens=None, time_power=3.0, head_steps=200, flow_weight="auto", flow_share=0.3,
 )  # fmt: skip
 OFFICIAL = SHARED | dict(
     target_scale=1.0, time_scale=1.0, hidden_norm="none", hidden_scale=1.0, time_sampling="sequence",
     target_rule="published", weighting="linear_decay", flow_normalizer="weights", encoder_pooling="mean",
-    encoder_max_tokens=512, time_power=1.0, head_steps=0,
+    encoder_max_tokens=512, time_power=1.0, head_steps=0, flow_weight=1.0,
 )  # fmt: skip
 
 
@@ -50,7 +48,7 @@ def test_json_round_trip_of_every_field():
     config = SFRConfig(
         loss="mse", flow_weight=0.25, flow_schedule="cosine", flow_warmup=0.1, width=64, num_layers=5, time_scale=10.0,
         hidden_norm="none", hidden_scale=0.5, target_scale=3.0, source_std=0.5, time_sampling="sequence", num_times=7,
-        time_power=2.0, head_steps=3,
+        time_power=2.0, head_steps=3, flow_share=0.5,
         segment="sentence", segment_tokens=9, stride=4, min_tokens=3, target_rule="published", weighting="uniform",
         flow_normalizer="weights", encoder_pooling="mean", encoder_max_tokens=100, mtp_tokens=4, seed=-(2**63),
     )  # fmt: skip
@@ -69,6 +67,7 @@ def test_json_is_validated_like_a_call(text, message):
 
 WRONG = {
     ValueError: dict(
+        flow_share=[0.0],
         loss=["l2"], flow_weight=[-0.1, math.nan],  # NaN passes every comparison that asks for too small
         flow_schedule=["step"], flow_warmup=[-0.1, 1.0], width=[0], num_layers=[1], time_scale=[0.0, math.inf],
         hidden_norm=["layer"], hidden_scale=[0.0], target_scale=[-1.0], source_std=[-1.0], time_sampling=["uniform"],
@@ -78,7 +77,7 @@ WRONG = {
         seed=[2**63, -(2**63) - 1],
     ),
     TypeError: dict(
-        width=[8.0], encoder_max_tokens=[8.0], stride=[True], seed=["0"], time_scale=["1"], flow_weight=[None],
+        width=[8.0], encoder_max_tokens=[8.0], stride=[True], seed=["0"], time_scale=["1"], flow_weight=[None, "large"],
         source_std=[True],
     ),
 }  # fmt: skip

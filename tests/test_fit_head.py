@@ -1,6 +1,7 @@
 """The head is fitted to the model as it is, before that is trained: by `fit_head`, and by SFRCallback."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import tiny
@@ -150,3 +151,68 @@ def test_processes_end_with_one_head(tmp_path):
     fit_head(alone, [SFRCollator(CONFIG, STORE, pad)(SAMPLES[:4])], 3, progress=False)
     assert all(torch.equal(p, second[name]) for name, p in first.items())
     assert not torch.equal(first["output_proj.weight"], alone.sfr.head.output_proj.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# λ by its share
+
+AUTO = replace(CONFIG, flow_weight="auto", flow_share=0.4)
+
+
+def run(folder, steps=4, resume=None, config=AUTO, **options):
+    model = tiny.attached(STORE, config, 0.2)
+    args = TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=4, use_cpu=True, report_to=[], disable_tqdm=True,
+        remove_unused_columns=False, seed=0, lr_scheduler_type="constant", **dict(save_steps=2) | options,
+    )  # fmt: skip
+    trainer = Trainer(model, args, train_dataset=SAMPLES, data_collator=SFRCollator(config, STORE, pad))
+    SFRCallback().add_to(trainer)
+    trainer.train(resume_from_checkpoint=resume)
+    return model, [h for h in trainer.state.log_history if "ce_loss" in h]
+
+
+def test_auto_moves_the_weight_to_the_share_that_was_asked_for(tmp_path):
+    model, logs = run(tmp_path, 60, learning_rate=1e-3, logging_steps=1, save_strategy="no")
+    assert logs[0]["flow_weight"] == 1.0 and logs[1]["flow_weight"] == pytest.approx(0.4 / logs[0]["flow_share"])
+    for before, after in pairwise(logs[1:]):  # half the way, on a scale of factors
+        wanted = before["flow_weight"] * (0.4 / before["flow_share"]) ** 0.5
+        assert after["flow_weight"] == pytest.approx(wanted)
+    shares = [h["flow_share"] for h in logs[30:]]
+    assert 0.3 < sum(shares) / len(shares) < 0.5 and model.sfr.flow_weight != 1
+
+
+def test_the_first_step_is_measured_where_nothing_is_logged(tmp_path):
+    model, logs = run(tmp_path, 3, logging_steps=100, save_strategy="no")
+    assert not logs and model.sfr.flow_weight not in (1.0, 0.0)
+
+
+def test_the_schedule_is_on_top_of_the_share(tmp_path):
+    config = replace(AUTO, flow_warmup=0.9)
+    _, logs = run(tmp_path, 60, learning_rate=0.0, logging_steps=1, save_strategy="no", config=config)
+    low, high = (sum(h["flow_share"] for h in logs[a:b]) / (b - a) for a, b in ((5, 15), (45, 55)))
+    assert low == pytest.approx(0.4 * 10 / 55, rel=0.3) and high == pytest.approx(0.4 * 50 / 55, rel=0.3)
+
+
+def test_a_number_stays_and_zero_stays_zero(tmp_path):
+    for weight in (2.0, 0.0):
+        model, _ = run(tmp_path / str(weight), 3, logging_steps=1, config=replace(AUTO, flow_weight=weight))
+        assert model.sfr.flow_weight == weight
+
+
+def test_a_resumed_run_goes_on_with_its_weight(tmp_path):
+    whole, logs = run(tmp_path / "a", logging_steps=2, learning_rate=1e-2)
+    resumed, rest = run(tmp_path / "a", logging_steps=2, learning_rate=1e-2, resume=str(tmp_path / "a/checkpoint-2"))
+    assert rest[-1]["flow_weight"] == logs[-1]["flow_weight"] != 1 and resumed.sfr.flow_weight == whole.sfr.flow_weight
+    for (name, p), q in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_the_state_dict_has_the_weight():
+    model = tiny.attached(STORE, AUTO)
+    model.sfr.flow_weight, model.sfr.step = 0.1, 7
+    other = tiny.attached(STORE, AUTO)
+    other.load_state_dict(model.state_dict())
+    assert (other.sfr.flow_weight, other.sfr.step, other.sfr.shared) == (0.1, 7, True)
+    fixed = tiny.attached(STORE)
+    fixed.load_state_dict(model.state_dict())
+    assert fixed.sfr.flow_weight == CONFIG.flow_weight

@@ -44,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
+def _weight(text: str) -> float | str:
+    return text if text == "auto" else float(text)
+
+
 def _check(args: argparse.Namespace) -> None:
     """ValueError for a count below 1; reads the configuration."""
     for name in _COUNTS:
@@ -81,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--objective", choices=("sfr", "mtp", "ce"), default="sfr", help="on the same data and seed, mtp is "
         "multi-token prediction, ce plain fine-tuning")  # fmt: skip
     add("--config", type=Path, help="JSON file of SFRConfig fields")
-    add("--flow-weight", type=float, help="λ; overrides the config")
+    add("--flow-weight", type=_weight, help="λ, or auto; overrides the config")
     add("--head-steps", type=int, help="steps of the velocity head alone, before training; overrides the config")
     add("--full", action="store_true", help="train every weight instead of LoRA adapters")
     add("--epochs", type=float, default=2.0, help="passes over the data")

@@ -54,7 +54,7 @@ def sfr_loss(
     seed: int | Tensor,
     config: SFRConfig,
     bias: Tensor | None = None,  # (V,)
-    flow_weight: float | Tensor | None = None,  # λ; None is config.flow_weight
+    flow_weight: float | Tensor | None = None,  # λ; None is config.flow_weight, 1 for "auto"
     normalizer: float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -86,7 +86,7 @@ def sfr_loss(
     joint = config.loss in ("flow", "mse")
     if return_norms and not joint and torch.compiler.is_compiling():
         raise ValueError(f"return_norms is not served under torch.compile for loss={config.loss!r}")
-    flow_weight = config.flow_weight if flow_weight is None else flow_weight
+    flow_weight = config.first_weight if flow_weight is None else flow_weight
     check_number("flow_weight", flow_weight)
     check_logit_options(softcap, logit_scale, label_smoothing, z_loss)
     check_memory(hidden, None, chunk_rows, accum_dtype)

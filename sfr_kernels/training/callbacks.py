@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 
 from ..config import SFRConfig
 from ..ops.flow_loss import step_seed
-from .checkpoint import pairing, restore_head
+from .checkpoint import pairing, restore_head, saved_weight
 from .guard import NEVER_CALLED, check_head, watch_of
 from .head import fit_head, is_new
 from .objectives import WHOLE_BATCHES, Attachment, attachment_of, keep_from_predictions
@@ -80,10 +80,10 @@ class _Mean:
 
 
 class SFRCallback(TrainerCallback):
-    """Fits a new head before training (`config.head_steps`), moves λ along its schedule, restores the head when a run
-    resumes, logs `ce_loss`, `flow_loss` and `flow_weight`
-    averaged since the last log, `flow_share` and `flow_gap` of the step that is logged (README.md beside this file says
-    how to read them), and `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
+    """Fits a new head before training (`config.head_steps`), sets λ by its share (`flow_weight="auto"`) and schedule,
+    and restores both when a run resumes. Logs `ce_loss`, `flow_loss` and `flow_weight` averaged since the last log,
+    `flow_share` and `flow_gap` of the step that is logged (README.md beside this file says how to read them), and
+    `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
 
     Add it with `add_to(trainer)`: it is then the first callback, so that reporters see its values, puts the Trainer's
     label smoothing into the attached loss, and knows the folder a run is resumed from, which otherwise is
@@ -96,6 +96,8 @@ class SFRCallback(TrainerCallback):
         self._added, self._loaded = False, None
         self._training, self._evaluation = _Mean(), _Mean()
         self._health: list[Tensor] = []  # of the forwards of a measured step
+        self._measured: dict[str, float] = {}  # what they say
+        self._weight = 0.0  # λ of the step
         self._progress = None  # `Watch.progress` when training began; None after the first step
 
     def add_to(self, trainer) -> "SFRCallback":
@@ -149,6 +151,8 @@ class SFRCallback(TrainerCallback):
         if state.global_step > 0 and isinstance(sfr, Attachment):
             folder = self.resume_from or self._loaded or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             restore_head(folder, sfr, pairing(model))
+            if (weight := saved_weight(folder)) is not None:
+                sfr.restore_weight(weight)
         elif isinstance(sfr, Attachment):
             self._fit_head(args, model, sfr, kwargs.get("train_dataloader"))
         self._training, self.last_step = _Mean(), state.global_step
@@ -171,7 +175,9 @@ class SFRCallback(TrainerCallback):
         if isinstance(sfr := attachment_of(model), Attachment):
             sfr.step = state.global_step
             sfr.schedule = schedule_at(sfr.config, state.global_step, state.max_steps)
-            self._health, sfr.measuring = [], will_log(args, state, kwargs.get("train_dataloader"))
+            first = sfr.config.flow_weight == "auto" and not sfr.shared
+            self._health, self._measured, self._weight = [], {}, sfr.flow_weight * sfr.schedule
+            sfr.measuring = first or will_log(args, state, kwargs.get("train_dataloader"))
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         if isinstance(sfr := attachment_of(model), Attachment):
@@ -185,6 +191,9 @@ class SFRCallback(TrainerCallback):
                 raise RuntimeError(NEVER_CALLED)
             self._progress = None
         self.on_substep_end(args, state, control, model)
+        if self._health:
+            self._measured = health_values(self._health)
+            attachment_of(model).approach_share(self._measured.get("flow_share", 0.0))
 
     def on_prediction_step(self, args, state, control, model=None, **kwargs):
         if isinstance(sfr := attachment_of(model), Attachment):
@@ -194,13 +203,11 @@ class SFRCallback(TrainerCallback):
         self._add_evaluation(args, metrics)
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
-        if not isinstance(sfr := attachment_of(model), Attachment) or logs is None:
+        if not isinstance(attachment_of(model), Attachment) or logs is None:
             return
         steps = state.global_step - self.last_step
         if "loss" in logs and steps > 0 and (means := self._training.take(args, steps)):
-            values = means | {"flow_weight": sfr.flow_weight * sfr.schedule}
-            if self._health:
-                values |= health_values(self._health)
+            values = means | {"flow_weight": self._weight} | self._measured
             logs.update(values)
             self.last_step = state.global_step
         else:

@@ -33,7 +33,9 @@ def save_head(folder: str | os.PathLike, loss: SFRLoss, paired: str = "") -> Non
         tensors = {name: p.detach().cpu().contiguous() for name, p in loss.head.state_dict().items()}
         write_atomically(folder / HEAD_FILE, save(tensors))
     shape = None if loss.head is None else asdict(loss.head.shape)
-    text = json.dumps({"config": loss.config.to_dict(), "head": shape, "paired": paired}, indent=2) + "\n"
+    saved = {"config": loss.config.to_dict(), "head": shape, "paired": paired}
+    saved["flow_weight"] = getattr(loss, "flow_weight", loss.config.first_weight)
+    text = json.dumps(saved, indent=2) + "\n"
     write_atomically(folder / CONFIG_FILE, text.encode())
 
 
@@ -53,6 +55,12 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
             "here, where mtp_tokens counts from the token two ahead"
         )
     return SFRLoss(SFRConfig.from_dict(old | dict(time_power=1.0) | config), head)
+
+
+def saved_weight(folder: str | os.PathLike) -> float | None:
+    """λ when a checkpoint was saved; None if it is not known."""
+    path = Path(folder) / CONFIG_FILE
+    return json.loads(path.read_text()).get("flow_weight") if path.is_file() else None
 
 
 @torch.no_grad()

@@ -48,8 +48,8 @@ _NO_SCHEDULE = (
 )
 _NOT_FITTED = (
     "the velocity head is new, and config.head_steps asks for it to be fitted before training, without which the flow "
-    "loss does little: add SFRCallback to the Trainer, or call fit_head(model, batches, steps) of "
-    "sfr_kernels.training.head first; head_steps=0 goes without"
+    "loss does little: add SFRCallback to the Trainer, which also sets λ where flow_weight is auto, or call "
+    "fit_head(model, batches, steps) of sfr_kernels.training.head first; head_steps=0 goes without"
 )
 _IN_EVALUATION = "the optimizer steps on a model in eval(): no dropout, the same noise at each step. Call model.train()"
 _NOT_EXCHANGED = (

@@ -145,6 +145,7 @@ class Attachment(SFRLoss):
     `guard` counts. Both are in the `state_dict`. The noise of a step follows from (config.seed, step) alone."""
 
     return_stats = False  # whether outputs have the `stats` of their rows
+    shared = False  # whether λ is one that was set by the share
     measuring = False  # whether training forwards fill `health`, which changes no bit of the training
     restore: dict[str, Any]  # what `attach` has changed of the model, for `detach`
 
@@ -159,13 +160,13 @@ class Attachment(SFRLoss):
         # Of the last one measured: the squared norms of ∂L_CE/∂h and ∂(λ L_flow)/∂h, the gap, and whether there is one.
         # They add up over the micro-batches of a step: the gap is a sum of as many. Norms that cannot be had are 0.
         self.health = torch.zeros(4, dtype=torch.float32, device="cpu")
-        self._flow_weight, self._schedule, self.scheduled = loss.config.flow_weight, 1.0, False
+        self._flow_weight, self._schedule, self.scheduled = loss.config.first_weight, 1.0, False
         self._set_lambdas()
         self.step = 0
 
     @property
     def flow_weight(self) -> float:
-        """λ, the configuration's until it is set."""
+        """λ, the configuration's (1 for "auto") until it is set."""
         return self._flow_weight
 
     @flow_weight.setter
@@ -204,10 +205,27 @@ class Attachment(SFRLoss):
         self._seed.copy_(step_seed(self.config.seed, self._step))
 
     def get_extra_state(self) -> Tensor:
-        return self._step.cpu().clone()  # safetensors refuses tensors that share memory
+        """(2,): the step, and λ in the bits of a float64."""
+        weight = torch.tensor([self._flow_weight], dtype=torch.float64).view(torch.int64)
+        return torch.cat([self._step.cpu(), weight])
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.step = int(state)
+        self.step = int(state[0])
+        if len(state) > 1:  # of earlier versions it has the step alone
+            self.restore_weight(state[1:].cpu().view(torch.float64).item())
+
+    def restore_weight(self, value: float) -> None:
+        """λ of a run that goes on, where flow_weight="auto" moves it; else it is the configuration's."""
+        if self.config.flow_weight == "auto":
+            self.flow_weight, self.shared = value, True
+
+    def approach_share(self, share: float) -> None:
+        """Moves λ towards `config.flow_share`, given the share that was measured: at first all of the way, then half of
+        it, on a scale of factors, since the share of one step is noisy. Nothing where the flow moved nothing."""
+        if self.config.flow_weight == "auto" and share > 0 and self.schedule > 0:
+            wanted = self.config.flow_share * self.schedule  # the schedule is on top
+            self.flow_weight *= (wanted / share) ** (0.5 if self.shared else 1.0)
+            self.shared = True
 
     def _apply(self, fn, recurse: bool = True) -> "Attachment":
         super()._apply(fn, recurse)
