@@ -116,7 +116,7 @@ class Problem:
 
     def apart(self, backend: str, *, judged: bool = False) -> Tensor:
         """The joint loss as its two parts, one after the other."""
-        return self._cross_entropy(self.rows, backend) + self.config.flow_weight * self._flow(backend, judged)
+        return self._cross_entropy(self.rows, backend) + self.config.first_weight * self._flow(backend, judged)
 
     def _options(self, backend: str, judged: bool) -> dict:
         times = dict(rows=self.timed_rows, times=self.times) if judged else dict(rows=self.rows)
@@ -141,7 +141,7 @@ class Problem:
             for some, y in zip(rows.split(step), labels.split(step), strict=True):
                 yield linear_cross_entropy(self.hidden.flatten(0, 1)[some], self.weight, y, **options)
         if self.op != "linear_cross_entropy":
-            yield self._flow("reference", judged) * (self.config.flow_weight if self.op == "sfr_loss" else 1.0)
+            yield self._flow("reference", judged) * (self.config.first_weight if self.op == "sfr_loss" else 1.0)
 
     def exact(self, judged: bool = True) -> list[Tensor]:
         """The reference's loss and UPSTREAM times every gradient in float64, piece after piece."""

@@ -25,7 +25,7 @@ class SFRConfig:
     # gradient of λ L_flow has the share flow_share of L_CE's, measured at the first step and where Trainer logs. One
     # number is another share in every model.
     flow_weight: float | Literal["auto"] = "auto"
-    flow_share: float = 0.3
+    flow_share: float | None = None  # None: 0.3; only with "auto"
     flow_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of λ after the warm-up; the others decay to 0
     flow_warmup: float = 0.0  # share of the run, in [0, 1), over which λ rises linearly from 0
 
@@ -86,6 +86,8 @@ class SFRConfig:
         for name, least in dict(num_layers=2, **dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)).items():
             if isinstance(value := getattr(self, name), int | float) and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.flow_share is not None and self.flow_weight != "auto":
+            raise ValueError(f"flow_share needs flow_weight='auto', got flow_weight={self.flow_weight}")
         if self.flow_warmup >= 1:
             raise ValueError(f"flow_warmup is a share of the run and must be below 1, got {self.flow_warmup}")
         for name in ("time_scale", "hidden_scale", "target_scale", "time_power", "flow_share"):
@@ -117,6 +119,11 @@ class SFRConfig:
     def first_weight(self) -> float:
         """λ where nothing has set it yet."""
         return 1.0 if self.flow_weight == "auto" else float(self.flow_weight)
+
+    @property
+    def wanted_share(self) -> float:
+        """What "auto" aims at."""
+        return 0.3 if self.flow_share is None else float(self.flow_share)
 
     def scale_for(self, target_size: int) -> float:
         """x_1 = scale_for(d) · embedding, for embeddings of d = `target_size` coordinates."""

@@ -12,7 +12,7 @@ SHARED = dict(loss="flow", segment_tokens=256, stride=32, min_tokens=16, width=1
 DEFAULT = SHARED | dict(
     target_scale=None, time_scale=1000.0, hidden_norm="rms", hidden_scale=1.0, time_sampling="stratified",
     num_times=256, target_rule="following", weighting="linear", flow_normalizer="tokens", encoder_pooling="own",
-    encoder_max_tokens=None, time_power=3.0, head_steps=200, flow_weight="auto", flow_share=0.3,
+    encoder_max_tokens=None, time_power=3.0, head_steps=200, flow_weight="auto", flow_share=None,
 )  # fmt: skip
 OFFICIAL = SHARED | dict(
     target_scale=1.0, time_scale=1.0, hidden_norm="none", hidden_scale=1.0, time_sampling="sequence",
@@ -48,11 +48,13 @@ def test_json_round_trip_of_every_field():
     config = SFRConfig(
         loss="mse", flow_weight=0.25, flow_schedule="cosine", flow_warmup=0.1, width=64, num_layers=5, time_scale=10.0,
         hidden_norm="none", hidden_scale=0.5, target_scale=3.0, source_std=0.5, time_sampling="sequence", num_times=7,
-        time_power=2.0, head_steps=3, flow_share=0.5,
+        time_power=2.0, head_steps=3,
         segment="sentence", segment_tokens=9, stride=4, min_tokens=3, target_rule="published", weighting="uniform",
         flow_normalizer="weights", encoder_pooling="mean", encoder_max_tokens=100, mtp_tokens=4, seed=-(2**63),
     )  # fmt: skip
-    assert all(getattr(config, f.name) != f.default for f in fields(config))
+    assert all(getattr(config, f.name) != f.default for f in fields(config) if f.name != "flow_share")
+    share = SFRConfig(flow_share=0.5)  # which has no meaning with a weight
+    assert SFRConfig.from_json(share.to_json()) == share and share.wanted_share == 0.5 != SFRConfig().wanted_share
     text = config.to_json()
     assert SFRConfig.from_json(text) == config
     assert json.loads(text) == config.to_dict() and text.endswith("\n")
@@ -91,6 +93,7 @@ def test_an_invalid_value_or_type_names_its_field(error, field):
 
 
 @pytest.mark.parametrize("fields, words", [
+    (dict(flow_weight=1.0, flow_share=0.3), "flow_share needs flow_weight='auto'"),
     (dict(loss="cka"), "segment_tokens"),  # CKA compares whole responses
     (dict(loss="mtp", target_rule="published"), "target_rule"),
     (dict(segment="paragraph"), "segment must be one of tokens, sentence, response"),

@@ -63,7 +63,7 @@ def run_of(problem: Problem, name: str, judged: bool = False) -> Run:
     if problem.op == "sfr_loss":
         labels = F.pad(problem.labels[:, 1:], (0, 1), value=-100).flatten()
         function = eager if name in (EAGER, COMPILED) else loss_of(name.removesuffix(WITH_HEAD))
-        ce, factor = lambda: function(problem.hidden.flatten(0, 1), problem.weight, labels), problem.config.flow_weight
+        ce, factor = lambda: function(problem.hidden.flatten(0, 1), problem.weight, labels), problem.config.first_weight
 
     def loss() -> Tensor:
         flow = own.judged() if judged else head(problem.hidden, own.x_1, own.weight)

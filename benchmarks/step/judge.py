@@ -40,7 +40,7 @@ def judge(step: Step, run: Run) -> dict:
     wanted = [("loss", ce, mean + FLOAT32_SUM)]
     if step.head is not None:
         flow = (_published_flow if step.config == stage.official else _flow)(step, hidden, batch)
-        wanted = [("loss", ce + step.config.flow_weight * flow, shared + FLOAT32_SUM)]
+        wanted = [("loss", ce + step.config.first_weight * flow, shared + FLOAT32_SUM)]
         wanted += [("cross-entropy", ce, mean + FLOAT32_SUM), ("flow", flow, shared + FLOAT32_SUM)]
     names = ["trunk's gradients"] * SHARED + ["head's gradients"] * (len(parameters) - SHARED)
     exact = torch.autograd.grad(wanted[0][1], parameters)
@@ -82,6 +82,5 @@ def _published_flow(step: Step, hidden: Tensor, batch: Batch) -> Tensor:
     x_0 = torch.randn_like(made).flatten(0, 1)[place].float()
     t = torch.rand(len(hidden), dtype=made.dtype, device=made.device)[rows.time_index[:n].long()].float()
     params = {name: p.float() for name, p in step.head.named_parameters()}
-    scales = c.time_scale, c.hidden_scale, c.hidden_norm
-    v = reference.velocity(params, x_0.lerp(x_1, t[:, None]), t, h[place].float(), *scales)
+    v = reference.velocity(params, x_0.lerp(x_1, t[:, None]), t, h[place].float(), c.time_scale, c.hidden_scale)
     return (weight * (v - (x_1 - x_0)).square().mean(dim=1)).sum() / weight.sum().clamp(min=1.0)

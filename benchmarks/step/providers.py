@@ -189,7 +189,7 @@ def published(stage: Stage) -> Step:
     def loss(batch: Batch, targets: tuple[Tensor, Tensor]) -> list[Tensor]:
         ce = model(**batch.inputs).loss
         flow = head(seen.pop(), *targets)
-        return [ce + config.flow_weight * flow, ce, flow]
+        return [ce + config.first_weight * flow, ce, flow]
 
     return Step(stage, model, loss, targets, head, config, encoder, lambda texts: make.embed(texts, stage.device))
 

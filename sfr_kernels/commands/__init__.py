@@ -45,7 +45,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _weight(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text!r}") from None
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -83,6 +83,8 @@ def run(args) -> None:
     rows = SupervisedRows.from_labels(torch.tensor([labels], dtype=torch.int64), loss.config)
     with_target = {*rows.rows[rows.anchor >= 0].tolist()}
     trained, spreads = [at - 1 in with_target for at in response], spread(samples)
+    if not any(trained):
+        raise ValueError("the text is too short: by the head's configuration none of its tokens has a target")
     kept = torch.tensor(trained, dtype=torch.bool, device=device)
     measured = Measured(
         tokenizer.decode(ids[: response[0]]), _pieces(tokenizer, ids, response), spreads.tolist(), trained,

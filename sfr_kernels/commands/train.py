@@ -5,7 +5,6 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from ..training.formats import Example
 from ..training.labelling import Tokenized
 from ..training.lm_head import output_linear
 from ..training.models import load_model
-from ..training.objectives import OBJECTIVES, attachment_of
+from ..training.objectives import OBJECTIVES, as_mtp, attachment_of
 from .report import ProgressBar, loss_curves, samples_table, write_comparison
 
 WARMUP = 5  # steps of rising learning rate
@@ -47,9 +46,13 @@ def run(args) -> None:
     began = time.monotonic()
     args.data, args.seed = args.data or PERSONAS, args.config.seed
     if args.objective == "mtp":
-        args.config = replace(args.config, loss="mtp")
+        args.config = as_mtp("--config", args.config)
     if args.targets is not None and (args.objective == "ce" or args.config.loss == "mtp"):
         raise ValueError("--targets has no meaning with --objective ce or mtp, which have no targets")
+    if args.objective == "ce":
+        for name in ("head_steps", "flow_weight"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} has no meaning with --objective ce, which has no head")
     if args.learning_rate is None:
         args.learning_rate = 1e-4 if args.full else 1e-3
     if args.max_steps < 1 and args.max_steps != -1:

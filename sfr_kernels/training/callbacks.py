@@ -1,6 +1,7 @@
 """`SFRCallback`: λ's schedule, the losses in the logs, and resuming, for a stock transformers Trainer."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,6 +51,12 @@ def health_values(health: Sequence[Tensor]) -> dict[str, float]:
     ce, flow, gap, gaps = sums.tolist()
     values = {"flow_share": math.sqrt(flow / ce)} if ce > 0 else {}
     return values | ({"flow_gap": gap / gaps} if gaps else {})
+
+
+_NO_SHARE = (
+    "flow_weight is 'auto', and no gradient at the hidden states was measured at this step: there was no label, the "
+    "model is frozen, or it is compiled, and the loss one whose share is then not known. λ stays as it is"
+)
 
 
 class _Mean:
@@ -154,18 +161,19 @@ class SFRCallback(TrainerCallback):
             if (weight := saved_weight(folder)) is not None:
                 sfr.restore_weight(weight)
         elif isinstance(sfr, Attachment):
-            self._fit_head(args, model, sfr, kwargs.get("train_dataloader"))
+            self._fit_head(args, state, model, sfr, kwargs.get("train_dataloader"))
         self._training, self.last_step = _Mean(), state.global_step
         self._progress = watch_of(model).progress
 
-    def _fit_head(self, args, model, sfr: Attachment, batches) -> None:
+    def _fit_head(self, args, state, model, sfr: Attachment, batches) -> None:
         """Fits a new head to the data of training, in an order of its own: that of training is as without it."""
         if not sfr.config.head_steps or sfr.head is None or not is_new(sfr.head):
             return
         order = torch.Generator().manual_seed(int(step_seed(sfr.config.seed, -1 - args.process_index)))
+        size = state.train_batch_size or args.per_device_train_batch_size
         own = DataLoader(
-            batches.dataset, args.per_device_train_batch_size, not isinstance(batches.dataset, IterableDataset),
-            collate_fn=batches.collate_fn, generator=order, drop_last=args.dataloader_drop_last,
+            batches.dataset, size, not isinstance(batches.dataset, IterableDataset), collate_fn=batches.collate_fn,
+            generator=order, drop_last=args.dataloader_drop_last,
         )  # fmt: skip
         dtype = torch.bfloat16 if args.bf16 else torch.float16
         with torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16):
@@ -193,7 +201,10 @@ class SFRCallback(TrainerCallback):
         self.on_substep_end(args, state, control, model)
         if self._health:
             self._measured = health_values(self._health)
-            attachment_of(model).approach_share(self._measured.get("flow_share", 0.0))
+            sfr = attachment_of(model)
+            if sfr.config.flow_weight == "auto" and "flow_share" not in self._measured:
+                warnings.warn(_NO_SHARE, RuntimeWarning, stacklevel=2)
+            sfr.approach_share(self._measured.get("flow_share", 0.0))
 
     def on_prediction_step(self, args, state, control, model=None, **kwargs):
         if isinstance(sfr := attachment_of(model), Attachment):

@@ -15,6 +15,7 @@ from ..config import SFRConfig
 from ..modules import SFRLoss, VelocityHead
 
 HEAD_FILE, CONFIG_FILE = "sfr_head.safetensors", "sfr_config.json"
+_OLD = dict(hidden_norm="none", time_power=1.0)  # of earlier versions, which wrote neither
 
 
 def pairing(model: nn.Module) -> str:
@@ -43,9 +44,8 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
     """What `save_head` wrote, ready for `attach`. FileNotFoundError if there is none."""
     folder, head = Path(folder), None
     saved = json.loads((folder / CONFIG_FILE).read_text())
-    old = dict(hidden_norm="none")  # of earlier versions, which wrote none
     if shape := saved["head"]:
-        head = VelocityHead(num_layers=shape.pop("num_blocks") + 2, **old | shape)
+        head = VelocityHead(num_layers=shape.pop("num_blocks") + 2, **dict(hidden_norm="none") | shape)
         head.load_state_dict(load_file(folder / HEAD_FILE))
     config = saved["config"]
     offset = config.pop("mtp_offset", 2)  # earlier versions wrote it, whatever the loss
@@ -54,7 +54,7 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
             f"{folder / CONFIG_FILE} has mtp_offset={offset}, of an earlier version: such a head has no counterpart "
             "here, where mtp_tokens counts from the token two ahead"
         )
-    return SFRLoss(SFRConfig.from_dict(old | dict(time_power=1.0) | config), head)
+    return SFRLoss(SFRConfig.from_dict(_OLD | config), head)
 
 
 def saved_weight(folder: str | os.PathLike) -> float | None:
@@ -72,6 +72,13 @@ def restore_head(folder: str | os.PathLike, loss: SFRLoss, paired: str) -> None:
     path, remedy = Path(folder) / HEAD_FILE, "give the checkpoint to SFRCallback(resume_from=…)"
     if not path.is_file():
         raise FileNotFoundError(f"no velocity head at {path}: if the run resumes from another folder, {remedy}")
-    if json.loads((Path(folder) / CONFIG_FILE).read_text())["paired"] != paired:
+    saved = json.loads((Path(folder) / CONFIG_FILE).read_text())
+    if saved["paired"] != paired:
         raise ValueError(f"the head at {path} belongs to another model than the one resumed: {remedy}")
+    now = asdict(loss.head.shape) | {name: getattr(loss.config, name) for name in ("loss", "time_power")}
+    trained = _OLD | saved["config"]
+    then = dict(output_size=now["output_size"], hidden_norm="none") | saved["head"]
+    then |= {name: trained[name] for name in ("loss", "time_power")}
+    if other := [f"{name}={then[name]!r}, not {now[name]!r}" for name in now if then[name] != now[name]]:
+        raise ValueError(f"the head at {path} was trained with {'; '.join(other)}: resume with the config of the run")
     loss.head.load_state_dict(load_file(path))

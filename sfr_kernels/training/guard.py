@@ -48,8 +48,12 @@ _NO_SCHEDULE = (
 )
 _NOT_FITTED = (
     "the velocity head is new, and config.head_steps asks for it to be fitted before training, without which the flow "
-    "loss does little: add SFRCallback to the Trainer, which also sets λ where flow_weight is auto, or call "
-    "fit_head(model, batches, steps) of sfr_kernels.training.head first; head_steps=0 goes without"
+    "loss does little: add SFRCallback to the Trainer, or call fit_head(model, batches, steps) of "
+    "sfr_kernels.training.head first; head_steps=0 goes without"
+)
+_NOT_SET = (
+    "flow_weight is auto, and λ stays 1, since nothing measures what to set it to: add SFRCallback to the Trainer, set "
+    "sfr.measuring and call sfr.approach_share in a loop of your own, or give flow_weight a number"
 )
 _IN_EVALUATION = "the optimizer steps on a model in eval(): no dropout, the same noise at each step. Call model.train()"
 _NOT_EXCHANGED = (
@@ -141,6 +145,8 @@ class Watch:
             raise RuntimeError(_NO_SCHEDULE)
         if sfr.config is not None and sfr.config.head_steps and sfr.head is not None and is_new(sfr.head):
             warnings.warn(_NOT_FITTED, RuntimeWarning, stacklevel=6)
+        if sfr.config is not None and sfr.config.flow_weight == "auto" and not (sfr.shared or sfr.measuring):
+            warnings.warn(_NOT_SET, RuntimeWarning, stacklevel=6)
         check_head(sfr)
         moving = _ids(group for group in optimizer.param_groups if float(group.get("lr", 1.0)))
         head = [] if sfr.head is None else list(sfr.head.parameters())

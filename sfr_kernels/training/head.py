@@ -4,10 +4,14 @@ A new head knows nothing, and what its loss asks of the hidden states while it l
 (benchmarks/collapse) SFR had no effect without this.
 """
 
+import contextlib
 import copy
+import math
+import random
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -51,27 +55,24 @@ def fit_head(
     if not rate > 0:
         raise ValueError(f"rate must be positive, got {rate}")
     # A copy is trained, since `guard` takes an optimizer of the attached head for that of the training.
+    _check_whole(sfr.head)
     twin = copy.deepcopy(sfr.head)
+    _from_first_process(twin)
     optimizer = torch.optim.AdamW(twin.parameters(), rate, weight_decay=0.0)
     device = next(sfr.head.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    loss = torch.zeros((), dtype=torch.float32)
+    flow = torch.full((), math.nan, dtype=torch.float32)
     again = _again(batches)
-    try:
-        model.eval()
+    with _own_random_numbers(), _evaluating(model):
         for step in tqdm(range(steps), desc="velocity head", disable=not progress):
             batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in next(again).items()}
             seed = step_seed(sfr.config.seed, -2 - step)  # unlike those of training, and of evaluation
-            loss = _flow_loss(sfr, twin, *_loss_arguments(model, sfr, batch), seed)
+            loss, flow = _flow_loss(sfr, twin, *_loss_arguments(model, sfr, batch), seed)
             optimizer.zero_grad()
             loss.backward()
             _average(twin)
             optimizer.step()
-    finally:
-        for module, training in modes:
-            module.training = training
     sfr.head.load_state_dict(twin.state_dict())
-    return loss.item()
+    return flow.item()
 
 
 def _again(batches: Iterable[dict]) -> Iterator[dict]:
@@ -103,23 +104,62 @@ def _loss_arguments(model: nn.Module, sfr: Attachment, batch: dict) -> tuple[Ten
 
 def _flow_loss(
     sfr: Attachment, head: VelocityHead, hidden: Tensor, weight: Tensor, given: dict[str, Any], seed: int | Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """What is differentiated, and L_flow."""
     rows, targets = given["rows"], settled(given["targets"])
     backend = sfr.options["backend"]
     if sfr.config.loss != "mtp":
-        return flow_matching_loss(hidden, head, rows, targets, seed=seed, config=sfr.config, backend=backend)
+        loss = flow_matching_loss(hidden, head, rows, targets, seed=seed, config=sfr.config, backend=backend)
+        return loss, loss
     logits = {name: given[name] for name in ("bias", "softcap", "logit_scale") if name in given}
-    return sfr_loss(
-        hidden, weight.detach(), head, rows, targets, seed=seed, config=sfr.config, flow_weight=1.0, backend=backend,
+    out = sfr_loss(
+        hidden, weight.detach(), head, rows, targets, seed=seed, config=sfr.config, flow_weight=1.0, **sfr.options,
         **logits,
-    ).loss  # fmt: skip
+    )  # fmt: skip
+    return out.loss, out.flow
+
+
+def _check_whole(head: VelocityHead) -> None:
+    """ValueError for a head that an engine has sharded."""
+    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in head.parameters()):
+        raise ValueError(
+            "the velocity head is sharded, and fitting it first has not been tried: fit_head before the engine shards "
+            "it, or SFRConfig(head_steps=0)"
+        )
+
+
+def _from_first_process(head: VelocityHead) -> None:
+    if dist.is_available() and dist.is_initialized():
+        for p in head.parameters():
+            dist.broadcast(p.data, 0)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def _own_random_numbers() -> Iterator[None]:
+    """What is drawn inside changes no draw of the training: of torch's own numbers, Python's and NumPy's."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def _average(head: VelocityHead) -> None:
-    """Gradients over processes; those of a sharded head are exchanged by what shards it."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     for p in head.parameters():
-        if not isinstance(p, DTensor):
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()

@@ -83,7 +83,14 @@ def objective_of(name: str, given: Any, objective: str) -> Any:
         if given.config.loss != "mtp":
             raise ValueError(f"{name} must have loss='mtp' with objective='mtp', got loss={given.config.loss!r}")
         return given
-    return replace(given or SFRConfig(), loss="mtp")
+    return as_mtp(name, given or SFRConfig())
+
+
+def as_mtp(name: str, config: SFRConfig) -> SFRConfig:
+    """The config with loss="mtp". ValueError if it asks for another than the default's."""
+    if config.loss not in ("flow", "mtp"):
+        raise ValueError(f"{name} must have loss='mtp', or the default's, with objective='mtp', got {config.loss!r}")
+    return replace(config, loss="mtp")
 
 
 @dataclass
@@ -137,6 +144,7 @@ class BatchInputs:
             self.rows.check_rules(config)
 
 
+_ON_DEVICE = "_step", "_seed", "last", "health"  # tensors of an attachment that are neither parameters nor buffers
 _GAP_ROWS = 64  # whose loss is compared with that at another row's hidden state; and times
 
 
@@ -187,7 +195,7 @@ class Attachment(SFRLoss):
 
     def _set_lambdas(self) -> None:
         self._lambdas[0] = self._flow_weight * self._schedule
-        self._lambdas[1] = self._flow_weight
+        self._lambdas[1] = self.config.first_weight if self.config.flow_weight == "auto" else self._flow_weight
 
     @property
     def step(self) -> int:
@@ -206,7 +214,7 @@ class Attachment(SFRLoss):
 
     def get_extra_state(self) -> Tensor:
         """(2,): the step, and λ in the bits of a float64."""
-        weight = torch.tensor([self._flow_weight], dtype=torch.float64).view(torch.int64)
+        weight = torch.tensor([self._flow_weight], dtype=torch.float64, device="cpu").view(torch.int64)
         return torch.cat([self._step.cpu(), weight])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -220,11 +228,14 @@ class Attachment(SFRLoss):
             self.flow_weight, self.shared = value, True
 
     def approach_share(self, share: float) -> None:
-        """Moves λ towards `config.flow_share`, given the share that was measured: at first all of the way, then half of
-        it, on a scale of factors, since the share of one step is noisy. Nothing where the flow moved nothing."""
-        if self.config.flow_weight == "auto" and share > 0 and self.schedule > 0:
-            wanted = self.config.flow_share * self.schedule  # the schedule is on top
-            self.flow_weight *= (wanted / share) ** (0.5 if self.shared else 1.0)
+        """Moves λ towards the share of "auto", given the one that was measured: at first all of the way, then half of
+        it, on a scale of factors, since the share of one step is noisy; by no more than a factor of ten, since that of
+        a new head, or one that 16 bits round away, is next to nothing. Not where the flow moved nothing, or overflowed.
+        """
+        if self.config.flow_weight == "auto" and 0 < share < math.inf and self.schedule > 0:
+            wanted = self.config.wanted_share * self.schedule  # the schedule is on top
+            factor = (wanted / share) ** (0.5 if self.shared else 1.0)
+            self.flow_weight *= min(max(factor, 0.1), 10.0)
             self.shared = True
 
     def _apply(self, fn, recurse: bool = True) -> "Attachment":
@@ -233,19 +244,13 @@ class Attachment(SFRLoss):
         if device.type != "meta":
             wide = torch.float32 if device.type == "mps" else torch.float64
             self._lambdas = self._lambdas.to(device, wide)
-            for name in ("_step", "_seed", "last", "health"):
+            for name in _ON_DEVICE:
                 setattr(self, name, getattr(self, name).to(device))
         return self
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
-        for name in (
-            "_lambdas",
-            "_step",
-            "_seed",
-            "last",
-            "health",
-        ):  # a spawned process is sent tensors in shared memory
+        for name in ("_lambdas", *_ON_DEVICE):  # a spawned process is sent tensors in shared memory
             setattr(self, name, getattr(self, name).clone())
 
     def seed(self) -> int | Tensor:

@@ -1,0 +1,190 @@
+"""Writes the tables and plots of README.md beside this file from the committed result files; with --check, only says
+whether they are current, with exit status 1 if not."""
+
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sfr_kernels.atomic import write_atomically
+from sfr_kernels.evaluation.compare import Interval
+
+from .arms import CE, FORMER, SFR, SHARE, SHARE_SHUFFLED, SHUFFLED, TRUTH
+from .compare import PRIMARY, Runs, by_prompt, differences, proven
+from .personas import BASE
+from .run import results_of
+
+HERE = Path(__file__).parent
+RESULTS, TOP = HERE.parent / "results", HERE.parents[1] / "README.md"
+MTP_FITTED = "MTP, 3 tokens: norm, head first"
+SHOWN = CE.name, SHARE, SHARE_SHUFFLED, "MTP", FORMER, MTP_FITTED, TRUTH.name
+MEASURES = "style fidelity", "separation of personas", "distance between samples", "relevance", "repetition"
+
+
+def world_runs(path: Path) -> Runs:
+    return {(x["arm"], x["world"], x["seed"]): x["history"] for x in results_of(path)}
+
+
+def world_table(runs: Runs) -> str:
+    names = [name for name in dict.fromkeys(key[0] for key in runs) if name != CE.name]
+    found = {name: differences(runs, name, CE.name) for name in names}
+    stars = {outcome: proven(found, outcome) for outcome in next(iter(found.values()))}
+    columns = {
+        "NLL, equal overlap": PRIMARY, "validity, equal overlap": "validity at equal overlap",
+        "NLL, end": "nll at the end", "overlap, end": "overlap at the end", "validity, end": "validity at the end",
+    }  # fmt: skip
+    lines = ["| arm | runs | share | " + " | ".join(columns) + " |", "| --- | ---: | ---: |" + " ---: |" * len(columns)]
+    for name in names:
+        own = [history for key, history in runs.items() if key[0] == name]
+        shares = [point["share"] for history in own for point in history if "share" in point]
+        cells = [f"{_text(found[name][x])}{' ★' if name in stars[x] else ''}" for x in columns.values()]
+        share = f"{np.mean(shares):.2f}" if shares else "–"
+        lines.append(f"| {name} | {len(own)} | {share} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def world_claims(runs: Runs) -> str:
+    """The setting that was to win, and the one that is shipped, against the arms that they were to be better than; and
+    against those that are as good."""
+    against = {"CE": (CE.name,) * 2, "MTP": ("MTP",) * 2, "their targets shuffled": (SHUFFLED, SHARE_SHUFFLED)}
+    against |= {name: (name,) * 2 for name in (FORMER, "mse: norm, head first", MTP_FITTED)}
+    outcomes = {"NLL": PRIMARY, "validity": "validity at equal overlap"}
+    titles = [f"{arm}: {title}" for title in outcomes for arm in ("λ 1", "share 0.3")]
+    lines = ["| against | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
+    for text, others in against.items():
+        found = [differences(runs, arm, other) for arm, other in zip((SFR, SHARE), others, strict=True)]
+        cells = [_text(each[outcome]) for outcome in outcomes.values() for each in found]
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def world_levels(runs: Runs) -> str:
+    """Where the models begin and end, in means over runs."""
+    lines = ["| | NLL | overlap | validity | coverage |", "| --- | ---: | ---: | ---: | ---: |"]
+    of = lambda name: [history for key, history in runs.items() if key[0] == name]  # noqa: E731
+    rows = {"before fine-tuning": [h[0] for h in of(CE.name)]}
+    rows |= {f"{name}, end": [h[-1] for h in of(name)] for name in (CE.name, SHARE, SHARE_SHUFFLED, "MTP", TRUTH.name)}
+    for name, points in rows.items():
+        means = [np.mean([point[x] for point in points]) for x in ("nll", "overlap", "validity", "coverage")]
+        lines.append(f"| {name} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
+    return "\n".join(lines)
+
+
+def world_plot(runs: Runs, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for name in SHOWN:
+        own = [history for key, history in runs.items() if key[0] == name]
+        overlap, *others = (np.mean([[p[x] for p in h] for h in own], 0) for x in ("overlap", "nll", "validity"))
+        for axis, values in zip(axes, others, strict=True):
+            axis.plot(overlap, values, "o-", markersize=3, label=name)
+    for axis, label in zip(axes, ("NLL of held-out answers beyond the truth's (nats)", "validity"), strict=True):
+        axis.set(xlabel="overlap of styles (collapse; training goes left)", ylabel=label)
+        axis.invert_xaxis()
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def personas_table(results: Sequence[dict]) -> str:
+    answers = [x for x in results if x["kind"] == "answers"]
+    trained = {(x["arm"], x["rate"], x["seed"]): x["history"][-1] for x in results if x["kind"] == "training"}
+    lines = ["| arm | rate | seeds | held-out CE | " + " | ".join(MEASURES) + " |"]
+    lines.append("| --- | ---: | ---: | ---: |" + " ---: |" * len(MEASURES))
+    for name in dict.fromkeys(x["arm"] for x in answers):
+        own = [x for x in answers if x["arm"] == name]
+        means = {m: np.nanmean(np.array([x["values"][m] for x in own], float)) for m in MEASURES}
+        cells = [f"{means[m]:.3f}" for m in MEASURES]
+        if name not in (CE.name, BASE):
+            found = by_prompt(answers, name, CE.name)
+            stars = {m: proven({name: found}, m) for m in MEASURES}
+            cells = [f"{c} ({_text(found[m])}{' ★' if stars[m] else ''})" for c, m in zip(cells, MEASURES, strict=True)]
+        losses = [trained[name, x["rate"], x["seed"]]["asked"] for x in own if x["rate"] is not None]
+        loss = f"{np.mean(losses):.3f}" if losses else "–"
+        lines.append(f"| {name} | {own[0]['rate'] or '–'} | {len(own)} | {loss} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def personas_plot(results: Sequence[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    answers = [x for x in results if x["kind"] == "answers"]
+    trained = {(x["arm"], x["rate"], x["seed"]): x["history"][-1] for x in results if x["kind"] == "training"}
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for name in dict.fromkeys(x["arm"] for x in answers if x["arm"] != BASE):
+        own = [x for x in answers if x["arm"] == name]
+        losses = [trained[name, x["rate"], x["seed"]]["asked"] for x in own]
+        for axis, measure in zip(axes, ("style fidelity", "separation of personas"), strict=True):
+            axis.plot(losses, [np.mean(x["values"][measure]) for x in own], "o", label=name)
+            axis.set(xlabel="held-out cross-entropy (nats a token)", ylabel=measure)
+    axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def summary(runs: Runs, personas: Sequence[dict]) -> str:
+    """What the README at the top says."""
+    others = {
+        CE.name: "plain fine-tuning",
+        "MTP": "multi-token prediction",
+        SHARE_SHUFFLED: "SFR with shuffled targets",
+    }
+    found = [f"{_text(differences(runs, SHARE, name)[PRIMARY])} from {text}" for name, text in others.items()]
+    fitted = _text(differences(runs, SHARE, MTP_FITTED)[PRIMARY])
+    measured = by_prompt([x for x in personas if x["kind"] == "answers"], SHARE, CE.name)
+    shown = [m for m in MEASURES if measured[m].low > 0 or measured[m].high < 0]
+    styles = ", ".join(f"{m} {_text(measured[m])}" for m in shown) or "no measure differs by more than chance"
+    count = sum(key[0] == SHARE for key in runs)
+    return (
+        f"In a world with a known truth ({count} runs) the NLL of held-out answers, at equal collapse, differs in nats "
+        f"by {', '.join(found)}; from multi-token prediction whose head is fitted first, too, by {fitted}. "
+        f"SmolLM2-135M on the shipped personas, answers after SFR and after plain fine-tuning: {styles}."
+    )
+
+
+def _text(x: Interval) -> str:
+    if np.isnan(x.low):
+        return f"{x.mean:+.3f}"
+    return f"{x.mean:+.3f} [{x.low:+.3f}, {x.high:+.3f}]"
+
+
+def main(argv: Sequence[str]) -> int:
+    runs, personas = world_runs(RESULTS / "collapse-world.jsonl"), results_of(RESULTS / "collapse-personas.jsonl")
+    parts = {
+        "levels": world_levels(runs), "world": world_table(runs), "claims": world_claims(runs),
+        "personas": personas_table(personas),
+    }  # fmt: skip
+    current = _fill(HERE / "README.md", parts, "--check" in argv)
+    current &= _fill(TOP, {"helps": textwrap.fill(summary(runs, personas), 120)}, "--check" in argv)
+    if "--check" in argv:
+        return int(not current)
+    world_plot(runs, HERE / "world.png")
+    personas_plot(personas, HERE / "personas.png")
+    return 0
+
+
+def _fill(path: Path, parts: dict[str, str], check: bool) -> bool:
+    """Puts each part between its marks; whether they were there already."""
+    old = new = path.read_text()
+    for name, text in parts.items():
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        new, count = re.subn(f"{begin}.*?{end}", lambda _, t=f"{begin}\n{text}\n{end}": t, new, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{path} needs {begin} and {end} once each")
+    if not check:
+        write_atomically(path, new.encode())
+    return old == new
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
