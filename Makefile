@@ -31,7 +31,7 @@ AGAIN = $(if $(wildcard $(RUN)/checkpoint-*),--resume,--overwrite)
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
-	$(BIN)/python -m sfr_kernels train --out $(RUN) --epochs 0.65 --batch-size 2 --max-prompts 6 $(AGAIN) $(ARGS)
+	$(BIN)/python -m sfr_kernels train --out $(RUN) --epochs 0.65 --batch-size 2 --head-steps 60 --max-prompts 6 $(AGAIN) $(ARGS)
 
 test: $(VENV)/.test
 	$(WORKERS) $(BIN)/python -m pytest $(XDIST) $(ARGS)

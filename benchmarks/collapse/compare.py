@@ -40,6 +40,16 @@ def differences(runs: Runs, arm: str, other: str) -> dict[str, Interval]:
     return {name: interval(np.array(values, np.float64)) for name, values in found.items()}
 
 
+def world_means(runs: Runs, arm: str, other: str) -> list[float]:
+    """The mean difference in NLL at equal overlap in each world that has runs of both."""
+    found: dict = {}
+    for name, world, seed in runs:
+        if name == arm and (other, world, seed) in runs:
+            pair = runs[arm, world, seed], runs[other, world, seed]
+            found.setdefault(world, []).append(at_equal_overlap(*pair, "nll"))
+    return [float(np.mean(values)) for values in found.values()]
+
+
 def proven(found: Mapping[str, Mapping[str, Interval]], outcome: str) -> set[str]:
     """The arms whose difference in the outcome holds with all arms counted (Holm)."""
     return set(holm({arm: values[outcome].p for arm, values in found.items()}))

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from sfr_kernels.atomic import write_atomically
-from sfr_kernels.evaluation.compare import Interval
+from sfr_kernels.evaluation.compare import Interval, holm
 
 from .arms import CE, FORMER, SFR, SHARE, SHARE_SHUFFLED, SHUFFLED, TRUTH
-from .compare import PRIMARY, Runs, by_prompt, differences, proven
-from .personas import BASE
+from .compare import PRIMARY, Runs, by_prompt, differences, proven, world_means
+from .personas import BASE, KINDS
 from .run import results_of
 
 HERE = Path(__file__).parent
@@ -52,11 +52,14 @@ def world_claims(runs: Runs) -> str:
     against = {"CE": (CE.name,) * 2, "MTP": ("MTP",) * 2, "their targets shuffled": (SHUFFLED, SHARE_SHUFFLED)}
     against |= {name: (name,) * 2 for name in (FORMER, "mse: norm, head first", MTP_FITTED)}
     outcomes = {"NLL": PRIMARY, "validity": "validity at equal overlap"}
-    titles = [f"{arm}: {title}" for title in outcomes for arm in ("λ 1", "share 0.3")]
+    titles = [f"{arm}: {title}" for title in [*outcomes, "worlds"] for arm in ("λ 1", "share 0.3")]
     lines = ["| against | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
     for text, others in against.items():
         found = [differences(runs, arm, other) for arm, other in zip((SFR, SHARE), others, strict=True)]
         cells = [_text(each[outcome]) for outcome in outcomes.values() for each in found]
+        for arm, other in zip((SFR, SHARE), others, strict=True):
+            means = world_means(runs, arm, other)
+            cells.append(f"{sum(mean < 0 for mean in means)} of {len(means)}")
         lines.append(f"| {text} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -93,19 +96,23 @@ def world_plot(runs: Runs, path: Path) -> None:
     pyplot.close(figure)
 
 
-def personas_table(results: Sequence[dict]) -> str:
+def tuned_table(results: Sequence[dict], measures: Sequence[str]) -> str:
+    if not results:
+        return "Not run yet: it needs a GPU."
     answers = [x for x in results if x["kind"] == "answers"]
     trained = {(x["arm"], x["rate"], x["seed"]): x["history"][-1] for x in results if x["kind"] == "training"}
-    lines = ["| arm | rate | seeds | held-out CE | " + " | ".join(MEASURES) + " |"]
-    lines.append("| --- | ---: | ---: | ---: |" + " ---: |" * len(MEASURES))
+    lines = ["| arm | rate | seeds | held-out CE | " + " | ".join(measures) + " |"]
+    lines.append("| --- | ---: | ---: | ---: |" + " ---: |" * len(measures))
     for name in dict.fromkeys(x["arm"] for x in answers):
         own = [x for x in answers if x["arm"] == name]
-        means = {m: np.nanmean(np.array([x["values"][m] for x in own], float)) for m in MEASURES}
-        cells = [f"{means[m]:.3f}" for m in MEASURES]
+        means = {m: np.nanmean(np.array([x["values"][m] for x in own], float)) for m in measures}
+        cells = [f"{means[m]:.3f}" for m in measures]
         if name not in (CE.name, BASE):
             found = by_prompt(answers, name, CE.name)
-            stars = {m: proven({name: found}, m) for m in MEASURES}
-            cells = [f"{c} ({_text(found[m])}{' ★' if stars[m] else ''})" for c, m in zip(cells, MEASURES, strict=True)]
+            stars = holm({m: found[m].p for m in measures})
+            cells = [
+                f"{c} ({_text(found[m])}{' ★' if m in stars else ''})" for c, m in zip(cells, measures, strict=True)
+            ]
         losses = [trained[name, x["rate"], x["seed"]]["asked"] for x in own if x["rate"] is not None]
         loss = f"{np.mean(losses):.3f}" if losses else "–"
         lines.append(f"| {name} | {own[0]['rate'] or '–'} | {len(own)} | {loss} | {' | '.join(cells)} |")
@@ -142,8 +149,7 @@ def summary(runs: Runs, personas: Sequence[dict]) -> str:
     found = [f"{_text(differences(runs, SHARE, name)[PRIMARY])} from {text}" for name, text in others.items()]
     fitted = _text(differences(runs, SHARE, MTP_FITTED)[PRIMARY])
     measured = by_prompt([x for x in personas if x["kind"] == "answers"], SHARE, CE.name)
-    shown = [m for m in MEASURES if measured[m].low > 0 or measured[m].high < 0]
-    styles = ", ".join(f"{m} {_text(measured[m])}" for m in shown) or "no measure differs by more than chance"
+    styles = ", ".join(f"{m} {_text(measured[m])}" for m in MEASURES[:3])
     count = sum(key[0] == SHARE for key in runs)
     return (
         f"In a world with a known truth ({count} runs) the NLL of held-out answers, at equal collapse, differs in nats "
@@ -159,10 +165,12 @@ def _text(x: Interval) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    runs, personas = world_runs(RESULTS / "collapse-world.jsonl"), results_of(RESULTS / "collapse-personas.jsonl")
+    runs, tuned = world_runs(RESULTS / "collapse-world.jsonl"), results_of(RESULTS / "collapse-personas.jsonl")
+    of = {data: [x for x in tuned if x["data"] == data] for data in KINDS}
+    personas = of["personas"]
     parts = {
         "levels": world_levels(runs), "world": world_table(runs), "claims": world_claims(runs),
-        "personas": personas_table(personas),
+        "personas": tuned_table(personas, MEASURES), "humaneval": tuned_table(of["humaneval"], ("pass@1", "pass@10")),
     }  # fmt: skip
     current = _fill(HERE / "README.md", parts, "--check" in argv)
     current &= _fill(TOP, {"helps": textwrap.fill(summary(runs, personas), 120)}, "--check" in argv)

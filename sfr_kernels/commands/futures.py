@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +106,8 @@ def _flow_head(name: str, folder: str) -> SFRLoss:
     try:
         loss = load_head(folder)
     except FileNotFoundError as error:
+        if (Path(name) / "run.json").is_file() and not (Path(name) / "model").exists():
+            raise ValueError(f"the run in {name} is not finished: train --resume goes on with it") from error
         raise ValueError(
             f"there is no velocity head beside the model {name!r}: `train` saves one, unless with --objective ce, and "
             "so does save_pretrained of an attached model"

@@ -39,7 +39,8 @@ class SFRCollator:
         if config.loss == "mtp":
             targets = None
         elif targets is None:
-            raise ValueError(f"targets must be a TargetStore or OnlineTargets for loss={config.loss!r}")
+            mtp = "; objective='mtp' needs no SFRCollator" if config.loss == "flow" else ""
+            raise ValueError(f"targets must be a TargetStore or OnlineTargets for loss={config.loss!r}{mtp}")
         else:
             targets.check(config)
         self.config, self.targets, self.collator, self.seed = config, targets, collator, seed
