@@ -22,9 +22,8 @@ class SFRConfig:
     # (linear CKA of response means) or "mtp" (multi-token prediction: the same limit, with tokens for targets).
     loss: LossKind = "flow"
     # λ, the weight of the regulariser. "auto": it begins at 1, and SFRCallback sets it so that at the hidden states the
-    # gradient of λ L_flow has the share flow_share of L_CE's, measured at the first step and where Trainer logs. One
-    # number is another share in every model.
-    flow_weight: float | Literal["auto"] = "auto"
+    # gradient of λ L_flow has the share flow_share of L_CE's, measured at the first step and where Trainer logs.
+    flow_weight: float | Literal["auto"] = 1.0
     flow_share: float | None = None  # None: 0.3; only with "auto"
     flow_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of λ after the warm-up; the others decay to 0
     flow_warmup: float = 0.0  # share of the run, in [0, 1), over which λ rises linearly from 0
@@ -111,7 +110,7 @@ class SFRConfig:
         published: dict[str, Any] = dict(
             target_scale=1.0, time_scale=1.0, hidden_norm="none", hidden_scale=1.0, time_sampling="sequence",
             target_rule="published", weighting="linear_decay", flow_normalizer="weights", encoder_pooling="mean",
-            encoder_max_tokens=512, time_power=1.0, head_steps=0, flow_weight=1.0,
+            encoder_max_tokens=512, time_power=1.0, head_steps=0,
         )  # fmt: skip
         return cls(**published | overrides)
 

@@ -12,7 +12,7 @@ SHARED = dict(loss="flow", segment_tokens=256, stride=32, min_tokens=16, width=1
 DEFAULT = SHARED | dict(
     target_scale=None, time_scale=1000.0, hidden_norm="rms", hidden_scale=1.0, time_sampling="stratified",
     num_times=256, target_rule="following", weighting="linear", flow_normalizer="tokens", encoder_pooling="own",
-    encoder_max_tokens=None, time_power=3.0, head_steps=200, flow_weight="auto", flow_share=None,
+    encoder_max_tokens=None, time_power=3.0, head_steps=200, flow_weight=1.0, flow_share=None,
 )  # fmt: skip
 OFFICIAL = SHARED | dict(
     target_scale=1.0, time_scale=1.0, hidden_norm="none", hidden_scale=1.0, time_sampling="sequence",
@@ -53,7 +53,7 @@ def test_json_round_trip_of_every_field():
         flow_normalizer="weights", encoder_pooling="mean", encoder_max_tokens=100, mtp_tokens=4, seed=-(2**63),
     )  # fmt: skip
     assert all(getattr(config, f.name) != f.default for f in fields(config) if f.name != "flow_share")
-    share = SFRConfig(flow_share=0.5)  # which has no meaning with a weight
+    share = SFRConfig(flow_weight="auto", flow_share=0.5)  # which has no meaning with a number
     assert SFRConfig.from_json(share.to_json()) == share and share.wanted_share == 0.5 != SFRConfig().wanted_share
     text = config.to_json()
     assert SFRConfig.from_json(text) == config
