@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.collapse import report, trial, world
-from benchmarks.collapse.arms import AGAIN, CE, FORMER, SHARE, SHARE_SHUFFLED, THIRD, TRUTH, arms, named
-from benchmarks.collapse.compare import PRIMARY, at_equal_overlap, by_prompt, differences, proven
+from benchmarks.collapse.arms import AGAIN, CE, FORMER, SFR, SHUFFLED, THIRD, TRUTH, arms, named
+from benchmarks.collapse.compare import PRIMARY, at_equal_overlap, by_prompt, differences, proven, world_means
 from benchmarks.collapse.run import results_of, run
 from benchmarks.collapse.world import MEANINGS, PREFIX, STYLES, VOCABULARY, World
 from sfr_kernels import SFRConfig
@@ -133,26 +133,29 @@ def test_runs_go_on_where_they_were_stopped(tmp_path):
     assert [x["n"] for x in results_of(path)] == [1, 0, 2] and "device" in json.loads(path.read_text().split("\n")[0])
 
 
+SMALLEST = 0.1  # nats: what is claimed is more, since an order of the data is worth about half of it
+
+
 def test_the_planted_arms_are_what_the_committed_results_say_they_are():
     runs = report.world_runs(RESULTS / "collapse-world.jsonl")
-    again, truth = differences(runs, THIRD.name, AGAIN.name), differences(runs, TRUTH.name, CE.name)
-    assert (
-        again[PRIMARY].low < 0 < again[PRIMARY].high and again["nll at the end"].low < 0 < again["nll at the end"].high
-    )
+    again, third, truth = (differences(runs, arm.name, CE.name) for arm in (AGAIN, THIRD, TRUTH))
+    assert third[PRIMARY].low < 0 < third[PRIMARY].high and max(-again[PRIMARY].low, again[PRIMARY].high) < SMALLEST
     assert truth[PRIMARY].high < 0 and truth["validity at equal overlap"].low > 0 and truth["nll at the end"].high < 0
 
 
 def test_the_setting_that_is_shipped_is_the_one_that_won():
     runs = report.world_runs(RESULTS / "collapse-world.jsonl")
-    assert sum(key[0] == SHARE for key in runs) >= 20
-    for other in (CE.name, "MTP", SHARE_SHUFFLED, FORMER):
-        found = differences(runs, SHARE, other)
-        assert found[PRIMARY].high < 0 and found["validity at equal overlap"].low > 0, other
-    won, shipped = next(arm for arm in arms(trial.CONFIG, trial.HEAD_STEPS) if arm.name == SHARE), SFRConfig()
-    for name in ("loss", "hidden_norm", "hidden_scale", "time_power", "target_scale", "time_sampling", "weighting"):
-        assert getattr(won.config, name) == getattr(shipped, name), name
-    assert won.config.head_steps and shipped.head_steps and shipped.flow_weight == "auto"
-    assert won.share == shipped.wanted_share
+    assert sum(key[0] == SFR for key in runs) >= 20
+    for other in (CE.name, "MTP", SHUFFLED, FORMER):
+        found = differences(runs, SFR, other)
+        assert found[PRIMARY].high < -SMALLEST and found["validity at equal overlap"].low > 0, other
+        assert max(world_means(runs, SFR, other)) < 0, other
+    won, shipped = next(arm for arm in arms(trial.CONFIG, 400) if arm.name == SFR).config, SFRConfig()
+    sizes = {*trial.CONFIG, "head_steps"}
+    assert won.head_steps and shipped.head_steps
+    assert {k: v for k, v in won.to_dict().items() if k not in sizes} == {
+        k: v for k, v in shipped.to_dict().items() if k not in sizes
+    }
 
 
 def test_the_tables_are_of_the_committed_results():

@@ -41,9 +41,9 @@ def folder(tmp_path_factory):
 
 
 def command(folder, out, *extra):
+    head = [] if "ce" in extra else ["--head-steps", "2"]
     return ["train", "--out", str(out), "--data", str(folder / "chats.jsonl"), "--model", str(folder / "model"),
-            "--head-steps", "2", "--steps", "8", "--save-every", "2", "--max-prompts", "1", "--batch-size", "4",
-            *extra]  # fmt: skip
+            "--steps", "8", "--save-every", "2", "--max-prompts", "1", "--batch-size", "4", *head, *extra]  # fmt: skip
 
 
 def history(out):
@@ -128,6 +128,7 @@ def test_bad_input_is_an_error_and_writes_nothing(folder, tmp_path, capsys):
         ("--resume",): "no run",
         ("--config", bad): "--config",
         ("--objective", "mtp", "--targets", str(tmp_path / "absent")): "--targets has no meaning",
+        ("--objective", "ce", "--flow-weight", "2"): "--head-steps has no meaning",
     }
     assert_refused(command(folder, tmp_path / "out"), cases, tmp_path / "out", capsys)
     (tmp_path / "mine").mkdir()

@@ -168,6 +168,8 @@ class Attachment(SFRLoss):
         # Of the last one measured: the squared norms of ∂L_CE/∂h and ∂(λ L_flow)/∂h, the gap, and whether there is one.
         # They add up over the micro-batches of a step: the gap is a sum of as many. Norms that cannot be had are 0.
         self.health = torch.zeros(4, dtype=torch.float32, device="cpu")
+        # made here, since a compiler cannot trace the making of a config
+        self._gap_config = replace(loss.config, num_times=_GAP_ROWS, flow_normalizer="tokens")
         self._flow_weight, self._schedule, self.scheduled = loss.config.first_weight, 1.0, False
         self._set_lambdas()
         self.step = 0
@@ -316,7 +318,7 @@ class Attachment(SFRLoss):
         )  # fmt: skip
         gap = flow_matching_loss(
             hidden, self.head, pairs, targets, seed=seed, normalizer=weight.sum(), backend=self.options["backend"],
-            config=replace(self.config, num_times=_GAP_ROWS, flow_normalizer="tokens"),
+            config=self._gap_config,
         )  # fmt: skip
         return torch.stack([gap, torch.ones_like(gap)]).float()
 
