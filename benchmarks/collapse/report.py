@@ -1,6 +1,7 @@
 """Writes the tables and plots of README.md beside this file from the committed result files; with --check, only says
 whether they are current, with exit status 1 if not."""
 
+import json
 import re
 import sys
 import textwrap
@@ -19,10 +20,19 @@ from .run import results_of
 
 HERE = Path(__file__).parent
 RESULTS, TOP = HERE.parent / "results", HERE.parents[1] / "README.md"
+WORLD, PERSONAS = RESULTS / "collapse-world.jsonl", RESULTS / "collapse-personas.jsonl"
 MTP_FITTED = "MTP, 3 tokens: norm, head first"
 SHOWN = CE.name, SFR, SHUFFLED, SHARE, "MTP", FORMER, MTP_FITTED, TRUTH.name
 VALIDITY = "validity at equal overlap"
 MEASURES = "style fidelity", "separation of personas", "distance between samples", "relevance", "repetition"
+
+
+def about(path: Path) -> str:
+    """Where the results of a file come from: its first line."""
+    head = json.loads(path.read_text().split("\n", 1)[0])
+    versions = (f"{name} {head['versions'][name]}" for name in ("python", "torch", "transformers"))
+    where = f"{head['device']['name']}, {head['device']['kind']}, {', '.join(versions)}"
+    return f"Measured on {where}, from {head['date'][:10]} on (benchmarks/results/{path.name})."
 
 
 def world_runs(path: Path) -> Runs:
@@ -174,16 +184,18 @@ def _text(x: Interval) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    runs, tuned = world_runs(RESULTS / "collapse-world.jsonl"), results_of(RESULTS / "collapse-personas.jsonl")
+    runs, tuned = world_runs(WORLD), results_of(PERSONAS)
     of = {data: [x for x in tuned if x["data"] == data] for data in KINDS}
     personas = of["personas"]
     parts = {
         "levels": world_levels(runs), "planted": planted(runs),
-        "world": world_table(runs), "claims": world_claims(runs),
-        "personas": tuned_table(personas, MEASURES), "humaneval": tuned_table(of["humaneval"], ("pass@1", "pass@10")),
+        "world": f"{world_table(runs)}\n\n{about(WORLD)}", "claims": world_claims(runs),
+        "personas": f"{tuned_table(personas, MEASURES)}\n\n{about(PERSONAS)}", "humaneval": tuned_table(of["humaneval"], ("pass@1", "pass@10")),
     }  # fmt: skip
     current = _fill(HERE / "README.md", parts, "--check" in argv)
-    current &= _fill(TOP, {"helps": textwrap.fill(summary(runs, personas), 120)}, "--check" in argv)
+    current &= _fill(
+        TOP, {"helps": textwrap.fill(summary(runs, personas), 120, break_on_hyphens=False)}, "--check" in argv
+    )
     if "--check" in argv:
         return int(not current)
     world_plot(runs, HERE / "world.png")
