@@ -50,10 +50,14 @@ def test_value_and_every_gradient(name):
 def test_forward_of_the_head(monkeypatch, backend):
     """Of hidden states and their norms by hand: ε counts only where the mean square is as small."""
     monkeypatch.setenv("SFR_KERNELS_BACKEND", backend)
+    torch.manual_seed(0)
     head = make_head(4, 6, small_config())
     plain = make_head(4, 6, small_config(hidden_norm="none"))
     h = torch.tensor([[3.0, -4.0, 0, 0], [1e-3, -1e-3, 1e-3, -1e-3], [0, 0, 0, 0]], dtype=torch.float64)
-    by_hand = torch.tensor([[1.2, -1.6, 0, 0], [0.5**0.5, -(0.5**0.5)] * 2, [0, 0, 0, 0]], dtype=torch.float64)
+    root = (25 / 4 + 1e-6) ** 0.5
+    by_hand = torch.tensor(
+        [[3 / root, -4 / root, 0, 0], [0.5**0.5, -(0.5**0.5)] * 2, [0, 0, 0, 0]], dtype=torch.float64
+    )
     x_t, t = torch.randn(3, 6, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
     torch.testing.assert_close(head(x_t, t, h), plain(x_t, t, by_hand), rtol=1e-6, atol=1e-8)
     h.requires_grad_()

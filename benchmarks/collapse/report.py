@@ -188,14 +188,14 @@ def main(argv: Sequence[str]) -> int:
     of = {data: [x for x in tuned if x["data"] == data] for data in KINDS}
     personas = of["personas"]
     parts = {
-        "levels": world_levels(runs), "planted": planted(runs),
-        "world": f"{world_table(runs)}\n\n{about(WORLD)}", "claims": world_claims(runs),
-        "personas": f"{tuned_table(personas, MEASURES)}\n\n{about(PERSONAS)}", "humaneval": tuned_table(of["humaneval"], ("pass@1", "pass@10")),
+        "levels": world_levels(runs), "planted": planted(runs), "claims": world_claims(runs),
+        "world": f"{world_table(runs)}\n\n{about(WORLD)}",
+        "personas": f"{tuned_table(personas, MEASURES)}\n\n{about(PERSONAS)}",
+        "humaneval": tuned_table(of["humaneval"], ("pass@1", "pass@10")),
     }  # fmt: skip
+    helps = textwrap.fill(summary(runs, personas), 120, break_on_hyphens=False)
     current = _fill(HERE / "README.md", parts, "--check" in argv)
-    current &= _fill(
-        TOP, {"helps": textwrap.fill(summary(runs, personas), 120, break_on_hyphens=False)}, "--check" in argv
-    )
+    current &= _fill(TOP, {"helps": helps}, "--check" in argv)
     if "--check" in argv:
         return int(not current)
     world_plot(runs, HERE / "world.png")
