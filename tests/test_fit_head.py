@@ -140,8 +140,9 @@ def test_a_head_that_nobody_fitted_is_said(tmp_path):
 
 def fit_in_a_process(rank: int, folder) -> None:
     torch.distributed.init_process_group("gloo")
-    torch.manual_seed(rank)  # as where nobody seeds them alike
     model = tiny.attached(STORE)
+    torch.manual_seed(rank)  # as where nobody seeds them alike
+    torch.nn.init.normal_(model.sfr.head.res_blocks[0].linear.weight, std=0.1)
     collate = SFRCollator(CONFIG, STORE, pad)
     fit_head(model, [collate(SAMPLES[4 * rank : 4 * rank + 4])], 3, progress=False)
     torch.save(model.sfr.head.state_dict(), folder / f"{rank}.pt")
