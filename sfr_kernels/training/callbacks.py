@@ -88,7 +88,7 @@ class _Mean:
 
 class SFRCallback(TrainerCallback):
     """Fits a new head before training (`config.head_steps`), sets λ by its share (`flow_weight="auto"`) and schedule,
-    and restores both when a run resumes. Logs `ce_loss`, `flow_loss` and `flow_weight` averaged since the last log,
+    and restores both when a run resumes. Logs `ce_loss` and `flow_loss` averaged since the last log, `flow_weight` (λ),
     `flow_share` and `flow_gap` of the step that is logged (README.md beside this file says how to read them), and
     `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
 

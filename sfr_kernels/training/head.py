@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..modules import VelocityHead
-from ..ops import flow_matching_loss, sfr_loss
+from ..ops import SFROutput, flow_matching_loss, sfr_loss
 from ..ops.flow_loss import step_seed
 from .objectives import Attachment, attachment_of, settled
 
@@ -87,19 +87,21 @@ def _again(batches: Iterable[dict]) -> Iterator[dict]:
 
 @torch.no_grad()
 def _loss_arguments(model: nn.Module, sfr: Attachment, batch: dict) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Hidden states, the lm_head's weight and the keywords with which a forward of the batch calls the loss."""
+    """Hidden states, the lm_head's weight and the keywords with which a forward of the batch calls the loss, which is
+    not computed."""
     found: list = []
 
-    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        found[:] = *args, kwargs
+    def keep(hidden: Tensor, weight: Tensor, **given: Any) -> SFROutput:
+        found[:] = hidden, weight, given
+        return SFROutput(*hidden.new_zeros(3))
 
-    handle = sfr.register_forward_pre_hook(keep, with_kwargs=True)
+    sfr.__dict__["forward"] = keep  # before the class's own
     try:
         model(**batch)
     finally:
-        handle.remove()
-    hidden, weight, kwargs = found
-    return hidden, weight, kwargs
+        del sfr.__dict__["forward"]
+    hidden, weight, given = found
+    return hidden, weight, given
 
 
 def _flow_loss(
