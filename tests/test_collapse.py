@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from benchmarks.collapse import report, trial, world
-from benchmarks.collapse.arms import AGAIN, CE, FORMER, SFR, SHUFFLED, THIRD, TRUTH, arms, named
+from benchmarks.collapse.arms import AGAIN, CE, FORMER, SFR, SHARE, SHUFFLED, THIRD, TRUTH, Objective, arms, named
 from benchmarks.collapse.compare import PRIMARY, at_equal_overlap, by_prompt, differences, proven, world_means
 from benchmarks.collapse.run import results_of, run
 from benchmarks.collapse.world import MEANINGS, PREFIX, STYLES, VOCABULARY, World
-from sfr_kernels import SFRConfig
+from sfr_kernels import SFRConfig, SupervisedRows, linear_cross_entropy
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 WORLD = World(7)
@@ -111,8 +111,51 @@ def test_every_arm_trains(arm, monkeypatch):
     history = trial.trial(WORLD, world.new_model(0), replace(arm, config=config), 0, steps=4)
     assert [point["step"] for point in history] == [0, 2, 4] and history[0]["sum"] != history[2]["sum"]
     assert ("share" in history[2]) == (arm.config is not None)
-    if arm.share is not None:
-        assert history[2]["share"] == pytest.approx(arm.share)
+    assert ("flow_weight" in history[2]) == (arm.config is not None)
+
+
+@pytest.mark.parametrize("name", [SHARE, SHUFFLED, "mse", "SFR official"])
+def test_a_share_is_of_the_gradients_at_h_and_sets_the_next_step(name):
+    arm = next(arm for arm in arms(trial.CONFIG, 1) if arm.name == name)
+    torch.manual_seed(0)
+    weight, hidden = torch.randn(VOCABULARY, 96), torch.randn(1, 20, 96, requires_grad=True)
+    labels = torch.randint(22, VOCABULARY, (1, 20))
+    rows = SupervisedRows.from_labels(labels, arm.config)
+    targets = WORLD.embed(labels.flatten(), rows.segments)
+    objective = Objective(arm, weight, world.TARGET, 3)
+    torch.nn.init.normal_(objective.head.output_proj.weight, std=0.1)
+
+    def loss():
+        state = objective.shuffle.get_state()
+        value = objective.loss(hidden, rows, targets, 1, measure=True)
+        objective.shuffle.set_state(state)
+        return torch.autograd.grad(value, hidden)[0]
+
+    plain = torch.autograd.grad(linear_cross_entropy(hidden, weight, rows), hidden)[0]
+    flow = loss() - plain
+    share = flow.norm().item() / plain.norm().item()
+    assert share > 0 and objective.share == pytest.approx(share, rel=1e-3)
+    loss()
+    assert objective.share == pytest.approx(arm.share or share, rel=1e-3)
+
+
+def test_arms_share_the_answers_and_the_order_but_where_they_say_so(monkeypatch):
+    batches, embed = [], World.embed
+    monkeypatch.setattr(World, "embed", lambda self, labels, x: batches.append(labels) or embed(self, labels, x))
+    monkeypatch.setattr(Objective, "loss", lambda self, hidden, *_, **__: hidden.sum())
+    monkeypatch.setattr(World, "judge", lambda self, model: {})
+
+    def seen(arm):
+        batches.clear()
+        trial.trial(WORLD, world.new_model(0), arm, 0, steps=30)  # one pass over the answers
+        return torch.stack(batches[-30:])
+
+    plain = next(arm for arm in arms(trial.CONFIG, 1) if arm.name == "mse: norm, head first")
+    ce, mse, again, third = (seen(arm) for arm in (CE, plain, AGAIN, THIRD))
+    assert torch.equal(ce, mse)
+    for x, y in ((ce, again), (ce, third), (again, third)):
+        assert not torch.equal(x, y)
+        assert sorted(x.view(-1, PREFIX + 6).tolist()) == sorted(y.view(-1, PREFIX + 6).tolist())
 
 
 def test_an_arm_that_there_is_not_is_named():

@@ -25,9 +25,10 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.results or args.out / f"{args.experiment}.jsonl"
     if args.experiment == "world":
-        from .trial import experiment
+        from .trial import FIRST, experiment
 
-        experiment(path, args.out, args.arms, range(args.worlds), args.seeds or 4, args.workers)
+        worlds = range(FIRST, FIRST + args.worlds)
+        experiment(path, args.out, args.arms, worlds, args.seeds or 4, args.workers)
     else:
         from .personas import experiment
 

@@ -1,6 +1,6 @@
 """The objectives that are compared, and the loss of each on hidden states."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +19,11 @@ class Arm:
     latest: float = 1.0  # times are drawn below this
     share: float | None = None  # λ is set so that the flow's gradient at h is this share of cross-entropy's
     shuffled: bool = False  # the control: the targets of a batch are dealt out at random
+    order: int = 0  # of the data; arms with the same one share it
 
 
 CE, TRUTH = Arm("CE"), Arm("CE that knows the held-out answers")
-AGAIN, THIRD = Arm("CE, another order"), Arm("CE, a third order")
+AGAIN, THIRD = Arm("CE, another order", order=1), Arm("CE, a third order", order=2)
 SFR = "SFR: norm, head first, early times"
 SHUFFLED = f"{SFR}; targets shuffled"
 SHARE = f"{SFR}, share 0.3"
@@ -93,29 +94,43 @@ class Objective:
     def parameters(self) -> list[Tensor]:
         return [] if self.head is None else [*self.head.parameters()]
 
-    def loss(self, hidden: Tensor, rows: SupervisedRows, targets: Tensor, step: int, measure: bool) -> Tensor:
-        """L_CE + λ L_flow; `measure` brings `share` up to date, and λ where the arm has a share of its own."""
-        ce = linear_cross_entropy(hidden, self.weight, rows)
-        if self.config is None:
-            return ce
-        flow = self.flow(hidden, rows, targets, step)
-        if measure:
-            at_h = [torch.autograd.grad(x, hidden, retain_graph=True)[0].norm().item() for x in (ce, flow)]
-            if self.arm.share is not None and at_h[1] > 0:
-                self.flow_weight = self.arm.share * at_h[0] / at_h[1]
-            self.share = self.flow_weight * at_h[1] / at_h[0]
-        return ce + self.flow_weight * flow
+    def fit_head(self, batches: Iterable[tuple[Tensor, SupervisedRows, Tensor]], rate: float) -> None:
+        """Trains the head alone, a step for each batch of hidden states, rows and targets."""
+        optimizer = torch.optim.AdamW(self.parameters(), rate, weight_decay=0.0, fused=True)
+        for i, (hidden, *batch) in enumerate(batches, 1):
+            rows, targets, drawn = self._drawn(*batch, -i)
+            if self.config.loss == "mtp":
+                options = dict(config=self.config, flow_weight=1.0, **drawn)
+                loss = sfr_loss(hidden, self.weight.detach(), self.head, rows, targets, **options).loss
+            else:
+                loss = flow_matching_loss(hidden, self.head, rows, targets, config=self.config, **drawn)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
-    def flow(self, hidden: Tensor, rows: SupervisedRows, targets: Tensor, step: int) -> Tensor:
-        arm, times, seed = self.arm, None, 10_000 * self.seed + step
+    def loss(self, hidden: Tensor, rows: SupervisedRows, targets: Tensor, step: int, measure: bool) -> Tensor:
+        """L_CE + λ L_flow. `measure` brings `share` up to date and, for the next step, λ where the arm has a share of
+        its own."""
+        if self.config is None:
+            return linear_cross_entropy(hidden, self.weight, rows)
+        rows, targets, drawn = self._drawn(rows, targets, step)
+        options = dict(config=self.config, flow_weight=self.flow_weight, return_norms=measure, **drawn)
+        out = sfr_loss(hidden, self.weight, self.head, rows, targets, **options)
+        if measure:
+            ce, flow = out.norms.sqrt().tolist()
+            self.share = flow / ce
+            if self.arm.share is not None and flow > 0:
+                self.flow_weight *= self.arm.share / self.share
+        return out.loss
+
+    def _drawn(self, rows: SupervisedRows, targets: Tensor, step: int) -> tuple[SupervisedRows, Tensor, dict]:
+        """What the loss of a step is given of rows and targets, with its seed and times."""
+        arm, seed, times = self.arm, 10_000 * self.seed + step, None
         if self.config.loss == "mtp":
-            both = sfr_loss(
-                hidden, self.weight, self.head, rows, rows.labels, seed=seed, config=self.config, flow_weight=1.0
-            )
-            return both.loss - linear_cross_entropy(hidden, self.weight, rows)
-        if arm.shuffled:
+            targets = rows.labels
+        elif arm.shuffled:
             targets = targets[torch.randperm(len(targets), generator=self.shuffle)]
         if arm.latest != 1:
             times, index = draw_times(rows, seed, self.config)
             times, rows = arm.latest * times, rows.replace(time_index=index.int())
-        return flow_matching_loss(hidden, self.head, rows, targets, times, seed=seed, config=self.config)
+        return rows, targets, dict(seed=seed, times=times)

@@ -1,6 +1,7 @@
 """One fine-tuning of the world's model with one arm: what it believes, step by step."""
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,24 +12,29 @@ from transformers import LlamaModel, get_linear_schedule_with_warmup
 from sfr_kernels import SFRConfig, SupervisedRows
 from sfr_kernels.atomic import write_atomically
 
-from .arms import AGAIN, THIRD, TRUTH, Arm, Objective, arms, named
+from .arms import TRUTH, Arm, Objective, arms, named
 from .run import run
 from .world import PREFIX, TARGET, World, new_model, pretrained
 
 STEPS, WARMUP, EVERY, BATCH, COPIES, RATE = 160, 10, 16, 18, 2, 1e-3
 HEAD_STEPS, HEAD_RATE = 400, 3e-3
-_OTHER_ORDERS = {AGAIN: 500, THIRD: 700}
+FIRST = 10  # the number of the first world; those below served the trials and the first round
+
+
+def generator(*key: object) -> torch.Generator:
+    """Of draws that depend on the key, and on nothing that another key draws."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def trial(world: World, base: LlamaModel, arm: Arm, seed: int, steps: int = STEPS) -> list[dict[str, float]]:
     """The world's judgement before the first step and after every sixteenth. `seed` draws the answers, their order, the
-    head and the noise, the same for every arm but those of another order."""
-    g = torch.Generator().manual_seed(1000 * world.seed + seed)
+    head and the noise, each apart from the others, and the same for every arm but those of another order."""
     prompts = torch.cat([world.known, world.held_out]) if arm == TRUTH else world.known
-    corpus = world.corpus(prompts, COPIES, g)
-    shuffle = torch.Generator().manual_seed(1000 * world.seed + seed + _OTHER_ORDERS.get(arm, 0))
+    corpus = world.corpus(prompts, COPIES, generator("answers", world.seed, seed))
+    shuffle = generator("order", world.seed, seed, arm.order)
     model = copy.deepcopy(base)
-    objective = Objective(arm, model.embed_tokens.weight, TARGET, seed)
+    objective = Objective(arm, model.embed_tokens.weight, TARGET, 1000 * world.seed + seed)
     parameters = [*model.parameters(), *objective.parameters()]
     optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.0, fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
@@ -40,16 +46,16 @@ def trial(world: World, base: LlamaModel, arm: Arm, seed: int, steps: int = STEP
         rows = SupervisedRows.from_labels(labels, config)
         return batch, rows, world.embed(labels.flatten(), rows.segments)
 
+    @torch.no_grad()
+    def untrained():
+        drawn = generator("head", world.seed, seed)
+        for _ in range(config.head_steps):
+            batch, rows, targets = inputs(corpus[torch.randint(len(corpus), (2 * BATCH,), generator=drawn)])
+            yield base(batch).last_hidden_state, rows, targets
+
     history, order = [{"step": 0, **world.judge(model)}], torch.empty(0, dtype=torch.int64)
     if config.head_steps:
-        fit = torch.optim.AdamW(objective.parameters(), HEAD_RATE, weight_decay=0.0, fused=True)
-        for step in range(-config.head_steps, 0):
-            batch, rows, targets = inputs(corpus[torch.randint(len(corpus), (2 * BATCH,), generator=g)])
-            with torch.no_grad():
-                hidden = model(batch).last_hidden_state
-            fit.zero_grad()
-            objective.flow(hidden, rows, targets, step).backward()
-            fit.step()
+        objective.fit_head(untrained(), HEAD_RATE)
     for step in range(1, steps + 1):
         if len(order) < BATCH:
             order = torch.cat([order, torch.randperm(len(corpus), generator=shuffle)])

@@ -4,7 +4,7 @@ Adapters are on the last ten of the thirty layers alone, so that the others run 
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -158,15 +158,14 @@ def fine_tune(data: Data, arm: Arm, rate: float, seed: int) -> tuple[Adapted, li
     def rows_of(indices: list[int]) -> SupervisedRows:
         return collator([data.samples[i] for i in indices])["rows"].to(data.device)
 
-    if config.head_steps:
-        optimizer = torch.optim.AdamW(objective.parameters(), HEAD_RATE, weight_decay=0.0, fused=True)
-        for step in range(-config.head_steps, 0):
+    def untrained() -> Iterator[tuple[Tensor, SupervisedRows, Tensor]]:
+        for _ in range(config.head_steps):
             part = [data.train[i] for i in torch.randint(len(data.train), (2 * BATCH,), generator=order)]
-            hidden = nn.utils.rnn.pad_sequence([data.upper[i] for i in part], batch_first=True)
             rows = rows_of(part)
-            optimizer.zero_grad()
-            objective.flow(hidden, rows, rows.targets, step).backward()
-            optimizer.step()
+            yield nn.utils.rnn.pad_sequence([data.upper[i] for i in part], batch_first=True), rows, rows.targets
+
+    if config.head_steps:
+        objective.fit_head(untrained(), HEAD_RATE)
     trained = [p for p in adapted.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         [{"params": trained, "lr": rate}, {"params": objective.parameters(), "lr": HEAD_RATE}], weight_decay=0.0
