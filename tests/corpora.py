@@ -63,6 +63,7 @@ class HashEncoder(torch.nn.Module):
     prompts = None
     truncate_dim = None
     max_seq_length = 512
+    device = torch.device("cpu")
 
     def __init__(self, size: int = TARGET, salt: int = 0):
         super().__init__()
