@@ -165,6 +165,8 @@ def test_an_arm_that_there_is_not_is_named():
 
 def doubled(folder: Path, job: dict) -> dict:
     (folder / f"ran-{job['n']}").write_text("")
+    if (folder / f"fail-{job['n']}").exists():
+        raise ValueError("no luck")
     return {"twice": 2 * job["n"]}
 
 
@@ -174,6 +176,14 @@ def test_runs_go_on_where_they_were_stopped(tmp_path):
     assert [x["twice"] for x in run(path, tmp_path, jobs, doubled, 1)] == [0, 2, 4]
     assert [p.name for p in sorted(tmp_path.glob("ran-*"))] == ["ran-0", "ran-2"]
     assert [x["n"] for x in results_of(path)] == [1, 0, 2] and "device" in json.loads(path.read_text().split("\n")[0])
+
+
+def test_a_job_that_fails_costs_no_other(tmp_path):
+    path, jobs = tmp_path / "results.jsonl", [{"n": n} for n in range(3)]
+    (tmp_path / "fail-0").touch()
+    with pytest.raises(RuntimeError, match=r"1 of 3 jobs failed, the first {'n': 0}: no luck"):
+        run(path, tmp_path, jobs, doubled, 1)
+    assert [x["n"] for x in results_of(path)] == [1, 2]
 
 
 SMALLEST = 0.1  # nats: what is claimed is more, since an order of the data is worth about half of it

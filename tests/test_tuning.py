@@ -77,6 +77,10 @@ def test_every_arm_answers_with_what_it_learnt_at_its_better_rate(data, tmp_path
         ends = {x["rate"]: x["history"][-1]["choosing"] for x in trained if x["arm"] == arm and x["seed"] == 0}
         assert {x["rate"] for x in answers if x["arm"] == arm} == {min(ends, key=ends.get)}
         assert all(len(values) == 2 for x in answers for values in x["values"].values())  # a value for each prompt
+    job = {key: value for key, value in answers[-1].items() if key != "values"}
+    for path in (tmp_path / "personas/adapters").iterdir():
+        path.unlink()
+    assert job | personas.answered(tmp_path, job) == answers[-1]  # it is trained again
 
 
 def test_answers_are_of_the_adapters_that_were_kept(data, tmp_path):

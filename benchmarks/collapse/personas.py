@@ -108,6 +108,8 @@ def answered(folder: Path, job: dict) -> dict:
     keep, identity = _adapters(folder, job).with_suffix(".jsonl"), {"run": _adapters(folder, job).stem}
     model = copy.deepcopy(data.model)
     if job["rate"] is not None:
+        if not _adapters(folder, job).is_file():  # its result came from another folder
+            fine_tuned(folder, job)
         adapted = data.adapted(0)
         set_peft_model_state_dict(adapted.model, load_file(_adapters(folder, job)))
         model = adapted.model.merge_and_unload()

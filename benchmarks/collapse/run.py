@@ -25,11 +25,12 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def run(path: Path, folder: Path, jobs: Sequence[dict], work: Callable[[Path, dict], dict], workers: int) -> list[dict]:
-    """The results of all jobs, in their order. `work`, a function of a module, is given the folder of what is kept."""
+    """The results of all jobs, in their order. `work`, a function of a module, is given the folder of what is kept.
+    RuntimeError for a job that failed, once the others have ended."""
     path.parent.mkdir(parents=True, exist_ok=True)
     done = {_key(job, result): result for job in jobs[:1] for result in results_of(path)}
     write_atomically(path, "".join(f"{line}\n" for line in _whole_lines(path)).encode())
-    todo = [job for job in jobs if _key(job, job) not in done]
+    todo, failed = [job for job in jobs if _key(job, job) not in done], []
     threads = max(torch.get_num_threads() // workers, 1)
     with (
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (threads,)) as pool,
@@ -40,8 +41,14 @@ def run(path: Path, folder: Path, jobs: Sequence[dict], work: Callable[[Path, di
         running = {pool.submit(work, folder, job): job for job in todo}
         for future in tqdm(as_completed(running), total=len(running), desc=path.stem):
             job = running[future]
+            if error := future.exception():
+                failed.append((job, error))
+                continue
             done[_key(job, job)] = result = job | future.result()
             print(json.dumps(result), file=out, flush=True)
+    if failed:
+        job, error = failed[0]
+        raise RuntimeError(f"{len(failed)} of {len(todo)} jobs failed, the first {job}: {error}") from error
     return [done[_key(job, job)] for job in jobs]
 
 
