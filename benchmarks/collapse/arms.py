@@ -59,7 +59,6 @@ def arms(sizes: dict, head_steps: int) -> list[Arm]:
         arm("SFR: head first", first),
         arm("SFR: norm, head first", norm, first),
         arm("SFR: norm, head first, t < 0.6", norm, first, latest=0.6),
-        arm("MTP, 3 tokens", mtp, dict(mtp_tokens=3)),
         arm("SFR: norm, head first, early times, target_scale 1", norm, first, early, dict(target_scale=1.0)),
         arm(SHARE, norm, first, early, share=0.3),
         arm(SHARE_SHUFFLED, norm, first, early, share=0.3, shuffled=True),

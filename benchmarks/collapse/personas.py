@@ -26,7 +26,7 @@ from sfr_kernels.training.data import PERSONAS, read_chats
 from sfr_kernels.training.formats import Example
 from sfr_kernels.training.labelling import last_prompt
 
-from .arms import CE, FORMER, SFR, SHARE, SHARE_SHUFFLED, Arm, arms, named
+from .arms import CE, FORMER, SFR, SHARE, SHARE_SHUFFLED, arms, named
 from .run import run
 from .tuning import HEAD_STEPS, Data, fine_tune
 
@@ -89,14 +89,10 @@ def data_of(kind: str, folder: Path) -> Data:
     return KINDS[kind](folder / kind, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def arm_of(name: str) -> Arm:
-    return next(arm for arm in arms({}, HEAD_STEPS) if arm.name == name)
-
-
 def fine_tuned(folder: Path, job: dict) -> dict:
     """Trains, and keeps the adapters: cross-entropy halfway and at the end."""
-    data = data_of(job["data"], folder)
-    adapted, history = fine_tune(data, arm_of(job["arm"]), job["rate"], job["seed"])
+    arm = next(arm for arm in arms({}, HEAD_STEPS) if arm.name == job["arm"])
+    adapted, history = fine_tune(data_of(job["data"], folder), arm, job["rate"], job["seed"])
     tensors = {n: p.contiguous() for n, p in get_peft_model_state_dict(adapted.model).items()}
     write_atomically(_adapters(folder, job), save(tensors))
     return {"history": history}

@@ -96,65 +96,56 @@ def world_levels(runs: Runs) -> str:
     return "\n".join(lines)
 
 
-def world_plot(runs: Runs, path: Path) -> None:
-    import matplotlib
+def world_curves(runs: Runs) -> dict[str, list]:
+    """By arm the mean course of overlap, NLL and validity."""
+    of = {name: [history for key, history in runs.items() if key[0] == name] for name in SHOWN}
+    values = "overlap", "nll", "validity"
+    return {name: [np.mean([[p[x] for p in h] for h in own], 0) for x in values] for name, own in of.items()}
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for name in SHOWN:
-        own = [history for key, history in runs.items() if key[0] == name]
-        overlap, *others = (np.mean([[p[x] for p in h] for h in own], 0) for x in ("overlap", "nll", "validity"))
-        for axis, values in zip(axes, others, strict=True):
-            axis.plot(overlap, values, "o-", markersize=3, label=name)
-    for axis, label in zip(axes, ("NLL of held-out answers beyond the truth's (nats)", "validity"), strict=True):
-        axis.set(xlabel="overlap of styles (collapse; training goes left)", ylabel=label)
-        axis.invert_xaxis()
-    axes[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+def tuned_points(results: Sequence[dict], measures: Sequence[str]) -> dict[str, np.ndarray]:
+    """By arm, (1 + measures, seeds): cross-entropy, and the measures' means over prompts."""
+    loss = {(x["arm"], x["rate"], x["seed"]): x["history"][-1]["asked"] for x in results if x["kind"] == "training"}
+    points: dict[str, list] = {}
+    for x in results:
+        if x["kind"] == "answers":
+            means = [np.nanmean(np.array(x["values"][m], float)) for m in measures]
+            points.setdefault(x["arm"], []).append([loss.get((x["arm"], x["rate"], x["seed"]), np.nan), *means])
+    return {name: np.array(rows).T for name, rows in points.items()}
 
 
 def tuned_table(results: Sequence[dict], measures: Sequence[str]) -> str:
     if not results:
         return "Not run yet: it needs a GPU."
     answers = [x for x in results if x["kind"] == "answers"]
-    trained = {(x["arm"], x["rate"], x["seed"]): x["history"][-1] for x in results if x["kind"] == "training"}
+    rates = {x["arm"]: x["rate"] for x in answers}
     lines = ["| arm | rate | seeds | held-out CE | " + " | ".join(measures) + " |"]
     lines.append("| --- | ---: | ---: | ---: |" + " ---: |" * len(measures))
-    for name in dict.fromkeys(x["arm"] for x in answers):
-        own = [x for x in answers if x["arm"] == name]
-        means = {m: np.nanmean(np.array([x["values"][m] for x in own], float)) for m in measures}
-        cells = [f"{means[m]:.3f}" for m in measures]
+    for name, points in tuned_points(results, measures).items():
+        loss, *cells = (f"{mean:.3f}" for mean in points.mean(1))
         if name not in (CE.name, BASE):
             found = by_prompt(answers, name, CE.name)
             stars = holm({m: found[m].p for m in measures})
-            cells = [
-                f"{c} ({_text(found[m])}{' ★' if m in stars else ''})" for c, m in zip(cells, measures, strict=True)
-            ]
-        losses = [trained[name, x["rate"], x["seed"]]["asked"] for x in own if x["rate"] is not None]
-        loss = f"{np.mean(losses):.3f}" if losses else "–"
-        lines.append(f"| {name} | {own[0]['rate'] or '–'} | {len(own)} | {loss} | {' | '.join(cells)} |")
+            marks = [" ★" if m in stars else "" for m in measures]
+            cells = [f"{c} ({_text(found[m])}{mark})" for c, m, mark in zip(cells, measures, marks, strict=True)]
+        start = f"| {name} | {rates[name] or '–'} | {points.shape[1]} | {'–' if name == BASE else loss} |"
+        lines.append(f"{start} {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def personas_plot(results: Sequence[dict], path: Path) -> None:
+def plot(path: Path, curves: dict, style: str, *labels: str) -> None:
+    """A panel for each label but the first, which is of what a curve begins with."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    answers = [x for x in results if x["kind"] == "answers"]
-    trained = {(x["arm"], x["rate"], x["seed"]): x["history"][-1] for x in results if x["kind"] == "training"}
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for name in dict.fromkeys(x["arm"] for x in answers if x["arm"] != BASE):
-        own = [x for x in answers if x["arm"] == name]
-        losses = [trained[name, x["rate"], x["seed"]]["asked"] for x in own]
-        for axis, measure in zip(axes, ("style fidelity", "separation of personas"), strict=True):
-            axis.plot(losses, [np.mean(x["values"][measure]) for x in own], "o", label=name)
-            axis.set(xlabel="held-out cross-entropy (nats a token)", ylabel=measure)
-    axes[0].legend(fontsize="small")
+    figure, axes = pyplot.subplots(1, len(labels) - 1, figsize=(11, 4.5), layout="constrained")
+    for i, axis in enumerate(axes, 1):
+        for name, values in curves.items():
+            axis.plot(values[0], values[i], style, markersize=4, label=name)
+        axis.set(xlabel=labels[0], ylabel=labels[i])
+    axes[-1].legend(fontsize="small")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -199,8 +190,10 @@ def main(argv: Sequence[str]) -> int:
     current &= _fill(TOP, {"helps": helps}, "--check" in argv)
     if "--check" in argv:
         return int(not current)
-    world_plot(runs, HERE / "world.png")
-    personas_plot(personas, HERE / "personas.png")
+    labels = "overlap of styles (training goes left)", "NLL of held-out answers, beyond the truth's", "validity"
+    plot(HERE / "world.png", world_curves(runs), "o-", *labels)
+    points = {name: x for name, x in tuned_points(personas, MEASURES[:2]).items() if name != BASE}
+    plot(HERE / "personas.png", points, "o", "held-out cross-entropy (nats a token)", *MEASURES[:2])
     return 0
 
 

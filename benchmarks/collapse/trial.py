@@ -18,6 +18,7 @@ from .world import PREFIX, TARGET, World, new_model, pretrained
 
 STEPS, WARMUP, EVERY, BATCH, COPIES, RATE = 160, 10, 16, 18, 2, 1e-3
 HEAD_STEPS, HEAD_RATE = 400, 3e-3
+CONFIG = dict(stride=1, min_tokens=1, segment_tokens=16, width=256)  # answers have six tokens
 FIRST = 10  # the number of the first world; those below served the trials and the first round
 
 
@@ -72,15 +73,6 @@ def trial(world: World, base: LlamaModel, arm: Arm, seed: int, steps: int = STEP
     return history
 
 
-CONFIG = dict(stride=1, min_tokens=1, segment_tokens=16, width=256)  # answers have six tokens
-
-
-def _model(folder: Path, world: World) -> LlamaModel:
-    model = new_model(world.seed)
-    model.load_state_dict(load_file(folder / f"world-{world.seed}.safetensors"))
-    return model
-
-
 def prepared(folder: Path, job: dict) -> dict:
     """Pretrains a world's model."""
     path = folder / f"world-{job['world']}.safetensors"
@@ -91,7 +83,9 @@ def prepared(folder: Path, job: dict) -> dict:
 
 def tried(folder: Path, job: dict) -> dict:
     world, arm = World(job["world"]), next(arm for arm in arms(CONFIG, HEAD_STEPS) if arm.name == job["arm"])
-    return {"history": trial(world, _model(folder, world), arm, job["seed"])}
+    base = new_model(world.seed)
+    base.load_state_dict(load_file(folder / f"world-{world.seed}.safetensors"))
+    return {"history": trial(world, base, arm, job["seed"])}
 
 
 def experiment(
