@@ -1,8 +1,10 @@
 """The experiments of benchmarks/collapse: the world's judgement, the comparison at equal collapse, and what the
 committed results say of the planted arms."""
 
+import itertools
 import json
 import math
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.collapse import arms as arms_module
 from benchmarks.collapse import report, trial, world
+from benchmarks.collapse import run as run_module
 from benchmarks.collapse.arms import AGAIN, CE, FORMER, SFR, SHARE, SHUFFLED, THIRD, TRUTH, Objective, arms, named
-from benchmarks.collapse.compare import PRIMARY, at_equal_overlap, by_prompt, differences, proven, world_means
+from benchmarks.collapse.compare import PRIMARY, at_equal_overlap, by_prompt, differences, over_worlds, proven
 from benchmarks.collapse.run import results_of, run
 from benchmarks.collapse.world import MEANINGS, PREFIX, STYLES, VOCABULARY, World
-from sfr_kernels import SFRConfig, SupervisedRows, linear_cross_entropy
+from sfr_kernels import SFRConfig, SupervisedRows, linear_cross_entropy, sfr_loss
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 WORLD = World(7)
@@ -116,27 +120,23 @@ def test_every_arm_trains(arm, monkeypatch):
 
 @pytest.mark.parametrize("name", [SHARE, SHUFFLED, "mse", "SFR official"])
 def test_a_share_is_of_the_gradients_at_h_and_sets_the_next_step(name):
-    arm = next(arm for arm in arms(trial.CONFIG, 1) if arm.name == name)
-    torch.manual_seed(0)
-    weight, hidden = torch.randn(VOCABULARY, 96), torch.randn(1, 20, 96, requires_grad=True)
-    labels = torch.randint(22, VOCABULARY, (1, 20))
-    rows = SupervisedRows.from_labels(labels, arm.config)
-    targets = WORLD.embed(labels.flatten(), rows.segments)
-    objective = Objective(arm, weight, world.TARGET, 3)
-    torch.nn.init.normal_(objective.head.output_proj.weight, std=0.1)
+    one = objective(name)
+    arm, weight, (rows, targets) = one.arm, one.weight, rows_and_targets(one.config)
+    hidden = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    torch.nn.init.normal_(one.head.output_proj.weight, std=0.1)
 
     def loss():
-        state = objective.shuffle.get_state()
-        value = objective.loss(hidden, rows, targets, 1, measure=True)
-        objective.shuffle.set_state(state)
+        state = one.shuffle.get_state()
+        value = one.loss(hidden, rows, targets, 1, measure=True)
+        one.shuffle.set_state(state)
         return torch.autograd.grad(value, hidden)[0]
 
     plain = torch.autograd.grad(linear_cross_entropy(hidden, weight, rows), hidden)[0]
     flow = loss() - plain
     share = flow.norm().item() / plain.norm().item()
-    assert share > 0 and objective.share == pytest.approx(share, rel=1e-3)
+    assert share > 0 and one.share == pytest.approx(share, rel=1e-3)
     loss()
-    assert objective.share == pytest.approx(arm.share or share, rel=1e-3)
+    assert one.share == pytest.approx(arm.share or share, rel=1e-3)
 
 
 def test_arms_share_the_answers_and_the_order_but_where_they_say_so(monkeypatch):
@@ -158,6 +158,68 @@ def test_arms_share_the_answers_and_the_order_but_where_they_say_so(monkeypatch)
         assert sorted(x.view(-1, PREFIX + 6).tolist()) == sorted(y.view(-1, PREFIX + 6).tolist())
 
 
+def test_answers_order_and_head_are_drawn_apart(monkeypatch):
+    made = {}
+
+    def generator(*key):
+        made[key] = arms_module.generator(*key)
+        return made[key]
+
+    monkeypatch.setattr(trial, "generator", generator)
+    monkeypatch.setattr(World, "judge", lambda self, model: {})
+    arm = next(arm for arm in arms(trial.CONFIG, 1) if arm.name == "mse: norm, head first")
+    for each in (arm, AGAIN):
+        trial.trial(WORLD, world.new_model(0), each, 0, steps=1)
+    assert {key[0] for key in made} == {"answers", "order", "head"} and len(made) == 4  # AGAIN has its own order
+    states = [arms_module.generator(*key).get_state() for key in made]
+    assert not any(torch.equal(x, y) for x, y in itertools.combinations(states, 2))
+    assert all(not torch.equal(made[key].get_state(), state) for key, state in zip(made, states, strict=True))  # used
+
+
+def rows_and_targets(config: SFRConfig, length: int = 40):
+    labels = torch.randint(22, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
+    rows = SupervisedRows.from_labels(labels, config)
+    return rows, WORLD.embed(labels.flatten(), rows.segments)
+
+
+def objective(name: str) -> Objective:
+    arm = next(arm for arm in arms(trial.CONFIG, 1) if arm.name == name)
+    weight = torch.randn(VOCABULARY, 96, generator=torch.Generator().manual_seed(0))
+    return Objective(arm, weight, world.TARGET, 3)
+
+
+def test_the_control_has_the_targets_of_others():
+    one, control = objective(SFR), objective(SHUFFLED)
+    rows, targets = rows_and_targets(one.config)
+    assert one._drawn(rows, targets, 1)[1] is targets
+    for step in (1, 2):
+        shuffled = control._drawn(rows, targets, step)[1]
+        kept = (shuffled == targets).all(1)
+        assert kept.float().mean() < 0.2 and sorted(shuffled.tolist()) == sorted(targets.tolist())
+
+
+def test_times_are_below_the_latest():
+    name = "SFR: norm, head first, t < 0.6"
+    rows, targets = rows_and_targets(objective(name).config, 200)
+    rows, _, drawn = objective(name)._drawn(rows, targets, 1)
+    assert 0.5 < drawn["times"].max() < 0.6 and drawn["times"].min() < 0.1
+
+
+@pytest.mark.parametrize("name", [SFR, "MTP: norm, head first"])
+def test_a_head_that_is_fitted_first_has_learnt(name):
+    one = objective(name)
+    rows, targets = rows_and_targets(one.config)
+    hidden = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    def flow() -> float:
+        rows_, targets_, drawn = one._drawn(rows, targets, 1)
+        return sfr_loss(hidden, one.weight, one.head, rows_, targets_, config=one.config, **drawn).flow.item()
+
+    before = flow()
+    one.fit_head([(hidden.detach(), rows, targets)] * 60, 3e-3)
+    assert flow() < 0.8 * before and one.weight.grad is None
+
+
 def test_an_arm_that_there_is_not_is_named():
     with pytest.raises(ValueError, match="there is no arm 'head first'; there are: CE; SFR"):
         named(["CE", "head first"], arms(trial.CONFIG, 1))
@@ -165,6 +227,8 @@ def test_an_arm_that_there_is_not_is_named():
 
 def doubled(folder: Path, job: dict) -> dict:
     (folder / f"ran-{job['n']}").write_text("")
+    if (folder / "slow").exists():
+        time.sleep(0.1)
     if (folder / f"fail-{job['n']}").exists():
         raise ValueError("no luck")
     return {"twice": 2 * job["n"]}
@@ -186,6 +250,28 @@ def test_a_job_that_fails_costs_no_other(tmp_path):
     assert [x["n"] for x in results_of(path)] == [1, 2]
 
 
+def test_a_run_that_is_interrupted_begins_no_more_jobs(tmp_path, monkeypatch):
+    def interrupted(futures, **_):
+        yield next(iter(futures))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "tqdm", interrupted)
+    path, jobs = tmp_path / "results.jsonl", [{"n": n} for n in range(40)]
+    (tmp_path / "slow").touch()
+    with pytest.raises(KeyboardInterrupt):
+        run(path, tmp_path, jobs, doubled, 1)
+    assert len(results_of(path)) == 1 and len([*tmp_path.glob("ran-*")]) < 10
+
+
+def test_the_interval_over_worlds_is_students():
+    runs = {("CE", w, s): curve(11, 0.2, 0, np.random.default_rng(w)) for w in range(5) for s in (0, 1)}
+    gains, seeds = (0.1, 0.2, 0.3, 0.4, 0.5), (0, 1)
+    runs |= {("x", w, s): [p | {"nll": p["nll"] - gains[w]} for p in runs["CE", w, s]] for w in range(5) for s in seeds}
+    found = over_worlds(runs, "x", "CE")
+    half = 2.776445 * np.sqrt(0.025 / 5)  # of four degrees of freedom
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.3, -0.3 - half, -0.3 + half), abs=1e-6)
+
+
 def test_the_planted_arms_are_what_the_committed_results_say_they_are():
     runs = report.world_runs(RESULTS / "collapse-world.jsonl")
     for copy, other in ((AGAIN, CE), (THIRD, CE), (THIRD, AGAIN)):
@@ -196,13 +282,13 @@ def test_the_planted_arms_are_what_the_committed_results_say_they_are():
     assert truth[report.VALIDITY].low > 0 and truth["validity at the end"].low > 0 and truth["nll at the end"].high < 0
 
 
-def test_the_setting_that_is_shipped_is_the_one_that_won():
+def test_the_setting_that_is_shipped_is_better_than_what_it_was_to_be_better_than():
     runs = report.world_runs(RESULTS / "collapse-world.jsonl")
     assert sum(key[0] == SFR for key in runs) >= 20
     for other in (CE.name, "MTP", SHUFFLED, FORMER):
         found = differences(runs, SFR, other)
         assert found[PRIMARY].high < 0 < found[report.VALIDITY].low, other
-        assert max(world_means(runs, SFR, other)) < 0, other
+        assert over_worlds(runs, SFR, other).high < 0, other
     won, shipped = next(arm for arm in arms(trial.CONFIG, 400) if arm.name == SFR).config, SFRConfig()
     sizes = {*trial.CONFIG, "head_steps"}
     assert won.head_steps and shipped.head_steps

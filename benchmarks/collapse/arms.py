@@ -1,5 +1,6 @@
 """The objectives that are compared, and the loss of each on hidden states."""
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,12 @@ from torch import Tensor
 
 from sfr_kernels import SFRConfig, SupervisedRows, VelocityHead, flow_matching_loss, linear_cross_entropy, sfr_loss
 from sfr_kernels.reference import draw_times
+
+
+def generator(*key: object) -> torch.Generator:
+    """Of draws that depend on the key, and on nothing that another key draws."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ def arms(sizes: dict, head_steps: int) -> list[Arm]:
         arm(FORMER),
         Arm("SFR official", SFRConfig.official(**sizes)),
         arm("mse", dict(loss="mse")),
+        arm("MTP: norm, head first", mtp, norm, first),
         arm("MTP, 3 tokens: norm, head first", mtp, dict(mtp_tokens=3), norm, first),
         arm("mse: norm, head first", dict(loss="mse"), norm, first),
         arm("SFR: norm", norm),
@@ -88,7 +96,7 @@ class Objective:
             size = None if self.config.loss == "mtp" else target_size
             self.flow_weight = self.config.first_weight
             self.head = VelocityHead.from_config(self.config, weight.shape[1], size).to(weight.device)
-        self.shuffle = torch.Generator().manual_seed(seed)
+        self.shuffle = generator("shuffle", seed)
 
     def parameters(self) -> list[Tensor]:
         return [] if self.head is None else [*self.head.parameters()]

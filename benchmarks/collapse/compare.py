@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.stats import ttest_1samp
 
 from sfr_kernels.evaluation.compare import Interval, holm, interval
 
@@ -40,14 +41,17 @@ def differences(runs: Runs, arm: str, other: str) -> dict[str, Interval]:
     return {name: interval(np.array(values, np.float64)) for name, values in found.items()}
 
 
-def world_means(runs: Runs, arm: str, other: str) -> list[float]:
-    """The mean difference in NLL at equal overlap in each world that has runs of both."""
+def over_worlds(runs: Runs, arm: str, other: str) -> Interval:
+    """Student's interval of the difference in NLL at equal overlap, a value for each world: the mean over its runs,
+    which share its grammar and its pretrained model."""
     found: dict = {}
     for name, world, seed in runs:
         if name == arm and (other, world, seed) in runs:
             pair = runs[arm, world, seed], runs[other, world, seed]
             found.setdefault(world, []).append(at_equal_overlap(*pair, "nll"))
-    return [float(np.mean(values)) for values in found.values()]
+    means = [np.mean(values) for values in found.values()]
+    low, high = ttest_1samp(means, 0).confidence_interval()
+    return Interval(float(np.mean(means)), float(low), float(high), float(ttest_1samp(means, 0).pvalue))
 
 
 def proven(found: Mapping[str, Mapping[str, Interval]], outcome: str) -> set[str]:

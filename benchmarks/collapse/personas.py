@@ -102,9 +102,11 @@ def answered(folder: Path, job: dict) -> dict:
     """By measure, a value for each prompt; of the base model where the job has no rate."""
     data = data_of(job["data"], folder)
     keep, identity = _adapters(folder, job).with_suffix(".jsonl"), {"run": _adapters(folder, job).stem}
-    model = copy.deepcopy(data.model)
-    if job["rate"] is not None:
+    if job["rate"] is None:
+        model = copy.deepcopy(data.model)
+    else:
         if not _adapters(folder, job).is_file():  # its result came from another folder
+            keep.unlink(missing_ok=True)
             fine_tuned(folder, job)
         adapted = data.adapted(0)
         set_peft_model_state_dict(adapted.model, load_file(_adapters(folder, job)))

@@ -13,26 +13,28 @@ import numpy as np
 from sfr_kernels.atomic import write_atomically
 from sfr_kernels.evaluation.compare import Interval, holm
 
-from .arms import AGAIN, CE, FORMER, SFR, SHARE, SHARE_SHUFFLED, SHUFFLED, THIRD, TRUTH
-from .compare import PRIMARY, Runs, by_prompt, differences, proven, world_means
+from .arms import AGAIN, CE, FORMER, SFR, SHARE, SHARE_SHUFFLED, SHUFFLED, THIRD, TRUTH, arms
+from .compare import PRIMARY, Runs, by_prompt, differences, over_worlds, proven
 from .personas import BASE, KINDS
 from .run import results_of
 
 HERE = Path(__file__).parent
 RESULTS, TOP = HERE.parent / "results", HERE.parents[1] / "README.md"
 WORLD, PERSONAS = RESULTS / "collapse-world.jsonl", RESULTS / "collapse-personas.jsonl"
-MTP_FITTED = "MTP, 3 tokens: norm, head first"
-SHOWN = CE.name, SFR, SHUFFLED, SHARE, "MTP", FORMER, MTP_FITTED, TRUTH.name
+FIRST_ROUND = RESULTS / "collapse-world-first.jsonl"
+FITTED = "MTP: norm, head first", "MTP, 3 tokens: norm, head first", "mse: norm, head first"
+SHOWN = CE.name, SFR, SHUFFLED, SHARE, "MTP", FORMER, *FITTED, TRUTH.name
 VALIDITY = "validity at equal overlap"
 MEASURES = "style fidelity", "separation of personas", "distance between samples", "relevance", "repetition"
 
 
 def about(path: Path) -> str:
-    """Where the results of a file come from: its first line."""
-    head = json.loads(path.read_text().split("\n", 1)[0])
-    versions = (f"{name} {head['versions'][name]}" for name in ("python", "torch", "transformers"))
-    where = f"{head['device']['name']}, {head['device']['kind']}, {', '.join(versions)}"
-    return f"Measured on {where}, from {head['date'][:10]} on (benchmarks/results/{path.name})."
+    """Where the results of a file come from: a line for each start."""
+    heads = [line for line in map(json.loads, path.read_text().splitlines()) if "device" in line]
+    days = " to ".join(dict.fromkeys(head["date"][:10] for head in (heads[0], heads[-1])))
+    versions = (f"{name} {heads[-1]['versions'][name]}" for name in ("python", "torch", "transformers"))
+    where = f"{heads[-1]['device']['name']}, {heads[-1]['device']['kind']}, {', '.join(versions)}"
+    return f"Measured on {where}, {days} (benchmarks/results/{path.name})."
 
 
 def world_runs(path: Path) -> Runs:
@@ -40,7 +42,7 @@ def world_runs(path: Path) -> Runs:
 
 
 def world_table(runs: Runs) -> str:
-    names = [name for name in dict.fromkeys(key[0] for key in runs) if name != CE.name]
+    names = [arm.name for arm in arms({}, 1) if arm != CE and any(key[0] == arm.name for key in runs)]
     found = {name: differences(runs, name, CE.name) for name in names}
     stars = {outcome: proven(found, outcome) for outcome in next(iter(found.values()))}
     columns = {
@@ -57,30 +59,27 @@ def world_table(runs: Runs) -> str:
     return "\n".join(lines)
 
 
-def world_claims(runs: Runs) -> str:
+def world_claims(runs: Runs, first: Runs) -> str:
     """The default, and the share that is an option, against the arms that they were to be better than, and against
     those that turned out better."""
-    against = {"CE": (CE.name,) * 2, "MTP": ("MTP",) * 2, "their targets shuffled": (SHUFFLED, SHARE_SHUFFLED)}
-    against |= {name: (name,) * 2 for name in (FORMER, "mse: norm, head first", MTP_FITTED)}
-    outcomes = {"NLL": PRIMARY, "validity": VALIDITY}
-    titles = [f"{arm}: {title}" for title in [*outcomes, "worlds"] for arm in ("λ 1", "share 0.3")]
-    lines = ["| against | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
-    for text, others in against.items():
-        found = [differences(runs, arm, other) for arm, other in zip((SFR, SHARE), others, strict=True)]
-        cells = [_text(each[outcome]) for outcome in outcomes.values() for each in found]
-        for arm, other in zip((SFR, SHARE), others, strict=True):
-            means = world_means(runs, arm, other)
-            cells.append(f"{sum(mean < 0 for mean in means)} of {len(means)}")
-        lines.append(f"| {text} | {' | '.join(cells)} |")
+    lines = ["| SFR | less | NLL | NLL, over worlds | NLL, first round | validity |", "| --- | --- |" + " ---: |" * 4]
+    for title, arm, shuffled in (("λ 1", SFR, SHUFFLED), ("share 0.3", SHARE, SHARE_SHUFFLED)):
+        against = {name: name for name in (CE.name, "MTP", FORMER, *FITTED)}
+        for text, other in {"its targets shuffled": shuffled, **against}.items():
+            found, known = differences(runs, arm, other), any(key[0] == other for key in first)
+            cells = [_text(found[PRIMARY]), _text(over_worlds(runs, arm, other))]
+            cells += [_text(differences(first, arm, other)[PRIMARY]) if known else "–", _text(found[VALIDITY])]
+            lines.append(f"| {title} | {text} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def planted(runs: Runs) -> str:
+def planted(runs: Runs, first: Runs) -> str:
     pairs = (TRUTH, CE), (AGAIN, CE), (THIRD, CE), (THIRD, AGAIN)
-    lines = ["| | NLL, equal overlap | validity, equal overlap |", "| --- | ---: | ---: |"]
+    lines = ["| | NLL | NLL, first round | validity |", "| --- | ---: | ---: | ---: |"]
     for arm, other in pairs:
-        found = differences(runs, arm.name, other.name)
-        lines.append(f"| {arm.name}, less {other.name} | {_text(found[PRIMARY])} | {_text(found[VALIDITY])} |")
+        found, before = (differences(each, arm.name, other.name) for each in (runs, first))
+        cells = _text(found[PRIMARY]), _text(before[PRIMARY]), _text(found[VALIDITY])
+        lines.append(f"| {arm.name}, less {other.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -133,19 +132,25 @@ def tuned_table(results: Sequence[dict], measures: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def control(results: Sequence[dict]) -> str:
+    found = by_prompt([x for x in results if x["kind"] == "answers"], SHARE, SHARE_SHUFFLED)
+    cells = ", ".join(f"{m} {_text(found[m])}" for m in MEASURES)
+    return textwrap.fill(f"Share 0.3, less the same with its targets shuffled: {cells}.", 120, break_on_hyphens=False)
+
+
 def plot(path: Path, curves: dict, style: str, *labels: str) -> None:
-    """A panel for each label but the first, which is of what a curve begins with."""
+    """Panels side by side. The first row of a curve is their common x, of the first label; each other is one's y."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(labels) - 1, figsize=(11, 4.5), layout="constrained")
+    figure, axes = pyplot.subplots(1, len(labels) - 1, figsize=(11, 5), layout="constrained")
     for i, axis in enumerate(axes, 1):
         for name, values in curves.items():
             axis.plot(values[0], values[i], style, markersize=4, label=name)
         axis.set(xlabel=labels[0], ylabel=labels[i])
-    axes[-1].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 
@@ -153,19 +158,23 @@ def plot(path: Path, curves: dict, style: str, *labels: str) -> None:
 def summary(runs: Runs, personas: Sequence[dict]) -> str:
     """What the README at the top says."""
     others = {CE.name: "plain fine-tuning", "MTP": "multi-token prediction", SHUFFLED: "shuffled targets"}
-    found = [f"{_text(differences(runs, SFR, name)[PRIMARY])} from {text}" for name, text in others.items()]
-    fitted = _text(differences(runs, SFR, MTP_FITTED)[PRIMARY])
+    found = [f"{_text(over_worlds(runs, SFR, name))} from {text}" for name, text in others.items()]
+    better = [_text(over_worlds(runs, SFR, name)) for name in FITTED]
+    overlap = _text(differences(runs, SFR, CE.name)["overlap at the end"])
     measured = by_prompt([x for x in personas if x["kind"] == "answers"], SFR, CE.name)
-    styles = ", ".join(f"{m} {_text(measured[m])}" for m in MEASURES[:3])
-    gained, lost = any(measured[m].low > 0 for m in MEASURES[:3]), any(measured[m].high < 0 for m in MEASURES[:3])
-    shown = ("something is gained" if gained else "no gain is shown") + (", and something is lost" if lost else "")
-    count, seeds = sum(key[0] == SFR for key in runs), sum(x["arm"] == SFR for x in personas if x["kind"] == "answers")
-    seeds = f"{seeds} seed{'s' * (seeds > 1)}, six prompts"
+    styles = ", ".join(f"{m} {_text(measured[m])}" for m in MEASURES[:4])
+    gained, lost = [m for m in MEASURES[:4] if measured[m].low > 0], [m for m in MEASURES[:4] if measured[m].high < 0]
+    shown = f"{' and '.join(gained) or 'nothing'} is gained, {' and '.join(lost) or 'nothing'} lost"
+    of = [key for key in runs if key[0] == SFR]
+    count = f"{len({world for _, world, _ in of})} worlds, {len(of)} runs, intervals over worlds"
+    seeds = sum(x["arm"] == SFR for x in personas if x["kind"] == "answers")
     return (
-        f"In a world with a known truth ({count} runs) the NLL of held-out answers, of which less is better, differs "
-        f"at equal collapse by {', '.join(found)} (nats); from multi-token prediction whose head is fitted first, too, "
-        f"by {fitted}. In a short fine-tuning of SmolLM2-135M on the shipped personas ({seeds}) {shown}. Differences "
-        f"from plain fine-tuning there: {styles}."
+        f"In a world with a known truth ({count}) the NLL of held-out answers, of which less is better, differs at "
+        f"equal collapse by {', '.join(found)} (nats). After as many steps styles overlap more than with plain "
+        f"fine-tuning ({overlap}). Multi-token prediction and the mean squared error that have SFR's norm and fitted "
+        f"head are better than SFR, which differs by {better[0]} from that of one token, {better[1]} of three, "
+        f"{better[2]} from the mean squared error. In a short fine-tuning of SmolLM2-135M on the shipped personas "
+        f"({seeds} seeds, six prompts) {shown}. Differences from plain fine-tuning there: {styles}."
     )
 
 
@@ -176,13 +185,13 @@ def _text(x: Interval) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    runs, tuned = world_runs(WORLD), results_of(PERSONAS)
+    runs, first, tuned = world_runs(WORLD), world_runs(FIRST_ROUND), results_of(PERSONAS)
     of = {data: [x for x in tuned if x["data"] == data] for data in KINDS}
     personas = of["personas"]
     parts = {
-        "levels": world_levels(runs), "planted": planted(runs), "claims": world_claims(runs),
+        "levels": world_levels(runs), "planted": planted(runs, first), "claims": world_claims(runs, first),
         "world": f"{world_table(runs)}\n\n{about(WORLD)}",
-        "personas": f"{tuned_table(personas, MEASURES)}\n\n{about(PERSONAS)}",
+        "personas": f"{tuned_table(personas, MEASURES)}\n\n{control(personas)}\n\n{about(PERSONAS)}",
         "humaneval": tuned_table(of["humaneval"], ("pass@1", "pass@10")),
     }  # fmt: skip
     helps = textwrap.fill(summary(runs, personas), 120, break_on_hyphens=False)

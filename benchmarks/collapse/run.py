@@ -15,7 +15,7 @@ from ..machine import described
 
 
 def results_of(path: Path) -> list[dict]:
-    """The results in a file, each a job and what came of it."""
+    """The results in a file, each a job and what came of it. Before those of a start stands where it ran."""
     return [line for line in map(json.loads, _whole_lines(path)) if "device" not in line]
 
 
@@ -36,16 +36,20 @@ def run(path: Path, folder: Path, jobs: Sequence[dict], work: Callable[[Path, di
         ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (threads,)) as pool,
         path.open("a") as out,
     ):
-        if todo and not path.stat().st_size:
-            print(json.dumps(described(_device())), file=out)
+        if todo:
+            print(json.dumps(described(_device())), file=out, flush=True)
         running = {pool.submit(work, folder, job): job for job in todo}
-        for future in tqdm(as_completed(running), total=len(running), desc=path.stem):
-            job = running[future]
-            if error := future.exception():
-                failed.append((job, error))
-                continue
-            done[_key(job, job)] = result = job | future.result()
-            print(json.dumps(result), file=out, flush=True)
+        try:
+            for future in tqdm(as_completed(running), total=len(running), desc=path.stem):
+                job = running[future]
+                if error := future.exception():
+                    failed.append((job, error))
+                    continue
+                done[_key(job, job)] = result = job | future.result()
+                print(json.dumps(result), file=out, flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # what has not begun
+            raise
     if failed:
         job, error = failed[0]
         raise RuntimeError(f"{len(failed)} of {len(todo)} jobs failed, the first {job}: {error}") from error

@@ -1,7 +1,6 @@
 """One fine-tuning of the world's model with one arm: what it believes, step by step."""
 
 import copy
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from transformers import LlamaModel, get_linear_schedule_with_warmup
 from sfr_kernels import SFRConfig, SupervisedRows
 from sfr_kernels.atomic import write_atomically
 
-from .arms import TRUTH, Arm, Objective, arms, named
+from .arms import TRUTH, Arm, Objective, arms, generator, named
 from .run import run
 from .world import PREFIX, TARGET, World, new_model, pretrained
 
@@ -22,15 +21,10 @@ CONFIG = dict(stride=1, min_tokens=1, segment_tokens=16, width=256)  # answers h
 FIRST = 10  # the number of the first world; those below served the trials and the first round
 
 
-def generator(*key: object) -> torch.Generator:
-    """Of draws that depend on the key, and on nothing that another key draws."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
-
-
 def trial(world: World, base: LlamaModel, arm: Arm, seed: int, steps: int = STEPS) -> list[dict[str, float]]:
     """The world's judgement before the first step and after every sixteenth. `seed` draws the answers, their order, the
-    head and the noise, each apart from the others, and the same for every arm but those of another order."""
+    head and the noise, each apart from the others, and the same for every arm but those of another order; and TRUTH,
+    whose answers are a third more."""
     prompts = torch.cat([world.known, world.held_out]) if arm == TRUTH else world.known
     corpus = world.corpus(prompts, COPIES, generator("answers", world.seed, seed))
     shuffle = generator("order", world.seed, seed, arm.order)
@@ -82,6 +76,7 @@ def prepared(folder: Path, job: dict) -> dict:
 
 
 def tried(folder: Path, job: dict) -> dict:
+    prepared(folder, job)
     world, arm = World(job["world"]), next(arm for arm in arms(CONFIG, HEAD_STEPS) if arm.name == job["arm"])
     base = new_model(world.seed)
     base.load_state_dict(load_file(folder / f"world-{world.seed}.safetensors"))
