@@ -50,8 +50,8 @@ def over_worlds(runs: Runs, arm: str, other: str) -> Interval:
             pair = runs[arm, world, seed], runs[other, world, seed]
             found.setdefault(world, []).append(at_equal_overlap(*pair, "nll"))
     means = [np.mean(values) for values in found.values()]
-    low, high = ttest_1samp(means, 0).confidence_interval()
-    return Interval(float(np.mean(means)), float(low), float(high), float(ttest_1samp(means, 0).pvalue))
+    test = ttest_1samp(means, 0)
+    return Interval(float(np.mean(means)), *map(float, (*test.confidence_interval(), test.pvalue)))
 
 
 def proven(found: Mapping[str, Mapping[str, Interval]], outcome: str) -> set[str]:

@@ -41,6 +41,10 @@ def world_runs(path: Path) -> Runs:
     return {(x["arm"], x["world"], x["seed"]): x["history"] for x in results_of(path)}
 
 
+def histories(runs: Runs, arm: str) -> list:
+    return [history for key, history in runs.items() if key[0] == arm]
+
+
 def world_table(runs: Runs) -> str:
     names = [arm.name for arm in arms({}, 1) if arm != CE and any(key[0] == arm.name for key in runs)]
     found = {name: differences(runs, name, CE.name) for name in names}
@@ -51,7 +55,7 @@ def world_table(runs: Runs) -> str:
     }  # fmt: skip
     lines = ["| arm | runs | share | " + " | ".join(columns) + " |", "| --- | ---: | ---: |" + " ---: |" * len(columns)]
     for name in names:
-        own = [history for key, history in runs.items() if key[0] == name]
+        own = histories(runs, name)
         shares = [point["share"] for history in own for point in history if "share" in point]
         cells = [f"{_text(found[name][x])}{' ★' if name in stars[x] else ''}" for x in columns.values()]
         share = f"{np.mean(shares):.2f}" if shares else "–"
@@ -86,9 +90,9 @@ def planted(runs: Runs, first: Runs) -> str:
 def world_levels(runs: Runs) -> str:
     """Where the models begin and end, in means over runs."""
     lines = ["| | NLL | overlap | validity | coverage |", "| --- | ---: | ---: | ---: | ---: |"]
-    of = lambda name: [history for key, history in runs.items() if key[0] == name]  # noqa: E731
-    rows = {"before fine-tuning": [h[0] for h in of(CE.name)]}
-    rows |= {f"{name}, end": [h[-1] for h in of(name)] for name in (CE.name, SFR, SHUFFLED, SHARE, "MTP", TRUTH.name)}
+    rows = {"before fine-tuning": [h[0] for h in histories(runs, CE.name)]}
+    for name in (CE.name, SFR, SHUFFLED, SHARE, "MTP", TRUTH.name):
+        rows[f"{name}, end"] = [h[-1] for h in histories(runs, name)]
     for name, points in rows.items():
         means = [np.mean([point[x] for point in points]) for x in ("nll", "overlap", "validity", "coverage")]
         lines.append(f"| {name} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |")
@@ -97,20 +101,20 @@ def world_levels(runs: Runs) -> str:
 
 def world_curves(runs: Runs) -> dict[str, list]:
     """By arm the mean course of overlap, NLL and validity."""
-    of = {name: [history for key, history in runs.items() if key[0] == name] for name in SHOWN}
-    values = "overlap", "nll", "validity"
-    return {name: [np.mean([[p[x] for p in h] for h in own], 0) for x in values] for name, own in of.items()}
+    mean = lambda name, x: np.mean([[p[x] for p in h] for h in histories(runs, name)], 0)  # noqa: E731
+    return {name: [mean(name, x) for x in ("overlap", "nll", "validity")] for name in SHOWN}
 
 
 def tuned_points(results: Sequence[dict], measures: Sequence[str]) -> dict[str, np.ndarray]:
-    """By arm, (1 + measures, seeds): cross-entropy, and the measures' means over prompts."""
-    loss = {(x["arm"], x["rate"], x["seed"]): x["history"][-1]["asked"] for x in results if x["kind"] == "training"}
+    """By arm, (1 + measures + 1, seeds): cross-entropy, the measures' means over prompts, the flow's share at h."""
+    ends = {(x["arm"], x["rate"], x["seed"]): x["history"][-1] for x in results if x["kind"] == "training"}
     points: dict[str, list] = {}
     for x in results:
         if x["kind"] == "answers":
             means = [np.nanmean(np.array(x["values"][m], float)) for m in measures]
-            points.setdefault(x["arm"], []).append([loss.get((x["arm"], x["rate"], x["seed"]), np.nan), *means])
-    return {name: np.array(rows).T for name, rows in points.items()}
+            end = ends.get((x["arm"], x["rate"], x["seed"]), {"asked": None, "share": None})
+            points.setdefault(x["arm"], []).append([end["asked"], *means, end["share"]])
+    return {name: np.array(rows, float).T for name, rows in points.items()}
 
 
 def tuned_table(results: Sequence[dict], measures: Sequence[str]) -> str:
@@ -118,17 +122,16 @@ def tuned_table(results: Sequence[dict], measures: Sequence[str]) -> str:
         return "Not run yet: it needs a GPU."
     answers = [x for x in results if x["kind"] == "answers"]
     rates = {x["arm"]: x["rate"] for x in answers}
-    lines = ["| arm | rate | seeds | held-out CE | " + " | ".join(measures) + " |"]
-    lines.append("| --- | ---: | ---: | ---: |" + " ---: |" * len(measures))
+    lines = ["| arm | rate | seeds | share | held-out CE | " + " | ".join(measures) + " |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: |" + " ---: |" * len(measures))
     for name, points in tuned_points(results, measures).items():
-        loss, *cells = (f"{mean:.3f}" for mean in points.mean(1))
+        loss, *cells, share = ("–" if np.isnan(mean) else f"{mean:.3f}" for mean in points.mean(1))
         if name not in (CE.name, BASE):
             found = by_prompt(answers, name, CE.name)
             stars = holm({m: found[m].p for m in measures})
             marks = [" ★" if m in stars else "" for m in measures]
             cells = [f"{c} ({_text(found[m])}{mark})" for c, m, mark in zip(cells, measures, marks, strict=True)]
-        start = f"| {name} | {rates[name] or '–'} | {points.shape[1]} | {'–' if name == BASE else loss} |"
-        lines.append(f"{start} {' | '.join(cells)} |")
+        lines.append(f"| {name} | {rates[name] or '–'} | {points.shape[1]} | {share} | {loss} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -165,6 +168,7 @@ def summary(runs: Runs, personas: Sequence[dict]) -> str:
     styles = ", ".join(f"{m} {_text(measured[m])}" for m in MEASURES[:4])
     gained, lost = [m for m in MEASURES[:4] if measured[m].low > 0], [m for m in MEASURES[:4] if measured[m].high < 0]
     shown = f"{' and '.join(gained) or 'nothing'} is gained, {' and '.join(lost) or 'nothing'} lost"
+    shown += "" if holm({m: measured[m].p for m in MEASURES}) else "; none of it holds with all measures counted"
     of = [key for key in runs if key[0] == SFR]
     count = f"{len({world for _, world, _ in of})} worlds, {len(of)} runs, intervals over worlds"
     seeds = sum(x["arm"] == SFR for x in personas if x["kind"] == "answers")
