@@ -19,7 +19,7 @@ from ..config import SFRConfig
 from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from ..ops import SFROutput
 from ..targets import OnlineTargets, TargetStore
-from .checkpoint import pairing, save_head
+from .checkpoint import head_in, pairing, save_head
 from .guard import NEVER_CALLED, Watch, check_head, forget, watch_of
 from .lm_head import OTHER_LM_HEAD, covered_linear, output_linear
 from .methods import cover, is_covered, owner, plain, uncover
@@ -34,6 +34,7 @@ from .objectives import (
     placed,
 )
 from .own_loss import OwnLoss, router_loss
+from .sharding import is_sharded
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -261,7 +262,7 @@ def _forward(
     outputs = _run(self, call, args, own)
     if not call.reached:
         raise RuntimeError(OTHER_LM_HEAD)
-    loss, aux = call.returned.reshape(()), getattr(outputs, "aux_loss", None)
+    loss, aux = call.returned.sum(), getattr(outputs, "aux_loss", None)  # of one number; FSDP2 warns of views
     if aux is not None:  # the router loss, which a mixture of experts adds to its own loss
         loss = loss + router_loss(self, aux.to(loss.device))
     stats = call.out.stats
@@ -305,12 +306,31 @@ def _save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
     """The model's own save_pretrained, without the head, which is saved beside it."""
     if (sfr := attachment_of(self)) is None:  # the model inside this PEFT model was detached
         return plain(self, "save_pretrained")(save_directory, *args, **kwargs)
+    found = _saved_head(self, sfr, kwargs.get("state_dict")) if kwargs.get("is_main_process", True) else None
     watch = watch_of(self)
     watch.saving = True
     try:
         result = plain(self, "save_pretrained")(save_directory, *args, **kwargs)
     finally:
         watch.saving = False
-    if isinstance(sfr, Attachment) and kwargs.get("is_main_process", True):
-        save_head(save_directory, sfr, pairing(self))
+    if found is not None:
+        save_head(save_directory, sfr, *found)
     return result
+
+
+def _saved_head(model: nn.Module, sfr: Any, state: dict | None) -> tuple[str, dict | None] | None:
+    """What `save_head` needs beside the objective, None where it is not to be called."""
+    if not isinstance(sfr, Attachment):
+        return None
+    if sfr.head is None or not is_sharded(sfr.head):
+        return pairing(model), None
+    if not state and state is not None:  # Trainer, before DeepSpeed writes its shards: SFRCallback saves the head
+        return None
+    head = {} if state is None else head_in(model, sfr, state)
+    if state is None or not head:
+        raise RuntimeError(
+            "state_dict must be given to save_pretrained with the weights of a sharded model, the head's among them: "
+            "accelerator.get_state_dict(model) or get_model_state_dict(model, options=StateDictOptions("
+            "full_state_dict=True)), on every process"
+        )
+    return pairing(model, state), head

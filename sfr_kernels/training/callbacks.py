@@ -15,10 +15,11 @@ from transformers.trainer_utils import IntervalStrategy, has_length
 
 from ..config import SFRConfig
 from ..ops.flow_loss import step_seed
-from .checkpoint import pairing, restore_head, saved_weight
+from .checkpoint import pairing, restore_head, save_head, saved_weight
 from .guard import NEVER_CALLED, check_head, watch_of
 from .head import fit_head, is_new
 from .objectives import WHOLE_BATCHES, Attachment, attachment_of, keep_from_predictions
+from .sharding import gathered, is_sharded
 
 
 def schedule_at(config: SFRConfig, step: int, total: int) -> float:
@@ -205,6 +206,14 @@ class SFRCallback(TrainerCallback):
             if sfr.config.flow_weight == "auto" and "flow_share" not in self._measured:
                 warnings.warn(_NO_SHARE, RuntimeWarning, stacklevel=2)
             sfr.approach_share(self._measured.get("flow_share", 0.0))
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        """Saves a sharded head, which no state_dict may have brought to the checkpoint; every process calls this."""
+        sfr = attachment_of(model)
+        if isinstance(sfr, Attachment) and sfr.head is not None and is_sharded(sfr.head):
+            paired, tensors = pairing(model), gathered(dict(sfr.head.named_parameters()))
+            if state.is_world_process_zero:
+                save_head(Path(args.output_dir) / f"checkpoint-{state.global_step}", sfr, paired, tensors)
 
     def on_prediction_step(self, args, state, control, model=None, **kwargs):
         if isinstance(sfr := attachment_of(model), Attachment):

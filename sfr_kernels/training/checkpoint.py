@@ -3,36 +3,56 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor, nn
 
 from ..atomic import write_atomically
 from ..config import SFRConfig
 from ..modules import SFRLoss, VelocityHead
+from .sharding import fill, gathered, size
 
 HEAD_FILE, CONFIG_FILE = "sfr_head.safetensors", "sfr_config.json"
 _OLD = dict(hidden_norm="none", time_power=1.0)  # of earlier versions, which wrote neither
 
 
-def pairing(model: nn.Module) -> str:
-    """A hash of the model's smallest trained weight, by which `restore_head` knows that both were saved together."""
+def pairing(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> str:
+    """A hash of the model's smallest trained weight, by which `restore_head` knows that both were saved together.
+    `state` has the whole weights of a sharded model; without it every process must call this."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "sfr." not in n}
     if not trained:
         return ""
-    name = min(trained, key=lambda n: (trained[n].numel(), n))
-    return hashlib.sha256(trained[name].detach().float().cpu().numpy().tobytes()).hexdigest()
+    name = min(trained, key=lambda n: (size(trained[n]), n))
+    weight = gathered({name: trained[name]})[name] if state is None else state[name]
+    return hashlib.sha256(weight.detach().float().cpu().numpy().tobytes()).hexdigest()
 
 
-def save_head(folder: str | os.PathLike, loss: SFRLoss, paired: str = "") -> None:
-    """Writes the head's parameters and the objective's configuration into `folder`."""
+def head_in(model: nn.Module, sfr: SFRLoss, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The head's tensors in a state_dict of the model; empty if it has none."""
+    [prefix] = [name for name, module in model.named_modules() if module is sfr]
+    names = {name: f"{prefix}.head.{name}" for name, _ in sfr.head.named_parameters()}
+    return {name: state[key] for name, key in names.items() if key in state}
+
+
+def save_head(
+    folder: str | os.PathLike, loss: SFRLoss, paired: str = "", tensors: Mapping[str, Tensor] | None = None
+) -> None:
+    """Writes the head's parameters and the objective's configuration into `folder`. `tensors` are the parameters of a
+    sharded head, gathered. RuntimeError if one is not of its shape."""
     folder = Path(folder)
     if loss.head is not None:
-        tensors = {name: p.detach().cpu().contiguous() for name, p in loss.head.state_dict().items()}
-        write_atomically(folder / HEAD_FILE, save(tensors))
+        tensors = gathered(dict(loss.head.named_parameters())) if tensors is None else tensors
+        shapes = {name: p.shape for name, p in head_of(asdict(loss.head.shape), "meta").named_parameters()}
+        if wrong := [name for name in shapes if name not in tensors or tensors[name].shape != shapes[name]]:
+            raise RuntimeError(  # a ValueError is Trainer's sign for another way to save
+                f"the velocity head's {wrong[0]} is {_shape(tensors.get(wrong[0]))}, not of shape "
+                f"{tuple(shapes[wrong[0]])}, so it is not saved: an engine has not gathered it"
+            )
+        write_atomically(folder / HEAD_FILE, save({n: tensors[n].detach().cpu().contiguous() for n in shapes}))
     shape = None if loss.head is None else asdict(loss.head.shape)
     saved = {"config": loss.config.to_dict(), "head": shape, "paired": paired}
     saved["flow_weight"] = getattr(loss, "flow_weight", loss.config.first_weight)
@@ -40,12 +60,23 @@ def save_head(folder: str | os.PathLike, loss: SFRLoss, paired: str = "") -> Non
     write_atomically(folder / CONFIG_FILE, text.encode())
 
 
+def _shape(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+
+
+def head_of(shape: dict, device: str = "cpu") -> VelocityHead:
+    """A head of a HeadShape's fields; those of earlier versions had no hidden_norm."""
+    fields = dict(hidden_norm="none") | shape
+    with torch.device(device):
+        return VelocityHead(num_layers=fields.pop("num_blocks") + 2, **fields)
+
+
 def load_head(folder: str | os.PathLike) -> SFRLoss:
     """What `save_head` wrote, ready for `attach`. FileNotFoundError if there is none."""
     folder, head = Path(folder), None
     saved = json.loads((folder / CONFIG_FILE).read_text())
     if shape := saved["head"]:
-        head = VelocityHead(num_layers=shape.pop("num_blocks") + 2, **dict(hidden_norm="none") | shape)
+        head = head_of(shape)
         head.load_state_dict(load_file(folder / HEAD_FILE))
     config = saved["config"]
     offset = config.pop("mtp_offset", 2)  # earlier versions wrote it, whatever the loss
@@ -65,8 +96,8 @@ def saved_weight(folder: str | os.PathLike) -> float | None:
 
 @torch.no_grad()
 def restore_head(folder: str | os.PathLike, loss: SFRLoss, paired: str) -> None:
-    """Copies a saved head into `loss`, in place, so that an optimizer keeps its parameters. FileNotFoundError if there
-    is none; ValueError if it was saved with another model than that of `paired`."""
+    """Copies a saved head into `loss`, in place, so that an optimizer keeps its parameters; every process must call it.
+    FileNotFoundError if there is none; ValueError if it was saved with another model than that of `paired`."""
     if loss.head is None:
         return
     path, remedy = Path(folder) / HEAD_FILE, "give the checkpoint to SFRCallback(resume_from=…)"
@@ -81,4 +112,4 @@ def restore_head(folder: str | os.PathLike, loss: SFRLoss, paired: str) -> None:
     then |= {name: trained[name] for name in ("loss", "time_power")}
     if other := [f"{name}={then[name]!r}, not {now[name]!r}" for name in now if then[name] != now[name]]:
         raise ValueError(f"the head at {path} was trained with {'; '.join(other)}: resume with the config of the run")
-    loss.head.load_state_dict(load_file(path))
+    fill(loss.head, load_file(path))

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .head import is_new
+from .sharding import check_not_flat
 
 NEVER_CALLED = (
     "this training does not compute the loss that was attached: the optimizer steps, and the model's forward was not "
@@ -195,9 +196,10 @@ def forget(watch: Watch) -> None:
 
 
 def check_head(sfr: nn.Module) -> None:
-    """RuntimeError if the head was frozen or given adapters after attach."""
+    """RuntimeError if the head was frozen, given adapters or flattened after attach."""
     if sfr.head is None:
         return
+    check_not_flat(sfr.head)
     wrong = [name for name, p in sfr.head.named_parameters() if not p.requires_grad]
     if wrong:
         more = f" and {len(wrong) - 2} more" if len(wrong) > 2 else ""

@@ -5,30 +5,31 @@ A new head knows nothing, and what its loss asks of the hidden states while it l
 """
 
 import contextlib
-import copy
 import math
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ..modules import VelocityHead
 from ..ops import SFROutput, flow_matching_loss, sfr_loss
 from ..ops.flow_loss import step_seed
+from .checkpoint import head_of
 from .objectives import Attachment, attachment_of, settled
+from .sharding import device_of, fill, gathered
 
 RATE = 1e-3
 
 
 def is_new(head: VelocityHead) -> bool:
-    """Whether the head is as it was made: its last layer is zero."""
-    return not head.output_proj.weight.any()
+    """Whether the head is as it was made: its last layer is zero. Of a sharded one every process must ask."""
+    return not gathered({"": head.output_proj.weight})[""].any()
 
 
 def fit_head(
@@ -55,23 +56,20 @@ def fit_head(
     if not rate > 0:
         raise ValueError(f"rate must be positive, got {rate}")
     # A copy is trained, since `guard` takes an optimizer of the attached head for that of the training.
-    _check_whole(sfr.head)
-    twin = copy.deepcopy(sfr.head)
-    _from_first_process(twin)
+    device = device_of(sfr.head)
+    twin = _twin(sfr.head, device)
     optimizer = torch.optim.AdamW(twin.parameters(), rate, weight_decay=0.0)
-    device = next(sfr.head.parameters()).device
     flow = torch.full((), math.nan, dtype=torch.float32)
     again = _again(batches)
     with _own_random_numbers(), _evaluating(model):
         for step in tqdm(range(steps), desc="velocity head", disable=not progress):
             batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in next(again).items()}
             seed = step_seed(sfr.config.seed, -2 - step)  # unlike those of training, and of evaluation
-            loss, flow = _flow_loss(sfr, twin, *_loss_arguments(model, sfr, batch), seed)
             optimizer.zero_grad()
-            loss.backward()
+            flow = _differentiate(model, sfr, twin, batch, seed)
             _average(twin)
             optimizer.step()
-    sfr.head.load_state_dict(twin.state_dict())
+    fill(sfr.head, twin.state_dict())
     return flow.item()
 
 
@@ -86,22 +84,25 @@ def _again(batches: Iterable[dict]) -> Iterator[dict]:
 
 
 @torch.no_grad()
-def _loss_arguments(model: nn.Module, sfr: Attachment, batch: dict) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Hidden states, the lm_head's weight and the keywords with which a forward of the batch calls the loss, which is
-    not computed."""
-    found: list = []
+def _differentiate(model: nn.Module, sfr: Attachment, head: VelocityHead, batch: dict, seed: int | Tensor) -> Tensor:
+    """Gives `head` the gradient of its loss on a batch, and returns L_flow: in a forward of the model that calls its
+    loss, where an engine has gathered the lm_head's weight."""
+    found: list[Tensor] = []
 
-    def keep(hidden: Tensor, weight: Tensor, **given: Any) -> SFROutput:
-        found[:] = hidden, weight, given
+    @torch.compiler.disable
+    def in_place_of_the_loss(hidden: Tensor, weight: Tensor, **given: Any) -> SFROutput:
+        with torch.enable_grad():
+            loss, flow = _flow_loss(sfr, head, hidden, weight, given, seed)
+            loss.backward()
+        found.append(flow.detach())
         return SFROutput(*hidden.new_zeros(3))
 
-    sfr.__dict__["forward"] = keep  # before the class's own
+    sfr.__dict__["forward"] = in_place_of_the_loss  # before the class's own
     try:
         model(**batch)
     finally:
         del sfr.__dict__["forward"]
-    hidden, weight, given = found
-    return hidden, weight, given
+    return found[0]
 
 
 def _flow_loss(
@@ -121,19 +122,16 @@ def _flow_loss(
     return out.loss, out.flow
 
 
-def _check_whole(head: VelocityHead) -> None:
-    """ValueError for a head that an engine has sharded."""
-    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in head.parameters()):
-        raise ValueError(
-            "the velocity head is sharded, and fitting it first has not been tried: fit_head before the engine shards "
-            "it, or SFRConfig(head_steps=0)"
-        )
-
-
-def _from_first_process(head: VelocityHead) -> None:
+def _twin(head: VelocityHead, device: torch.device) -> VelocityHead:
+    """A copy of the first process's head, whole."""
+    with _own_random_numbers():  # a new head's
+        twin = head_of(asdict(head.shape))
+    twin.load_state_dict(gathered(dict(head.named_parameters())), assign=True)
+    twin.to(device)
     if dist.is_available() and dist.is_initialized():
-        for p in head.parameters():
+        for p in twin.parameters():
             dist.broadcast(p.data, 0)
+    return twin
 
 
 @contextlib.contextmanager

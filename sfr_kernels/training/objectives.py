@@ -160,6 +160,7 @@ class Attachment(SFRLoss):
     def __init__(self, loss: SFRLoss, store: TargetStore | OnlineTargets | None):
         super().__init__(loss.config, loss.head, **loss.options)
         self.store = store
+        self._z3_leaf = True  # DeepSpeed: calling this module gathers the head, whose modules are not called
         # Tensors, since a compiled forward treats a number as a constant. No buffers, which would be cast with the
         # model, broadcast by DDP at each step, and lost on the meta device.
         self._step, self._seed = torch.zeros(2, 1, dtype=torch.int64, device="cpu")

@@ -1,0 +1,128 @@
+"""Trainings of tiny models by the engines that spread them over processes, on CPUs, for test_engines.py."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import trl_cases
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from corpora import build
+from outcomes import trained, weights
+from test_trainer import chunked_trainer
+from tiny import adapted, tiny_llama
+from transformers import Trainer, TrainerCallback
+from trl_cases import ENCODER, chunked_loss, texts, tokenizer
+
+from sfr_kernels.training.objectives import attachment_of
+from sfr_kernels.training.sharding import gathered
+from sfr_kernels.training.trl import SFRTrainer
+
+BATCH, STEPS, SAVED = 8, 3, 2
+LAYERS = dict(transformer_layer_cls_to_wrap=["LlamaDecoderLayer"])
+ZERO3 = dict(stage=3, stage3_gather_16bit_weights_on_model_save=True)
+AUTO = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+
+
+def _zero(**optimization) -> dict:
+    untested = dict(zero_allow_untested_optimizer=True)  # by DeepSpeed, which is any but Adam
+    return dict(deepspeed=untested | dict(zero_optimization=optimization) | dict.fromkeys(AUTO, "auto"))
+
+
+def _fsdp(**config) -> dict:
+    return dict(fsdp=True, fsdp_config=LAYERS | config)
+
+
+# A Trainer's arguments. DDP alone is what accelerate does on CPUs, the others it must be led to.
+ENGINES = {
+    "one process": {},
+    "DDP": {},
+    "FSDP2": _fsdp(version=2, state_dict_type="FULL_STATE_DICT"),
+    "FSDP2, sharded checkpoints": _fsdp(version=2, state_dict_type="SHARDED_STATE_DICT"),
+    "FSDP2, cpu_ram_efficient_loading": _fsdp(version=2, cpu_ram_efficient_loading=True),
+    "ZeRO-2": _zero(stage=2),
+    "ZeRO-3": _zero(**ZERO3),
+}
+ADAPTERS = {
+    "full": None,
+    "LoRA": "all-linear",
+    "LoRA with lm_head": ["q_proj", "v_proj", "up_proj", "lm_head"],
+}
+TRAINERS = {"Trainer": Trainer, "SFRTrainer": SFRTrainer}
+
+
+def lead_to(engine: str) -> None:
+    """In a process of its own: accelerate takes the CPUs for GPUs, and DeepSpeed compiles nothing."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # and not "cpu:0", where no checkpoint can be loaded
+    if engine == "DDP":
+        return
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
+    if "deepspeed" in ENGINES[engine]:
+        import deepspeed  # noqa: F401
+
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
+def model_for(adapters: str):
+    model = tiny_llama(initializer_range=0.2)
+    if (modules := ADAPTERS[adapters]) is not None:
+        torch.manual_seed(1)
+        model = adapted(model, modules, init_lora_weights="gaussian")
+    return model
+
+
+def make_trainer(folder: Path, engine: str, trainer: str, adapters: str, accumulation: int, **arguments):
+    """Three steps of SGD with momentum, which a checkpoint must hold, of eight samples, in order."""
+    processes = 1 if engine == "one process" else 2
+    given = ENGINES[engine] | dict(
+        per_device_train_batch_size=BATCH // (processes * accumulation), gradient_accumulation_steps=accumulation,
+        optim="sgd", optim_args="momentum=0.5", save_strategy="steps", save_steps=SAVED, max_steps=STEPS,
+        use_cpu=engine in ("one process", "DDP"), learning_rate=0.2,
+    ) | arguments  # fmt: skip
+    model, data, targets = model_for(adapters), texts("plain", BATCH * STEPS), folder.parent / "targets"
+    if trainer == "SFRTrainer":
+        objective = dict(sfr=chunked_loss(), encoder=ENCODER, targets=targets / "of texts")
+        return trl_cases.make_trainer(folder, model=model, train=data, arguments=given, **objective)
+    ids = [tokenizer()(text)["input_ids"] for text in data["text"]]
+    samples = [dict(input_ids=x, labels=list(x), sample_id=i) for i, x in enumerate(ids)]
+    store = build(targets / "of samples", samples, tokenizer=tokenizer())
+    return chunked_trainer(folder, model, samples, store, **given)
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == SAVED
+
+
+def outcome(trainer) -> dict[str, torch.Tensor]:
+    """What a training has made of the model, gathered; and the state that it goes on from."""
+    sfr = attachment_of(trainer.model)
+    found = gathered(weights_of(trainer.model))
+    return found | {"λ and step": torch.tensor([sfr.flow_weight, sfr.step], dtype=torch.float64)}
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def losses(trainer) -> list[tuple]:
+    names = ("step", "loss", "ce_loss", "flow_loss", "flow_weight")
+    return [tuple(h[n] for n in names) for h in trainer.state.log_history if set(names) <= h.keys()]
+
+
+def run(rank: int, folder: Path, engine: str, trainer: str, adapters: str, accumulation: int) -> None:
+    """Trains through, and again with a stop; leaves {rank}.pt, of both."""
+    lead_to(engine)
+    case = (engine, trainer, adapters, accumulation)
+    whole = trained(make_trainer(folder / "whole", *case))
+    found = dict(whole=outcome(whole), logs=losses(whole), world=whole.args.world_size, kind=kind_of(whole))
+    del whole
+    again = make_trainer(folder / "whole", *case)
+    again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{SAVED}"))
+    found |= dict(resumed=outcome(again), logs_resumed=losses(again))
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def kind_of(trainer) -> str:
+    return str(trainer.accelerator.distributed_type)
