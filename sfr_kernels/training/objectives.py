@@ -225,6 +225,20 @@ class Attachment(SFRLoss):
         if len(state) > 1:  # of earlier versions it has the step alone
             self.restore_weight(state[1:].cpu().view(torch.float64).item())
 
+    # FSDP2 shards a model on the meta device and fills it with the weights of the first process, without this state.
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._is_meta():
+            del destination[f"{prefix}_extra_state"]
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *others) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *others)
+        if self._is_meta() and f"{prefix}_extra_state" in missing_keys:
+            missing_keys.remove(f"{prefix}_extra_state")
+
+    def _is_meta(self) -> bool:
+        return any(p.is_meta for p in self.parameters())
+
     def restore_weight(self, value: float) -> None:
         """λ of a run that goes on, where flow_weight="auto" moves it; else it is the configuration's."""
         if self.config.flow_weight == "auto":
@@ -245,11 +259,14 @@ class Attachment(SFRLoss):
         super()._apply(fn, recurse)
         device = fn(torch.empty(0, dtype=torch.int64, device=self._seed.device)).device
         if device.type != "meta":
-            wide = torch.float32 if device.type == "mps" else torch.float64
-            self._lambdas = self._lambdas.to(device, wide)
-            for name in _ON_DEVICE:
-                setattr(self, name, getattr(self, name).to(device))
+            self._move(device)
         return self
+
+    def _move(self, device: torch.device) -> None:
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        self._lambdas = self._lambdas.to(device, wide)
+        for name in _ON_DEVICE:
+            setattr(self, name, getattr(self, name).to(device))
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -281,6 +298,8 @@ class Attachment(SFRLoss):
             if not online:
                 raise ValueError("targets are texts, which only a model attached with OnlineTargets can embed")
             targets = self.store.start(targets, rows.device)  # embedded during the decoder's forward
+        if self._seed.device != rows.device:  # fully_shard moves parameters and buffers alone
+            self._move(rows.device)
         seed = self.seed() if batch.seed is None else batch.seed
         return dict(
             rows=rows, targets=targets, times=batch.times, seed=seed, normalizer=batch.num_items_in_batch,
