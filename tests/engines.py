@@ -9,14 +9,14 @@ import trl_cases
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from corpora import build
-from outcomes import trained, weights
+from outcomes import trained
 from test_trainer import chunked_trainer
 from tiny import adapted, tiny_llama
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from trl_cases import ENCODER, chunked_loss, texts, tokenizer
 
 from sfr_kernels.training.objectives import attachment_of
-from sfr_kernels.training.sharding import gathered
+from sfr_kernels.training.sharding import gathered, parameters_of
 from sfr_kernels.training.trl import SFRTrainer
 
 BATCH, STEPS, SAVED = 8, 3, 2
@@ -44,6 +44,8 @@ ENGINES = {
     "ZeRO-2": _zero(stage=2),
     "ZeRO-3": _zero(**ZERO3),
 }
+KINDS = {name: "FSDP" if "FSDP" in name else "DEEPSPEED" if "ZeRO" in name else "MULTI_CPU" for name in ENGINES}
+KINDS["one process"] = "NO"
 ADAPTERS = {
     "full": None,
     "LoRA": "all-linear",
@@ -54,6 +56,8 @@ TRAINERS = {"Trainer": Trainer, "SFRTrainer": SFRTrainer}
 
 def lead_to(engine: str) -> None:
     """In a process of its own: accelerate takes the CPUs for GPUs, and DeepSpeed compiles nothing."""
+    if engine == "one process":
+        return
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # and not "cpu:0", where no checkpoint can be loaded
     if engine == "DDP":
         return
@@ -90,11 +94,6 @@ def make_trainer(folder: Path, engine: str, trainer: str, adapters: str, accumul
     return chunked_trainer(folder, model, samples, store, **given)
 
 
-class Stop(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == SAVED
-
-
 def outcome(trainer) -> dict[str, torch.Tensor]:
     """What a training has made of the model, gathered; and the state that it goes on from."""
     sfr = attachment_of(trainer.model)
@@ -103,7 +102,7 @@ def outcome(trainer) -> dict[str, torch.Tensor]:
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p for name, p in parameters_of(model).items() if p.requires_grad}
 
 
 def losses(trainer) -> list[tuple]:
@@ -112,17 +111,14 @@ def losses(trainer) -> list[tuple]:
 
 
 def run(rank: int, folder: Path, engine: str, trainer: str, adapters: str, accumulation: int) -> None:
-    """Trains through, and again with a stop; leaves {rank}.pt, of both."""
+    """Trains, and again from the checkpoint; leaves {rank}.pt, of both."""
     lead_to(engine)
     case = (engine, trainer, adapters, accumulation)
     whole = trained(make_trainer(folder / "whole", *case))
-    found = dict(whole=outcome(whole), logs=losses(whole), world=whole.args.world_size, kind=kind_of(whole))
+    found = dict(whole=outcome(whole), logs=losses(whole), kind=whole.accelerator.distributed_type.value)
+    assert whole.args.world_size == (1 if engine == "one process" else 2)
     del whole
     again = make_trainer(folder / "whole", *case)
     again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{SAVED}"))
     found |= dict(resumed=outcome(again), logs_resumed=losses(again))
     torch.save(found, folder / f"{rank}.pt")
-
-
-def kind_of(trainer) -> str:
-    return str(trainer.accelerator.distributed_type)

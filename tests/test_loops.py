@@ -3,6 +3,7 @@
 Among them the loops of sfr_kernels/training/README.md, as written there: whole steps, on every process, and resumed.
 """
 
+import os
 import re
 import warnings
 from functools import partial
@@ -11,15 +12,18 @@ import pytest
 import settings
 import torch
 from accelerate.state import AcceleratorState
+from engines import lead_to
 from outcomes import assert_same, weights
 from safetensors.torch import load_file
 from tiny import CONFIG, attached, in_two_processes, pad, tiny_samples, tiny_store
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from sfr_kernels import detach, sfr_loss
 from sfr_kernels.ops.flow_loss import step_seed
 from sfr_kernels.targets import SFRCollator
+from sfr_kernels.training.sharding import gathered, parameters_of
 
 lightning = pytest.importorskip("lightning")  # here, and not in a block
 setting = pytest.mark.setting
@@ -245,6 +249,36 @@ def test_two_processes_train_as_one_does(block, model, by_hand):
 def run_in_half(rank: int, model) -> None:
     run(ACCELERATE, model, processes=2)
     torch.save(weights(model), f"weights-{rank}.pt")
+
+
+FSDP2 = dict(
+    ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP",
+    FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer", ACCELERATE_USE_CPU="false",
+)  # fmt: skip
+
+
+def run_sharded(rank: int, kind: str) -> None:
+    """What accelerate launch sets, and again from the state after two steps."""
+    lead_to("FSDP2")
+    os.environ |= FSDP2 | dict(FSDP_STATE_DICT_TYPE=kind)
+    for name, resume_from in (("whole", None), ("resumed", "out/state-2")):
+        model = fresh()
+        run(ACCELERATE, model, processes=2, resume_from=resume_from)
+        assert isinstance(model.lm_head.weight, DTensor) and model.sfr.step == STEPS
+        torch.save(gathered(parameters_of(model)), f"{name}-{rank}.pt")
+
+
+@setting("accelerate", "FSDP2")
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_fsdp2_trains_as_one_process_and_goes_on_to_the_same_bits(kind, by_hand):
+    in_two_processes(run_sharded, kind)
+    for rank in range(2):
+        whole = torch.load(f"whole-{rank}.pt")
+        assert_near(whole, by_hand[-1])
+        assert_same(torch.load(f"resumed-{rank}.pt"), whole)
+    saved = load_file("out/model/model.safetensors")
+    saved |= {f"sfr.head.{name}": value for name, value in load_file("out/model/sfr_head.safetensors").items()}
+    assert_same(saved, whole)
 
 
 def stopping(model, after: int):

@@ -19,7 +19,7 @@ from .checkpoint import pairing, restore_head, save_head, saved_weight
 from .guard import NEVER_CALLED, check_head, watch_of
 from .head import fit_head, is_new
 from .objectives import WHOLE_BATCHES, Attachment, attachment_of, keep_from_predictions
-from .sharding import gathered, is_sharded
+from .sharding import gathered, is_sharded, parameters_of
 
 
 def schedule_at(config: SFRConfig, step: int, total: int) -> float:
@@ -211,7 +211,7 @@ class SFRCallback(TrainerCallback):
         """Saves a sharded head, which no state_dict may have brought to the checkpoint; every process calls this."""
         sfr = attachment_of(model)
         if isinstance(sfr, Attachment) and sfr.head is not None and is_sharded(sfr.head):
-            paired, tensors = pairing(model), gathered(dict(sfr.head.named_parameters()))
+            paired, tensors = pairing(model), gathered(parameters_of(sfr.head))
             if state.is_world_process_zero:
                 save_head(Path(args.output_dir) / f"checkpoint-{state.global_step}", sfr, paired, tensors)
 

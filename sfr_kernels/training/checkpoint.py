@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..atomic import write_atomically
 from ..config import SFRConfig
 from ..modules import SFRLoss, VelocityHead
-from .sharding import fill, gathered, size
+from .sharding import fill, gathered, parameters_of, size
 
 HEAD_FILE, CONFIG_FILE = "sfr_head.safetensors", "sfr_config.json"
 _OLD = dict(hidden_norm="none", time_power=1.0)  # of earlier versions, which wrote neither
@@ -23,7 +23,7 @@ _OLD = dict(hidden_norm="none", time_power=1.0)  # of earlier versions, which wr
 def pairing(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> str:
     """A hash of the model's smallest trained weight, by which `restore_head` knows that both were saved together.
     `state` has the whole weights of a sharded model; without it every process must call this."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "sfr." not in n}
+    trained = {n: p for n, p in parameters_of(model).items() if p.requires_grad and "sfr." not in n}
     if not trained:
         return ""
     name = min(trained, key=lambda n: (size(trained[n]), n))
@@ -45,7 +45,7 @@ def save_head(
     sharded head, gathered. RuntimeError if one is not of its shape."""
     folder = Path(folder)
     if loss.head is not None:
-        tensors = gathered(dict(loss.head.named_parameters())) if tensors is None else tensors
+        tensors = gathered(parameters_of(loss.head)) if tensors is None else tensors
         shapes = {name: p.shape for name, p in head_of(asdict(loss.head.shape), "meta").named_parameters()}
         if wrong := [name for name in shapes if name not in tensors or tensors[name].shape != shapes[name]]:
             raise RuntimeError(  # a ValueError is Trainer's sign for another way to save

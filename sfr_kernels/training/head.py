@@ -22,14 +22,14 @@ from ..ops import SFROutput, flow_matching_loss, sfr_loss
 from ..ops.flow_loss import step_seed
 from .checkpoint import head_of
 from .objectives import Attachment, attachment_of, settled
-from .sharding import device_of, fill, gathered
+from .sharding import device_of, fill, gathered, parameters_of
 
 RATE = 1e-3
 
 
 def is_new(head: VelocityHead) -> bool:
     """Whether the head is as it was made: its last layer is zero. Of a sharded one every process must ask."""
-    return not gathered({"": head.output_proj.weight})[""].any()
+    return not gathered(parameters_of(head.output_proj))["weight"].any()
 
 
 def fit_head(
@@ -126,7 +126,7 @@ def _twin(head: VelocityHead, device: torch.device) -> VelocityHead:
     """A copy of the first process's head, whole."""
     with _own_random_numbers():  # a new head's
         twin = head_of(asdict(head.shape))
-    twin.load_state_dict(gathered(dict(head.named_parameters())), assign=True)
+    twin.load_state_dict(gathered(parameters_of(head)), assign=True)
     twin.to(device)
     if dist.is_available() and dist.is_initialized():
         for p in twin.parameters():

@@ -22,8 +22,15 @@ def _is_zero3(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """By name. FSDP2 may have left the whole ones of the last forward in their place, until it is asked for a
+    state_dict."""
+    state = module.state_dict(keep_vars=True)
+    return {name: p for name, p in state.items() if isinstance(p, nn.Parameter)}
+
+
 def is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) or _is_zero3(p) for p in module.parameters())
+    return any(isinstance(p, DTensor) or _is_zero3(p) for p in parameters_of(module).values())
 
 
 def has_copies(module: nn.Module) -> bool:
@@ -33,7 +40,7 @@ def has_copies(module: nn.Module) -> bool:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where its parameters are used; CPU offload keeps them elsewhere."""
-    p = next(module.parameters())
+    p = next(iter(parameters_of(module).values()))
     return torch.device(p.device_mesh.device_type) if isinstance(p, DTensor) else p.device
 
 
@@ -43,9 +50,11 @@ def size(parameter: Tensor) -> int:
 
 
 def check_not_flat(module: nn.Module) -> None:
-    """RuntimeError for a module whose parameters FSDP1 has flattened."""
+    """RuntimeError for a module whose parameters FSDP1 has flattened; in a forward they are views, and no parameters."""
     parameters = list(module.parameters())
-    if not parameters or any(getattr(p, "_fsdp_flattened", False) for p in parameters):
+    managed = getattr(module, "_is_fsdp_managed_module", False)  # by FSDP2, too
+    flat = any(not isinstance(p, nn.Parameter) or getattr(p, "_fsdp_flattened", False) for p in parameters)
+    if not parameters or (managed and flat):
         raise RuntimeError(_FLAT)
 
 
@@ -61,7 +70,7 @@ def _whole(parameters: list[Tensor], writer: int | None = None) -> AbstractConte
 
 @torch.no_grad()
 def gathered(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole copies on the CPU. Where they are sharded, every process must call it."""
+    """Whole copies on the CPU of some of `parameters_of`. Where they are sharded, every process must call it."""
     with _whole(list(parameters.values())):
         return {name: _full(p.detach()).to("cpu", copy=True).contiguous() for name, p in parameters.items()}
 
@@ -76,10 +85,10 @@ def _full(tensor: Tensor) -> Tensor:
 def fill(module: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Gives the parameters these whole values, in place; every process must call it. Those that have them already are
     left alone, with the float32 copies of which they may be the rounding."""
-    parameters = dict(module.named_parameters())
     if not is_sharded(module) and not has_copies(module):
         module.load_state_dict(values)
         return
+    parameters = parameters_of(module)
     for name, now in gathered(parameters).items():
         p, value = parameters[name], values[name].to(parameters[name].dtype)
         if torch.equal(now, value):
