@@ -13,7 +13,7 @@ from tiny import BATCH, CONFIG, attached, pad, tiny_samples, tiny_store
 from sfr_kernels import SFRConfig, reference, sfr_loss
 from sfr_kernels.ops.flow_loss import step_seed
 from sfr_kernels.targets import SFRCollator
-from sfr_kernels.training import objectives
+from sfr_kernels.training import health
 from sfr_kernels.training.callbacks import SFRCallback
 
 NAMES = ("flow_share", "flow_gap")
@@ -206,13 +206,13 @@ STEPS = {
 def test_only_the_steps_that_are_logged_are_measured(tmp_path, monkeypatch, options, wanted):
     """And no evaluation."""
     trainer = make_trainer(tmp_path, eval_strategy="steps", eval_steps=3, eval_dataset=SAMPLES[:8], **options)
-    real, measured = objectives.flow_matching_loss, []
+    real, measured = health.flow_matching_loss, []
 
     def spy(*args, **options):
         measured.append(trainer.state.global_step + 1)
         return real(*args, **options)
 
-    monkeypatch.setattr(objectives, "flow_matching_loss", spy)
+    monkeypatch.setattr(health, "flow_matching_loss", spy)
     trainer.train()
     assert list(dict.fromkeys(measured)) == wanted == [step for step, *_ in logged(trainer, "step", *NAMES)]
     assert wanted == [step for step, _ in logged(trainer, "step", "loss")]

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -11,13 +10,13 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy, has_length
 
 from ..config import SFRConfig
 from ..ops.flow_loss import step_seed
 from .checkpoint import pairing, restore_head, save_head, saved_weight
 from .guard import NEVER_CALLED, check_head, watch_of
 from .head import fit_head, is_new
+from .health import health_values, will_log
 from .objectives import WHOLE_BATCHES, Attachment, attachment_of, keep_from_predictions
 from .sharding import gathered, is_sharded, parameters_of
 
@@ -30,28 +29,6 @@ def schedule_at(config: SFRConfig, step: int, total: int) -> float:
     done = (step - warmup) / max(total - warmup, 1)
     factor = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return max(factor[config.flow_schedule], 0.0)
-
-
-def will_log(args, state, batches) -> bool:
-    """Whether Trainer logs the step that begins; `batches` is its loader. Of a stream, whose end is not known, the only
-    end of an epoch is that of the run."""
-    step = state.global_step + 1
-    if step == 1 and args.logging_first_step:
-        return True
-    if args.logging_strategy == IntervalStrategy.EPOCH:
-        per_epoch = -(-len(batches) // args.gradient_accumulation_steps) if has_length(batches) else state.max_steps
-        return step % per_epoch == 0 or step == state.max_steps
-    return args.logging_strategy == IntervalStrategy.STEPS and step % state.logging_steps == 0
-
-
-def health_values(health: Sequence[Tensor]) -> dict[str, float]:
-    """`flow_share` and `flow_gap` of a step: the sums over its forwards on all processes, without what has none."""
-    sums = torch.stack([*health]).sum(0, dtype=torch.float32)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
-    ce, flow, gap, gaps = sums.tolist()
-    values = {"flow_share": math.sqrt(flow / ce)} if ce > 0 else {}
-    return values | ({"flow_gap": gap / gaps} if gaps else {})
 
 
 _NO_SHARE = (

@@ -17,12 +17,13 @@ from ..config import SFRConfig
 from ..kernels.backend import resolve_backend
 from ..kernels.softmax_xent import RowStats
 from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
-from ..ops import SFROutput, flow_matching_loss, linear_cross_entropy
+from ..ops import SFROutput, linear_cross_entropy
 from ..ops.flow_loss import step_seed
 from ..rows import IGNORE_INDEX, SupervisedRows
 from ..targets.collator import sfr_inputs
 from ..targets.online import OnlineTargets, PendingTargets
 from ..targets.store import TargetStore
+from . import health
 
 WHOLE_BATCHES = 'with a streaming data set on several processes set accelerator_config={"dispatch_batches": False}'
 _NO_LOGITS = (
@@ -145,7 +146,6 @@ class BatchInputs:
 
 
 _ON_DEVICE = "_step", "_seed", "last", "health"  # tensors of an attachment that are neither parameters nor buffers
-_GAP_ROWS = 64  # whose loss is compared with that at another row's hidden state; and times
 
 
 class Attachment(SFRLoss):
@@ -166,11 +166,8 @@ class Attachment(SFRLoss):
         self._step, self._seed = torch.zeros(2, 1, dtype=torch.int64, device="cpu")
         self._lambdas = torch.zeros(2, dtype=torch.float64, device="cpu")  # λ in training, in evaluation
         self.last = torch.zeros(3, dtype=torch.float32, device="cpu")  # ce, flow and sequences of the last forward
-        # Of the last one measured: the squared norms of ∂L_CE/∂h and ∂(λ L_flow)/∂h, the gap, and whether there is one.
-        # They add up over the micro-batches of a step: the gap is a sum of as many. Norms that cannot be had are 0.
-        self.health = torch.zeros(4, dtype=torch.float32, device="cpu")
-        # made here, since a compiler cannot trace the making of a config
-        self._gap_config = replace(loss.config, num_times=_GAP_ROWS, flow_normalizer="tokens")
+        self.health = torch.zeros(health.SIZE, dtype=torch.float32, device="cpu")  # of the last one measured
+        self._gap_config = health.gap_config(loss.config)
         self._flow_weight, self._schedule, self.scheduled = loss.config.first_weight, 1.0, False
         self._set_lambdas()
         self.step = 0
@@ -310,37 +307,16 @@ class Attachment(SFRLoss):
         targets = settled(targets)
         options["return_stats"] = _wants_stats(self, hidden)
         measured = self.measuring and self.training and torch.is_grad_enabled()
-        whole = self.config.loss in ("flow", "mse") or not torch.compiler.is_compiling()  # all that can be measured
-        options["return_norms"] = measured and hidden.requires_grad and whole
+        options["return_norms"] = measured and health.has_norms(self.config, hidden)
         out = super().forward(hidden, weight, rows, targets, *args, **options)
         if measured:
-            norms = out.flow.new_zeros(2) if out.norms is None else out.norms
-            self.health = torch.cat([norms, self._gap(hidden, rows, targets, options["seed"]).to(norms)])
+            self.health = health.health_of(
+                hidden, self.head, rows, targets, options["seed"], out.norms, config=self._gap_config,
+                backend=self.options["backend"],
+            )  # fmt: skip
         sequences = torch.full((), rows.shape[0], dtype=out.ce.dtype, device=out.ce.device)
         self.last = torch.stack([out.ce, out.flow, sequences])
         return out
-
-    @torch.no_grad()
-    def _gap(self, hidden: Tensor, rows: SupervisedRows, targets: Tensor, seed: int | Tensor) -> Tensor:
-        """(2,): the weighted mean of ℓ where each row is given another one's hidden state, minus that of ℓ, and 1;
-        zeros where there is none. Over a few rows and times, which is enough for a mean over steps: all of them would
-        take 1% of a small model's step."""
-        n = rows.num_flow
-        count = min(n, _GAP_ROWS)
-        if count < 2 or self.config.loss in ("mtp", "cka"):
-            return hidden.new_zeros(2, dtype=torch.float32)
-        some = torch.arange(count, device=rows.device) * n // count
-        twice, weight, place = some.repeat(2), rows.weight[some], rows.rows[some]
-        pairs = rows.replace(  # ℓ of each with weight −w, and with the state half the batch away with weight w
-            rows=torch.cat([place, place.roll(count // 2)]), weight=torch.cat([-weight, weight]),
-            noise_id=rows.noise_id[twice], anchor=rows.anchor[twice], labels=rows.labels[twice],
-            time_index=None if rows.time_index is None else rows.time_index[twice], num_flow=2 * count, num_ce=0,
-        )  # fmt: skip
-        gap = flow_matching_loss(
-            hidden, self.head, pairs, targets, seed=seed, normalizer=weight.sum(), backend=self.options["backend"],
-            config=self._gap_config,
-        )  # fmt: skip
-        return torch.stack([gap, torch.ones_like(gap)]).float()
 
 
 _wait = torch.compiler.disable(PendingTargets.wait)
