@@ -17,6 +17,7 @@ from sfr_kernels.training import health
 from sfr_kernels.training.callbacks import SFRCallback
 
 NAMES = ("flow_share", "flow_gap")
+QUARTERS = ("flow_loss_t00", "flow_loss_t25", "flow_loss_t50", "flow_loss_t75")
 
 
 def norms_by_hand(hidden, flow_weight, loss_of) -> torch.Tensor:
@@ -107,11 +108,15 @@ def test_norms_without_a_gradient_are_refused():
 # An attached model
 
 
-def health_by_hand(model, batches, seed: int) -> tuple[float, float]:
-    """Share and gap of a step of these micro-batches, by the reference in float64 on the model's hidden states."""
+def health_by_hand(model, batches, seed: int) -> tuple[float, float, dict[str, float]]:
+    """Share, gap, and the losses by time of a step of these micro-batches, by the reference in float64 on the model's
+    hidden states."""
     norms, gap, head, config = torch.zeros(2, dtype=torch.float64), 0.0, model.sfr.head, model.sfr.config
+    sums, table = [[0.0, 0.0] for _ in QUARTERS], [((k + 0.5) / 64) ** config.time_power for k in range(64)]
+    times = torch.tensor(table, dtype=torch.float64) if config.loss == "flow" else None
     params = {name: p.detach().double() for name, p in head.named_parameters()}
     total = sum(batch["rows"].num_ce for batch in batches)
+    few_names = ("rows", "noise_id", "anchor", "weight", "labels")
     flow_options = dict(seed=seed, config=config, normalizer=total, time_scale=head.shape.time_scale)
     flow_options |= dict(hidden_scale=head.shape.hidden_scale, hidden_norm=head.shape.hidden_norm)
     for batch in batches:
@@ -123,16 +128,24 @@ def health_by_hand(model, batches, seed: int) -> tuple[float, float]:
         norms += norms_by_hand(hidden, model.sfr.flow_weight, loss_of)
         n = rows.num_flow
         kept = [i * n // min(n, 64) for i in range(min(n, 64))]  # 64 rows at most, evenly spaced
-        few = {name: getattr(rows, name)[kept] for name in ("rows", "noise_id", "anchor", "weight", "labels")}
-        few = rows.replace(**few, num_flow=len(kept), num_ce=0)
+        few = {name: getattr(rows, name)[kept] for name in few_names}
+        index = [39 * i % 64 for i in range(len(kept))]
+        few = rows.replace(**few, num_flow=len(kept), num_ce=0, time_index=torch.tensor(index, dtype=torch.int64))
         half = len(kept) // 2
         shown = few.replace(rows=torch.cat([few.rows[len(kept) - half :], few.rows[: len(kept) - half]]))
-        options = flow_options | dict(normalizer=few.weight.double().sum(), config=replace(config, num_times=64))
+        options = flow_options | dict(normalizer=few.weight.double().sum())
         own, exchanged = (
-            reference.flow_matching_loss(hidden, params, r, rows.targets, **options) for r in (few, shown)
+            reference.flow_matching_loss(hidden, params, r, rows.targets, times, **options) for r in (few, shown)
         )
         gap += (exchanged - own).item() / len(batches)
-    return (norms[1] / norms[0]).sqrt().item(), gap
+        for i in range(len(kept)) if config.loss == "flow" else ():
+            one = few.replace(**{name: getattr(few, name)[[i]] for name in (*few_names, "time_index")}, num_flow=1)
+            loss = reference.flow_matching_loss(hidden, params, one, rows.targets, times, **flow_options)
+            quarter = sums[int(4 * table[index[i]])]
+            quarter[0] += total * loss.item()
+            quarter[1] += one.weight.item()
+    share = (norms[1] / norms[0]).sqrt().item()
+    return share, gap, {name: x / w for name, (x, w) in zip(QUARTERS, sums, strict=True) if w}
 
 
 def still(folder, config=CONFIG, **options):
@@ -144,30 +157,38 @@ def still(folder, config=CONFIG, **options):
     return trainer
 
 
+def losses_by_time(history: list[dict]) -> list[dict[str, float]]:
+    return [{name: h[name] for name in QUARTERS if name in h} for h in history if NAMES[0] in h]
+
+
 @pytest.mark.setting("Trainer", "flow_share and flow_gap in the logs")
+@pytest.mark.setting("Trainer", "the flow loss by time in the logs")
 @pytest.mark.parametrize("loss", ["flow", "mse", "cosine"])
-def test_the_logs_have_the_share_and_the_gap_of_the_whole_step(tmp_path, loss):
+def test_the_logs_have_the_health_of_the_whole_step(tmp_path, loss):
     """Whose micro-batches add up."""
     config = replace(CONFIG, loss=loss, flow_weight=3.0)
     whole = trained(still(tmp_path, config))
     parts = trained(still(tmp_path, config, per_device_train_batch_size=4, gradient_accumulation_steps=2))
     collate = SFRCollator(config, STORE, pad)
     for trainer, size in ((whole, 8), (parts, 4)):
-        found = logged(trainer, *NAMES)
+        found, by_time = logged(trainer, *NAMES), losses_by_time(trainer.state.log_history)
         assert len(found) == 3
         for step, values in enumerate(found):
             batches = [collate(SAMPLES[i : i + size]) for i in range(8 * step, 8 * step + 8, size)]
-            wanted = health_by_hand(trainer.model, batches, step_seed(config.seed, step))
+            *wanted, losses = health_by_hand(trainer.model, batches, step_seed(config.seed, step))
             assert values == pytest.approx(wanted, rel=1e-3, abs=1e-5) and min(map(abs, wanted)) > 1e-3
+            assert by_time[step] == pytest.approx(losses, rel=1e-4) and len(losses) == (4 if loss == "flow" else 0)
     assert logged(parts, NAMES[0]) == [pytest.approx(share, rel=1e-4) for share in logged(whole, NAMES[0])]
 
 
 def test_two_processes_log_what_one_does_with_the_micro_batches_of_both(tmp_path):
     accumulated = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
-    wanted = logged(trained(of_trainer(tmp_path / "one", accumulated)), *NAMES)
+    one = trained(of_trainer(tmp_path / "one", accumulated))
+    wanted, by_time = logged(one, *NAMES), losses_by_time(one.state.log_history)
     for _, found in trained_by_two(of_trainer, tmp_path):
         values = [tuple(h[name] for name in NAMES) for h in found if NAMES[0] in h]
         assert values == [pytest.approx(w, rel=1e-4, abs=1e-5) for w in wanted] and len(values) > 1
+        assert losses_by_time(found) == [pytest.approx(w, rel=1e-4) for w in by_time] and all(by_time)
 
 
 def test_no_bit_of_the_training_depends_on_the_logs(tmp_path):
@@ -260,3 +281,14 @@ def test_a_single_flow_row_has_no_gap_and_a_frozen_model_no_share():
     model = attached(tiny_store(tiny_samples()), CONFIG, 0.2)
     model.model.requires_grad_(False)
     assert gap_of(model) != 0 and not model.sfr.health[:2].any()
+
+
+def test_a_time_of_which_there_is_no_row_has_no_loss():
+    """Of two rows both are early."""
+    sample = dict(input_ids=[5, 6, 7, 8], labels=[-100, -100, 7, 8], sample_id=0)
+    config = SFRConfig(**CONFIG.to_dict() | dict(min_tokens=1))
+    store = tiny_store([sample], config)
+    model = attached(store, config, 0.2)
+    batch = SFRCollator(config, store, pad)([sample])
+    assert gap_of(model, batch) and batch["rows"].num_flow == 2
+    assert health.health_values([model.sfr.health]).keys() == {*NAMES, QUARTERS[0]}

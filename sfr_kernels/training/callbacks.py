@@ -67,8 +67,8 @@ class _Mean:
 class SFRCallback(TrainerCallback):
     """Fits a new head before training (`config.head_steps`), sets λ by its share (`flow_weight="auto"`) and schedule,
     and restores both when a run resumes. Logs `ce_loss` and `flow_loss` averaged since the last log, `flow_weight` (λ),
-    `flow_share` and `flow_gap` of the step that is logged (README.md beside this file says how to read them), and
-    `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
+    `flow_share`, `flow_gap` and `flow_loss_t00` to `flow_loss_t75` of the step that is logged (README.md beside this
+    file says how to read them), and `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
 
     Add it with `add_to(trainer)`: it is then the first callback, so that reporters see its values, puts the Trainer's
     label smoothing into the attached loss, and knows the folder a run is resumed from, which otherwise is

@@ -1,8 +1,14 @@
 """Whether the flow loss does anything to the model: what an attachment measures at the steps that are logged, and what
 the logs make of it. Nothing of it changes a bit of the training.
 
-`Attachment.health` (4,) is that of one forward: the squared norms of ∂L_CE/∂h and ∂(λ L_flow)/∂h, the gap, and whether
-there is one. They add up over the micro-batches of a step: the gap is a sum of as many. Norms that cannot be had are 0.
+`Attachment.health` (SIZE,) is that of one forward, and adds up over the micro-batches and processes of a step:
+
+    ‖∂L_CE/∂h‖², ‖∂(λ L_flow)/∂h‖²   0 where they cannot be had
+    gap, 1                           0, 0 where there is none
+    Σ w ℓ (4,), Σ w (4,)             over rows with t in [0, ¼), [¼, ½), [½, ¾) and [¾, 1]; 0 but for loss="flow"
+
+Gap and sums are of a few rows and times, which is enough for a mean over steps: all would take 1% of a small model's
+step. The times have the distribution of the training's, but are no draws, so that of 64 rows each quarter has some.
 """
 
 import math
@@ -13,14 +19,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 from transformers.trainer_utils import IntervalStrategy, has_length
 
 from ..config import SFRConfig
 from ..ops import flow_matching_loss
 from ..rows import SupervisedRows
 
-SIZE = 4  # of `health`
-_ROWS = 64  # whose loss is compared with that at another row's hidden state; and times
+QUARTERS = ("flow_loss_t00", "flow_loss_t25", "flow_loss_t50", "flow_loss_t75")  # by where in [0, 1] one begins, in %
+SIZE = 4 + 2 * len(QUARTERS)  # of `health`
+_ROWS = 64  # at most; and times
+_STEP = 39  # between the times of two rows: odd and near 64 / φ, so that those of fewer rows are spread, too
 
 
 def has_norms(config: SFRConfig, hidden: Tensor) -> bool:
@@ -29,9 +38,9 @@ def has_norms(config: SFRConfig, hidden: Tensor) -> bool:
     return hidden.requires_grad and whole
 
 
-def gap_config(config: SFRConfig) -> SFRConfig:
-    """That of the gap; made beforehand, since a compiler cannot trace it."""
-    return replace(config, num_times=_ROWS, flow_normalizer="tokens")
+def rows_config(config: SFRConfig) -> SFRConfig:
+    """That of the loss of a few rows; made beforehand, since a compiler cannot trace it."""
+    return replace(config, flow_normalizer="tokens")
 
 
 @torch.no_grad()
@@ -41,35 +50,43 @@ def health_of(
     rows: SupervisedRows,
     targets: Tensor,
     seed: int | Tensor,
-    norms: Tensor | None,  # (2,), of `sfr_loss`
+    norms: Tensor,  # (2,), of `sfr_loss`
     *,
-    config: SFRConfig,  # of `gap_config`
+    config: SFRConfig,  # of `rows_config`
     backend: str | None,
 ) -> Tensor:
-    """`health`, in float32 at least."""
-    norms = hidden.new_zeros(2, dtype=torch.float32) if norms is None else norms
-    return torch.cat([norms, _gap(hidden, head, rows, targets, seed, config, backend).to(norms)])
-
-
-def _gap(hidden, head, rows, targets, seed, config, backend) -> Tensor:
-    """(2,): the weighted mean of ℓ where each row is given another one's hidden state, minus that of ℓ, and 1; zeros
-    where there is none. Over a few rows and times, which is enough for a mean over steps: all of them would take 1% of
-    a small model's step."""
+    """`health`, in the dtype of the norms."""
     n = rows.num_flow
     count = min(n, _ROWS)
     if count < 2 or config.loss in ("mtp", "cka"):
-        return hidden.new_zeros(2, dtype=torch.float32)
-    some = torch.arange(count, device=rows.device) * n // count
-    twice, weight, place = some.repeat(2), rows.weight[some], rows.rows[some]
-    pairs = rows.replace(  # ℓ of each with weight −w, and with the state half the batch away with weight w
-        rows=torch.cat([place, place.roll(count // 2)]), weight=torch.cat([-weight, weight]),
-        noise_id=rows.noise_id[twice], anchor=rows.anchor[twice], labels=rows.labels[twice],
-        time_index=None if rows.time_index is None else rows.time_index[twice], num_flow=2 * count, num_ce=0,
+        return functional.pad(norms, (0, SIZE - 2))
+    order = torch.arange(count, device=rows.device)
+    some, index = order * n // count, _STEP * order % _ROWS
+    place, weight = rows.rows[some], rows.weight[some]
+    few = rows.replace(
+        noise_id=rows.noise_id[some], anchor=rows.anchor[some], labels=rows.labels[some], time_index=index.int(),
+        num_flow=count, num_ce=0,
     )  # fmt: skip
-    gap = flow_matching_loss(
-        hidden, head, pairs, targets, seed=seed, normalizer=weight.sum(), backend=backend, config=config
-    )
-    return torch.stack([gap, torch.ones_like(gap)]).float()
+    times, parts = None, [weight]
+    if not config.is_dirac:
+        times = ((torch.arange(_ROWS, dtype=torch.float32, device=rows.device) + 0.5) / _ROWS) ** config.time_power
+        quarter = (len(QUARTERS) * times).long()[index]
+        parts = [torch.where(quarter == q, weight, 0.0) for q in range(len(QUARTERS))]
+
+    def total(place: Tensor, weight: Tensor) -> Tensor:
+        """Σ w ℓ of the few rows, each shown the hidden state at its `place`."""
+        return flow_matching_loss(
+            hidden, head, few.replace(rows=place, weight=weight), targets, times, seed=seed, normalizer=1.0,
+            config=config, backend=backend,
+        ).to(norms)  # fmt: skip
+
+    own = torch.stack([total(place, part) for part in parts])
+    exchanged = total(place.roll(count // 2), weight)  # the states half the batch away
+    gap = (exchanged - own.sum()) / weight.sum()
+    found = [norms, torch.stack([gap, torch.ones_like(gap)])]
+    if not config.is_dirac:
+        found += [own, torch.stack(parts).sum(1).to(norms)]
+    return functional.pad(torch.cat(found), (0, SIZE - sum(map(len, found))))
 
 
 def will_log(args, state, batches) -> bool:
@@ -85,10 +102,14 @@ def will_log(args, state, batches) -> bool:
 
 
 def health_values(health: Sequence[Tensor]) -> dict[str, float]:
-    """`flow_share` and `flow_gap` of a step: the sums over its forwards on all processes, without what has none."""
+    """`flow_share`, `flow_gap` and the losses of QUARTERS of a step: of the sums over its forwards on all processes,
+    without what has none."""
     sums = torch.stack([*health]).sum(0, dtype=torch.float32)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
-    ce, flow, gap, gaps = sums.tolist()
+    ce, flow, gap, gaps, *quarters = sums.tolist()
     values = {"flow_share": math.sqrt(flow / ce)} if ce > 0 else {}
-    return values | ({"flow_gap": gap / gaps} if gaps else {})
+    if gaps:
+        values["flow_gap"] = gap / gaps
+    losses, weights = quarters[: len(QUARTERS)], quarters[len(QUARTERS) :]
+    return values | {name: x / w for name, x, w in zip(QUARTERS, losses, weights, strict=True) if w}

@@ -167,7 +167,7 @@ class Attachment(SFRLoss):
         self._lambdas = torch.zeros(2, dtype=torch.float64, device="cpu")  # λ in training, in evaluation
         self.last = torch.zeros(3, dtype=torch.float32, device="cpu")  # ce, flow and sequences of the last forward
         self.health = torch.zeros(health.SIZE, dtype=torch.float32, device="cpu")  # of the last one measured
-        self._gap_config = health.gap_config(loss.config)
+        self._rows_config = health.rows_config(loss.config)
         self._flow_weight, self._schedule, self.scheduled = loss.config.first_weight, 1.0, False
         self._set_lambdas()
         self.step = 0
@@ -310,8 +310,9 @@ class Attachment(SFRLoss):
         options["return_norms"] = measured and health.has_norms(self.config, hidden)
         out = super().forward(hidden, weight, rows, targets, *args, **options)
         if measured:
+            norms = out.flow.new_zeros(2) if out.norms is None else out.norms
             self.health = health.health_of(
-                hidden, self.head, rows, targets, options["seed"], out.norms, config=self._gap_config,
+                hidden, self.head, rows, targets, options["seed"], norms, config=self._rows_config,
                 backend=self.options["backend"],
             )  # fmt: skip
         sequences = torch.full((), rows.shape[0], dtype=out.ce.dtype, device=out.ce.device)
