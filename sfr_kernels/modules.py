@@ -212,6 +212,7 @@ class SFRLoss(nn.Module):
         times: Tensor | None = None,  # (M,)
         *,
         seed: int | Tensor,
+        flow_hidden: Tensor | None = None,  # (B, L, H)
         bias: Tensor | None = None,  # (V,)
         flow_weight: float | Tensor | None = None,
         normalizer: float | Tensor | None = None,
@@ -223,7 +224,7 @@ class SFRLoss(nn.Module):
     ) -> SFROutput:
         options = self.options if label_smoothing is None else self.options | dict(label_smoothing=label_smoothing)
         return sfr_loss(
-            hidden, weight, self.head, rows, targets, times, seed=seed, config=self.config, bias=bias,
-            flow_weight=flow_weight, normalizer=normalizer, softcap=softcap, logit_scale=logit_scale,
+            hidden, weight, self.head, rows, targets, times, seed=seed, config=self.config, flow_hidden=flow_hidden,
+            bias=bias, flow_weight=flow_weight, normalizer=normalizer, softcap=softcap, logit_scale=logit_scale,
             return_stats=return_stats, return_norms=return_norms, **options,
         )  # fmt: skip

@@ -255,6 +255,7 @@ def sfr_loss(
     time_scale: float,
     hidden_scale: float = 1.0,
     hidden_norm: str = "none",
+    flow_hidden: Tensor | None = None,  # of another layer; None: hidden
     bias: Tensor | None = None,
     flow_weight: float | Tensor | None = None,
     normalizer: float | Tensor | None = None,
@@ -268,8 +269,8 @@ def sfr_loss(
     h = hidden.reshape(-1, hidden.shape[-1])[rows.rows]
     ce = linear_cross_entropy(h, weight, rows.labels, **decoder).sum() / _normalizer(normalizer, rows)
     flow = flow_matching_loss(
-        hidden, params, rows, targets, times, seed=seed, config=config, time_scale=time_scale,
-        hidden_scale=hidden_scale, hidden_norm=hidden_norm, normalizer=normalizer, weight=weight,
+        hidden if flow_hidden is None else flow_hidden, params, rows, targets, times, seed=seed, config=config,
+        time_scale=time_scale, hidden_scale=hidden_scale, hidden_norm=hidden_norm, normalizer=normalizer, weight=weight,
         decoder_options=decoder,
     )  # fmt: skip
     return ce + (config.first_weight if flow_weight is None else flow_weight) * flow, ce, flow

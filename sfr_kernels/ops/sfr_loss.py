@@ -17,12 +17,23 @@ from ..kernels.softmax_xent import RowStats
 from ..rows import SupervisedRows
 from .autograd import Inputs, Need, Operator, fake_parameter_grads, finish_gradients, keep_gradients
 from .chunks import LogitLoss, run_chunks
-from .flow_loss import Flow, cosine_or_cka, flow_normalizer, flow_of, reference_head, run_flow, seed_tensor
+from .flow_loss import (
+    Flow,
+    FlowCall,
+    cosine_or_cka,
+    flow_loss_op,
+    flow_normalizer,
+    flow_of,
+    reference_head,
+    run_flow,
+    seed_tensor,
+)
 from .linear_cross_entropy import CrossEntropyCall, check_labels, cross_entropy, warn_of_no_rows
 from .numerics import autocast_dtype, gather_rows, split_normalizer, wide_dtype, without_autocast
 from .validate import (
     check_decoder,
     check_flow,
+    check_flow_hidden,
     check_hidden,
     check_logit_options,
     check_memory,
@@ -53,6 +64,7 @@ def sfr_loss(
     *,
     seed: int | Tensor,
     config: SFRConfig,
+    flow_hidden: Tensor | None = None,  # like hidden, of another layer: what L_flow is of; None: hidden
     bias: Tensor | None = None,  # (V,)
     flow_weight: float | Tensor | None = None,  # λ; None is config.flow_weight, 1 for "auto"
     normalizer: float | Tensor | None = None,
@@ -74,16 +86,19 @@ def sfr_loss(
     `linear_cross_entropy`; return_stats fills the output's `stats`, in the order of rows.rows[rows.ce_start:].
     return_norms fills its `norms`, and changes no bit of the loss and the gradients. In 16 bit the second is that of
     the change that L_flow makes to the rounded gradient of L_CE: below 2⁻⁹ of the latter (bfloat16; float16: 2⁻¹²) it
-    is rounding. hidden must require a gradient then.
+    is rounding. hidden must require a gradient then, and flow_hidden be None: gradients at two layers do not compare.
     targets, times, flow_weight, normalizer and rows.weight are constants: none may require a gradient.
     Raises TypeError or ValueError naming the argument. No rows give 0, still connected to the graph.
     """
     check_hidden(hidden)
     check_flow(hidden, head, rows, targets, times, seed, config)
     check_decoder(hidden, weight, bias)
+    check_flow_hidden(flow_hidden, hidden)
+    if return_norms and flow_hidden is not None:
+        raise ValueError("return_norms has no meaning with flow_hidden: gradients at two layers do not compare")
     if return_norms and not (torch.is_grad_enabled() and hidden.requires_grad):
         raise ValueError("hidden must require a gradient, and gradients be enabled, where return_norms is asked for")
-    joint = config.loss in ("flow", "mse")
+    joint = config.loss in ("flow", "mse") and flow_hidden is None
     if return_norms and not joint and torch.compiler.is_compiling():
         raise ValueError(f"return_norms is not served under torch.compile for loss={config.loss!r}")
     flow_weight = config.first_weight if flow_weight is None else flow_weight
@@ -105,7 +120,7 @@ def sfr_loss(
         params, scales = reference_head(head, hidden.dtype)
         loss, ce, flow = reference.sfr_loss(
             hidden, weight, params, rows, targets, times, seed=seed_tensor(seed, hidden.device), config=config,
-            bias=bias, flow_weight=lam, normalizer=norm, **scales, **logits.options(),
+            flow_hidden=flow_hidden, bias=bias, flow_weight=lam, normalizer=norm, **scales, **logits.options(),
         )  # fmt: skip
         norms = _squared_norms(ce, lam * flow, hidden, norm) if return_norms else None
         return SFROutput(loss.to(norm.dtype), ce.detach().to(norm.dtype), flow.detach().to(norm.dtype), norms=norms)
@@ -122,10 +137,15 @@ def sfr_loss(
     token_row = rows.token_row - rows.ce_start
     call = CrossEntropyCall(rows.rows[rows.ce_start :], token_row, norm, backend, None, False, logits)
     ce, *stats = cross_entropy(x, call)
+    h = x.hidden if flow_hidden is None else flow_hidden.reshape(x.hidden.shape).to(dtype)
     if config.loss == "mtp":
-        flow = _mtp(x, head, rows, targets, call._replace(normalizer=flow_norm))
+        flow = _mtp(x._replace(hidden=h), head, rows, targets, call._replace(normalizer=flow_norm))
+    elif config.loss in ("cosine", "cka"):
+        flow = cosine_or_cka(backend, h, head, rows, targets, config, flow_norm)
     else:
-        flow = cosine_or_cka(backend, x.hidden, head, rows, targets, config, flow_norm)
+        path = flow_of(rows, targets, times, seed, config, head)
+        flow_call = FlowCall(rows.rows[: rows.num_flow], rows.token_row, flow_norm, backend, path)
+        flow = flow_loss_op(Inputs(h, params=[*named_parameters(head).values()]), flow_call)[0]
     norms = _squared_norms(ce, lam * flow, x.hidden, norm) if return_norms else None
     return SFROutput(ce + lam * flow, ce.detach(), flow.detach(), RowStats(*stats) if return_stats else None, norms)
 

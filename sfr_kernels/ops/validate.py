@@ -52,6 +52,15 @@ def check_hidden(hidden: Tensor) -> None:
         raise ValueError(f"hidden must be (..., H) with at least two dimensions, got {tuple(hidden.shape)}")
 
 
+def check_flow_hidden(flow_hidden: Tensor | None, hidden: Tensor) -> None:
+    if flow_hidden is None:
+        return
+    check_tensor("flow_hidden", flow_hidden)
+    if flow_hidden.shape != hidden.shape or flow_hidden.device != hidden.device:
+        found, wanted = (f"{tuple(x.shape)} on {x.device}" for x in (flow_hidden, hidden))
+        raise ValueError(f"flow_hidden must be like hidden, {wanted}, got {found}")
+
+
 def check_rows(rows: SupervisedRows, hidden: Tensor) -> None:
     if not isinstance(rows, SupervisedRows):
         raise TypeError(f"rows must be SupervisedRows, got {type(rows).__name__}")
