@@ -12,7 +12,7 @@ SHARED = dict(loss="flow", segment_tokens=256, stride=32, min_tokens=16, width=1
 DEFAULT = SHARED | dict(
     target_scale=None, time_scale=1000.0, hidden_norm="rms", hidden_scale=1.0, time_sampling="stratified",
     num_times=256, target_rule="following", weighting="linear", flow_normalizer="tokens", encoder_pooling="own",
-    encoder_max_tokens=None, time_power=3.0, head_steps=200, flow_weight=1.0, flow_share=None,
+    encoder_max_tokens=None, time_power=3.0, head_steps=200, flow_weight=1.0, flow_share=None, layer_index=-1,
 )  # fmt: skip
 OFFICIAL = SHARED | dict(
     target_scale=1.0, time_scale=1.0, hidden_norm="none", hidden_scale=1.0, time_sampling="sequence",
@@ -48,7 +48,7 @@ def test_json_round_trip_of_every_field():
     config = SFRConfig(
         loss="mse", flow_weight=0.25, flow_schedule="cosine", flow_warmup=0.1, width=64, num_layers=5, time_scale=10.0,
         hidden_norm="none", hidden_scale=0.5, target_scale=3.0, source_std=0.5, time_sampling="sequence", num_times=7,
-        time_power=2.0, head_steps=3,
+        time_power=2.0, head_steps=3, layer_index=4,
         segment="sentence", segment_tokens=9, stride=4, min_tokens=3, target_rule="published", weighting="uniform",
         flow_normalizer="weights", encoder_pooling="mean", encoder_max_tokens=100, mtp_tokens=4, seed=-(2**63),
     )  # fmt: skip
@@ -80,7 +80,7 @@ WRONG = {
     ),
     TypeError: dict(
         width=[8.0], encoder_max_tokens=[8.0], stride=[True], seed=["0"], time_scale=["1"], flow_weight=[None, "large"],
-        source_std=[True],
+        source_std=[True], layer_index=[0.5],
     ),
 }  # fmt: skip
 

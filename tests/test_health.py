@@ -122,7 +122,8 @@ def health_by_hand(model, batches, seed: int) -> tuple[float, float, dict[str, f
     for batch in batches:
         rows, given = batch["rows"], {name: batch[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            hidden = model.model(**given).last_hidden_state.double()
+            states = model.model(**given, output_hidden_states=True).hidden_states
+            hidden = states[config.layer_index].double()
         weight = model.lm_head.weight.detach().double()
         loss_of = lambda h: reference.sfr_loss(h, weight, params, rows, rows.targets, **flow_options)  # noqa: E731, B023
         norms += norms_by_hand(hidden, model.sfr.flow_weight, loss_of)

@@ -21,6 +21,7 @@ from ..ops import SFROutput
 from ..targets import OnlineTargets, TargetStore
 from .checkpoint import head_in, pairing, save_head
 from .guard import NEVER_CALLED, Watch, check_head, forget, watch_of
+from .inner_layer import check_inner, check_trained, layer_of
 from .lm_head import OTHER_LM_HEAD, covered_linear, output_linear
 from .methods import cover, is_covered, owner, plain, uncover
 from .objectives import (
@@ -45,6 +46,8 @@ class _Call:
     def __init__(self, base: Any, inputs: dict[str, Any] | None = None, probe: Tensor | None = None):
         self.sfr, self.inputs, self.probe = base.sfr, inputs or {}, probe
         self.linear, self.outer = covered_linear(base), base.get_output_embeddings()  # the latter may wrap the former
+        self.layer = base.get_submodule(base.sfr.inner) if base.sfr.inner else None
+        self.inner: list = []  # what the layer was given
         self.out: SFROutput | None = None
         self.reached = False  # the lm_head was called
         self.returned: Tensor | None = None  # by `outer`, after every hook
@@ -101,6 +104,8 @@ def attach(
         sfr = CrossEntropyAttachment(given or LinearCrossEntropy())
     else:
         sfr = Attachment(_sfr_loss(given, linear, targets, target_size), targets)
+    if sfr.config is not None:
+        sfr.inner = layer_of(base, sfr.config.layer_index)
     _fit(sfr, linear, targets)
 
     base.sfr = sfr.train(base.training)
@@ -115,6 +120,8 @@ def attach(
     # An engine that offloads weights has put its forward over the module's; ours goes under it.
     cover(linear, "forward", _linear_forward, "_old_forward" if hasattr(linear, "_hf_hook") else None)
     base.get_output_embeddings().register_forward_hook(_catch)
+    if sfr.inner:
+        base.get_submodule(sfr.inner).register_forward_pre_hook(_catch_inner)
     cover(base, "forward", _forward)
     if hasattr(base, "generate"):
         cover(base, "generate", _generate)
@@ -136,8 +143,11 @@ def detach(model: nn.Module) -> VelocityHead | None:
     for module in base.get_output_embeddings().modules():  # none is covered if the embeddings were resized
         if is_covered(module):
             uncover(module)
-    for hooks in (base.get_output_embeddings()._forward_hooks, base._state_dict_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_catch, _without_head)]:
+    hooked = [base.get_output_embeddings()._forward_hooks, base._state_dict_hooks]
+    if sfr.inner:
+        hooked.append(base.get_submodule(sfr.inner)._forward_pre_hooks)
+    for hooks in hooked:
+        for key in [key for key, hook in hooks.items() if hook in (_catch, _catch_inner, _without_head)]:
             del hooks[key]
     for module in covered:
         uncover(module)
@@ -169,6 +179,11 @@ def _sfr_loss(given: Any, linear: nn.Linear, targets, target_size) -> SFRLoss:
 
 def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -> None:
     """Errors for a head that does not fit the model or the targets; moves it to the model."""
+    if sfr.inner and sfr.config is not None and sfr.config.flow_weight == "auto":
+        raise ValueError(
+            "flow_weight='auto' compares gradients at the last hidden state, which the flow loss does not reach with "
+            f"layer_index={sfr.config.layer_index}: give flow_weight a number"
+        )
     if sfr.config is None or sfr.config.loss == "mtp":  # whose head predicts tokens
         targets = None
     if targets is not None:
@@ -197,7 +212,10 @@ def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     call.reached = True
     if call.probe is not None:
         return call.probe
-    call.out = call.sfr(hidden, self.weight, bias=self.bias, **call.inputs)
+    options = call.inputs
+    if call.layer is not None:
+        options = options | {"flow_hidden": check_inner(call.inner, hidden, call.sfr.config.layer_index)}
+    call.out = call.sfr(hidden, self.weight, bias=self.bias, **options)
     return call.out.loss.reshape(1, 1, 1)
 
 
@@ -206,6 +224,13 @@ def _catch(module: nn.Module, args: tuple, output: Tensor) -> None:
     for call in _calls:
         if call.outer is module:
             call.returned = output if call.probe is None else output.clone()  # some models write over their logits
+
+
+def _catch_inner(module: nn.Module, args: tuple) -> None:
+    """A hook of the layer that is given the head's hidden states: keeps them."""
+    for call in _calls:
+        if call.layer is module:
+            call.inner.append(args[0] if args else None)
 
 
 def _run(base: nn.Module, call: _Call, args: tuple, options: dict):
@@ -250,6 +275,8 @@ def _forward(
     sfr = self.sfr
     batch = BatchInputs(labels, rows, targets, times, seed, sample_id, normalizer, label_smoothing, kwargs)
     if torch.is_grad_enabled():
+        if sfr.inner:
+            check_trained(self, sfr.inner, sfr.config.layer_index)
         if sfr.training:
             check_head(sfr)
             self._sfr_watch.trained = True

@@ -17,7 +17,8 @@ from ..modules import SFRLoss, VelocityHead
 from .sharding import fill, gathered, parameters_of, size
 
 HEAD_FILE, CONFIG_FILE = "sfr_head.safetensors", "sfr_config.json"
-_OLD = dict(hidden_norm="none", time_power=1.0)  # of earlier versions, which wrote neither
+_OLD = dict(hidden_norm="none", time_power=1.0, layer_index=-1)  # of earlier versions, which wrote none of them
+_TRAINED = ("loss", "time_power", "layer_index")  # what a head is trained for, beside its shape
 
 
 def pairing(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> str:
@@ -106,10 +107,10 @@ def restore_head(folder: str | os.PathLike, loss: SFRLoss, paired: str) -> None:
     saved = json.loads((Path(folder) / CONFIG_FILE).read_text())
     if saved["paired"] != paired:
         raise ValueError(f"the head at {path} belongs to another model than the one resumed: {remedy}")
-    now = asdict(loss.head.shape) | {name: getattr(loss.config, name) for name in ("loss", "time_power")}
+    now = asdict(loss.head.shape) | {name: getattr(loss.config, name) for name in _TRAINED}
     trained = _OLD | saved["config"]
     then = dict(output_size=now["output_size"], hidden_norm="none") | saved["head"]
-    then |= {name: trained[name] for name in ("loss", "time_power")}
+    then |= {name: trained[name] for name in _TRAINED}
     if other := [f"{name}={then[name]!r}, not {now[name]!r}" for name in now if then[name] != now[name]]:
         raise ValueError(f"the head at {path} was trained with {'; '.join(other)}: resume with the config of the run")
     fill(loss.head, load_file(path))

@@ -92,7 +92,7 @@ def _differentiate(model: nn.Module, sfr: Attachment, head: VelocityHead, batch:
     @torch.compiler.disable
     def in_place_of_the_loss(hidden: Tensor, weight: Tensor, **given: Any) -> SFROutput:
         with torch.enable_grad():
-            loss, flow = _flow_loss(sfr, head, hidden, weight, given, seed)
+            loss, flow = _flow_loss(sfr, head, given.pop("flow_hidden", hidden), weight, given, seed)
             loss.backward()
         found.append(flow.detach())
         return SFROutput(*hidden.new_zeros(3))

@@ -156,6 +156,7 @@ class Attachment(SFRLoss):
     shared = False  # whether λ is one that was set by the share
     measuring = False  # whether training forwards fill `health`, which changes no bit of the training
     restore: dict[str, Any]  # what `attach` has changed of the model, for `detach`
+    inner: str | None = None  # the layer that is given the head's hidden states; None: the lm_head is
 
     def __init__(self, loss: SFRLoss, store: TargetStore | OnlineTargets | None):
         super().__init__(loss.config, loss.head, **loss.options)
@@ -307,13 +308,14 @@ class Attachment(SFRLoss):
         targets = settled(targets)
         options["return_stats"] = _wants_stats(self, hidden)
         measured = self.measuring and self.training and torch.is_grad_enabled()
-        options["return_norms"] = measured and health.has_norms(self.config, hidden)
+        inner = options.get("flow_hidden")
+        options["return_norms"] = measured and inner is None and health.has_norms(self.config, hidden)
         out = super().forward(hidden, weight, rows, targets, *args, **options)
         if measured:
             norms = out.flow.new_zeros(2) if out.norms is None else out.norms
             self.health = health.health_of(
-                hidden, self.head, rows, targets, options["seed"], norms, config=self._rows_config,
-                backend=self.options["backend"],
+                hidden if inner is None else inner, self.head, rows, targets, options["seed"], norms,
+                config=self._rows_config, backend=self.options["backend"],
             )  # fmt: skip
         sequences = torch.full((), rows.shape[0], dtype=out.ce.dtype, device=out.ce.device)
         self.last = torch.stack([out.ce, out.flow, sequences])
@@ -345,7 +347,7 @@ def _finite(name: str, value: float) -> float:
 class CrossEntropyAttachment(LinearCrossEntropy):
     """Cross-entropy alone: no head, no targets."""
 
-    config = head = store = None
+    config = head = store = inner = None
     restore: dict[str, Any]
     return_stats = False
 
