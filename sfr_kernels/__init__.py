@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .config import SFRConfig
 from .modules import LinearCrossEntropy, SFRLoss, VelocityHead
-from .ops import SFROutput, flow_matching_loss, linear_cross_entropy, sfr_loss
+from .ops import LoRA, SFROutput, flow_matching_loss, linear_cross_entropy, sfr_loss
 from .rows import SupervisedRows
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LinearCrossEntropy",
+    "LoRA",
     "SFRConfig",
     "SFRLoss",
     "SFROutput",

@@ -1,5 +1,6 @@
 """The velocity head and the losses as `nn.Module`s."""
 
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from .config import HeadShape, HiddenNorm, SFRConfig
 from .kernels.softmax_xent import RowStats
-from .ops import SFROutput, linear_cross_entropy, sfr_loss
+from .ops import LoRA, SFROutput, linear_cross_entropy, sfr_loss
 from .ops.validate import check_constant, check_head_shape, check_tensor
 from .ops.velocity_head import evaluate_head
 from .rows import IGNORE_INDEX, SupervisedRows
@@ -168,11 +169,12 @@ class LinearCrossEntropy(nn.Module):
         labels: Tensor | SupervisedRows,  # (...)
         bias: Tensor | None = None,  # (V,)
         *,
+        lora: LoRA | Sequence[LoRA] | None = None,
         normalizer: float | Tensor | None = None,
         row_weight: Tensor | None = None,  # (...)
     ) -> Tensor | tuple[Tensor, RowStats]:
         return linear_cross_entropy(
-            hidden, weight, labels, bias=bias, normalizer=normalizer, row_weight=row_weight,
+            hidden, weight, labels, bias=bias, lora=lora, normalizer=normalizer, row_weight=row_weight,
             class_weight=self.class_weight, **self.options,
         )  # fmt: skip
 
@@ -214,6 +216,7 @@ class SFRLoss(nn.Module):
         seed: int | Tensor,
         flow_hidden: Tensor | None = None,  # (B, L, H)
         bias: Tensor | None = None,  # (V,)
+        lora: LoRA | Sequence[LoRA] | None = None,
         flow_weight: float | Tensor | None = None,
         normalizer: float | Tensor | None = None,
         softcap: float | None = None,
@@ -225,6 +228,7 @@ class SFRLoss(nn.Module):
         options = self.options if label_smoothing is None else self.options | dict(label_smoothing=label_smoothing)
         return sfr_loss(
             hidden, weight, self.head, rows, targets, times, seed=seed, config=self.config, flow_hidden=flow_hidden,
-            bias=bias, flow_weight=flow_weight, normalizer=normalizer, softcap=softcap, logit_scale=logit_scale,
+            bias=bias, lora=lora, flow_weight=flow_weight, normalizer=normalizer, softcap=softcap,
+            logit_scale=logit_scale,
             return_stats=return_stats, return_norms=return_norms, **options,
         )  # fmt: skip

@@ -7,6 +7,7 @@ by definition and then cast. It shares no code with the implementations that it 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +140,7 @@ def linear_cross_entropy(
     labels: Tensor,  # (n,), ignore_index = no loss
     *,
     bias: Tensor | None = None,
+    lora: Sequence[tuple[Tensor, Tensor, float, float]] = (),  # A (r, H), B (V, r), scale s, dropout of each adapter
     ignore_index: int = IGNORE_INDEX,
     row_weight: Tensor | None = None,
     softcap: float | None = None,
@@ -146,11 +148,14 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Per-row cross-entropy (n,) of logits = cap(s · (h Wᵀ + b)), 0 where ignored.
+    """Per-row cross-entropy (n,) of logits = cap(s · (h Wᵀ + b)), 0 where ignored. Of a layer with adapters
+    h Wᵀ + b + Σ s_i (drop(h) A_iᵀ) B_iᵀ.
 
     ℓ = lse − (1 − ε) z_y − ε mean(z) + z_loss · lse², times row_weight.
     """
     logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    for down, up, scale, dropout in lora:
+        logits = logits + scale * (F.dropout(hidden, dropout) @ down.T @ up.T)
     logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -257,6 +262,7 @@ def sfr_loss(
     hidden_norm: str = "none",
     flow_hidden: Tensor | None = None,  # of another layer; None: hidden
     bias: Tensor | None = None,
+    lora: Sequence[tuple[Tensor, Tensor, float, float]] = (),
     flow_weight: float | Tensor | None = None,
     normalizer: float | Tensor | None = None,
     softcap: float | None = None,
@@ -265,7 +271,9 @@ def sfr_loss(
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(L_CE + λ L_flow, L_CE, L_flow)."""
-    decoder = dict(bias=bias, softcap=softcap, logit_scale=logit_scale, label_smoothing=label_smoothing, z_loss=z_loss)
+    decoder = dict(
+        bias=bias, lora=lora, softcap=softcap, logit_scale=logit_scale, label_smoothing=label_smoothing, z_loss=z_loss
+    )
     h = hidden.reshape(-1, hidden.shape[-1])[rows.rows]
     ce = linear_cross_entropy(h, weight, rows.labels, **decoder).sum() / _normalizer(normalizer, rows)
     flow = flow_matching_loss(

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from benchmarks.oracle import Oracle
 from benchmarks.problem import make_head
-from sfr_kernels import SFRConfig, SupervisedRows, flow_matching_loss, linear_cross_entropy, reference, sfr_loss
+from sfr_kernels import LoRA, SFRConfig, SupervisedRows, flow_matching_loss, linear_cross_entropy, reference, sfr_loss
 from sfr_kernels.modules import VelocityHead
 
 IGNORE = -100
 LEAVES = ("hidden", "weight", "bias")
+ADAPTERS = (("down", "up", 0.7), ("down_2", "up_2", -1.5))  # leaves of a case that has some, and the scale
 VOCAB = 256  # no test has more classes
 SEED = -6917529027641081857  # negative, and both halves in use
 
@@ -71,6 +72,10 @@ class LossCase:
     bias: Tensor  # (V,)
     head: VelocityHead | None
     targets: Tensor | None  # (A, d); rows.labels for "mtp"
+    down: Tensor | None = None  # (2, H)
+    up: Tensor | None = None  # (V, 2)
+    down_2: Tensor | None = None  # (3, H)
+    up_2: Tensor | None = None  # (V, 3)
     seed: int | Tensor = SEED
     options: dict = field(default_factory=dict)  # more keywords of the loss
 
@@ -81,7 +86,8 @@ class LossCase:
 def leaves_in(x: LossCase | SimpleNamespace, dtype, head_dtype=None) -> SimpleNamespace:
     """The values of x as fresh leaves in `dtype`, the head's in `head_dtype`."""
     head = None if x.head is None else deepcopy(x.head).to(head_dtype or dtype)
-    tensors = {name: getattr(x, name).detach().to(dtype, copy=True).requires_grad_() for name in LEAVES}
+    names = [*LEAVES, *(name for pair in ADAPTERS for name in pair[:2] if getattr(x, name, None) is not None)]
+    tensors = {name: getattr(x, name).detach().to(dtype, copy=True).requires_grad_() for name in names}
     return SimpleNamespace(**tensors, head=head, params={} if head is None else dict(head.named_parameters()))
 
 
@@ -119,6 +125,19 @@ def decoder_case(shape=(3, 11), hidden_size=20, vocab=37, used=0.6) -> LossCase:
     labels = torch.randint(0, vocab, shape, generator=g)
     labels[torch.rand(shape, generator=g) > used] = IGNORE
     return LossCase(None, labels, None, hidden, weight, bias, None, None)
+
+
+def with_adapters(case: LossCase) -> LossCase:
+    """Two adapters, neither of whose ranks is a multiple of anything."""
+    g, found = torch.Generator().manual_seed(5), {}
+    (vocab, size), options = case.weight.shape, dict(generator=g, dtype=torch.float64)
+    for rank, (down, up, _) in zip((2, 3), ADAPTERS, strict=True):
+        found[down], found[up] = torch.randn(rank, size, **options) / 3, torch.randn(vocab, rank, **options) / 3
+    return replace(case, **found)
+
+
+def lora_of(x: SimpleNamespace) -> list[LoRA]:
+    return [LoRA(getattr(x, down), getattr(x, up), scale) for down, up, scale in ADAPTERS if hasattr(x, down)]
 
 
 def leaves_of(x: SimpleNamespace) -> dict[str, Tensor]:
@@ -177,7 +196,7 @@ def judge(case: LossCase, ours: Callable, eager: Callable, k: float, dtype, head
 
 
 def entropy_output(case: LossCase, x: SimpleNamespace, *, of_rows=False, bias=True, **options):
-    options = dict(bias=x.bias if bias else None) | options
+    options = dict(bias=x.bias if bias else None, lora=lora_of(x)) | options
     return linear_cross_entropy(x.hidden, x.weight, case.rows if of_rows else case.labels, **options)
 
 
@@ -187,7 +206,7 @@ def flow_output(case: LossCase, x: SimpleNamespace, **options):
 
 
 def sfr_output(case: LossCase, x: SimpleNamespace, **options):
-    options = dict(bias=x.bias, seed=case.seed, config=case.config) | options
+    options = dict(bias=x.bias, lora=lora_of(x), seed=case.seed, config=case.config) | options
     return sfr_loss(x.hidden, x.weight, x.head, case.rows, case.targets, **options)
 
 
@@ -226,7 +245,7 @@ def reference_entropy(case: LossCase, **overrides) -> Callable:
             labels = labels.flatten()[index]
         h = x.hidden.reshape(-1, x.hidden.shape[-1])
         weights = None if row_weight is None else row_weight.flatten()[index].to(h.dtype)
-        options = dict(bias=x.bias if bias else None, row_weight=weights, ignore_index=-1) | options
+        options = dict(bias=x.bias if bias else None, lora=lora_of(x), row_weight=weights, ignore_index=-1) | options
         rows = reference.linear_cross_entropy(h[index], x.weight, labels, **options)
         if reduction == "none":
             return (rows * row_upstream(len(h))[index]).sum()
@@ -246,7 +265,8 @@ def _flow_options(case: LossCase) -> dict:
 def reference_sfr(case: LossCase, **overrides) -> Callable:
     """x → the loss of `reference.sfr_loss` on the case."""
     options, given = _flow_options(case) | overrides, (case.rows, case.targets)
-    return lambda x: reference.sfr_loss(x.hidden, x.weight, x.params, *given, **dict(bias=x.bias) | options)[0]
+    decoder = lambda x: dict(bias=x.bias, lora=lora_of(x))  # noqa: E731
+    return lambda x: reference.sfr_loss(x.hidden, x.weight, x.params, *given, **decoder(x) | options)[0]
 
 
 def reference_flow(case: LossCase, **overrides) -> Callable:
@@ -264,9 +284,11 @@ class Loss:
     preset: str = "default"
     config: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
+    lora: bool = False
 
     def case(self, config: dict | None = None, **sizes) -> LossCase:
-        return replace(make_case(small_config(self.preset, **config or self.config), **sizes), options=self.options)
+        case = replace(make_case(small_config(self.preset, **config or self.config), **sizes), options=self.options)
+        return with_adapters(case) if self.lora else case
 
     def sized_case(self) -> LossCase:
         """Enough rows for errors to be statistics, and times and angles that 16 bit holds, or eager drowns in t."""
@@ -301,6 +323,10 @@ LOSSES = {
         for preset in ("default", "official")
     },
     "sfr: mtp": Loss(sfr_output, reference_sfr, config=dict(loss="mtp", mtp_tokens=3, flow_weight=0.6)),
+}
+LOSSES |= {
+    f"{name}, lora": replace(LOSSES[name], lora=True)
+    for name in ("cross-entropy", "row losses of rows", "sfr: flow, default", "sfr: flow, official", "sfr: mtp")
 }
 
 

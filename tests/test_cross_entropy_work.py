@@ -6,10 +6,11 @@ from cases import IGNORE, LEAVES, LOSSES, assert_same, decoder_case, evaluate, l
 from operations import Operations
 
 from benchmarks.timing import allocated
-from sfr_kernels import linear_cross_entropy
+from sfr_kernels import LoRA, linear_cross_entropy
 from sfr_kernels.kernels import empty_rows
 from sfr_kernels.ops import chunks
-from sfr_kernels.ops.chunks import LogitLoss, chunk_rows_for, product_blocks
+from sfr_kernels.ops.autograd import Inputs, Need
+from sfr_kernels.ops.chunks import LogitLoss, chunk_rows_for, product_blocks, run_chunks
 from sfr_kernels.ops.numerics import product_into
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,7 +90,7 @@ def test_the_joint_op_multiplies_what_its_parts_do_and_gathers_once():
 ODD = dict(length=14, vocab=251, hidden_size=37, target_size=13)
 
 
-@losses("cross-entropy", "row losses", "default", "mtp", without=["cka"])
+@losses("cross-entropy", "row losses", "default", "mtp", without=["cka", "lora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_product_sees_aligned_rows(name, dtype):
     """With odd V, H, d and D no row of a matrix would start on 16 bytes by itself."""
@@ -99,6 +100,34 @@ def test_every_product_sees_aligned_rows(name, dtype):
     with Operations() as seen:
         loss.ours(case, **options)(case.inputs(dtype)).backward()
     assert len(seen.offsets) > 8 and set(seen.offsets) == {(0, 0)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_product_of_an_adapter_sees_aligned_rows(dtype):
+    """Of those that the operator makes; the one with A, outside, has the rows that its caller gives it."""
+    h, weight, low, up = (torch.randn(size, dtype=dtype) for size in ((14, 37), (251, 37), (14, 3), (251, 3)))
+    logits = LogitLoss(torch.arange(14), chunk_rows=5)
+    with Operations() as seen:
+        run_chunks("torch", Inputs(h, weight, None, low, up), logits, Need(True, True, True, True, True), torch.float32)
+    assert len(seen.offsets) > 8 and set(seen.offsets) == {(0, 0)}
+
+
+@pytest.mark.parametrize("needed", ["down", "up", "hidden", ""])
+def test_an_adapter_costs_its_own_products_alone(needed):
+    """And none where no gradient is asked for: A's and B's are products of rank r."""
+    x = inputs((8, 32), hidden_size=16, vocab=64, used=0.5)
+    x.down, x.up = torch.randn(3, 16), torch.randn(64, 3)
+    for name in (*LEAVES, "down", "up"):
+        getattr(x, name).requires_grad_(name == needed)
+    flops = []
+    for lora in (None, LoRA(x.down, x.up)):
+        with Operations() as operations:
+            loss = linear_cross_entropy(x.hidden, x.weight, x.labels, lora=lora)
+        flops.append(operations.flops)
+    n, tokens, rank = int((x.labels != IGNORE).sum()), 8 * 32, 3
+    of_b = dict(down=2, hidden=2, up=2).get(needed, 1)  # the logits, and the gradient of low or of B
+    assert flops[1] - flops[0] == 2 * rank * (tokens * 16 + of_b * n * 64)
+    assert loss.requires_grad == bool(needed)
 
 
 def test_room_for_rows():
@@ -166,6 +195,7 @@ MEMORY = {
     "row losses": dict(chunk_rows=1024, reduction="none"),
     "statistics": dict(chunk_rows=1024, return_stats=True),
     "every option": dict(chunk_rows=1024, softcap=9.0, label_smoothing=0.1, z_loss=0.01, logit_scale=0.5),
+    "adapter": dict(chunk_rows=1024, frozen=True, rank=8),
     "wide logits": dict(chunk_rows=1024, dtype=torch.bfloat16, logits_dtype=torch.float32, softcap=9.0),
 }
 
@@ -177,6 +207,9 @@ def test_no_peak_above_a_chunk_of_logits(options):
     x = inputs((1, n), hidden_size, vocab, used=1.0, dtype=options.pop("dtype", torch.float32))
     x.weight.requires_grad_(not options.pop("frozen", False))
     wanted = [t for t in (x.hidden, x.weight) if t.requires_grad]
+    if rank := options.pop("rank", 0):
+        options["lora"] = LoRA(*(torch.randn(s, requires_grad=True) for s in ((rank, hidden_size), (vocab, rank))))
+        wanted += options["lora"][:2]
 
     def run():
         out = linear_cross_entropy(x.hidden, x.weight, x.labels, **options)

@@ -7,7 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import EVERY, LOSSES, assert_same, embed, entropy_output, evaluate, judge, losses, make_labels
+from cases import (
+    ADAPTERS,
+    EVERY,
+    LOSSES,
+    assert_same,
+    embed,
+    entropy_output,
+    evaluate,
+    judge,
+    lora_of,
+    losses,
+    make_labels,
+)
 from operations import Operations
 
 from benchmarks.timing import allocated
@@ -131,7 +143,7 @@ def test_a_loss_without_an_upstream_gradient_gives_none(name):
     assert all(p.grad is None or not p.grad.any() for p in (x.weight, x.bias, *x.params.values()))
 
 
-@losses("cross-entropy", "sum", "flow, ", "mse, ")
+@losses("cross-entropy", "sum", "flow, ", "mse, ", without=["lora"])  # h Aᵀ is differentiated by autograd
 def test_a_step_between_two_backwards_changes_nothing(name):
     """The gradients were made in forward: what the parameters are by now is no concern of backward."""
     loss, case = LOSSES[name], LOSSES[name].case()
@@ -150,8 +162,12 @@ def test_frozen_parts_get_no_gradient_and_change_no_other(name):
     loss, case = LOSSES[name], LOSSES[name].case()
     full, names = evaluate(loss.ours(case), case.inputs()), set(loss.leaves(case.inputs()))
     decoder, head = {"weight", "bias"}, set(case.inputs().params)
+    downs, ups = ({pair[i] for pair in ADAPTERS} for i in (0, 1))
     trunk, two, all_but_one = {"hidden"}, {"bias", "input_proj.0.weight"}, head - {"output_proj.bias"}
-    for frozen in (trunk, decoder, head, trunk | head, decoder | head, trunk | decoder, two, all_but_one):
+    for frozen in (
+        *(trunk, decoder, head, trunk | head, decoder | head, trunk | decoder, two, all_but_one),
+        *(ups, downs, {"up"}, downs | ups, downs | trunk, downs | trunk | decoder),
+    ):
         if not names & frozen or names <= frozen:
             continue
         x = case.inputs()
@@ -213,7 +229,8 @@ LAYOUTS = {
 def test_inputs_may_be_strided_or_misaligned(name, layout):
     loss, case = LOSSES[name], LOSSES[name].case()
     plain, x, moved = evaluate(loss.ours(case), case.inputs()), case.inputs(), LAYOUTS[layout]
-    x.hidden, x.weight = (moved(t.detach()).requires_grad_() for t in (x.hidden, x.weight))
+    for matrix in ("hidden", "weight", *(name for pair in ADAPTERS for name in pair[:2] if hasattr(x, name))):
+        setattr(x, matrix, moved(getattr(x, matrix).detach()).requires_grad_())
     assert layout in ("misaligned", "flat") or not (x.hidden.is_contiguous() or x.weight.is_contiguous())
     case.labels, case.targets = moved(case.labels), moved(case.targets[None])[0]
     if layout == "flat" and (loss.output is not entropy_output or "of_rows" in case.options):  # labels are not flat
@@ -280,8 +297,11 @@ def test_statistics_are_of_the_rows_with_cross_entropy_and_change_nothing(name):
         labels = labels[index]
     else:
         index, labels = case.rows.rows[case.rows.ce_start :], case.rows.labels[case.rows.ce_start :]
-    logits = 2 * torch.tanh((flat[index] @ case.weight.T + case.bias) / 2)
-    x, log_p = case.inputs(), logits.log_softmax(1)
+    x, logits = case.inputs(), flat[index] @ case.weight.T + case.bias
+    for down, up, scale, _ in lora_of(x):
+        logits = logits + scale * flat[index] @ down.T.detach() @ up.T.detach()
+    logits = 2 * torch.tanh(logits / 2)
+    log_p = logits.log_softmax(1)
     with torch.no_grad():
         forward_only = loss.output(case, x, **options, return_stats=True)
     out = loss.output(case, x, **options, return_stats=True)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import LOSSES, losses
+from cases import LOSSES, in_float64, leaves_of, lora_of, losses
 from outcomes import assert_same, gradients, trained, weights
 from test_trainer import SAMPLES, STORE, logged, make_trainer, of_trainer, trained_by_two
 from tiny import BATCH, CONFIG, attached, pad, tiny_samples, tiny_store
@@ -36,14 +36,15 @@ def reference_of(case, x, **options):
     params = {name: p.detach().double() for name, p in x.params.items()}
     given = dict(seed=case.seed, config=case.config, time_scale=shape.time_scale, hidden_scale=shape.hidden_scale)
     given |= dict(hidden_norm=shape.hidden_norm)
-    decoder, bias = x.weight.detach().double(), x.bias.detach().double()
+    y = in_float64(x)
+    decoder = dict(bias=y.bias.detach(), lora=lora_of(y))
     return lambda h: reference.sfr_loss(
-        h, decoder, params, case.rows, case.targets, **dict(bias=bias) | given | options
+        h, y.weight.detach(), params, case.rows, case.targets, **decoder | given | options
     )
 
 
 def call(case, x, **options):
-    given = dict(seed=case.seed, config=case.config, bias=x.bias) | options
+    given = dict(seed=case.seed, config=case.config, bias=x.bias, lora=lora_of(x)) | options
     return sfr_loss(x.hidden, x.weight, x.head, case.rows, case.targets, **given)
 
 
@@ -62,12 +63,12 @@ def test_the_norms_are_those_of_two_backward_passes(name, options, backend):
     torch.testing.assert_close(out.norms, wanted, rtol=1e-9, atol=0)
     for loss in (plain.loss, out.loss):
         loss.backward()
-    for a, b in zip((x.hidden, x.weight, *x.params.values()), (y.hidden, y.weight, *y.params.values()), strict=True):
+    for a, b in zip(leaves_of(x).values(), leaves_of(y).values(), strict=True):
         assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@losses("sfr: flow, default", "sfr: cosine, default")
+@losses("sfr: flow, default", "sfr: cosine, default")  # with adapters, too
 def test_the_norms_in_16_bit(name, dtype):
     """float16 has no room for gradients divided by a large normalizer. A share of which little is left by rounding is
     not overstated by more than that."""
@@ -83,8 +84,8 @@ def test_the_norms_in_16_bit(name, dtype):
     assert call(case, x, return_norms=True, **options | dict(flow_weight=0.0)).norms[1] == 0
 
 
-@losses("sfr: cosine, default")
-def test_a_graph_has_the_norms_of_flow_and_mse_alone(name):
+@losses("sfr: cosine, default", "sfr: flow, default, lora")
+def test_a_graph_has_the_norms_of_flow_and_mse_without_adapters_alone(name):
     """What may break its graph computes those of the others outside of it."""
     torch._dynamo.reset()
     case = LOSSES[name].case()

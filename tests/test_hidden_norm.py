@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LOSSES, assert_same, evaluate, make_case, make_head, reference_flow, small_config
+from cases import LOSSES, assert_same, evaluate, lora_of, make_case, make_head, reference_flow, small_config
 from tiny import HIDDEN, TARGET, tiny_llama
 
 from sfr_kernels import VelocityHead, attach, reference
@@ -23,13 +23,14 @@ def by_hand(name, case):
     """x → the loss by the reference, to whose head h is given normalised, and to the lm_head as it is."""
 
     def run(x):
-        decoder = dict(weight=x.weight, decoder_options=dict(bias=x.bias))  # of "mtp"
+        options = dict(bias=x.bias, lora=lora_of(x))
+        decoder = dict(weight=x.weight, decoder_options=options)  # of "mtp"
         seen = type(x)(**vars(x) | dict(hidden=normed(x.hidden)))
         flow = reference_flow(case, hidden_norm="none", **decoder)(seen)
         if name.startswith("flow"):
             return flow
         h = x.hidden.flatten(0, 1)[case.rows.rows]
-        ce = reference.linear_cross_entropy(h, x.weight, case.rows.labels, bias=x.bias).sum() / case.rows.num_ce
+        ce = reference.linear_cross_entropy(h, x.weight, case.rows.labels, **options).sum() / case.rows.num_ce
         return ce + case.config.flow_weight * flow
 
     return run

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import LOSSES, make_case, make_head, small_config
 
-from sfr_kernels import flow_matching_loss, linear_cross_entropy, sfr_loss
+from sfr_kernels import LoRA, flow_matching_loss, linear_cross_entropy, sfr_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BACKENDS = pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -29,6 +29,10 @@ def labels(value):
 
 def head(hidden_size=12, target_size=6, **config):
     return make_head(hidden_size, target_size, small_config(**config), torch.float32)
+
+
+def lora(down=None, up=None, **options):
+    return LoRA(zeros(2, 12) if down is None else down, zeros(17, 2) if up is None else up, **options)
 
 
 def spoilt(value):
@@ -55,6 +59,17 @@ WRONG = [
     *wrong("ES", TypeError, weight=[zeros(17, 12, dtype=torch.float64)]),
     *wrong("ES", ValueError, bias=[zeros(12), META.expand(17)]),
     *wrong("ES", TypeError, bias=[zeros(17, dtype=torch.float64), [0.0] * 17]),
+    *wrong("ES", TypeError, lora=[(zeros(2, 12), zeros(17, 2)), zeros(2, 12), [lora(), None]]),
+    *wrong("ES", TypeError, "lora.down must", lora=[lora(zeros(2, 12, dtype=torch.int8))]),
+    *wrong("ES", TypeError, "lora.down is", lora=[lora(zeros(2, 12, dtype=torch.float64))]),
+    *wrong("ES", TypeError, "lora.up is", lora=[lora(up=zeros(17, 2, dtype=torch.bfloat16))]),
+    *wrong("ES", ValueError, "lora.down", lora=[lora(zeros(12, 2)), lora(zeros(12)), lora(META.expand(2, 12))]),
+    *wrong("ES", ValueError, "lora.down is empty", lora=[lora(zeros(0)), lora(zeros(0, 12))]),  # as ZeRO-3 leaves it
+    *wrong("ES", ValueError, "lora.up", lora=[lora(up=zeros(17, 3)), lora(up=zeros(2, 17)), lora(up=zeros(0))]),
+    *wrong("ES", ValueError, r"lora\[1\].up", lora=[[lora(), lora(up=zeros(16, 2))]]),
+    *wrong("ES", TypeError, "lora.scale", lora=[lora(scale="1"), lora(scale=torch.ones(()))]),
+    *wrong("ES", ValueError, "lora.scale", lora=[lora(scale=math.nan)]),
+    *wrong("ES", ValueError, "lora.dropout", lora=[lora(dropout=1.5), lora(dropout=-0.1)]),
     *wrong("E", TypeError, labels=[zeros(4, 13), zeros(4, 13, dtype=torch.bool)]),
     *wrong("E", ValueError, labels=[zeros(13, 4, dtype=torch.int64), META.long().expand(4, 13)]),
     *wrong("E", ValueError, "labels .* got -1", labels=[labels(-1)]),

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch._inductor.config
-from cases import LOSSES, LossCase, assert_same, entropy_output, evaluate, leaves_of, losses
+from cases import LEAVES, LOSSES, LossCase, assert_same, entropy_output, evaluate, leaves_of, losses
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +19,8 @@ HEAD = ("the head", "the head, of columns")
 # losses with an operator of their own, and the operator of the head alone
 OPERATORS = ["cross-entropy", "row losses", "cross-entropy of rows", *(n for n in LOSSES if "flow, " in n)]
 OPERATORS += ["flow: mse, default", "flow: cosine, default", HEAD[1]]
-MAIN = pytest.mark.parametrize("name", [*OPERATORS, "sfr: mtp", HEAD[0]])
+OPERATORS += ["cross-entropy, lora", "row losses of rows, lora"]
+MAIN = pytest.mark.parametrize("name", [*OPERATORS, "sfr: mtp", "sfr: mtp, lora", HEAD[0]])
 
 
 def function_of(name: str, **options) -> tuple[SimpleNamespace, Callable]:
@@ -46,7 +47,7 @@ class Calls(TorchDispatchMode):
         return operator(*arguments, **(options or {}))
 
 
-def check_operators(name: str, trained: bool, **options) -> None:
+def check_operators(name: str, trained: bool, frozen: tuple = (), **options) -> None:
     """opcheck of every operator that is called in forward and, kept for another, in backward, with its arguments."""
 
     def leaf(t, wanted):  # with the strides it has, and no history
@@ -55,8 +56,8 @@ def check_operators(name: str, trained: bool, **options) -> None:
         return t.detach().requires_grad_(wanted and t.requires_grad) if isinstance(t, torch.Tensor) else t
 
     x, function = function_of(name, **options)
-    for p in leaves_of(x).values():
-        p.requires_grad_(trained)
+    for leaf_name, p in leaves_of(x).items():
+        p.requires_grad_(trained and leaf_name not in frozen)
     with Calls() as forward:
         value = function(x)
     with Calls() as backward:
@@ -76,19 +77,22 @@ def test_opcheck(name, trained):
     check_operators(name, trained)
 
 
-@losses("sfr: flow", "sfr: mse, default")
+@losses("sfr: flow", "sfr: mse, default", without=["lora"])  # where they take another operator
 def test_opcheck_with_the_norms_of_both_gradients(name):
     check_operators(name, True, return_norms=True)
 
 
-@pytest.mark.parametrize("name", ["cross-entropy", "row losses"])
-def test_opcheck_of_labels_that_are_not_counted(name, monkeypatch):
+UNCOUNTED = [("cross-entropy", ()), ("row losses", ()), ("cross-entropy, lora", ()), ("cross-entropy, lora", LEAVES)]
+
+
+@pytest.mark.parametrize("name, frozen", UNCOUNTED)
+def test_opcheck_of_labels_that_are_not_counted(name, frozen, monkeypatch):
     """A traced graph cannot count the supervised rows: the operator finds them."""
     real, traced = torch.library.opcheck, []
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
         patch.setattr(torch.library, "opcheck", lambda *call: traced.append(call))
-        check_operators(name, True)
+        check_operators(name, True, frozen)
     for operator, arguments in traced:
         real(operator, arguments)
 
@@ -119,11 +123,13 @@ def test_recomputing_in_backward_gives_the_same_gradients(name):
 
 STATS = dict(chunk_rows=5, return_stats=True)
 PLAIN = ("cross-entropy", *(f"flow: {kind}, default" for kind in ("flow", "mse", "cosine", "cka")))
-PLAIN += ("flow: flow, official", "sfr: flow, default", "sfr: mtp")
+PLAIN += ("flow: flow, official", "sfr: flow, default", "sfr: mtp", "cross-entropy, lora", "sfr: mtp, lora")
 COMPILED = {name: {} for name in PLAIN} | {
     "cross-entropy of rows": STATS | dict(label_smoothing=0.1),
     "row losses": STATS | dict(softcap=3.0),
     "sfr: flow, official": STATS,
+    "row losses of rows, lora": STATS,
+    "sfr: flow, official, lora": {},
     "sfr: mse, default": dict(return_norms=True),
 }
 

@@ -18,7 +18,7 @@ FILES = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["fi
 # Where a line is right that ignores an error, that is an error of its own.
 CALLS = f"""\
 from torch import Tensor, nn
-from sfr_kernels import attach, detach
+from sfr_kernels import LoRA, attach, detach
 hidden: Tensor; lm_head: nn.Linear; labels: Tensor; targets: Tensor; step: int
 {re.findall("```python.(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[-1]}
 loss: Tensor = out.loss
@@ -27,7 +27,7 @@ sfr_loss(hidden, lm_head.weight, head, rows, targets, config=config)  # type: ig
 sfr_loss(hidden, lm_head.weight, head, rows, targets, seed="3", config=config)  # type: ignore[arg-type]
 linear_cross_entropy(hidden, lm_head.weight, labels, logit_cap=30.0)  # type: ignore[call-overload]
 lse: Tensor = linear_cross_entropy(hidden, lm_head.weight, labels, return_stats=True)[1].lse
-loss = linear_cross_entropy(hidden, lm_head.weight, labels, softcap=30.0)
+loss = linear_cross_entropy(hidden, lm_head.weight, labels, softcap=30.0, lora=LoRA(hidden, hidden, scale=2.0))
 SFRConfig(loss="flows")  # type: ignore[arg-type]
 attach(model, objective="cross-entropy")  # type: ignore[arg-type]
 detach(model).shape  # type: ignore[union-attr]

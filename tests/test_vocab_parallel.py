@@ -11,12 +11,22 @@ import test_linear_cross_entropy as whole
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cases import IGNORE, LossCase, assert_as_good_as_eager, assert_same, decoder_case, evaluate, our_entropy
+from cases import (
+    IGNORE,
+    LossCase,
+    assert_as_good_as_eager,
+    assert_same,
+    decoder_case,
+    evaluate,
+    our_entropy,
+    with_adapters,
+)
 from torch import Tensor
 
 from sfr_kernels import LinearCrossEntropy, SupervisedRows
 
 SIZES = (13, 1, 23)  # classes of each process; all of them 37
+PARTS = ("weight", "bias", "up", "up_2")
 CHECKS = []
 
 
@@ -26,9 +36,10 @@ def check(function):
 
 
 def part_of(case: LossCase, classes: slice) -> LossCase:
-    """What one process has of a case: weight and bias cut, and how it says so."""
+    """What one process has of a case: the parts of its classes, and how it says so."""
     sharded = dict(process_group=dist.group.WORLD, vocab_start=classes.start)
-    return replace(case, weight=case.weight[classes], bias=case.bias[classes], options=case.options | sharded)
+    parts = {name: t[classes] for name in PARTS if (t := getattr(case, name)) is not None}
+    return replace(case, **parts, options=case.options | sharded)
 
 
 def ours(case: LossCase, classes: slice, *dtype, **options) -> dict[str, Tensor]:
@@ -38,7 +49,7 @@ def ours(case: LossCase, classes: slice, *dtype, **options) -> dict[str, Tensor]
 def exact(case: LossCase, classes: slice, *dtype, **options) -> dict[str, Tensor]:
     """The reference of the whole vocabulary, with the gradients of a part."""
     found = whole.exact(case, *dtype, **options)
-    return found | {name: found[name][classes] for name in ("weight", "bias")}
+    return found | {name: found[name][classes] for name in PARTS if name in found}
 
 
 def with_statistics(case: LossCase, **options) -> tuple:
@@ -70,6 +81,16 @@ def every_option_in_float64(classes, sizes):
                 others = [torch.empty_like(t) for _ in sizes]
                 dist.all_gather(others, t.contiguous())
                 assert all(torch.equal(t, other) for other in others)
+
+
+@check
+def adapters_that_are_spread_with_their_layer(classes, sizes):
+    for options in (dict(), dict(reduction="none"), dict(chunk_rows=4, label_smoothing=0.1)):
+        case = replace(with_adapters(decoder_case()), options=options)
+        wanted = exact(replace(case, options={k: v for k, v in options.items() if k != "chunk_rows"}), classes)
+        found = ours(case, classes)
+        assert found["down"].any() and found["up_2"].any()
+        assert_same(found, wanted, rtol=1e-9)
 
 
 @check

@@ -2,6 +2,7 @@
 
 from .flow_loss import flow_matching_loss
 from .linear_cross_entropy import linear_cross_entropy
+from .lora import LoRA
 from .sfr_loss import SFROutput, sfr_loss
 
-__all__ = ["SFROutput", "flow_matching_loss", "linear_cross_entropy", "sfr_loss"]
+__all__ = ["LoRA", "SFROutput", "flow_matching_loss", "linear_cross_entropy", "sfr_loss"]

@@ -34,16 +34,23 @@ class Inputs(NamedTuple):
     hidden: Tensor  # (N, H)
     weight: Tensor = None  # type: ignore[assignment]  # (V, H); None: the operator has no decoder
     bias: Tensor | None = None  # (V,)
+    low: Tensor | None = None  # (N, r) and
+    up: Tensor | None = None  # (V, r): what lora.py adds to the logits, low · upᵀ
     params: Sequence[Tensor] = ()  # of the velocity head
+
+
+_INPUTS = len(Inputs._fields)
 
 
 class Need(NamedTuple):
     """Which gradients are asked for."""
 
-    hidden: bool
-    weight: bool
-    bias: bool
-    params: Any  # forward: bool, any of them; backward: list of bool, each
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    low: bool = False
+    up: bool = False
+    params: Any = False  # forward: bool, any of them; backward: list of bool, each
 
 
 def pack(call: tuple) -> tuple[list[Tensor], list[float], list[int], str]:
@@ -109,21 +116,21 @@ class Operator:
         forward: Callable,  # (inputs, call, need) → list of tensors
         fake: Callable,  # the same, of tensors without data
         save: Callable,  # (ctx, inputs, call, output): keeps what backward needs
-        backward: Callable,  # (ctx, upstream, need) → gradients in the shape of `Inputs`
+        backward: Callable,  # (ctx, upstream, need) → gradients as `Inputs`
     ):
         self.call_type, self.forward, self.save, self.backward = call_type, forward, save, backward
 
         def function(
-            hidden: Tensor, weight: Tensor | None, bias: Tensor | None, params: Sequence[Tensor],
-            tensors: Sequence[Tensor], floats: Sequence[float], integers: Sequence[int], text: str,
-            need: Sequence[bool],
+            hidden: Tensor, weight: Tensor | None, bias: Tensor | None, low: Tensor | None, up: Tensor | None,
+            params: Sequence[Tensor], tensors: Sequence[Tensor], floats: Sequence[float], integers: Sequence[int],
+            text: str, need: Sequence[bool],
         ) -> list[Tensor]:  # fmt: skip
             call = unpack(call_type, tensors, floats, integers, text)
-            return forward(Inputs(hidden, weight, bias, params), call, Need(*need))
+            return forward(Inputs(hidden, weight, bias, low, up, params), call, Need(*need))
 
-        def fake_function(hidden, weight, bias, params, tensors, floats, integers, text, need):
+        def fake_function(hidden, weight, bias, low, up, params, tensors, floats, integers, text, need):
             call = unpack(call_type, tensors, floats, integers, text)
-            return fake(Inputs(hidden, weight, bias, params), call, Need(*need))
+            return fake(Inputs(hidden, weight, bias, low, up, params), call, Need(*need))
 
         self.op = torch.library.custom_op(f"sfr_kernels::{name}", function, mutates_args=())
         self.op.register_fake(fake_function)
@@ -131,9 +138,9 @@ class Operator:
 
     def __call__(self, x: Inputs, call: tuple) -> Sequence[Tensor]:
         grad = torch.is_grad_enabled()
-        flags = [grad and t is not None and t.requires_grad for t in x[:3]]
+        flags = [grad and t is not None and t.requires_grad for t in x[:-1]]
         need = Need(*flags, grad and any(p.requires_grad for p in x.params))
-        tensors = [t for t in (*x[:3], *x.params) if t is not None]  # `call` has constants, which were checked
+        tensors = [t for t in (*x[:-1], *x.params) if t is not None]  # `call` has constants, which were checked
         if has_tangent(tensors):
             raise NotImplementedError(
                 "the losses have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad, and what is "
@@ -143,17 +150,18 @@ class Operator:
             return self.through_dispatcher(x, call, need)
         if not grad:
             return self.forward(x, call, need)
-        return _Plain.apply(self, call, need, *x[:3], *x.params)
+        return _Plain.apply(self, call, need, *x[:-1], *x.params)
 
     def through_dispatcher(self, x: Inputs, call: tuple, need: Need) -> list[Tensor]:
-        return self.op(*x[:3], list(x.params), *pack(call), list(need))
+        return self.op(*x[:-1], list(x.params), *pack(call), list(need))
 
     def _setup_context(self, ctx, inputs, output):
-        call = unpack(self.call_type, *inputs[4:8])
+        x, rest = Inputs(*inputs[:_INPUTS]), inputs[_INPUTS:]
+        call = unpack(self.call_type, *rest[:4])
         # torch expects [None, …] for a list of tensors, an empty one included, and None for any other list
-        lists = [isinstance(v, list | tuple) and all(isinstance(t, Tensor) for t in v) for v in inputs[4:]]
-        ctx.rest = [[None] * len(v) if flag else None for v, flag in zip(inputs[4:], lists, strict=True)]
-        self._keep(ctx, Inputs(*inputs[:4]), call, output)
+        lists = [isinstance(v, list | tuple) and all(isinstance(t, Tensor) for t in v) for v in rest]
+        ctx.rest = [[None] * len(v) if flag else None for v, flag in zip(rest, lists, strict=True)]
+        self._keep(ctx, x, call, output)
 
     def _keep(self, ctx, x: Inputs, call: tuple, output: Sequence[Tensor]) -> None:
         self.save(ctx, x, call, output)
@@ -161,22 +169,22 @@ class Operator:
         ctx.set_materialize_grads(False)
 
     def _backward_of_op(self, ctx, grads):
-        return *self._gradients(ctx, grads[0], Need(*ctx.needs_input_grad[:4])), *ctx.rest
+        return *self._gradients(ctx, grads[0], Need(*ctx.needs_input_grad[:_INPUTS])), *ctx.rest
 
     def _gradients(self, ctx, upstream: Tensor | None, need: Need) -> Inputs:
         """A gradient for each input, None where it is not needed."""
         if upstream is None:
             return Inputs(None, params=[None] * len(need.params))
         *found, params = self.backward(ctx, upstream, need)
-        return Inputs(*(g if flag else None for g, flag in zip(found, need[:3], strict=True)), params)
+        return Inputs(*(g if flag else None for g, flag in zip(found, need[:-1], strict=True)), params)
 
 
 class _Plain(torch.autograd.Function):
     """An operator called straight through autograd."""
 
     @staticmethod
-    def forward(ctx, operator: Operator, call: tuple, need: Need, hidden, weight, bias, *params):
-        ctx.operator, x = operator, Inputs(hidden, weight, bias, params)
+    def forward(ctx, operator: Operator, call: tuple, need: Need, *inputs):
+        ctx.operator, x = operator, Inputs(*inputs[: _INPUTS - 1], inputs[_INPUTS - 1 :])
         output = operator.forward(x, call, need)
         operator._keep(ctx, x, call, output)
         return tuple(output)
@@ -184,8 +192,9 @@ class _Plain(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         flags = ctx.needs_input_grad[3:]
+        need = Need(*flags[: _INPUTS - 1], flags[_INPUTS - 1 :])
         with torch.no_grad():
-            *found, params = ctx.operator._gradients(ctx, upstream, Need(*flags[:3], flags[3:]))
+            *found, params = ctx.operator._gradients(ctx, upstream, need)
         found += params
         if torch.is_grad_enabled():  # create_graph: a gradient without a history would be taken for a constant
             refuse = torch._C._functions.DelayedError(b"the losses have first derivatives only", 1)
@@ -221,8 +230,10 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The gradients that a loss leaves: its outputs end with dh (n, H); dW and db if it has a decoder; the two buffers of
-# the head's parameters if it has some. Each is empty where it is not needed.
+# The gradients that a loss leaves: its outputs end with dh (n, H); dW and db if it has a decoder, and dlow (n, r) and
+# dup if that has adapters; the two buffers of the head's parameters if it has some. Each is empty where not needed.
+
+OF_ROWS = 0, 3  # where dh and dlow are, which have a row for each of the supervised ones
 
 
 class SavedGradients(NamedTuple):
@@ -237,7 +248,8 @@ class SavedGradients(NamedTuple):
 def saved_gradients(x: Inputs, call, output: Sequence[Tensor]) -> tuple[list[Tensor | None], SavedGradients]:
     """Of a `call` that has normalizer, backend and token_row (None: it is the output before the gradients)."""
     params = [(p.shape, p.dtype) for p in x.params]
-    saved = SavedGradients(0 if x.weight is None else 2, params, x.hidden.dtype, call.backend)
+    num_decoder = 0 if x.weight is None else 2 if x.up is None else 4
+    saved = SavedGradients(num_decoder, params, x.hidden.dtype, call.backend)
     first = len(output) - 1 - saved.num_decoder - (2 if saved.params else 0)
     token_row = output[first - 1] if call.token_row is None else call.token_row
     return [split_normalizer(call.normalizer, saved.dtype)[1], token_row, *output[first:]], saved
@@ -249,14 +261,14 @@ def keep_gradients(ctx, x: Inputs, call, output: Sequence[Tensor]) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def finish_gradients(ctx, upstream: Tensor, need: Need) -> tuple:
+def finish_gradients(ctx, upstream: Tensor, need: Need) -> Inputs:
     """`backward` of a loss."""
     return finish(ctx.saved_tensors, ctx.saved, upstream, need)
 
 
 def finish(
     tensors: Sequence[Tensor | None], saved: SavedGradients, upstream: Tensor, need: Need, fresh: bool = False
-) -> tuple:
+) -> Inputs:
     """The gradients that forward left, each times upstream / normalizer, in its place and dtype."""
     normalizer, token_row, *grads = tensors
     factor = upstream.to(wide_dtype(saved.dtype))
@@ -270,14 +282,13 @@ def finish(
         found = scale_gradients_op(*arguments)
     else:
         found = scale_gradients(*arguments, in_place=True)
-    dhidden, *found = found
-    dweight, dbias = found[:2] if saved.num_decoder else (None, None)
-    return dhidden, dweight, dbias, parameter_grads(found[saved.num_decoder :], saved.params, need.params)
+    params = parameter_grads(found[len(grads) :], saved.params, need.params)
+    return Inputs(*found[: len(grads)], params=params)
 
 
 def scale_gradients(
     factor: Tensor,  # zero-dim
-    token_row: Tensor,  # (N,) int32, the row of dh of each token; empty: dh has one for every token, in order
+    token_row: Tensor,  # (N,) int32, the row of each token; empty: there is one for every token, in order
     grads: Sequence[Tensor],  # dh (n, H), then the decoder's gradients
     head: Sequence[Tensor],
     dtype: torch.dtype,  # of dhidden and the decoder's gradients
@@ -286,15 +297,18 @@ def scale_gradients(
     in_place: bool = False,  # write over what has its final dtype and place
 ) -> list[Tensor]:
     """[dhidden (N, H), …], each times the factor in float32; all of them new unless `in_place`."""
+
+    def scaled(x: Tensor, wanted: torch.dtype) -> Tensor:
+        return scale_(backend, x, factor) if in_place and x.dtype == wanted else scale(backend, x, factor, wanted)
+
     with without_autocast(factor):
-        found = [(x, dtype) for x in grads] + [(x, head_dtype) for x in head]
-        first = []
-        if token_row.numel():
-            first, found = [scatter_rows(backend, grads[0], factor, token_row, dtype)], found[1:]
-        return first + [
-            scale_(backend, x, factor) if in_place and x.dtype == wanted else scale(backend, x, factor, wanted)
-            for x, wanted in found
+        found = [
+            scatter_rows(backend, x, factor, token_row, dtype)
+            if i in OF_ROWS and token_row.numel()
+            else scaled(x, dtype)
+            for i, x in enumerate(grads)
         ]
+        return found + [scaled(x, head_dtype) for x in head]
 
 
 @torch.library.custom_op("sfr_kernels::scale_gradients", mutates_args=())
@@ -307,10 +321,11 @@ def scale_gradients_op(
 
 @scale_gradients_op.register_fake
 def _(factor, token_row, grads, head, dtype, head_dtype, backend):
-    dh, *decoder = grads
-    rest = [(x, dtype) for x in decoder] + [(x, head_dtype) for x in head]
-    shape = (token_row.shape[0] or dh.shape[0], dh.shape[1])
-    return [dh.new_empty(shape, dtype=dtype), *(torch.empty_like(x, dtype=t) for x, t in rest)]
+    found = [
+        x.new_empty((token_row.shape[0] or x.shape[0], x.shape[1]) if i in OF_ROWS else x.shape, dtype=dtype)
+        for i, x in enumerate(grads)
+    ]
+    return [*found, *(torch.empty_like(x, dtype=head_dtype) for x in head)]
 
 
 def _graph_is_kept() -> bool:

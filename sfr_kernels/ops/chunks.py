@@ -1,9 +1,11 @@
 """The chunk loop of the cross-entropy of a linear layer, over rows that are all supervised.
 
 Per chunk of rows the logits are made in one reused buffer, turned into their gradient in place, and multiplied out at
-once: dW += dzᵀ h, dh = dz W.
+once: dW += dzᵀ h, dh = dz W. With adapters, whose h Aᵀ is `low` and whose B is `up` (lora.py), likewise
+z = low upᵀ + h Wᵀ, dup += dzᵀ low, dlow = dz up.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from ..kernels import empty_rows
 from ..kernels.softmax_xent import RowStats, softmax_xent
-from .autograd import Need
+from .autograd import OF_ROWS, Inputs, Need
 from .numerics import aligned, product_into, wide_dtype
 from .vocab_parallel import VocabShard, sharded_softmax_xent
 
@@ -89,71 +91,86 @@ def product_blocks(rows: int) -> list[slice]:
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """h Wᵀ + b in `out`, whose dtype may be wider than that of the factors; rounded once, bias included."""
+def _logits(x: Inputs, chunk: slice, out: Tensor) -> Tensor:
+    """h Wᵀ + b in `out`, whose dtype may be wider than that of the factors; rounded once, bias included. With adapters
+    what they add is made and rounded first, and the sum of all is rounded once."""
+    h, bias = x.hidden[chunk], x.bias
+    products = [(h, x.weight)] if x.low is None else [(x.low[chunk], x.up), (h, x.weight)]
+    with_bias = bias is not None and out.dtype == h.dtype
     for block in product_blocks(h.shape[0]):
-        if bias is not None and out.dtype == h.dtype:
-            torch.addmm(bias, h[block], weight.T, out=out[block])
-        else:
-            product_into(out[block], h[block], weight.T)
-    return out if bias is None or out.dtype == h.dtype else out.add_(bias)
+        for i, (rows, matrix) in enumerate(products):
+            if i == 0 and with_bias:
+                torch.addmm(bias, rows[block], matrix.T, out=out[block])
+            else:
+                product_into(out[block], rows[block], matrix.T, add=i > 0)
+    return out if bias is None or with_bias else out.add_(bias)
 
 
 def run_chunks(
     backend: str,
-    h: Tensor,  # (n, H)
-    weight: Tensor,  # (V, H)
-    bias: Tensor | None,  # (V,)
+    x: Inputs,  # hidden (n, H) and low (n, r) of the rows
     loss: LogitLoss,
     need: Need,
     dweight_dtype: torch.dtype,
     dh: Tensor | None = None,  # (n, H), where to write the gradient of h; may be h
-) -> tuple[Tensor, RowStats, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, RowStats, Sequence[Tensor]]:
     """The chunk loop: row losses (n,) in float32 (float64 for float64), their statistics, and the gradients of
-    Σ_r row_weight[r] ℓ_r, empty where not needed: dh, dW in `dweight_dtype` and db in the dtype of the losses. Where H
-    is odd, the rows of dh and dW are padded."""
-    n, hidden_size = h.shape
-    grad = need.hidden or need.weight or need.bias
+    Σ_r row_weight[r] ℓ_r, empty where not needed: dh, dW in `dweight_dtype` and db in the dtype of the losses; with
+    adapters dlow, and dup in the dtype of the losses. Where H or r is odd, rows are padded."""
+    h, (n, hidden_size) = x.hidden, x.hidden.shape
+    grad = any(need[:-1])
     wide, logits_dtype = wide_dtype(h.dtype), loss.logits_dtype or h.dtype
     shard = VocabShard(loss.group, loss.vocab_start, loss.debug) if loss.group else None
     on_cpu = h.is_cpu and h.dtype == wide
     rows = loss.chunk_rows or chunk_rows_for(n, hidden_size, logits_dtype, need.weight, on_cpu)
     rows = max(1, min(rows, n))
-    h, weight, vocab = aligned(h), aligned(weight), weight.shape[0]
+    h, weight, vocab = aligned(h), aligned(x.weight), x.weight.shape[0]
+    x = x._replace(hidden=h, weight=weight)
     buffer_rows = rows if loss.chunk_rows or rows < _BUFFER_ROWS else -(-rows // _BUFFER_ROWS) * _BUFFER_ROWS
     buffer = empty_rows(buffer_rows, vocab, logits_dtype, h.device)
     losses, stats = h.new_empty(n, dtype=wide), loss.empty_stats(h, n)
+    partial = h.dtype if shard is None else wide  # a part of a sum over the group
     if not need.hidden:
         dh = h.new_empty(0, 0)
-    elif shard is not None:
-        dh = empty_rows(n, hidden_size, wide, h.device)  # a part of a sum over the group
-    elif dh is None:
-        dh = empty_rows(n, hidden_size, h.dtype, h.device)
+    elif dh is None or shard is not None:
+        dh = empty_rows(n, hidden_size, partial, h.device)
     dw = empty_rows(vocab, hidden_size, dweight_dtype, h.device) if need.weight else h.new_empty(0)
-    if need.weight and n == 0:
-        dw.zero_()
     db = h.new_zeros(vocab, dtype=wide) if need.bias else h.new_empty(0)
+    grads, back = [dh, dw, db], [(dh, weight)] if need.hidden else []
+    across = [(dw, h)] if need.weight else []
+    if x.up is not None:
+        low, up = aligned(x.low), aligned(x.up)
+        x, rank = x._replace(low=low, up=up), up.shape[1]
+        dlow = empty_rows(n, rank, partial, h.device) if need.low else h.new_empty(0, 0)
+        dup = empty_rows(vocab, rank, wide, h.device) if need.up else h.new_empty(0)
+        grads += [dlow, dup]
+        back += [(dlow, up)] if need.low else []
+        across += [(dup, low)] if need.up else []
+    for total, _ in across if n == 0 else ():
+        total.zero_()
     for start in range(0, n, rows):
         chunk = slice(start, min(start + rows, n))
-        x = _logits(h[chunk], weight, bias, buffer[: chunk.stop - start])
+        z = _logits(x, chunk, buffer[: chunk.stop - start])
         row_weight = None if loss.row_weight is None else loss.row_weight[chunk]
         options = dict(loss.options(), need_grad=grad, need_stats=loss.need_stats)
         if shard is None:
-            losses[chunk], found = softmax_xent(backend, x, loss.labels[chunk], row_weight, **options)
+            losses[chunk], found = softmax_xent(backend, z, loss.labels[chunk], row_weight, **options)
         else:
-            losses[chunk], found = sharded_softmax_xent(backend, shard, x, loss.labels[chunk], row_weight, **options)
+            losses[chunk], found = sharded_softmax_xent(backend, shard, z, loss.labels[chunk], row_weight, **options)
         if found is not None:
             for to, values in zip(stats, found, strict=True):
                 to[chunk] = values
         if grad:
-            dz = x if x.dtype == h.dtype else empty_rows(*x.shape, h.dtype, h.device).copy_(x)
-            if need.weight:
-                product_into(dw, dz.T, h[chunk], add=start > 0)
+            dz = z if z.dtype == h.dtype else empty_rows(*z.shape, h.dtype, h.device).copy_(z)
+            for total, factor in across:
+                product_into(total, dz.T, factor[chunk], add=start > 0)
             if need.bias:
-                db += x.sum(0, dtype=wide)
-            if need.hidden:
+                db += z.sum(0, dtype=wide)
+            for out, factor in back:
                 for block in product_blocks(dz.shape[0]):
-                    product_into(dh[chunk][block], dz[block], weight)
-    if need.hidden and shard is not None:
-        dh = shard.sum(dh.contiguous()).to(h.dtype)
-    return losses, stats, dh, dw, db
+                    product_into(out[chunk][block], dz[block], factor)
+    if shard is not None:
+        grads = [
+            shard.sum(g.contiguous()).to(h.dtype) if i in OF_ROWS and g.numel() else g for i, g in enumerate(grads)
+        ]
+    return losses, stats, grads

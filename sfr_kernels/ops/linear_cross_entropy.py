@@ -1,4 +1,4 @@
-"""Cross-entropy of logits = hidden · weightᵀ + bias over the supervised rows: the public function and its operator.
+"""Cross-entropy of a linear layer's logits over the supervised rows: the public function and its operator.
 
 The supervised rows are gathered and go through the chunk loop (chunks.py), which computes the gradients together with
 the loss; backward only scales them. With reduction="none" every row has its own upstream gradient, known in backward
@@ -20,12 +20,14 @@ from ..kernels.softmax_xent import RowStats
 from ..rows import IGNORE_INDEX, SupervisedRows
 from .autograd import Inputs, Need, Operator, finish, finish_gradients, keep_gradients, pack, saved_gradients, unpack
 from .chunks import LogitLoss, run_chunks
+from .lora import LoRA, adapters_of, with_adapters
 from .numerics import autocast_dtype, gather_rows, split_normalizer, wide_dtype, without_autocast
 from .validate import (
     check_class_weight,
     check_decoder,
     check_hidden,
     check_logit_options,
+    check_lora,
     check_memory,
     check_reduction,
     check_supervision,
@@ -37,6 +39,7 @@ class CrossEntropyOptions(TypedDict, total=False):
     """The options of `linear_cross_entropy`, for type checkers."""
 
     bias: Tensor | None
+    lora: LoRA | Sequence[LoRA] | None
     shift: bool | int
     ignore_index: int
     reduction: str
@@ -75,6 +78,7 @@ def linear_cross_entropy(
     labels: Labels,  # (...) integers
     *,
     bias: Tensor | None = None,  # (V,)
+    lora: LoRA | Sequence[LoRA] | None = None,
     shift: bool | int = False,
     ignore_index: int = IGNORE_INDEX,
     reduction: str = "mean",
@@ -96,10 +100,11 @@ def linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, RowStats]:
     """Cross-entropy of a linear layer's logits; rows with `labels == ignore_index` cost nothing.
 
-    Formula: `reference.linear_cross_entropy`. Differentiable in hidden, weight and bias, once.
+    Formula: `reference.linear_cross_entropy`. Differentiable in hidden, weight, bias and adapters, once.
 
     labels          classes, or `SupervisedRows`, which know the number of rows; counting bare labels costs one
                     device sync.
+    lora            adapters of the linear layer, one or several: their logits are added to its own, chunk by chunk.
     shift           position p predicts labels[..., p + shift]; True is 1. `SupervisedRows` are shifted as they are.
     reduction       "mean": Σ_r w_r ℓ_r / normalizer (default: the number of supervised rows, or with class_weight the
                     sum of those of their classes); "sum": the sum; "none": w_r ℓ_r like hidden without its last
@@ -114,9 +119,9 @@ def linear_cross_entropy(
                     memory beyond the gradients is one chunk of logits; each chunk then rounds dW once more.
     return_stats    also gives log-sum-exp, argmax, entropy and correctness of each supervised row, in the order of the
                     flattened labels, or of the rows.
-    process_group   the group over which the vocabulary is spread: weight and bias hold the classes from `vocab_start`
-                    on. All else must be the same in every process, and so are then the loss and hidden's gradient,
-                    which is the whole one.
+    process_group   the group over which the vocabulary is spread: weight, bias and lora's `up` hold the classes from
+                    `vocab_start` on. All else must be the same in every process, and so are then the loss and the
+                    gradients of hidden and lora's `down`, which are the whole ones.
     debug           checks the labels at once, a device sync. Without it, a label outside [0, V) is a ValueError on
                     the CPU and a failing assertion on a GPU (with process_group: a NaN).
 
@@ -125,6 +130,8 @@ def linear_cross_entropy(
     """
     check_hidden(hidden)
     check_decoder(hidden, weight, bias)
+    adapters = adapters_of(lora)
+    check_lora(hidden, weight, adapters)
     check_supervision(hidden, labels, row_weight, ignore_index)
     check_reduction(labels, shift, reduction, normalizer)
     check_memory(hidden, logits_dtype, chunk_rows, accum_dtype)
@@ -172,10 +179,11 @@ def linear_cross_entropy(
     if backend == "reference":
         if return_stats or group:
             raise ValueError("return_stats and process_group are not served by backend='reference'")
-        loss = _reference(x, logits, rows)
+        loss = _reference(x, adapters, logits, rows)
         if per_row:
             return loss.new_zeros(x.hidden.shape[0]).index_copy(0, rows, loss).view(shape)
         return loss.sum() / norm
+    x = with_adapters(x, adapters)
     loss, *stats = cross_entropy(x, CrossEntropyCall(rows, token_row, norm, backend, ignored, per_row, logits))
     loss = loss.view(shape) if per_row else loss
     return (loss, RowStats(*stats)) if return_stats else loss
@@ -204,13 +212,15 @@ def _group_name(process_group: "dist.ProcessGroup | None", vocab_start: int) -> 
     return process_group.group_name
 
 
-def _reference(x: Inputs, logits: LogitLoss, rows: Tensor) -> Tensor:
+def _reference(x: Inputs, adapters: Sequence[LoRA], logits: LogitLoss, rows: Tensor) -> Tensor:
     """The row losses."""
     check_labels(logits.labels, x.weight.shape[0], debug=True)
+    dtype = x.hidden.dtype
+    adapters = [a._replace(down=a.down.to(dtype), up=a.up.to(dtype)) for a in adapters]
     with torch.autocast(x.hidden.device.type, enabled=False):
         return reference.linear_cross_entropy(
-            x.hidden[rows], x.weight, logits.labels, bias=x.bias, row_weight=logits.row_weight, ignore_index=-1,
-            **logits.options(),
+            x.hidden[rows], x.weight, logits.labels, bias=x.bias, lora=adapters, row_weight=logits.row_weight,
+            ignore_index=-1, **logits.options(),
         )  # fmt: skip
 
 
@@ -232,13 +242,15 @@ class CrossEntropyCall(NamedTuple):
 
 
 def _forward(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
-    """[loss, lse, predicted, entropy, correct, (token_row where it was not given), dh (n, H), dW, db].
+    """[loss, lse, predicted, entropy, correct, (token_row where it was not given), dh (n, H), dW, db, (dlow (n, r),
+    dup with adapters)].
 
     loss is a scalar, or (N,) with `per_row`, where the gradients are left to backward.
     """
     with without_autocast(x.hidden):
-        h, logits, token_row = _gather(x.hidden, call)
-        n, row_weight = logits.labels.shape[0], logits.row_weight
+        tokens, hidden = x.hidden.shape[0], x.hidden
+        x, logits, token_row = _gather(x, call)
+        h, n, row_weight = x.hidden, logits.labels.shape[0], logits.row_weight
         if n == 0:
             warn_of_no_rows()
         if not (logits.group or call.checked):
@@ -246,11 +258,11 @@ def _forward(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
         early, late = split_normalizer(call.normalizer, h.dtype)
         if early is not None:
             row_weight = (1 / early).expand(n) if row_weight is None else row_weight.to(early.dtype) / early
-        dw_dtype = logits.dweight_dtype(x.hidden.shape[0] if call.ignore_index is not None else n, h)
-        need = Need(False, False, False, False) if call.per_row else need
+        dw_dtype = logits.dweight_dtype(tokens if call.ignore_index is not None else n, h)
+        need = Need() if call.per_row else need
         # h is a copy: its gradient may overwrite it
-        logits, dh = logits._replace(row_weight=row_weight), h if h is not x.hidden else None
-        loss, stats, *grads = run_chunks(call.backend, h, x.weight, x.bias, logits, need, dw_dtype, dh)
+        logits, dh = logits._replace(row_weight=row_weight), h if h is not hidden else None
+        loss, stats, grads = run_chunks(call.backend, x, logits, need, dw_dtype, dh)
         if not call.per_row:
             loss = loss.sum() if late is None else loss.sum() / late
         elif token_row is not None:
@@ -265,8 +277,8 @@ def _fake(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
     (tokens, width), wide = x.hidden.shape, wide_dtype(x.hidden.dtype)
     n: Any = call.logits.labels.shape[0]
     dw_dtype = call.logits.dweight_dtype(n, x.hidden)
-    need = Need(False, False, False, False) if call.per_row else need
-    if call.ignore_index is not None and (call.logits.need_stats or need.hidden):
+    need = Need() if call.per_row else need
+    if call.ignore_index is not None and (call.logits.need_stats or need.hidden or need.low):
         n = torch.library.get_ctx().new_dynamic_size()
     found = []
     if call.token_row is None:
@@ -278,19 +290,33 @@ def _fake(x: Inputs, call: CrossEntropyCall, need: Need) -> list[Tensor]:
         x.hidden.new_empty((n, width) if need.hidden else (0, 0)),
         x.weight.new_empty(x.weight.shape, dtype=dw_dtype) if need.weight else x.hidden.new_empty(0),
         x.hidden.new_empty(x.weight.shape[0], dtype=wide) if need.bias else x.hidden.new_empty(0),
+        *fake_adapter_grads(x, n, need),
     ]
 
 
-def _gather(hidden: Tensor, call: CrossEntropyCall) -> tuple[Tensor, LogitLoss, Tensor | None]:
-    """The supervised rows of hidden, labels and row_weight, and the row of each token; None if all are supervised."""
+def fake_adapter_grads(x: Inputs, n: int, need: Need) -> list[Tensor]:
+    """Tensors like the gradients dlow of n rows, and dup; none without adapters."""
+    if x.up is None:
+        return []
+    rank, wide = x.up.shape[1], wide_dtype(x.up.dtype)
+    return [
+        x.up.new_empty((n, rank) if need.low else (0, 0)),
+        x.hidden.new_empty(x.up.shape, dtype=wide) if need.up else x.hidden.new_empty(0),
+    ]
+
+
+def _gather(x: Inputs, call: CrossEntropyCall) -> tuple[Inputs, LogitLoss, Tensor | None]:
+    """The supervised rows of hidden, low, labels and row_weight, and the row of each token; None if all are
+    supervised."""
     rows, token_row, logits = call.rows, call.token_row, call.logits
     if rows is None:
         if call.ignore_index is None:
-            return hidden, logits, None
+            return x, logits, None
         rows, token_row = supervised_rows(logits.labels, call.ignore_index)
         weight = None if logits.row_weight is None else logits.row_weight.index_select(0, rows)
         logits = logits._replace(labels=logits.labels.index_select(0, rows), row_weight=weight)
-    return gather_rows(hidden, rows), logits, token_row
+    low = None if x.low is None else gather_rows(x.low, rows)
+    return x._replace(hidden=gather_rows(x.hidden, rows), low=low), logits, token_row
 
 
 def supervised_rows(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -315,16 +341,17 @@ def _save(ctx, x: Inputs, call: CrossEntropyCall, output) -> None:
         if type(call.normalizer) is not Tensor:  # traced: what backward reads must be in the graph
             ctx.call = None
             tensors, *ctx.packed = pack(call)
-        ctx.save_for_backward(*x[:3], *tensors)
+        ctx.save_for_backward(*x[:-1], *tensors)
     else:
         keep_gradients(ctx, x, call, output)
 
 
-def _backward(ctx, upstream: Tensor, need: Need) -> tuple:
+def _backward(ctx, upstream: Tensor, need: Need) -> Inputs:
     if not ctx.per_row:
         return finish_gradients(ctx, upstream, need)
-    hidden, weight, bias, *tensors = ctx.saved_tensors
-    x, call = Inputs(hidden, weight, bias), ctx.call or unpack(CrossEntropyCall, tensors, *ctx.packed)
+    hidden, weight, bias, low, up, *tensors = ctx.saved_tensors
+    x = Inputs(hidden, weight, bias, low, up)
+    call = ctx.call or unpack(CrossEntropyCall, tensors, *ctx.packed)
     upstream = upstream.to(wide_dtype(hidden.dtype))
     row_weight = upstream if call.rows is None else upstream.index_select(0, call.rows)
     if call.logits.row_weight is not None:
@@ -333,7 +360,7 @@ def _backward(ctx, upstream: Tensor, need: Need) -> tuple:
     logits = call.logits._replace(row_weight=row_weight, need_stats=False, debug=False)
     call = call._replace(per_row=False, normalizer=one, logits=logits, checked=True)
     again = _forward if ctx.call else linear_cross_entropy_op.through_dispatcher
-    output = again(x, call, Need(*need[:3], params=False))
+    output = again(x, call, need._replace(params=False))
     # with factor 1: the gradients only change dtype and place
     return finish(*saved_gradients(x, call, output), one, need, fresh=True)
 
@@ -342,7 +369,7 @@ linear_cross_entropy_op = Operator("linear_cross_entropy", CrossEntropyCall, _fo
 
 
 def cross_entropy(x: Inputs, call: CrossEntropyCall) -> Sequence[Tensor]:
-    """[loss, lse, predicted, entropy, correct], differentiable in hidden, weight and bias."""
+    """[loss, lse, predicted, entropy, correct], differentiable in the inputs."""
     return linear_cross_entropy_op(x, call)[:5]
 
 

@@ -4,9 +4,11 @@ The rows are ordered [flow only | both | CE only], so the head sees the first ro
 last ones, without another copy. Both write into one dh: first the lm_head's product, then the head's is added to it.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
@@ -28,7 +30,14 @@ from .flow_loss import (
     run_flow,
     seed_tensor,
 )
-from .linear_cross_entropy import CrossEntropyCall, check_labels, cross_entropy, warn_of_no_rows
+from .linear_cross_entropy import (
+    CrossEntropyCall,
+    check_labels,
+    cross_entropy,
+    fake_adapter_grads,
+    warn_of_no_rows,
+)
+from .lora import LoRA, adapters_of, low_rank, with_adapters
 from .numerics import autocast_dtype, gather_rows, split_normalizer, wide_dtype, without_autocast
 from .validate import (
     check_decoder,
@@ -36,6 +45,7 @@ from .validate import (
     check_flow_hidden,
     check_hidden,
     check_logit_options,
+    check_lora,
     check_memory,
     check_number,
     normalizer_of,
@@ -66,6 +76,7 @@ def sfr_loss(
     config: SFRConfig,
     flow_hidden: Tensor | None = None,  # like hidden, of another layer: what L_flow is of; None: hidden
     bias: Tensor | None = None,  # (V,)
+    lora: LoRA | Sequence[LoRA] | None = None,
     flow_weight: float | Tensor | None = None,  # λ; None is config.flow_weight, 1 for "auto"
     normalizer: float | Tensor | None = None,
     softcap: float | None = None,
@@ -82,11 +93,13 @@ def sfr_loss(
     """L_CE + λ L_flow over the same rows, with one normalizer (None: the supervised rows of this call).
 
     Equal to `linear_cross_entropy` + λ · `flow_matching_loss` in value and in every gradient.
-    softcap, logit_scale, label_smoothing, z_loss, chunk_rows, accum_dtype and debug are those of
-    `linear_cross_entropy`; return_stats fills the output's `stats`, in the order of rows.rows[rows.ce_start:].
+    lora, softcap, logit_scale, label_smoothing, z_loss, chunk_rows, accum_dtype and debug are those of
+    `linear_cross_entropy`; "mtp" decodes with the adapters, too. return_stats fills the output's `stats`, in the order
+    of rows.rows[rows.ce_start:].
     return_norms fills its `norms`, and changes no bit of the loss and the gradients. In 16 bit the second is that of
     the change that L_flow makes to the rounded gradient of L_CE: below 2⁻⁹ of the latter (bfloat16; float16: 2⁻¹²) it
     is rounding. hidden must require a gradient then, and flow_hidden be None: gradients at two layers do not compare.
+    With lora they take another pass of L_CE.
     targets, times, flow_weight, normalizer and rows.weight are constants: none may require a gradient.
     Raises TypeError or ValueError naming the argument. No rows give 0, still connected to the graph.
     """
@@ -94,13 +107,16 @@ def sfr_loss(
     check_flow(hidden, head, rows, targets, times, seed, config)
     check_decoder(hidden, weight, bias)
     check_flow_hidden(flow_hidden, hidden)
+    adapters = adapters_of(lora)
+    check_lora(hidden, weight, adapters)
     if return_norms and flow_hidden is not None:
         raise ValueError("return_norms has no meaning with flow_hidden: gradients at two layers do not compare")
     if return_norms and not (torch.is_grad_enabled() and hidden.requires_grad):
         raise ValueError("hidden must require a gradient, and gradients be enabled, where return_norms is asked for")
     joint = config.loss in ("flow", "mse") and flow_hidden is None
-    if return_norms and not joint and torch.compiler.is_compiling():
-        raise ValueError(f"return_norms is not served under torch.compile for loss={config.loss!r}")
+    if return_norms and (adapters or not joint) and torch.compiler.is_compiling():
+        given = "lora" if adapters else f"loss={config.loss!r}"
+        raise ValueError(f"return_norms is not served under torch.compile for {given}")
     flow_weight = config.first_weight if flow_weight is None else flow_weight
     check_number("flow_weight", flow_weight)
     check_logit_options(softcap, logit_scale, label_smoothing, z_loss)
@@ -120,40 +136,50 @@ def sfr_loss(
         params, scales = reference_head(head, hidden.dtype)
         loss, ce, flow = reference.sfr_loss(
             hidden, weight, params, rows, targets, times, seed=seed_tensor(seed, hidden.device), config=config,
-            flow_hidden=flow_hidden, bias=bias, flow_weight=lam, normalizer=norm, **scales, **logits.options(),
+            flow_hidden=flow_hidden, bias=bias, lora=adapters, flow_weight=lam, normalizer=norm, **scales,
+            **logits.options(),
         )  # fmt: skip
-        norms = _squared_norms(ce, lam * flow, hidden, norm) if return_norms else None
+        norms = _squared_norms([ce, lam * flow], hidden, norm) if return_norms else None
         return SFROutput(loss.to(norm.dtype), ce.detach().to(norm.dtype), flow.detach().to(norm.dtype), norms=norms)
     x = Inputs(
         hidden.reshape(-1, hidden.shape[-1]).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     )
+    x = with_adapters(x, adapters)
     flow_norm = flow_normalizer(norm, rows, config)
     if joint:
         x = x._replace(params=[*named_parameters(head).values()])
         path = flow_of(rows, targets, times, seed, config, head)
         joint_call = SFRCall(rows.rows, rows.token_row, norm, backend, lam, flow_norm, logits, path, return_norms)
         loss, ce, flow, norms, *stats = sfr_loss_op(x, joint_call)[:8]
+        if return_norms and adapters:  # the operator does not see the way from h to low
+            fixed = x._replace(weight=x.weight.detach(), bias=None if x.bias is None else x.bias.detach(), params=())
+            again, *_ = cross_entropy(fixed, _entropy_call(rows, norm, backend, logits))
+            norms = torch.cat([_squared_norms([again], x.hidden, norm), norms[1:]])
         return SFROutput(loss, ce, flow, RowStats(*stats) if return_stats else None, norms if return_norms else None)
-    token_row = rows.token_row - rows.ce_start
-    call = CrossEntropyCall(rows.rows[rows.ce_start :], token_row, norm, backend, None, False, logits)
+    call = _entropy_call(rows, norm, backend, logits)
     ce, *stats = cross_entropy(x, call)
     h = x.hidden if flow_hidden is None else flow_hidden.reshape(x.hidden.shape).to(dtype)
     if config.loss == "mtp":
-        flow = _mtp(x._replace(hidden=h), head, rows, targets, call._replace(normalizer=flow_norm))
+        flow = _mtp(x._replace(hidden=h), adapters, head, rows, targets, call._replace(normalizer=flow_norm))
     elif config.loss in ("cosine", "cka"):
         flow = cosine_or_cka(backend, h, head, rows, targets, config, flow_norm)
     else:
         path = flow_of(rows, targets, times, seed, config, head)
         flow_call = FlowCall(rows.rows[: rows.num_flow], rows.token_row, flow_norm, backend, path)
         flow = flow_loss_op(Inputs(h, params=[*named_parameters(head).values()]), flow_call)[0]
-    norms = _squared_norms(ce, lam * flow, x.hidden, norm) if return_norms else None
+    norms = _squared_norms([ce, lam * flow], x.hidden, norm) if return_norms else None
     return SFROutput(ce + lam * flow, ce.detach(), flow.detach(), RowStats(*stats) if return_stats else None, norms)
 
 
-def _squared_norms(ce: Tensor, flow: Tensor, hidden: Tensor, normalizer: Tensor) -> Tensor:
-    """Those of two losses with graphs, by a backward pass of each, scaled so that float16 does not underflow."""
+def _entropy_call(rows: SupervisedRows, normalizer: Tensor, backend: str, logits: LogitLoss) -> CrossEntropyCall:
+    token_row = rows.token_row - rows.ce_start
+    return CrossEntropyCall(rows.rows[rows.ce_start :], token_row, normalizer, backend, None, False, logits)
+
+
+def _squared_norms(losses: Sequence[Tensor], hidden: Tensor, normalizer: Tensor) -> Tensor:
+    """Those of losses with graphs, by a backward pass of each, scaled so that float16 does not underflow."""
     found = []
-    for loss in (ce, flow):
+    for loss in losses:
         (grad,) = torch.autograd.grad(loss, hidden, normalizer.to(loss.dtype), retain_graph=True)
         found.append(_squared_norm(grad, normalizer))
     return torch.stack(found)
@@ -165,7 +191,9 @@ def _squared_norm(grad: Tensor, scale: Tensor | None) -> Tensor:
     return (norm if scale is None else norm / scale).square()
 
 
-def _mtp(x: Inputs, head: Any, rows: SupervisedRows, targets: Tensor, call: CrossEntropyCall) -> Tensor:
+def _mtp(
+    x: Inputs, adapters: Sequence[LoRA], head: Any, rows: SupervisedRows, targets: Tensor, call: CrossEntropyCall
+) -> Tensor:
     """Multi-token prediction: the head maps h to hidden states side by side, of which the j-th has the logits of the
     token j + 2 ahead, j from 0. The mean over j of Σ_r weight[r] ℓ_rj / normalizer.
 
@@ -186,7 +214,8 @@ def _mtp(x: Inputs, head: Any, rows: SupervisedRows, targets: Tensor, call: Cros
     logits = call.logits._replace(
         labels=torch.stack(labels, dim=1).flatten(), row_weight=torch.stack(weights, dim=1).flatten(), need_stats=False
     )
-    x = x._replace(hidden=v.view(-1, x.hidden.shape[1]))
+    v = v.view(-1, x.hidden.shape[1])
+    x = x._replace(hidden=v, low=low_rank(v, adapters) if adapters else None)
     call = call._replace(rows=None, token_row=None, normalizer=call.normalizer * count, logits=logits)
     return cross_entropy(x, call)[0]
 
@@ -210,8 +239,8 @@ class SFRCall(NamedTuple):
 
 
 def _forward(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
-    """[loss, L_CE, L_flow, the squared norms (2,), lse, predicted, entropy, correct, dh (n, H), dW, db, the head's
-    gradients in two buffers].
+    """[loss, L_CE, L_flow, the squared norms (2,), lse, predicted, entropy, correct, dh (n, H), dW, db, (dlow (n, r)
+    and dup with adapters), the head's gradients in two buffers].
 
     The gradients are those of the loss, in float16 of normalizer times the loss.
     """
@@ -227,10 +256,13 @@ def _forward(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
         if dh is not None:
             dh[:first].zero_()  # rows without a label: only the head adds to them
         logits = call.logits._replace(row_weight=None if early is None else (1 / early).expand(n))
-        row_loss, stats, _, dw, db = run_chunks(
-            call.backend, h[first:], x.weight, x.bias, logits, need, logits.dweight_dtype(n, h),
-            None if dh is None else dh[first:],
-        )  # fmt: skip
+        low = None if x.low is None else gather_rows(x.low, call.rows[first:])
+        decoder = x._replace(hidden=h[first:], low=low)
+        row_loss, stats, (_, *grads) = run_chunks(
+            call.backend, decoder, logits, need, logits.dweight_dtype(n, h), None if dh is None else dh[first:]
+        )
+        if need.low and first:
+            grads[2] = F.pad(grads[2], (0, 0, first, 0))
         ce = row_loss.sum() if late is None else row_loss.sum() / late
         scale = (call.flow_weight if late is None else call.flow_weight * late) / call.flow_normalizer
         coefficient = call.flow.weight.to(call.normalizer.dtype) * scale if need.hidden or need.params else None
@@ -244,7 +276,8 @@ def _forward(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
             norms = torch.stack([before[1], _squared_norm(before[0].sub_(dh[:flow_rows]), late)])
         flow = (row_loss * call.flow.weight).sum() / call.flow_normalizer
         dh = h.new_empty(0, 0) if dh is None else dh.contiguous()
-        return [ce + call.flow_weight * flow, ce, flow, norms, *stats, dh, dw.contiguous(), db.contiguous(), *buffers]
+        grads = [dh, *(g.contiguous() for g in grads)]
+        return [ce + call.flow_weight * flow, ce, flow, norms, *stats, *grads, *buffers]
 
 
 def _fake(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
@@ -258,6 +291,7 @@ def _fake(x: Inputs, call: SFRCall, need: Need) -> list[Tensor]:
         x.hidden.new_empty(dh),
         x.weight.new_empty(x.weight.shape, dtype=dw_dtype) if need.weight else x.hidden.new_empty(0),
         x.hidden.new_empty(x.weight.shape[0], dtype=wide) if need.bias else x.hidden.new_empty(0),
+        *fake_adapter_grads(x, call.rows.shape[0], need),
         *fake_parameter_grads(x.hidden, x.params, need.params),
     ]
 

@@ -1,6 +1,7 @@
 """What a public function is given: errors naming the argument, and numbers as tensors."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from ..config import HeadShape, SFRConfig
 from ..rows import SupervisedRows
 from .autograd import has_tangent
+from .lora import LoRA
 from .numerics import autocast_dtype, wide_dtype
 
 # Named one by one: a float8 or a quantized dtype holds codes, whatever torch says of it.
@@ -153,18 +155,8 @@ def check_head_shape(head: Any, config: SFRConfig) -> None:
 
 def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Errors for a decoder that does not fit the hidden states."""
-    for name, value in (("weight", weight), ("bias", bias)):
-        if type(value).__name__ == "DTensor":
-            raise TypeError(
-                f"{name} is a DTensor, of which this process has a part: call the loss inside the module that owns it, "
-                "where FSDP has gathered it (attach does), or give the local part, with process_group and vocab_start, "
-                "if it is spread over the vocabulary"
-            )
-    if isinstance(weight, Tensor) and weight.numel() == 0:
-        raise ValueError(
-            f"weight is empty {tuple(weight.shape)}: an engine that shards parameters (ZeRO-3, FSDP) has taken it. "
-            "Call the loss inside the module that owns it (attach does), or gather it first"
-        )
+    _check_whole("weight", weight)
+    _check_whole("bias", bias)
     check_tensor("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must be (V, H) with H = {hidden.shape[-1]} as in hidden, got {tuple(weight.shape)}")
@@ -172,14 +164,57 @@ def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         check_tensor("bias", bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
-    cast = torch.is_autocast_enabled(hidden.device.type)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        if value.device != hidden.device:
-            raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
-        if value.dtype != hidden.dtype and not cast:
-            raise TypeError(f"{name} is {value.dtype}, hidden is {hidden.dtype}: cast one, or use autocast")
+        _check_beside("bias", bias, hidden)
+    _check_beside("weight", weight, hidden)
+
+
+def check_lora(hidden: Tensor, weight: Tensor, adapters: Sequence[LoRA]) -> None:
+    """Errors for adapters that do not fit the hidden states and the decoder."""
+    if not isinstance(adapters, list | tuple) or not all(isinstance(a, LoRA) for a in adapters):
+        raise TypeError(f"lora must be a LoRA, or a list of them, got {adapters!r:.60}")
+    for i, adapter in enumerate(adapters):
+        lora = "lora" if len(adapters) == 1 else f"lora[{i}]"
+        for name in ("down", "up"):
+            value = getattr(adapter, name)
+            _check_whole(f"{lora}.{name}", value)
+            check_tensor(f"{lora}.{name}", value)
+            _check_beside(f"{lora}.{name}", value, hidden)
+        rank, vocab, size = adapter.down.shape[0] if adapter.down.dim() else 0, weight.shape[0], hidden.shape[-1]
+        if adapter.down.shape != (rank, size) or rank < 1:
+            raise ValueError(f"{lora}.down must be (r, H) with H = {size}, got {tuple(adapter.down.shape)}")
+        if adapter.up.shape != (vocab, rank):
+            shape = tuple(adapter.up.shape)
+            raise ValueError(f"{lora}.up must be (V, r) = ({vocab}, {rank}) beside weight and down, got {shape}")
+        for name in ("scale", "dropout"):
+            value = getattr(adapter, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{lora}.{name} must be a number, got {value!r}")
+        if not -math.inf < adapter.scale < math.inf:
+            raise ValueError(f"{lora}.scale must be finite, got {adapter.scale}")
+        if not 0 <= adapter.dropout <= 1:
+            raise ValueError(f"{lora}.dropout must be in [0, 1], got {adapter.dropout}")
+
+
+def _check_whole(name: str, value: Tensor | None) -> None:
+    """Errors for a parameter that an engine has in parts."""
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"{name} is a DTensor, of which this process has a part: call the loss inside the module that owns it, "
+            "where FSDP has gathered it (attach does), or give the local part, with process_group and vocab_start, "
+            "if it is spread over the vocabulary"
+        )
+    if isinstance(value, Tensor) and value.numel() == 0:
+        raise ValueError(
+            f"{name} is empty {tuple(value.shape)}: an engine that shards parameters (ZeRO-3, FSDP) has taken it. "
+            "Call the loss inside the module that owns it (attach does), or gather it first"
+        )
+
+
+def _check_beside(name: str, value: Tensor, hidden: Tensor) -> None:
+    if value.device != hidden.device:
+        raise ValueError(f"{name} is on {value.device}, hidden on {hidden.device}")
+    if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(f"{name} is {value.dtype}, hidden is {hidden.dtype}: cast one, or use autocast")
 
 
 def check_supervision(hidden, labels, row_weight, ignore_index) -> None:

@@ -281,14 +281,14 @@ def _save(ctx, x: Inputs, call: HeadCall, output: Sequence[Tensor]) -> None:
     ctx.save_for_backward(x.hidden, *x.params, *tensors, *output[1:])
 
 
-def _backward(ctx, dv: Tensor, need: Need) -> tuple:
+def _backward(ctx, dv: Tensor, need: Need) -> Inputs:
     h, *rest = ctx.saved_tensors
     params, rest = rest[: ctx.num_params], rest[ctx.num_params :]
     tensors, saved = rest[: ctx.num_tensors_of_call], rest[ctx.num_tensors_of_call :]
     gradients = _head_gradients if type(dv) is Tensor else velocity_head_backward_op  # traced
     dh, *buffers = gradients(dv, h, params, saved, tensors, *ctx.packed, need.hidden, any(need.params))
     shapes = [(p.shape, p.dtype) for p in params]
-    return dh, None, None, parameter_grads(buffers, shapes, need.params)
+    return Inputs(dh, params=parameter_grads(buffers, shapes, need.params))
 
 
 velocity_head_op = Operator("velocity_head", HeadCall, _forward, _fake, _save, _backward)
