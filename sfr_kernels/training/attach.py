@@ -340,7 +340,7 @@ def _save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
         result = plain(self, "save_pretrained")(save_directory, *args, **kwargs)
     finally:
         watch.saving = False
-    if found is not None:
+    if isinstance(sfr, Attachment) and found is not None:
         save_head(save_directory, sfr, *found)
     return result
 

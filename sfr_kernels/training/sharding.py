@@ -50,7 +50,7 @@ def size(parameter: Tensor) -> int:
 
 
 def check_not_flat(module: nn.Module) -> None:
-    """RuntimeError for a module whose parameters FSDP1 has flattened; in a forward they are views, and no parameters."""
+    """RuntimeError for a module whose parameters FSDP1 has flattened. In a forward they are views, not parameters."""
     parameters = list(module.parameters())
     managed = getattr(module, "_is_fsdp_managed_module", False)  # by FSDP2, too
     flat = any(not isinstance(p, nn.Parameter) or getattr(p, "_fsdp_flattened", False) for p in parameters)
