@@ -27,6 +27,11 @@ class SFRConfig:
     flow_share: float | None = None  # None: 0.3; only with "auto"
     flow_schedule: Literal["constant", "linear", "cosine"] = "constant"  # of λ after the warm-up; the others decay to 0
     flow_warmup: float = 0.0  # share of the run, in [0, 1), over which λ rises linearly from 0
+    # The hidden states are detached for L_flow, and only the head learns from it, while L_flow of the last step is
+    # below its running "average" / 1.5, or below a number. SFRCallback sees to it.
+    flow_gate: float | Literal["average"] | None = None
+    # After each optimizer step the head becomes head_ema · before + (1 − head_ema) · after; 0: it stays as it is.
+    head_ema: float = 0.0
 
     # Which hidden state h of the model the regulariser is of, as `hidden_states` of transformers are numbered: −1: the
     # last, after the final norm, as the lm_head has it; i: what decoder layer i, from 1, gives on to the next; 0: the
@@ -74,7 +79,7 @@ class SFRConfig:
     def __post_init__(self):
         for name, hint in get_type_hints(type(self)).items():
             value, kinds = getattr(self, name), get_args(hint) or (hint,)
-            if name == "flow_weight" and value == "auto":
+            if value in (words := [word for kind in kinds for word in get_args(kind)]):  # in place of a number
                 continue
             if isinstance(kinds[0], str):
                 if value not in kinds:
@@ -82,11 +87,11 @@ class SFRConfig:
             elif value is not None or type(None) not in kinds:
                 wanted, what = (int | float, "a number") if float in kinds else (int, "an int")
                 if isinstance(value, bool) or not isinstance(value, wanted):
-                    raise TypeError(f"{name} must be {what}, got {value!r}")
+                    raise TypeError(f"{name} must be {' or '.join([what, *map(repr, words)])}, got {value!r}")
                 if float in kinds and not math.isfinite(value):
                     raise ValueError(f"{name} must be finite, got {value!r}")
         ones = ("width", "num_times", "stride", "min_tokens", "encoder_max_tokens", "mtp_tokens")
-        zeros = ("segment_tokens", "flow_weight", "source_std", "flow_warmup", "head_steps")
+        zeros = ("segment_tokens", "flow_weight", "source_std", "flow_warmup", "head_ema", "head_steps")
         for name, least in dict(num_layers=2, **dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)).items():
             if isinstance(value := getattr(self, name), int | float) and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -94,8 +99,12 @@ class SFRConfig:
             raise ValueError(f"flow_share needs flow_weight='auto', got flow_weight={self.flow_weight}")
         if self.flow_warmup >= 1:
             raise ValueError(f"flow_warmup is a share of the run and must be below 1, got {self.flow_warmup}")
-        for name in ("time_scale", "hidden_scale", "target_scale", "time_power", "flow_share"):
-            if (value := getattr(self, name)) is not None and value <= 0:
+        if self.head_ema >= 1:
+            raise ValueError(f"head_ema must be below 1, at which the head stays as it is, got {self.head_ema}")
+        if self.head_ema and self.loss == "cka":
+            raise ValueError("head_ema must be 0 with loss='cka', which has no head")
+        for name in ("time_scale", "hidden_scale", "target_scale", "time_power", "flow_share", "flow_gate"):
+            if isinstance(value := getattr(self, name), int | float) and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed must fit 64 bits, got {self.seed}")

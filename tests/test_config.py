@@ -13,6 +13,7 @@ DEFAULT = SHARED | dict(
     target_scale=None, time_scale=1000.0, hidden_norm="rms", hidden_scale=1.0, time_sampling="stratified",
     num_times=256, target_rule="following", weighting="linear", flow_normalizer="tokens", encoder_pooling="own",
     encoder_max_tokens=None, time_power=3.0, head_steps=200, flow_weight=1.0, flow_share=None, layer_index=-1,
+    flow_gate=None, head_ema=0.0,
 )  # fmt: skip
 OFFICIAL = SHARED | dict(
     target_scale=1.0, time_scale=1.0, hidden_norm="none", hidden_scale=1.0, time_sampling="sequence",
@@ -48,11 +49,13 @@ def test_json_round_trip_of_every_field():
     config = SFRConfig(
         loss="mse", flow_weight=0.25, flow_schedule="cosine", flow_warmup=0.1, width=64, num_layers=5, time_scale=10.0,
         hidden_norm="none", hidden_scale=0.5, target_scale=3.0, source_std=0.5, time_sampling="sequence", num_times=7,
-        time_power=2.0, head_steps=3, layer_index=4,
+        time_power=2.0, head_steps=3, layer_index=4, flow_gate=0.5, head_ema=0.9,
         segment="sentence", segment_tokens=9, stride=4, min_tokens=3, target_rule="published", weighting="uniform",
         flow_normalizer="weights", encoder_pooling="mean", encoder_max_tokens=100, mtp_tokens=4, seed=-(2**63),
     )  # fmt: skip
     assert all(getattr(config, f.name) != f.default for f in fields(config) if f.name != "flow_share")
+    words = SFRConfig(flow_gate="average", flow_weight="auto")
+    assert SFRConfig.from_json(words.to_json()) == words != SFRConfig(flow_weight="auto")
     share = SFRConfig(flow_weight="auto", flow_share=0.5)  # which has no meaning with a number
     assert SFRConfig.from_json(share.to_json()) == share and share.wanted_share == 0.5 != SFRConfig().wanted_share
     text = config.to_json()
@@ -75,12 +78,12 @@ WRONG = {
         hidden_norm=["layer"], hidden_scale=[0.0], target_scale=[-1.0], source_std=[-1.0], time_sampling=["uniform"],
         num_times=[0], segment_tokens=[-1], stride=[0], min_tokens=[0], target_rule=["previous"],
         encoder_pooling=["cls"], encoder_max_tokens=[0], weighting=["quadratic"], flow_normalizer=["rows"],
-        mtp_tokens=[0], time_power=[0.0], head_steps=[-1],
+        mtp_tokens=[0], time_power=[0.0], head_steps=[-1], flow_gate=[0.0, math.nan], head_ema=[-0.1, 1.0],
         seed=[2**63, -(2**63) - 1],
     ),
     TypeError: dict(
         width=[8.0], encoder_max_tokens=[8.0], stride=[True], seed=["0"], time_scale=["1"], flow_weight=[None, "large"],
-        source_std=[True], layer_index=[0.5],
+        source_std=[True], layer_index=[0.5], flow_gate=["mean", True], head_ema=["average"],
     ),
 }  # fmt: skip
 
@@ -96,6 +99,7 @@ def test_an_invalid_value_or_type_names_its_field(error, field):
     (dict(flow_weight=1.0, flow_share=0.3), "flow_share needs flow_weight='auto'"),
     (dict(loss="cka"), "segment_tokens"),  # CKA compares whole responses
     (dict(loss="mtp", target_rule="published"), "target_rule"),
+    (dict(loss="cka", segment_tokens=0, head_ema=0.9), "head_ema must be 0 with loss='cka', which has no head"),
     (dict(segment="paragraph"), "segment must be one of tokens, sentence, response"),
     (dict(segment="sentence", segment_tokens=0), "segment_tokens must be at least 1 with segment='sentence'"),
 ])  # fmt: skip

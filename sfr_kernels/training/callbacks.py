@@ -13,11 +13,12 @@ from transformers import Trainer, TrainerCallback
 
 from ..config import SFRConfig
 from ..ops.flow_loss import step_seed
-from .checkpoint import pairing, restore_head, save_head, saved_weight
+from .checkpoint import pairing, restore_head, save_head, saved_value
 from .guard import NEVER_CALLED, check_head, watch_of
 from .head import fit_head, is_new
 from .health import health_values, will_log
 from .objectives import WHOLE_BATCHES, Attachment, attachment_of, keep_from_predictions
+from .recipe import check_averaged
 from .sharding import gathered, is_sharded, parameters_of
 
 
@@ -66,9 +67,10 @@ class _Mean:
 
 class SFRCallback(TrainerCallback):
     """Fits a new head before training (`config.head_steps`), sets λ by its share (`flow_weight="auto"`) and schedule,
-    and restores both when a run resumes. Logs `ce_loss` and `flow_loss` averaged since the last log, `flow_weight` (λ),
-    `flow_share`, `flow_gap` and `flow_loss_t00` to `flow_loss_t75` of the step that is logged (README.md beside this
-    file says how to read them), and `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
+    opens and closes the gate (`flow_gate`), and restores all of them when a run resumes. Logs `ce_loss` and `flow_loss`
+    averaged since the last log, `flow_gate` (the share of its steps with an open gate), `flow_weight` (λ), and of the
+    step that is logged `flow_share`, `flow_gap` and `flow_loss_t00` to `flow_loss_t75` (README.md beside this file says
+    how to read them), and `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
 
     Add it with `add_to(trainer)`: it is then the first callback, so that reporters see its values, puts the Trainer's
     label smoothing into the attached loss, and knows the folder a run is resumed from, which otherwise is
@@ -83,6 +85,8 @@ class SFRCallback(TrainerCallback):
         self._health: list[Tensor] = []  # of the forwards of a measured step
         self._measured: dict[str, float] = {}  # what they say
         self._weight = 0.0  # λ of the step
+        self._flows: list[Tensor] = []  # L_flow of the micro-batches of the step
+        self._open = 0  # steps with an open gate since the last log
         self._progress = None  # `Watch.progress` when training began; None after the first step
 
     def add_to(self, trainer) -> "SFRCallback":
@@ -133,14 +137,18 @@ class SFRCallback(TrainerCallback):
         check_head(sfr)
         if isinstance(sfr, Attachment):
             sfr.step = state.global_step
+            if sfr.config.head_ema:
+                check_averaged(kwargs["optimizer"], sfr.head.parameters())
         if state.global_step > 0 and isinstance(sfr, Attachment):
             folder = self.resume_from or self._loaded or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             restore_head(folder, sfr, pairing(model))
-            if (weight := saved_weight(folder)) is not None:
+            if (weight := saved_value(folder, "flow_weight")) is not None:
                 sfr.restore_weight(weight)
+            if sfr.gate and (gate := saved_value(folder, "gate")) is not None:
+                sfr.gate.restore(gate)
         elif isinstance(sfr, Attachment):
             self._fit_head(args, state, model, sfr, kwargs.get("train_dataloader"))
-        self._training, self.last_step = _Mean(), state.global_step
+        self._training, self.last_step, self._open = _Mean(), state.global_step, 0
         self._progress = watch_of(model).progress
 
     def _fit_head(self, args, state, model, sfr: Attachment, batches) -> None:
@@ -163,11 +171,13 @@ class SFRCallback(TrainerCallback):
             sfr.schedule = schedule_at(sfr.config, state.global_step, state.max_steps)
             first = sfr.config.flow_weight == "auto" and not sfr.shared
             self._health, self._measured, self._weight = [], {}, sfr.flow_weight * sfr.schedule
+            self._flows = []
             sfr.measuring = first or will_log(args, state, kwargs.get("train_dataloader"))
 
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         if isinstance(sfr := attachment_of(model), Attachment):
             self._training.add(sfr.last, by_sequence=False)
+            self._flows.append(sfr.last[1])
             if sfr.measuring:
                 self._health.append(sfr.health)
 
@@ -177,10 +187,15 @@ class SFRCallback(TrainerCallback):
                 raise RuntimeError(NEVER_CALLED)
             self._progress = None
         self.on_substep_end(args, state, control, model)
+        sfr = attachment_of(model)
+        was_open = sfr.gate is None or sfr.gate.open
+        if sfr.gate:  # under one global normalizer every rank has a part of the loss, else one of its own
+            parts = args.world_size if args.average_tokens_across_devices else 1
+            self._open += was_open
+            sfr.gate.update(parts * torch.stack(self._flows).sum())
         if self._health:
             self._measured = health_values(self._health)
-            sfr = attachment_of(model)
-            if sfr.config.flow_weight == "auto" and "flow_share" not in self._measured:
+            if was_open and sfr.config.flow_weight == "auto" and "flow_share" not in self._measured:
                 warnings.warn(_NO_SHARE, RuntimeWarning, stacklevel=2)
             sfr.approach_share(self._measured.get("flow_share", 0.0))
 
@@ -205,8 +220,10 @@ class SFRCallback(TrainerCallback):
         steps = state.global_step - self.last_step
         if "loss" in logs and steps > 0 and (means := self._training.take(args, steps)):
             values = means | {"flow_weight": self._weight} | self._measured
+            if attachment_of(model).gate:
+                values["flow_gate"] = self._open / steps
             logs.update(values)
-            self.last_step = state.global_step
+            self.last_step, self._open = state.global_step, 0
         else:
             values = self._add_evaluation(args, logs)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -57,6 +59,8 @@ def save_head(
     shape = None if loss.head is None else asdict(loss.head.shape)
     saved = {"config": loss.config.to_dict(), "head": shape, "paired": paired}
     saved["flow_weight"] = getattr(loss, "flow_weight", loss.config.first_weight)
+    gate = getattr(loss, "gate", None)
+    saved["gate"] = None if gate is None or math.isnan(gate.last) else gate.state()
     text = json.dumps(saved, indent=2) + "\n"
     write_atomically(folder / CONFIG_FILE, text.encode())
 
@@ -89,10 +93,10 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
     return SFRLoss(SFRConfig.from_dict(_OLD | config), head)
 
 
-def saved_weight(folder: str | os.PathLike) -> float | None:
-    """λ when a checkpoint was saved; None if it is not known."""
+def saved_value(folder: str | os.PathLike, name: str) -> Any:
+    """λ ("flow_weight") or the state of the gate ("gate") when a checkpoint was saved; None if it is not known."""
     path = Path(folder) / CONFIG_FILE
-    return json.loads(path.read_text()).get("flow_weight") if path.is_file() else None
+    return json.loads(path.read_text()).get(name) if path.is_file() else None
 
 
 @torch.no_grad()

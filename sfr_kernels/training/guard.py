@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .head import is_new
+from .recipe import COPIES, HeadEMA
 from .sharding import check_not_flat
 
 NEVER_CALLED = (
@@ -46,6 +47,10 @@ _NEW_HEAD = (
 _NO_SCHEDULE = (
     "config.flow_schedule and config.flow_warmup change λ in the course of a run, which only SFRCallback knows: add it "
     "to the Trainer, or set model.sfr.schedule, the factor of λ, at each step"
+)
+_NO_GATE = (
+    "config.flow_gate opens and closes by the flow loss of each step, which nobody has told it: add SFRCallback to the "
+    "Trainer, or call model.sfr.gate.update(loss) after each step"
 )
 _NOT_FITTED = (
     "the velocity head is new, and config.head_steps asks for it to be fitted before training, without which the flow "
@@ -87,6 +92,7 @@ class Watch:
         self.steps: weakref.WeakKeyDictionary[Optimizer, tuple] = weakref.WeakKeyDictionary()
         self.engines: weakref.WeakSet[Optimizer] = weakref.WeakSet()  # optimizers of flat copies of the parameters
         self.holders: dict[str, weakref.ref] = {}  # an optimizer of the head, and one of the model, once found
+        self.ema = HeadEMA()
         _watches.add(self)
         _found.clear()
         if not _handles:
@@ -98,13 +104,21 @@ class Watch:
         """Grows when the loss is computed for a further step."""
         return self.calls + self.called
 
+    @property
+    def head_ema(self) -> float:
+        config = self.base.sfr.config
+        return 0.0 if config is None else config.head_ema
+
     def before(self, optimizer: Optimizer, closure: bool) -> None:
         if optimizer not in self.steps and not self.silent and _is_resumed(optimizer, self.base.sfr):
             raise RuntimeError(_NEW_HEAD)
         if not closure:  # which computes the loss
             self._check(optimizer)
+        if self.head_ema:
+            self.ema.before(optimizer, self.base.sfr.head.parameters())
 
     def after(self, optimizer: Optimizer, closure: bool) -> None:
+        self.ema.after(optimizer, self.head_ema)
         if closure:
             self._check(optimizer)
         self.count()
@@ -114,6 +128,8 @@ class Watch:
         if optimizer not in self.engines:
             if self._has_optimizer("model", self.base.parameters()):
                 return
+            if self.head_ema:
+                raise RuntimeError(COPIES)
             self.engines.add(optimizer)
         self.count()
 
@@ -136,6 +152,9 @@ class Watch:
             if _changes_anything(optimizer):
                 raise RuntimeError(NEVER_CALLED)
             return
+        gate = self.base.sfr.gate
+        if number == 1 and not self.silent and gate is not None and not gate.driven:
+            raise RuntimeError(_NO_GATE)
         self.steps[optimizer] = number + 1, self.calls, judged or self._judge(optimizer)
 
     def _judge(self, optimizer: Optimizer) -> bool:

@@ -24,6 +24,7 @@ from ..targets.collator import sfr_inputs
 from ..targets.online import OnlineTargets, PendingTargets
 from ..targets.store import TargetStore
 from . import health
+from .recipe import FlowGate
 
 WHOLE_BATCHES = 'with a streaming data set on several processes set accelerator_config={"dispatch_batches": False}'
 _NO_LOGITS = (
@@ -172,6 +173,7 @@ class Attachment(SFRLoss):
         self._flow_weight, self._schedule, self.scheduled = loss.config.first_weight, 1.0, False
         self._set_lambdas()
         self.step = 0
+        self.gate = None if loss.config.flow_gate is None else FlowGate(loss.config.flow_gate)
 
     @property
     def flow_weight(self) -> float:
@@ -214,14 +216,17 @@ class Attachment(SFRLoss):
         self._seed.copy_(step_seed(self.config.seed, self._step))
 
     def get_extra_state(self) -> Tensor:
-        """(2,): the step, and λ in the bits of a float64."""
-        weight = torch.tensor([self._flow_weight], dtype=torch.float64, device="cpu").view(torch.int64)
-        return torch.cat([self._step.cpu(), weight])
+        """The step, and in the bits of a float64 λ and the two numbers of a gate."""
+        values = [self._flow_weight, *(self.gate.state() if self.gate else ())]
+        return torch.cat([self._step.cpu(), torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64)])
 
     def set_extra_state(self, state: Tensor) -> None:
         self.step = int(state[0])
         if len(state) > 1:  # of earlier versions it has the step alone
-            self.restore_weight(state[1:].cpu().view(torch.float64).item())
+            weight, *gate = state[1:].cpu().view(torch.float64).tolist()
+            self.restore_weight(weight)
+            if self.gate and gate:
+                self.gate.restore(gate)
 
     # FSDP2 shards a model on the meta device and fills it with the weights of the first process, without this state.
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
@@ -309,6 +314,8 @@ class Attachment(SFRLoss):
         options["return_stats"] = _wants_stats(self, hidden)
         measured = self.measuring and self.training and torch.is_grad_enabled()
         inner = options.get("flow_hidden")
+        if self.training and self.gate is not None and not self.gate.open:
+            inner = options["flow_hidden"] = (hidden if inner is None else inner).detach()
         options["return_norms"] = measured and inner is None and health.has_norms(self.config, hidden)
         out = super().forward(hidden, weight, rows, targets, *args, **options)
         if measured:
@@ -348,6 +355,7 @@ class CrossEntropyAttachment(LinearCrossEntropy):
     """Cross-entropy alone: no head, no targets."""
 
     config = head = store = inner = None
+    config = head = store = gate = None
     restore: dict[str, Any]
     return_stats = False
 
