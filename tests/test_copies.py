@@ -32,7 +32,7 @@ def saved(model):
     return torch.load(file, weights_only=False)
 
 
-LORA = pytest.param(True, marks=setting("own loop", "LoRA before attach"), id="lora")
+LORA = [pytest.param(m, marks=setting("own loop", "LoRA before attach"), id=m) for m in ("modules_to_save", "lm_head")]
 COPIES = {"torch.save": saved, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "deepcopy": copy.deepcopy}
 
 
@@ -42,9 +42,13 @@ def make_targets(kind: str, folder):
     return OnlineTargets(HashEncoder(), Words()) if kind == "online" else build(folder / "store", SAMPLES)
 
 
-def make(kind: str, folder, lora: bool = False):
-    """An attached model in training, with its batch."""
-    model = adapted(tiny_llama(), ["q_proj"], modules_to_save=["lm_head"]) if lora else tiny_llama()
+def make(kind: str, folder, lora: str = ""):
+    """An attached model in training, with its batch; with adapters, and a copy of the lm_head or another on it."""
+    model = tiny_llama()
+    if lora == "modules_to_save":
+        model = adapted(model, ["q_proj"], modules_to_save=["lm_head"])
+    elif lora == "lm_head":
+        model = adapted(model, ["q_proj", "lm_head"])
     if kind == "ce":
         return attach(model, objective="ce"), PLAIN
     targets = make_targets(kind, folder)
@@ -71,7 +75,7 @@ def step(model, batch):
 
 @setting("own loop", "copy.deepcopy, pickle and torch.save")
 @pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize("lora", [pytest.param(False, id="full"), LORA])
+@pytest.mark.parametrize("lora", [pytest.param("", id="full"), *LORA])
 @pytest.mark.parametrize("kind", ["disk", "memory", "online", "ce"])
 def test_a_copy_is_the_model_and_one_of_its_own(kind, lora, way, tmp_path):
     model, batch = make(kind, tmp_path, lora)
@@ -87,8 +91,9 @@ def test_a_copy_is_the_model_and_one_of_its_own(kind, lora, way, tmp_path):
     base = twin.get_base_model() if lora else twin
     assert twin(**PLAIN).logits.shape[-1] == base.config.vocab_size
     assert not [k for m in twin.modules() for k in m.__dict__ if "sfr" in k] and attachment_of(twin) is None
-    assert not [k for m in (base, base.lm_head) for k in ("forward", "save_pretrained") if k in m.__dict__]
-    assert not base.lm_head._forward_hooks
+    of_ours = ("forward", "save_pretrained", "update_layer")
+    assert not [k for m in (base, *base.lm_head.modules()) for k in of_ours if k in m.__dict__]
+    assert not any(m._forward_hooks for m in base.lm_head.modules())
     assert_same(step(model, batch), trained[1])
 
 

@@ -7,11 +7,11 @@ to its logits afterwards (softcap, scale) is measured once with known numbers (`
 """
 
 import inspect
-import sys
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -19,10 +19,10 @@ from ..config import SFRConfig
 from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
 from ..ops import SFROutput
 from ..targets import OnlineTargets, TargetStore
-from .checkpoint import head_in, pairing, save_head
-from .guard import NEVER_CALLED, Watch, check_head, forget, watch_of
+from .guard import NEVER_CALLED, Watch, check_head, forget
 from .inner_layer import check_inner, check_trained, layer_of
 from .lm_head import OTHER_LM_HEAD, covered_linear, output_linear
+from .lora import active_adapters, adapter_modules, decoder_options
 from .methods import cover, is_covered, owner, plain, uncover
 from .objectives import (
     Attachment,
@@ -35,7 +35,7 @@ from .objectives import (
     placed,
 )
 from .own_loss import OwnLoss, router_loss
-from .sharding import is_sharded
+from .saving import save_pretrained, without_head
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -48,6 +48,8 @@ class _Call:
         self.linear, self.outer = covered_linear(base), base.get_output_embeddings()  # the latter may wrap the former
         self.layer = base.get_submodule(base.sfr.inner) if base.sfr.inner else None
         self.inner: list = []  # what the layer was given
+        self.adapters: list[str] = []  # of a LoRA layer in place of the linear one, those in use
+        self.path: list[nn.Module] = []  # and its modules, of which each is called within the call of the one before
         self.out: SFROutput | None = None
         self.reached = False  # the lm_head was called
         self.returned: Tensor | None = None  # by `outer`, after every hook
@@ -117,17 +119,20 @@ def attach(
     base._keys_to_ignore_on_save = {*(ignored or ()), *(f"sfr.{name}" for name in base.sfr.state_dict())}
     base.accepts_loss_kwargs = True
 
-    # An engine that offloads weights has put its forward over the module's; ours goes under it.
-    cover(linear, "forward", _linear_forward, "_old_forward" if hasattr(linear, "_hf_hook") else None)
-    base.get_output_embeddings().register_forward_hook(_catch)
+    _cover_forward(linear, _linear_forward)
+    if hasattr(outer := base.get_output_embeddings(), "base_layer"):
+        _cover_forward(outer, _lora_forward)
+        cover(outer, "update_layer", _update_layer)
+        _cover_adapters(outer)
+    outer.register_forward_hook(_catch)
     if sfr.inner:
         base.get_submodule(sfr.inner).register_forward_pre_hook(_catch_inner)
     cover(base, "forward", _forward)
     if hasattr(base, "generate"):
         cover(base, "generate", _generate)
-    base.register_state_dict_post_hook(_without_head)
+    base.register_state_dict_post_hook(without_head)
     base._sfr_own_loss = OwnLoss(base, _run_probe)
-    cover(model, "save_pretrained", _save_pretrained)
+    cover(model, "save_pretrained", save_pretrained)
     return model
 
 
@@ -143,11 +148,11 @@ def detach(model: nn.Module) -> VelocityHead | None:
     for module in base.get_output_embeddings().modules():  # none is covered if the embeddings were resized
         if is_covered(module):
             uncover(module)
-    hooked = [base.get_output_embeddings()._forward_hooks, base._state_dict_hooks]
+    hooked = [module._forward_hooks for module in base.get_output_embeddings().modules()]
     if sfr.inner:
         hooked.append(base.get_submodule(sfr.inner)._forward_pre_hooks)
-    for hooks in hooked:
-        for key in [key for key, hook in hooks.items() if hook in (_catch, _catch_inner, _without_head)]:
+    for hooks in (*hooked, base._state_dict_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_catch, _catch_inner, without_head)]:
             del hooks[key]
     for module in covered:
         uncover(module)
@@ -202,6 +207,49 @@ def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -
         sfr.to(linear.weight.device)
 
 
+def _cover_forward(module: nn.Module, function: Callable) -> None:
+    """An engine that offloads weights has put its forward over the module's; ours goes under it."""
+    cover(module, "forward", function, "_old_forward" if hasattr(module, "_hf_hook") else None)
+
+
+def _cover_adapters(layer: Any) -> None:
+    for module in (*layer.lora_A.values(), *layer.lora_B.values()):
+        if not is_covered(module):
+            _cover_forward(module, _adapter_forward)
+
+
+def _update_layer(self, *args, **kwargs) -> None:
+    """Of a LoRA layer: adds an adapter."""
+    plain(self, "update_layer")(*args, **kwargs)
+    _cover_adapters(self)
+
+
+def _lora_forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
+    """Of a LoRA layer. In one of `_calls` its modules are called, each within the call of the one before, so that an
+    engine has gathered the weights of all of them when the last one computes the loss."""
+    for call in _calls:
+        if call.outer is self:
+            break
+    else:
+        return plain(self, "forward")(hidden, *args, **kwargs)
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError("adapter_names, which mixes adapters in a batch, is not served where a loss is asked for")
+    if self.disable_adapters and self.merged:  # as PEFT's own forward
+        self.unmerge()
+    call.adapters = active_adapters(self)
+    call.path = [*adapter_modules(self, call.adapters), self.base_layer]
+    return call.path[0](hidden)
+
+
+def _adapter_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
+    """Of lora_A and lora_B: in one of `_calls` what the rest of its path returns."""
+    for call in _calls:
+        for module, following in pairwise(call.path):
+            if module is self:
+                return following(hidden)
+    return plain(self, "forward")(hidden)
+
+
 def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     """The lm_head's forward: its logits; in one of `_calls` the loss, shaped like one logit, or the probe."""
     for call in _calls:
@@ -212,10 +260,10 @@ def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     call.reached = True
     if call.probe is not None:
         return call.probe
-    options = call.inputs
+    options = decoder_options(call.outer, call.adapters, self.bias, hidden) | call.inputs
     if call.layer is not None:
-        options = options | {"flow_hidden": check_inner(call.inner, hidden, call.sfr.config.layer_index)}
-    call.out = call.sfr(hidden, self.weight, bias=self.bias, **options)
+        options["flow_hidden"] = check_inner(call.inner, hidden, call.sfr.config.layer_index)
+    call.out = call.sfr(hidden, self.weight, **options)
     return call.out.loss.reshape(1, 1, 1)
 
 
@@ -310,54 +358,9 @@ def _generate(self, *args, rows=None, targets=None, times=None, seed=None, sampl
     return plain(self, "generate")(*args, **kwargs)
 
 
-def _without_head(module: Any, state: dict, prefix: str, _) -> None:
-    """Leaves the head out of the state_dict for Accelerator.save_model and PEFT's save_pretrained, which save the plain
-    model, but do not read `_keys_to_ignore_on_save`."""
-    frame = None if module._sfr_watch.saving else sys._getframe()
-    while frame is not None and frame.f_code is not Accelerator.save_model.__code__:
-        frame = frame.f_back
-    if frame is not None or module._sfr_watch.saving:
-        for name in [name for name in state if name.startswith(f"{prefix}sfr.")]:
-            del state[name]
-
-
 def _run_probe(base: nn.Module, probe: Tensor, inputs: dict):
     """A forward whose lm_head returns `probe`: the model's outputs; what the output embeddings returned, None if they
     were not called; whether the attached lm_head was called."""
     call = _Call(base, probe=probe)
     outputs = _run(base, call, (), inputs)
     return outputs, call.returned, call.reached
-
-
-def _save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
-    """The model's own save_pretrained, without the head, which is saved beside it."""
-    if (sfr := attachment_of(self)) is None:  # the model inside this PEFT model was detached
-        return plain(self, "save_pretrained")(save_directory, *args, **kwargs)
-    found = _saved_head(self, sfr, kwargs.get("state_dict")) if kwargs.get("is_main_process", True) else None
-    watch = watch_of(self)
-    watch.saving = True
-    try:
-        result = plain(self, "save_pretrained")(save_directory, *args, **kwargs)
-    finally:
-        watch.saving = False
-    if isinstance(sfr, Attachment) and found is not None:
-        save_head(save_directory, sfr, *found)
-    return result
-
-
-def _saved_head(model: nn.Module, sfr: Any, state: dict | None) -> tuple[str, dict | None] | None:
-    """What `save_head` needs beside the objective, None where it is not to be called."""
-    if not isinstance(sfr, Attachment):
-        return None
-    if sfr.head is None or not is_sharded(sfr.head):
-        return pairing(model), None
-    if not state and state is not None:  # Trainer, before DeepSpeed writes its shards: SFRCallback saves the head
-        return None
-    head = {} if state is None else head_in(model, sfr, state)
-    if state is None or not head:
-        raise RuntimeError(
-            "state_dict must be given to save_pretrained with the weights of a sharded model, the head's among them: "
-            "accelerator.get_state_dict(model) or get_model_state_dict(model, options=StateDictOptions("
-            "full_state_dict=True)), on every process"
-        )
-    return pairing(model, state), head

@@ -32,10 +32,10 @@ _ROWS = 64  # at most; and times
 _STEP = 39  # between the times of two rows: odd and near 64 / φ, so that those of fewer rows are spread, too
 
 
-def has_norms(config: SFRConfig, hidden: Tensor) -> bool:
-    """Whether the norms of the gradients at h can be had."""
-    whole = config.loss in ("flow", "mse") or not torch.compiler.is_compiling()
-    return hidden.requires_grad and whole
+def has_norms(config: SFRConfig, hidden: Tensor, options: dict) -> bool:
+    """Whether the norms of the gradients at h can be had, with these options of the loss."""
+    whole = (config.loss in ("flow", "mse") and not options.get("lora")) or not torch.compiler.is_compiling()
+    return hidden.requires_grad and options.get("flow_hidden") is None and whole
 
 
 def rows_config(config: SFRConfig) -> SFRConfig:

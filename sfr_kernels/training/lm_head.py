@@ -1,9 +1,10 @@
-"""Which lm_heads a fused loss can replace: a linear layer whose logits are hidden · weightᵀ + bias, and no more."""
+"""Which lm_heads a fused loss can replace: a linear layer whose logits are hidden · weightᵀ + bias, and LoRA on one."""
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .lora import active_adapters, is_lora
 from .methods import is_covered
 
 OTHER_LM_HEAD = (
@@ -14,7 +15,14 @@ OTHER_LM_HEAD = (
 
 def covered_linear(base: nn.Module) -> nn.Linear:
     """The linear layer of an attached model's lm_head."""
-    for module in base.get_output_embeddings().modules():
+    out = base.get_output_embeddings()
+    if hasattr(out, "base_layer"):
+        if is_covered(out):
+            return out.base_layer
+        raise RuntimeError(
+            "the model's lm_head was given an adapter after attach: detach the model and attach it again"
+        )
+    for module in out.modules():
         if is_covered(module):
             return module
     raise RuntimeError("the model's lm_head was replaced after attach: resize or wrap it first, then attach")
@@ -31,10 +39,17 @@ def output_linear(base: nn.Module) -> nn.Linear:
     out = base.get_output_embeddings()
     if hasattr(out, "modules_to_save") and hasattr(out, "active_adapters"):
         out = out.modules_to_save[out.active_adapters[0]]  # PEFT's trainable copy of the layer
+    if is_lora(out):
+        active_adapters(out)
+        for module in (*out.lora_A.values(), *out.lora_B.values()):
+            _check_layer(module)
+        _check_forward(out)
+        out = out.base_layer
     if hasattr(out, "base_layer"):
         raise TypeError(
-            "model's lm_head carries an adapter, whose share of the logits a fused loss would drop: leave it out of "
-            "target_modules, or train it whole with modules_to_save"
+            f"model's lm_head carries an adapter that is no plain LoRA, {type(out).__module__}.{type(out).__name__}, "
+            "whose share of the logits a fused loss would drop: leave the lm_head out of target_modules, or train it "
+            "whole with modules_to_save"
         )
     if out is None:
         raise TypeError(f"model has no lm_head: a causal LM is needed, …ForCausalLM, got {type(base).__name__}")
@@ -53,10 +68,7 @@ def _check_layer(linear: nn.Linear) -> None:
             f"model's lm_head is a {kind.__module__}.{kind.__name__}, whose forward is not that of nn.Linear: a fused "
             "loss would not compute its logits. If it is quantised, keep it out of the quantisation"
         )
-    # accelerate replaces forward, and keeps the one it found
-    own = linear.__dict__.get("_old_forward" if hasattr(linear, "_hf_hook") else "forward")
-    if own is not None and getattr(own, "__func__", None) is not nn.Linear.forward:
-        raise TypeError("the forward of model's lm_head was replaced, and a fused loss would not call it: restore it")
+    _check_forward(linear)
     weight = linear.weight
     wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
     if wrapped or not weight.is_floating_point() or weight.itemsize < 2:
@@ -64,3 +76,10 @@ def _check_layer(linear: nn.Linear) -> None:
             "the weight of model's lm_head must be a plain tensor of 16 bits or more, got "
             f"{type(weight).__name__} of {weight.dtype}: keep the lm_head out of the quantisation"
         )
+
+
+def _check_forward(module: nn.Module) -> None:
+    # accelerate replaces forward, and keeps the one it found
+    own = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        raise TypeError("the forward of model's lm_head was replaced, and a fused loss would not call it: restore it")

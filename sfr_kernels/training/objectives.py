@@ -316,7 +316,7 @@ class Attachment(SFRLoss):
         inner = options.get("flow_hidden")
         if self.training and self.gate is not None and not self.gate.open:
             inner = options["flow_hidden"] = (hidden if inner is None else inner).detach()
-        options["return_norms"] = measured and inner is None and health.has_norms(self.config, hidden)
+        options["return_norms"] = measured and health.has_norms(self.config, hidden, options)
         out = super().forward(hidden, weight, rows, targets, *args, **options)
         if measured:
             norms = out.flow.new_zeros(2) if out.norms is None else out.norms

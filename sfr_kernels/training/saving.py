@@ -1,0 +1,58 @@
+"""Saving an attached model: the plain model, as if it were not attached, and the velocity head beside it."""
+
+import sys
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from .checkpoint import head_in, pairing, save_head
+from .guard import watch_of
+from .methods import plain
+from .objectives import Attachment, attachment_of
+from .sharding import is_sharded
+
+
+def without_head(module: Any, state: dict, prefix: str, _) -> None:
+    """Leaves the head out of the state_dict for Accelerator.save_model and PEFT's save_pretrained, which save the plain
+    model, but do not read `_keys_to_ignore_on_save`."""
+    frame = None if module._sfr_watch.saving else sys._getframe()
+    while frame is not None and frame.f_code is not Accelerator.save_model.__code__:
+        frame = frame.f_back
+    if frame is not None or module._sfr_watch.saving:
+        for name in [name for name in state if name.startswith(f"{prefix}sfr.")]:
+            del state[name]
+
+
+def save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
+    """The model's own save_pretrained, without the head, which is saved beside it."""
+    if (sfr := attachment_of(self)) is None:  # the model inside this PEFT model was detached
+        return plain(self, "save_pretrained")(save_directory, *args, **kwargs)
+    found = _saved_head(self, sfr, kwargs.get("state_dict")) if kwargs.get("is_main_process", True) else None
+    watch = watch_of(self)
+    watch.saving = True
+    try:
+        result = plain(self, "save_pretrained")(save_directory, *args, **kwargs)
+    finally:
+        watch.saving = False
+    if isinstance(sfr, Attachment) and found is not None:
+        save_head(save_directory, sfr, *found)
+    return result
+
+
+def _saved_head(model: nn.Module, sfr: Any, state: dict | None) -> tuple[str, dict | None] | None:
+    """What `save_head` needs beside the objective, None where it is not to be called."""
+    if not isinstance(sfr, Attachment):
+        return None
+    if sfr.head is None or not is_sharded(sfr.head):
+        return pairing(model), None
+    if not state and state is not None:  # Trainer, before DeepSpeed writes its shards: SFRCallback saves the head
+        return None
+    head = {} if state is None else head_in(model, sfr, state)
+    if state is None or not head:
+        raise RuntimeError(
+            "state_dict must be given to save_pretrained with the weights of a sharded model, the head's among them: "
+            "accelerator.get_state_dict(model) or get_model_state_dict(model, options=StateDictOptions("
+            "full_state_dict=True)), on every process"
+        )
+    return pairing(model, state), head
