@@ -38,7 +38,8 @@ def output_linear(base: nn.Module) -> nn.Linear:
         raise ValueError(f"model must be a causal LM, {type(base).__name__} is an encoder-decoder")
     out = base.get_output_embeddings()
     if hasattr(out, "modules_to_save") and hasattr(out, "active_adapters"):
-        out = out.modules_to_save[out.active_adapters[0]]  # PEFT's trainable copy of the layer
+        name = next(iter(out.active_adapters), None)  # none where the active adapter has no copy of the layer
+        out = out.original_module if name is None or out.disable_adapters else out.modules_to_save[name]
     if is_lora(out):
         active_adapters(out)
         for module in (*out.lora_A.values(), *out.lora_B.values()):
@@ -50,6 +51,11 @@ def output_linear(base: nn.Module) -> nn.Linear:
             f"model's lm_head carries an adapter that is no plain LoRA, {type(out).__module__}.{type(out).__name__}, "
             "whose share of the logits a fused loss would drop: leave the lm_head out of target_modules, or train it "
             "whole with modules_to_save"
+        )
+    if hasattr(out, "token_adapter"):  # of tied embeddings
+        raise TypeError(
+            "model's lm_head has trained tokens of its own (trainable_token_indices of tied embeddings), which a fused "
+            "loss would drop: train the embeddings whole with modules_to_save, or untie them"
         )
     if out is None:
         raise TypeError(f"model has no lm_head: a causal LM is needed, …ForCausalLM, got {type(base).__name__}")

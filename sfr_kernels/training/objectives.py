@@ -137,10 +137,12 @@ class BatchInputs:
             if name in self.others:
                 raise ValueError(f"{name} has no meaning where a batch has rows, which were made of its labels")
         if self.labels is not None and tuple(self.labels.shape) != self.rows.shape:
+            more = self.labels.shape[-1] - self.rows.shape[-1]
+            number = f" (num_virtual_tokens={more})" if more > 0 else ""
             raise ValueError(
                 f"rows were made for {self.rows.shape} tokens, labels are {tuple(self.labels.shape)}: a batch must "
-                f"reach the model as the collator made it ({WHOLE_BATCHES}). Where prompt tuning puts tokens before "
-                "the batch, give labels and sample_id without rows"
+                f"reach the model as the collator made it ({WHOLE_BATCHES}). Where prompt tuning puts virtual tokens "
+                f"before each sequence{number}, give labels and sample_id without rows"
             )
         if config is not None and not torch.compiler.is_compiling():
             self.rows.check_rules(config)
