@@ -114,6 +114,11 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
         return
     if not isinstance(getattr(head, "shape", None), HeadShape):
         raise TypeError(f"head must be a VelocityHead, got {type(head).__name__}")
+    if elsewhere := {p.device for p in head.parameters()} - {hidden.device}:
+        raise ValueError(
+            f"head is on {elsewhere.pop()}, hidden on {hidden.device}: move it with head.to(device). If an engine has "
+            "offloaded its weights, let it do so before attach"
+        )
     check_head_shape(head, config)
     if head.shape.hidden_size != hidden.shape[-1]:
         raise ValueError(f"head was made for hidden size {head.shape.hidden_size}, hidden has {hidden.shape[-1]}")

@@ -33,6 +33,7 @@ from .objectives import (
     keep_from_predictions,
     objective_of,
     placed,
+    settled,
 )
 from .own_loss import OwnLoss, router_loss
 from .saving import save_pretrained, without_head
@@ -203,8 +204,11 @@ def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -
             raise ValueError(
                 "model is sharded, and the head's gradients would not be exchanged: attach first, then fully_shard"
             )
-    if linear.weight.device.type != "meta":
-        sfr.to(linear.weight.device)
+    device: Any = linear.weight.device
+    if device.type == "meta":  # an engine that has offloaded the weight computes elsewhere
+        device = getattr(getattr(linear, "_hf_hook", None), "execution_device", None)
+    if device is not None:
+        sfr.to(device)
 
 
 def _cover_forward(module: nn.Module, function: Callable) -> None:
@@ -260,11 +264,18 @@ def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     call.reached = True
     if call.probe is not None:
         return call.probe
-    options = decoder_options(call.outer, call.adapters, self.bias, hidden) | call.inputs
+    options = decoder_options(call.outer, call.adapters, self.bias, hidden) | _on_device(call.inputs, hidden.device)
     if call.layer is not None:
-        options["flow_hidden"] = check_inner(call.inner, hidden, call.sfr.config.layer_index)
+        inner = check_inner(call.inner, hidden, call.sfr.config.layer_index)
+        options["flow_hidden"] = inner.to(hidden.device)
     call.out = call.sfr(hidden, self.weight, **options)
     return call.out.loss.reshape(1, 1, 1)
+
+
+def _on_device(inputs: dict, device: torch.device) -> dict:
+    """The loss's arguments where the lm_head is, which may be on another device than the batch and the first layers."""
+    found = {name: settled(inputs[name]) for name in ("rows", "targets", "times") if inputs.get(name) is not None}
+    return inputs | {name: value if value.device == device else value.to(device) for name, value in found.items()}
 
 
 def _catch(module: nn.Module, args: tuple, output: Tensor) -> None:

@@ -21,7 +21,7 @@ from ..modules import VelocityHead
 from ..ops import SFROutput, flow_matching_loss, sfr_loss
 from ..ops.flow_loss import step_seed
 from .checkpoint import head_of
-from .objectives import Attachment, attachment_of, settled
+from .objectives import Attachment, attachment_of
 from .sharding import device_of, fill, gathered, parameters_of
 
 RATE = 1e-3
@@ -109,7 +109,7 @@ def _flow_loss(
     sfr: Attachment, head: VelocityHead, hidden: Tensor, weight: Tensor, given: dict[str, Any], seed: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """What is differentiated, and L_flow."""
-    rows, targets = given["rows"], settled(given["targets"])
+    rows, targets = given["rows"], given["targets"]
     backend = sfr.options["backend"]
     if sfr.config.loss != "mtp":
         loss = flow_matching_loss(hidden, head, rows, targets, seed=seed, config=sfr.config, backend=backend)

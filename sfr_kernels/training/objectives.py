@@ -312,7 +312,6 @@ class Attachment(SFRLoss):
         )  # fmt: skip
 
     def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:
-        targets = settled(targets)
         options["return_stats"] = _wants_stats(self, hidden)
         measured = self.measuring and self.training and torch.is_grad_enabled()
         inner = options.get("flow_hidden")
