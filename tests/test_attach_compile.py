@@ -5,12 +5,13 @@ import torch
 from corpora import HashEncoder, Words
 from outcomes import assert_same, gradients
 from test_trainer import losses, make_trainer
-from tiny import CONFIG, TARGET, pad, tiny_llama, tiny_samples, tiny_store
+from tiny import CONFIG, TARGET, adapted, pad, tiny_llama, tiny_samples, tiny_store
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
-from sfr_kernels import SFRConfig, attach
+from sfr_kernels import SFRConfig, attach, detach
 from sfr_kernels.targets import OnlineTargets, SFRCollator
+from sfr_kernels.training.objectives import attachment_of
 
 SAMPLES = tiny_samples(24)
 STORE = tiny_store(SAMPLES)
@@ -122,3 +123,71 @@ def test_targets_that_are_looked_up_or_embedded_break_the_graph_and_add_none(kin
         torch.testing.assert_close(eager(**batch).loss, compiled(**batch).loss, rtol=1e-6, atol=0)
         graphs.append(counter.frame_count)
     assert len(set(graphs[4:])) == 1, graphs
+
+
+def losses_and_graphs(model, call, counter, batches) -> tuple[list[float], list[int]]:
+    """Of each step of a training whose λ changes; the third has the sizes of the first."""
+    optimizer, losses, graphs = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), [], []
+    for step, batch in enumerate([batches[i] for i in (0, 1, 0, 2, 3)]):
+        if (sfr := attachment_of(model)) is not None:
+            sfr.schedule = 1 / (step + 1)
+        loss = call(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        graphs.append(counter.frame_count)
+    return losses, graphs
+
+
+# What calls the model, compiled and attached; the plain model is compiled alone.
+WAYS = {
+    "torch.compile": lambda model, counter: torch.compile(attach(model, CONFIG, STORE), backend=counter),
+    "torch.compile before attach": lambda model, counter: attach(torch.compile(model, backend=counter), CONFIG, STORE),
+    "model.compile() before attach": lambda model, counter: attach(in_place(model, counter), CONFIG, STORE),
+}
+
+
+def in_place(model, counter):
+    model.compile(backend=counter)
+    return model
+
+
+def tiny(lora: bool):
+    model = tiny_llama(num_hidden_layers=1)
+    return adapted(model, ["q_proj", "v_proj"]) if lora else model
+
+
+@pytest.fixture(scope="module")
+def graphs_of_plain() -> dict[bool, list[int]]:
+    """With LoRA and without."""
+    batches = [{name: x for name, x in batch.items() if name != "rows"} for batch in BATCHES]
+    found = {}
+    for lora in (False, True):
+        torch._dynamo.reset()
+        model, counter = tiny(lora), CompileCounterWithBackend("eager")
+        _, found[lora] = losses_and_graphs(model, torch.compile(model, backend=counter), counter, batches)
+    return found
+
+
+LORA = {"torch.compile": True, "torch.compile before attach": False, "model.compile() before attach": True}
+
+
+def shown(way: str):
+    return pytest.mark.setting("own loop", f"{way}, with LoRA" if LORA[way] else way)
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, marks=shown(way)) for way in WAYS])
+def test_a_compiled_model_has_the_graphs_of_the_plain_one_whenever_it_is_compiled(way, graphs_of_plain):
+    lora = LORA[way]
+    eager = attach(tiny(lora), CONFIG, STORE)
+    wanted, none = losses_and_graphs(eager, eager, counter := CompileCounterWithBackend("eager"), BATCHES)
+    model = tiny(lora)
+    call = WAYS[way](model, counter)
+    losses, graphs = losses_and_graphs(model, call, counter, BATCHES)
+    assert losses == pytest.approx(wanted, rel=1e-5) and none[-1] == 0
+    most = [plain + 2 for plain in graphs_of_plain[lora]]
+    assert all(0 < n <= m for n, m in zip(graphs, most, strict=True)) and len(set(graphs[1:])) == 1, (graphs, most)
+    assert not counters["graph_break"]
+    detach(call)
+    assert attachment_of(model) is None and call(**{k: BATCHES[0][k] for k in ("input_ids", "labels")}).logits.shape[2]

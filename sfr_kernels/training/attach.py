@@ -62,8 +62,13 @@ _OUTPUTS = ("aux_loss", "router_logits", "past_key_values", "hidden_states", "at
 
 
 def base_of(model: Any) -> Any:  # of any class: its attributes are transformers' and ours
-    """The transformers model inside a PEFT model, or the model itself."""
+    """The transformers model inside a PEFT model or what torch.compile(model) returns, or the model itself."""
+    model = _uncompiled(model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _uncompiled(model: Any) -> Any:
+    return getattr(model, "_orig_mod", model)
 
 
 def attach(
@@ -76,7 +81,8 @@ def attach(
 ) -> Model:
     """Makes `model(input_ids=…, labels=…, rows=…, targets=…)` return the SFR loss; returns the same model.
 
-    model           a transformers causal LM, or a PEFT model around one (wrap with PEFT first, then attach).
+    model           a transformers causal LM, or a PEFT model around one (wrap with PEFT first, then attach), or what
+                    torch.compile returns for either.
     head_or_config  the objective: an SFRConfig (a new head is made), a VelocityHead (with the default config of its
                     sizes), or an SFRLoss, which has both. With objective "mtp" None, an SFRConfig, whose loss
                     becomes "mtp", or an SFRLoss that has it. With objective "ce" None, or a LinearCrossEntropy.
@@ -133,13 +139,13 @@ def attach(
         cover(base, "generate", _generate)
     base.register_state_dict_post_hook(without_head)
     base._sfr_own_loss = OwnLoss(base, _run_probe)
-    cover(model, "save_pretrained", save_pretrained)
+    cover(_uncompiled(model), "save_pretrained", save_pretrained)
     return model
 
 
 def detach(model: nn.Module) -> VelocityHead | None:
     """Undoes `attach`: the model is the plain one again. Returns the velocity head, None where there was none."""
-    base = base_of(model)
+    base, model = base_of(model), _uncompiled(model)
     sfr = getattr(base, "sfr", None)
     if not isinstance(sfr, Attachment | CrossEntropyAttachment):
         raise ValueError("model has no SFR objective to detach")
@@ -274,7 +280,7 @@ def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
 
 def _on_device(inputs: dict, device: torch.device) -> dict:
     """The loss's arguments where the lm_head is, which may be on another device than the batch and the first layers."""
-    found = {name: settled(inputs[name]) for name in ("rows", "targets", "times") if inputs.get(name) is not None}
+    found = {name: settled(value) for name, value in inputs.items() if hasattr(value, "device")}
     return inputs | {name: value if value.device == device else value.to(device) for name, value in found.items()}
 
 

@@ -303,8 +303,6 @@ class Attachment(SFRLoss):
             if not online:
                 raise ValueError("targets are texts, which only a model attached with OnlineTargets can embed")
             targets = self.store.start(targets, rows.device)  # embedded during the decoder's forward
-        if self._seed.device != rows.device:  # fully_shard moves parameters and buffers alone
-            self._move(rows.device)
         seed = self.seed() if batch.seed is None else batch.seed
         return dict(
             rows=rows, targets=targets, times=batch.times, seed=seed, normalizer=batch.num_items_in_batch,
@@ -312,6 +310,8 @@ class Attachment(SFRLoss):
         )  # fmt: skip
 
     def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:
+        if self._seed.device != hidden.device:  # fully_shard moves parameters and buffers alone
+            self._move(hidden.device)
         options["return_stats"] = _wants_stats(self, hidden)
         measured = self.measuring and self.training and torch.is_grad_enabled()
         inner = options.get("flow_hidden")
