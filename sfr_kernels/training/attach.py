@@ -280,8 +280,9 @@ def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
 
 def _on_device(inputs: dict, device: torch.device) -> dict:
     """The loss's arguments where the lm_head is, which may be on another device than the batch and the first layers."""
-    found = {name: settled(value) for name, value in inputs.items() if hasattr(value, "device")}
-    return inputs | {name: value if value.device == device else value.to(device) for name, value in found.items()}
+    inputs = inputs | {"targets": settled(inputs["targets"])} if "targets" in inputs else inputs
+    away = [name for name, value in inputs.items() if getattr(value, "device", device) != device]
+    return inputs | {name: inputs[name].to(device) for name in away}
 
 
 def _catch(module: nn.Module, args: tuple, output: Tensor) -> None:
