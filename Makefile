@@ -1,5 +1,6 @@
 # make demo   fine-tune a small language model with SFR and show what changed
 # make test   run the tests
+# make test-engines   run the whole matrix of engines, adapters and trainers, of which make test runs a part
 # make lint   check style
 # make test-newest-triton   run the kernels' tests on the newest Triton that is supported
 # make test-oldest-torch   run the operators' tests on the oldest torch that is supported
@@ -27,7 +28,7 @@ XDIST := $(if $(GPU),,-n auto --maxprocesses 4 --dist worksteal)
 # an interrupted demo goes on, a finished one starts anew
 AGAIN = $(if $(wildcard $(RUN)/checkpoint-*),--resume,--overwrite)
 
-.PHONY: demo test test-newest-triton test-oldest-torch lint bench readme gpu-check clean
+.PHONY: demo test test-engines test-newest-triton test-oldest-torch lint bench readme gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -35,6 +36,9 @@ demo: $(VENV)/.train
 
 test: $(VENV)/.test
 	$(WORKERS) $(BIN)/python -m pytest $(XDIST) $(ARGS)
+
+test-engines: $(VENV)/.test
+	$(WORKERS) $(BIN)/python -m pytest $(XDIST) tests/test_engines.py -m "" $(ARGS)
 
 test-newest-triton: $(VENV)/.test $(VENV)/.newest-triton
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest-triton $(BIN)/python -m pytest tests/test_interpreter.py tests/test_ahead_of_time.py $(ARGS)

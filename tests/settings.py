@@ -6,6 +6,7 @@ A test says which setting of which trainer it shows by a marker, which a case of
 
     @pytest.mark.setting("Trainer", "label smoothing")                      # it works, and the test compares values
     @pytest.mark.setting("Trainer", "compute_loss_func", outcome="refused")  # an error says what to do
+    @pytest.mark.engine("Trainer", "FSDP2", "LoRA")                          # an engine, with what adapters
 
 What no test shows is untested. The architectures are those of the tables in test_own_loss.py.
 """
@@ -25,46 +26,53 @@ README = TESTS.parent / "sfr_kernels/training/README.md"
 TRAINERS = ("Trainer", "SFRTrainer", "accelerate", "Lightning", "own loop")
 OUTCOMES = ("tested", "refused")
 
-Settings = dict[str, dict[str, str]]  # {name: {trainer: outcome}}
+Settings = dict[tuple[str, ...], dict[str, str]]  # {(name,) or (engine, adapters): {trainer: outcome}}
+TABLES = {"setting": ("setting",), "engine": ("engine", "adapters")}  # by marker: what its rows are named by
 
 
 class Collector:
     """A plugin of pytest that reads the markers of the tests it collects."""
 
     def __init__(self):
-        self.settings: Settings = {}
+        self.settings: dict[str, Settings] = {table: {} for table in TABLES}
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
-            for mark in item.iter_markers("setting"):
-                try:
-                    self.add(*mark.args, **mark.kwargs)
-                except (TypeError, ValueError) as error:
-                    raise pytest.UsageError(f"{item.nodeid}: {error}") from error
+            for table in TABLES:
+                for mark in item.iter_markers(table):
+                    try:
+                        self.add(table, *mark.args, **mark.kwargs)
+                    except (TypeError, ValueError) as error:
+                        raise pytest.UsageError(f"{item.nodeid}: {error}") from error
 
-    def add(self, trainer: str, name: str, outcome: str = "tested") -> None:
+    def add(self, table: str, trainer: str, *row: str, outcome: str = "tested") -> None:
         for what, given, known in (("trainer", trainer, TRAINERS), ("outcome", outcome, OUTCOMES)):
             if given not in known:
                 raise ValueError(f"the {what} of a setting must be one of {', '.join(known)}, got {given!r}")
-        if self.settings.setdefault(name, {}).setdefault(trainer, outcome) != outcome:
-            raise ValueError(f"{name!r} is said to be both tested and refused with {trainer}: name two settings")
+        if len(row) != len(TABLES[table]):
+            raise ValueError(f"{table} needs {' and '.join(TABLES[table])} after the trainer, got {row}")
+        if self.settings[table].setdefault(row, {}).setdefault(trainer, outcome) != outcome:
+            raise ValueError(
+                f"{', '.join(row)} is said to be both tested and refused with {trainer}: name two settings"
+            )
 
 
-def collected(files: list[Path]) -> Settings:
-    """The settings that the tests of these files show. RuntimeError if one of them cannot be collected."""
+def collected(files: list[Path]) -> dict[str, Settings]:
+    """What the tests of these files show, by table. RuntimeError if one of them cannot be collected."""
     collector, said = Collector(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        options = ["--collect-only", "-qq", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+        options = ["--collect-only", "-qq", "-s", "-m", "", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
         code = pytest.main([*options, *map(str, files)], plugins=[collector])
     if code != pytest.ExitCode.OK:
         raise RuntimeError(f"the tests could not be collected:\n{said.getvalue()}")
     return collector.settings
 
 
-def settings_table(settings: Settings) -> str:
-    lines = [f"| setting | {' | '.join(TRAINERS)} |", "| --- " * (len(TRAINERS) + 1) + "|"]
-    for name in sorted(settings, key=str.lower):
-        lines.append(f"| {name} | {' | '.join(settings[name].get(t, 'untested') for t in TRAINERS)} |")
+def settings_table(table: str, settings: Settings) -> str:
+    columns = [*TABLES[table], *TRAINERS]
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for row in sorted(settings, key=lambda names: [name.lower() for name in names]):
+        lines.append(f"| {' | '.join([*row, *(settings[row].get(t, 'untested') for t in TRAINERS)])} |")
     return "\n".join(lines)
 
 
@@ -74,10 +82,10 @@ def architectures(accepted, refused) -> str:
 
 def sections() -> dict[str, str]:
     """Mark → what stands between it and its end."""
-    marked = [file for file in sorted(TESTS.glob("test_*.py")) if "mark.setting" in file.read_text()]
-    table = settings_table(collected(marked))
+    marked = [f for f in sorted(TESTS.glob("test_*.py")) if re.search(r"mark\.(setting|engine)\b", f.read_text())]
+    shown = {f"{table}s": settings_table(table, found) for table, found in collected(marked).items()}
     tables = importlib.import_module("test_own_loss")  # which pytest has made importable
-    return {"settings": table, "architectures": architectures(tables.ACCEPTED, tables.REFUSED)}
+    return shown | {"architectures": architectures(tables.ACCEPTED, tables.REFUSED)}
 
 
 def with_sections(text: str, found: dict[str, str]) -> str:

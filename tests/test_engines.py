@@ -35,8 +35,7 @@ def cell(engine: str, trainer: str, adapters: str, accumulation: int):
 
 
 CELLS = [cell(*c) for c in itertools.product(WHOLE, TRAINERS, ADAPTERS, ACCUMULATION)]
-CELLS += [cell(e, *c) for e in ENGINES if e not in (*WHOLE, "one process") for c in (*sorted(CHOSEN), OF_OTHERS)]
-CELLS += [cell("one process", t, a, 4) for t in TRAINERS for a in ADAPTERS]
+CELLS += [cell(*c, 4) for c in itertools.product([e for e in ENGINES if e not in WHOLE], TRAINERS, ADAPTERS)]
 
 
 @pytest.fixture(scope="module")
@@ -107,5 +106,6 @@ def _assert_saved(folder, ends: dict, engine: str, adapters: str) -> None:
         assert all(torch.equal(p, ends[name]) for name, p in model.named_parameters())
     else:
         file = load_file(folder / "adapter_model.safetensors")
-        adapter = {name.replace(".default.", "."): p for name, p in ends.items() if "lora_" in name}
-        assert file.keys() == adapter.keys() and all(torch.equal(file[name], p) for name, p in adapter.items())
+        assert not any("sfr." in name for name in file)  # with the lm_head's adapters its own weight is saved, too
+        for name, p in ends.items():
+            assert "lora_" not in name or torch.equal(file[name.replace(".default.", ".")], p), name

@@ -231,7 +231,9 @@ def test_accumulated_steps_are_whole_steps_with_the_whole_batch(block, model, by
     assert_same(saved, model)
 
 
-@loops("two processes (DDP, on a CPU)")
+@pytest.mark.parametrize(
+    "block", [pytest.param(b, id=t, marks=pytest.mark.engine(t, "DDP", "full")) for t, b in LOOPS.items()]
+)
 def test_two_processes_train_as_one_does(block, model, by_hand):
     """Their micro-batches have different numbers of tokens, and no process knows those of the other."""
     if block is ACCELERATE:
@@ -270,7 +272,7 @@ def run_sharded(rank: int, kind: str) -> None:
         torch.save(gathered(parameters_of(model)), f"{name}-{rank}.pt")
 
 
-@setting("accelerate", "FSDP2")
+@pytest.mark.engine("accelerate", "FSDP2", "full")
 @pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_fsdp2_trains_as_one_process_and_goes_on_to_the_same_bits(kind):
     wanted = train_by_hand(**MOMENTUM)[-1]

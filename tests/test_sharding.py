@@ -94,7 +94,7 @@ def shard_by_hand(rank: int, folder: Path, wanted: dict) -> None:
     assert_same(gathered(parameters_of(again)), ends)
 
 
-@setting("own loop", "FSDP2 (fully_shard after attach)")
+@pytest.mark.engine("own loop", "FSDP2", "full")
 def test_fully_shard_by_hand_trains_saves_and_goes_on(tmp_path, one):
     in_two_processes(grouped(shard_by_hand), tmp_path, one)
     assert not (tmp_path / "refused").exists()
@@ -112,7 +112,7 @@ def flatten(rank: int, original: bool) -> None:
         model(**COLLATE(HALVES[rank]))
 
 
-@setting("own loop", "FSDP1", outcome="refused")
+@pytest.mark.engine("own loop", "FSDP1", "full", outcome="refused")
 @pytest.mark.parametrize("original", [False, True], ids=["flat", "use_orig_params"])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_flat_parameters_are_refused(original):
@@ -150,7 +150,10 @@ def train_with_empty_rank(model, rank: int | None) -> None:
 
 
 @setting("own loop", "a process whose batch has no label")
-@pytest.mark.parametrize("work", [ddp_with_empty_rank, fsdp_with_empty_rank])
+@pytest.mark.parametrize(
+    "work",
+    [pytest.param(ddp_with_empty_rank, marks=pytest.mark.engine("own loop", "DDP", "full")), fsdp_with_empty_rank],
+)
 @pytest.mark.filterwarnings("ignore:no label is supervised:RuntimeWarning")
 def test_a_process_without_labels_takes_part(work):
     model = attached(STORE, std=0.1)

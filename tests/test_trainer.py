@@ -237,7 +237,6 @@ def test_the_callback_asks_for_an_attached_model(tmp_path):
 
 
 # Two processes with half of each batch train and log as one process with the whole of it does.
-NAME = "two processes (DDP, on a CPU)"
 EVALUATION = texts("plain", 8, seed=1)  # two batches of four, or of two and two
 EVALUATING = dict(eval_strategy="steps", eval_steps=3)
 
@@ -286,8 +285,8 @@ def assert_same_logs(found: list[dict], wanted: list[dict], names: set[str]) -> 
 METRICS = {"entropy", "mean_token_accuracy", "num_tokens", "eval_entropy", "eval_mean_token_accuracy"}
 LOSSES = {"loss", "ce_loss", "flow_loss", "eval_loss", "eval_ce_loss", "eval_flow_loss"}
 OF_TWO = [
-    pytest.param(of_trainer, LOSSES, marks=setting("Trainer", NAME)),
-    pytest.param(of_packs, LOSSES | METRICS, marks=setting("SFRTrainer", NAME)),
+    pytest.param(of_trainer, LOSSES, marks=pytest.mark.engine("Trainer", "DDP", "full")),
+    pytest.param(of_packs, LOSSES | METRICS, marks=pytest.mark.engine("SFRTrainer", "DDP", "full")),
 ]
 
 
@@ -302,7 +301,6 @@ def test_two_processes_train_and_log_as_one_with_the_whole_batch(make, names, tm
         assert_same_logs(found, one.state.log_history, names)
 
 
-@setting("SFRTrainer", NAME)
 def test_each_process_adds_its_share_of_a_router_loss(tmp_path):
     """That of SFTTrainer in one process which accumulates what two have: a router loss is of a micro-batch alone."""
     accumulated = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)

@@ -22,16 +22,25 @@ def test_the_table_of_settings_is_what_the_tests_show():
 
 def test_a_table_has_each_setting_once_and_the_rest_untested():
     found = settings.Collector()
-    found.add("Trainer", "packing")
-    found.add("own loop", "a frozen head", outcome="refused")
-    found.add("Trainer", "packing")
-    assert settings.settings_table(found.settings).splitlines()[2:] == [
+    found.add("setting", "Trainer", "packing")
+    found.add("setting", "own loop", "a frozen head", outcome="refused")
+    found.add("setting", "Trainer", "packing")
+    found.add("engine", "SFRTrainer", "ZeRO-3", "full")
+    assert settings.settings_table("setting", found.settings["setting"]).splitlines()[2:] == [
         "| a frozen head | untested | untested | untested | untested | refused |",
         "| packing | tested | untested | untested | untested | untested |",
     ]
-    for wrong in (("Trainer", "packing", "refused"), ("trainer", "packing"), ("Trainer", "packing", "broken")):
+    assert settings.settings_table("engine", found.settings["engine"]).splitlines() == [
+        "| engine | adapters | Trainer | SFRTrainer | accelerate | Lightning | own loop |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| ZeRO-3 | full | untested | tested | untested | untested | untested |",
+    ]
+    for wrong in (("trainer", "packing"), ("Trainer", "packing", "again")):
         with pytest.raises(ValueError):
-            found.add(*wrong)
+            found.add("setting", *wrong)
+    for outcome in ("refused", "broken"):
+        with pytest.raises(ValueError):
+            found.add("setting", "Trainer", "packing", outcome=outcome)
     text = settings.architectures({"llama": {}, "gpt2": {}}, {"BartForCausalLM": ()})
     assert text == "Loss and gradients compared: llama, gpt2.\n\nRefused: BartForCausalLM."
     assert settings.with_sections("a <!-- x -->old<!-- /x --> b", {"x": "new"}) == "a <!-- x -->\nnew\n<!-- /x --> b"

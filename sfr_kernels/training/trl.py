@@ -8,6 +8,7 @@ data; then their targets are built, the model is attached, and the loss is the m
 import inspect
 import os
 import warnings
+from unittest.mock import patch
 
 import torch
 from peft import PeftType
@@ -23,6 +24,7 @@ from .objectives import Attachment, attachment_of, objective_of
 
 try:
     from trl import SFTTrainer
+    from trl.trainer import sft_trainer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 except ImportError as error:
     raise ImportError(f"SFRTrainer needs trl ({error}): pip install 'sfr_kernels[trl]'") from error
@@ -84,7 +86,8 @@ class SFRTrainer(SFTTrainer):
     def _prepare(self, given: dict) -> None:
         """SFTTrainer's constructor, without its change of the model's forward."""
         own = _OwnForward()
-        with warnings.catch_warnings():
+        # It refuses adapters of the lm_head, which the loss here computes. `isinstance` of an empty tuple is false.
+        with warnings.catch_warnings(), patch.object(sft_trainer, "BaseTunerLayer", (), create=True):
             # It announces another forward pass, which the loss here does not need.
             warnings.filterwarnings("ignore", "`label_smoothing_factor` is deprecated", FutureWarning)
             super().__init__(**given | {"callbacks": [*(given.get("callbacks") or ()), own]})
