@@ -51,6 +51,7 @@ ADAPTERS = {
     "LoRA": "all-linear",
     "LoRA with lm_head": ["q_proj", "v_proj", "up_proj", "lm_head"],
 }
+STATE = "λ, step and gate"
 TRAINERS = {"Trainer": Trainer, "SFRTrainer": SFRTrainer}
 
 
@@ -76,7 +77,9 @@ def model_for(adapters: str):
     return model
 
 
-def make_trainer(folder: Path, engine: str, trainer: str, adapters: str, accumulation: int, **arguments):
+def make_trainer(
+    folder: Path, engine: str, trainer: str, adapters: str, accumulation: int, fields: dict | None = None, **arguments
+):
     """Three steps of SGD with momentum, which a checkpoint must hold, of eight samples, in order."""
     processes = 1 if engine == "one process" else 2
     given = ENGINES[engine] | dict(
@@ -86,19 +89,19 @@ def make_trainer(folder: Path, engine: str, trainer: str, adapters: str, accumul
     ) | arguments  # fmt: skip
     model, data, targets = model_for(adapters), texts("plain", BATCH * STEPS), folder.parent / "targets"
     if trainer == "SFRTrainer":
-        objective = dict(sfr=chunked_loss(), encoder=ENCODER, targets=targets / "of texts")
+        objective = dict(sfr=chunked_loss(**fields or {}), encoder=ENCODER, targets=targets / "of texts")
         return trl_cases.make_trainer(folder, model=model, train=data, arguments=given, **objective)
     ids = [tokenizer()(text)["input_ids"] for text in data["text"]]
     samples = [dict(input_ids=x, labels=list(x), sample_id=i) for i, x in enumerate(ids)]
     store = build(targets / "of samples", samples, tokenizer=tokenizer())
-    return chunked_trainer(folder, model, samples, store, **given)
+    return chunked_trainer(folder, model, samples, store, loss=chunked_loss(**fields or {}), **given)
 
 
 def outcome(trainer) -> dict[str, torch.Tensor]:
     """What a training has made of the model, gathered; and the state that it goes on from."""
     sfr = attachment_of(trainer.model)
-    found = gathered(weights_of(trainer.model))
-    return found | {"λ and step": torch.tensor([sfr.flow_weight, sfr.step], dtype=torch.float64)}
+    state = [sfr.flow_weight, sfr.step, *(sfr.gate.state() if sfr.gate else ())]
+    return gathered(weights_of(trainer.model)) | {STATE: torch.tensor(state, dtype=torch.float64)}
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
@@ -107,13 +110,16 @@ def weights_of(model) -> dict[str, torch.Tensor]:
 
 def losses(trainer) -> list[tuple]:
     names = ("step", "loss", "ce_loss", "flow_loss", "flow_weight")
-    return [tuple(h[n] for n in names) for h in trainer.state.log_history if set(names) <= h.keys()]
+    steps = [h for h in trainer.state.log_history if set(names) <= h.keys()]
+    return [(*(h[n] for n in names), h.get("flow_gate", 1.0)) for h in steps]
 
 
-def run(rank: int, folder: Path, engine: str, trainer: str, adapters: str, accumulation: int) -> None:
-    """Trains, and again from the checkpoint; leaves {rank}.pt, of both."""
+def run(
+    rank: int, folder: Path, engine: str, trainer: str, adapters: str, accumulation: int, fields: dict | None = None
+) -> None:
+    """Trains, and again from the checkpoint; leaves {rank}.pt, of both. `fields`: the configuration's."""
     lead_to(engine)
-    case = (engine, trainer, adapters, accumulation)
+    case = (engine, trainer, adapters, accumulation, fields)
     whole = trained(make_trainer(folder / "whole", *case))
     found = dict(whole=outcome(whole), logs=losses(whole), kind=whole.accelerator.distributed_type.value)
     assert whole.args.world_size == (1 if engine == "one process" else 2)

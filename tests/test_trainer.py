@@ -47,10 +47,12 @@ def make_trainer(folder, *, adapters=False, config=CONFIG, store=STORE, callback
     return trainer_of(model, folder, SFRCollator(config, store, pad), **given)
 
 
-def chunked_trainer(folder, model, samples: list[dict], store, collate=pad, **options):
+def chunked_trainer(folder, model, samples: list[dict], store, collate=pad, loss=None, **options):
     """With the callback, the model attached to a loss of small chunks, and the steps of a training by hand."""
     given = trl_cases.STEPS | dict(samples=samples, remove_unused_columns=True) | options
-    trainer = trainer_of(attach(model, chunked_loss(), store), folder, SFRCollator(CONFIG, store, collate), **given)
+    trainer = trainer_of(
+        attach(model, loss or chunked_loss(), store), folder, SFRCollator(CONFIG, store, collate), **given
+    )
     SFRCallback().add_to(trainer)
     return trainer
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,8 +126,9 @@ def train_by_hand(model, head, samples: list[dict], steps: int = 3, batch: int =
             parameter.data.sub_(lr * gradient)
 
 
-def chunked_loss() -> SFRLoss:
-    return SFRLoss(CONFIG, VelocityHead.from_config(CONFIG, HIDDEN, TARGET), chunk_rows=CHUNK_ROWS)
+def chunked_loss(**fields) -> SFRLoss:
+    config = replace(CONFIG, **fields)
+    return SFRLoss(config, VelocityHead.from_config(config, HIDDEN, TARGET), chunk_rows=CHUNK_ROWS)
 
 
 def in_parts(adapters: bool):
