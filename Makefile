@@ -19,7 +19,7 @@ CONSTRAINTS := $(if $(CI),constraints-ci.txt,constraints-cpu.txt)
 TORCH := $(shell sed -n 's/^torch==//p' constraints-cpu.txt)
 OLDEST_TORCH := $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 OPERATORS := every_loss loss_arguments loss_tracing linear_cross_entropy vocab_parallel flow_loss sfr_loss modules rows \
-	default_dtype golden attach_compile hidden_norm mtp
+	default_dtype golden attach_compile hidden_norm mtp lora
 PINS := $(if $(GPU),,-c $(CONSTRAINTS))
 RUN ?= runs/demo
 # without a GPU as many tests at once as there are cores, each in one thread; a GPU they would have to share
