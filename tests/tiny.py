@@ -1,5 +1,7 @@
 """Small models, data and stores for the tests of targets and training."""
 
+import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -109,6 +111,9 @@ def chat(prompt: str, answer: str, system: str = "You are terse.") -> dict:
     return {"messages": [{"role": role, "content": content} for role, content in roles]}
 
 
+LIMIT_S = 90
+
+
 def in_two_processes(work, *arguments) -> None:
     """work(rank, *arguments) in two forked processes, with the environment that torchrun gives each."""
     if torch.cuda.is_initialized():
@@ -116,17 +121,19 @@ def in_two_processes(work, *arguments) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    gc.collect()  # a fork that collects a process group of its parent's waits for threads that it has not
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=_work_as, args=(rank, port, work, arguments)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(LIMIT_S)
         process.kill()
     assert [process.exitcode for process in processes] == [0, 0]
 
 
 def _work_as(rank: int, port: int, work, arguments) -> None:
+    faulthandler.dump_traceback_later(LIMIT_S - 10, exit=True)  # says where they wait for one another
     places = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     threads = dict(OMP_NUM_THREADS=1)  # else accelerate asks for more, and a fork has none of its parent's: it waits
     os.environ |= {name: str(value) for name, value in (places | threads).items()}
