@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..config import SFRConfig
 from ..ops.flow_loss import step_seed
-from .checkpoint import pairing, restore_head, save_head, saved_value
+from .checkpoint import pairing, restore_head, save_head, saved_state
 from .guard import NEVER_CALLED, check_head, watch_of
 from .head import fit_head, is_new
 from .health import health_values, will_log
@@ -32,6 +32,7 @@ def schedule_at(config: SFRConfig, step: int, total: int) -> float:
     return max(factor[config.flow_schedule], 0.0)
 
 
+_WINDOW = "sfr_kernels"  # the name of `_window` among the `stateful_callbacks` of trainer_state.json
 _NO_SHARE = (
     "flow_weight is 'auto', and no gradient at the hidden states was measured at this step: there was no label, the "
     "model is frozen, or it is compiled, and the loss one whose share is then not known. λ stays as it is"
@@ -47,13 +48,13 @@ class _Mean:
     def add(self, last: Tensor, by_sequence: bool) -> None:
         weight = last[2:] if by_sequence else torch.ones_like(last[2:])
         values = torch.cat([last[:2] * weight, weight])
-        self.sums = values if self.sums is None else self.sums + values
+        self.sums = values if self.sums is None else self.sums.to(values) + values
 
     def take(self, args, weight: float | None = None) -> dict[str, float]:
         """The means over all processes since the last call; none without a forward. `weight`: other than the sum."""
         if self.sums is None:
             return {}
-        found, self.sums = self.sums.to(torch.float32), None
+        found, self.sums = self.sums.to(args.device, torch.float32), None
         if weight is not None:
             found[2] = weight
         if dist.is_available() and dist.is_initialized():
@@ -67,20 +68,22 @@ class _Mean:
 
 class SFRCallback(TrainerCallback):
     """Fits a new head before training (`config.head_steps`), sets λ by its share (`flow_weight="auto"`) and schedule,
-    opens and closes the gate (`flow_gate`), and restores all of them when a run resumes. Logs `ce_loss` and `flow_loss`
-    averaged since the last log, `flow_gate` (the share of its steps with an open gate), `flow_weight` (λ), and of the
-    step that is logged `flow_share`, `flow_gap` and `flow_loss_t00` to `flow_loss_t75` (README.md beside this file says
-    how to read them), and `eval_ce_loss` and `eval_flow_loss` (which `metric_for_best_model` may name).
+    opens and closes the gate (`flow_gate`), and restores all of them when a run resumes, or ends with its best model.
+    Logs `ce_loss` and `flow_loss` averaged since the last log, `flow_gate` (the share of its steps with an open gate),
+    `flow_weight` (λ), and of the step that is logged `flow_share`, `flow_gap` and `flow_loss_t00` to `flow_loss_t75`
+    (README.md beside this file says how to read them), and `eval_ce_loss` and `eval_flow_loss` (which
+    `metric_for_best_model` may name).
 
     Add it with `add_to(trainer)`: it is then the first callback, so that reporters see its values, puts the Trainer's
-    label smoothing into the attached loss, and knows the folder a run is resumed from, which otherwise is
-    `resume_from`, or `output_dir/checkpoint-<step>`. Where processes cannot share the evaluated samples evenly,
-    accelerate repeats some, which count twice.
+    label smoothing into the attached loss, and knows what a resumed run had summed
+    up since its last log, and the folder it is resumed from, which otherwise is `resume_from`, or
+    `output_dir/checkpoint-<step>`. Where processes cannot share the evaluated samples evenly, accelerate repeats some,
+    which count twice.
     """
 
     def __init__(self, resume_from: str | Path | None = None):
         self.resume_from, self.last_step = resume_from, 0
-        self._added, self._loaded = False, None
+        self._added, self._loaded, self._trainer = False, None, None
         self._training, self._evaluation = _Mean(), _Mean()
         self._health: list[Tensor] = []  # of the forwards of a measured step
         self._measured: dict[str, float] = {}  # what they say
@@ -108,13 +111,19 @@ class SFRCallback(TrainerCallback):
             trainer.compute_loss = lambda model, inputs, *args, **kwargs: compute_loss(
                 model, {**inputs, "label_smoothing": smoother.epsilon}, *args, **kwargs
             )
-        load = trainer._load_from_checkpoint
+        load, save = trainer._load_from_checkpoint, trainer._save_checkpoint
 
         def load_from(folder, *args, **kwargs):
             self._loaded = folder
             return load(folder, *args, **kwargs)
 
-        trainer._load_from_checkpoint = load_from
+        def save_checkpoint(*args, **kwargs):
+            if self in trainer.callback_handler.callbacks:
+                trainer.state.stateful_callbacks[_WINDOW] = self._window(trainer)
+            return save(*args, **kwargs)
+
+        trainer._load_from_checkpoint, trainer._save_checkpoint = load_from, save_checkpoint
+        self._trainer = trainer
         keep_from_predictions(type(trainer.model.config))  # attach did, unless it ran in another process
         trainer.remove_callback(type(self))
         trainer.callback_handler.callbacks.insert(0, self)
@@ -141,15 +150,46 @@ class SFRCallback(TrainerCallback):
                 check_averaged(kwargs["optimizer"], sfr.head.parameters())
         if state.global_step > 0 and isinstance(sfr, Attachment):
             folder = self.resume_from or self._loaded or Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            restore_head(folder, sfr, pairing(model))
-            if (weight := saved_value(folder, "flow_weight")) is not None:
-                sfr.restore_weight(weight)
-            if sfr.gate and (gate := saved_value(folder, "gate")) is not None:
-                sfr.gate.restore(gate)
+            self._restore(folder, sfr, model)
         elif isinstance(sfr, Attachment):
+            sfr.fitted = sfr.fitted or 0
             self._fit_head(args, state, model, sfr, kwargs.get("train_dataloader"))
         self._training, self.last_step, self._open = _Mean(), state.global_step, 0
+        self._restore_window(state.stateful_callbacks.get(_WINDOW), args)
         self._progress = watch_of(model).progress
+
+    def _restore(self, folder: str | Path, sfr: Attachment, model) -> None:
+        """The head of a checkpoint, and the state that goes with it; every process must call it."""
+        restore_head(folder, sfr, pairing(model))
+        saved = saved_state(folder)
+        sfr.fitted = saved.get("fitted")
+        if (weight := saved.get("flow_weight")) is not None:
+            sfr.restore_weight(weight)
+        if sfr.gate and (gate := saved.get("gate")) is not None:
+            sfr.gate.restore(gate)
+
+    def _window(self, trainer) -> dict:
+        """What has been summed up since the last log, by each process; every process must call it. Trainer's sum of its
+        loss, which it would lose, is in it."""
+        sums = self._training.sums
+        mine: list = [trainer._tr_loss.item(), *([] if sums is None else sums.tolist())]
+        found = [mine]
+        if dist.is_available() and dist.is_initialized():
+            found *= dist.get_world_size()
+            dist.all_gather_object(found, mine)
+        since, total = trainer._globalstep_last_logged, trainer._total_loss_scalar
+        return {"since": since, "loss": total, "open": self._open, "sums": found}
+
+    def _restore_window(self, saved: dict | None, args) -> None:
+        """Goes on with the window of a checkpoint; with another number of processes a new one begins."""
+        if saved is None or self._trainer is None or len(saved["sums"]) != args.world_size:
+            return
+        loss, *sums = saved["sums"][args.process_index]
+        if sums:
+            self._training.sums = torch.tensor(sums, dtype=torch.float64)
+        self.last_step, self._open = saved["since"], saved["open"]
+        self._trainer._tr_loss.fill_(loss)
+        self._trainer._globalstep_last_logged, self._trainer._total_loss_scalar = saved["since"], saved["loss"]
 
     def _fit_head(self, args, state, model, sfr: Attachment, batches) -> None:
         """Fits a new head to the data of training, in an order of its own: that of training is as without it."""
@@ -243,4 +283,5 @@ class SFRCallback(TrainerCallback):
             return
         sfr.schedule, sfr.measuring = None, False
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            restore_head(state.best_model_checkpoint, sfr, pairing(model))
+            self._restore(state.best_model_checkpoint, sfr, model)
+            sfr.step = state.best_global_step

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from ..atomic import write_atomically
@@ -46,7 +46,7 @@ def save_head(
 ) -> None:
     """Writes the head's parameters and the objective's configuration into `folder`. `tensors` are the parameters of a
     sharded head, gathered. RuntimeError if one is not of its shape."""
-    folder = Path(folder)
+    folder, digest = Path(folder), None
     if loss.head is not None:
         tensors = gathered(parameters_of(loss.head)) if tensors is None else tensors
         shapes = {name: p.shape for name, p in head_of(asdict(loss.head.shape), "meta").named_parameters()}
@@ -55,9 +55,14 @@ def save_head(
                 f"the velocity head's {wrong[0]} is {_shape(tensors.get(wrong[0]))}, not of shape "
                 f"{tuple(shapes[wrong[0]])}, so it is not saved: an engine has not gathered it"
             )
-        write_atomically(folder / HEAD_FILE, save({n: tensors[n].detach().cpu().contiguous() for n in shapes}))
+        data = save({n: tensors[n].detach().cpu().contiguous() for n in shapes})
+        write_atomically(folder / HEAD_FILE, data)
+        digest = hashlib.sha256(data).hexdigest()
+    else:
+        (folder / HEAD_FILE).unlink(missing_ok=True)  # of a save before this one
     shape = None if loss.head is None else asdict(loss.head.shape)
-    saved = {"config": loss.config.to_dict(), "head": shape, "paired": paired}
+    saved = {"config": loss.config.to_dict(), "head": shape, "paired": paired, "sha256": digest}
+    saved["fitted"] = getattr(loss, "fitted", None)
     saved["flow_weight"] = getattr(loss, "flow_weight", loss.config.first_weight)
     gate = getattr(loss, "gate", None)
     saved["gate"] = None if gate is None or math.isnan(gate.last) else gate.state()
@@ -82,7 +87,7 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
     saved = json.loads((folder / CONFIG_FILE).read_text())
     if shape := saved["head"]:
         head = head_of(shape)
-        head.load_state_dict(load_file(folder / HEAD_FILE))
+        head.load_state_dict(_read_head(folder, saved))
     config = saved["config"]
     offset = config.pop("mtp_offset", 2)  # earlier versions wrote it, whatever the loss
     if config["loss"] == "mtp" and offset != 2:
@@ -93,10 +98,22 @@ def load_head(folder: str | os.PathLike) -> SFRLoss:
     return SFRLoss(SFRConfig.from_dict(_OLD | config), head)
 
 
-def saved_value(folder: str | os.PathLike, name: str) -> Any:
-    """λ ("flow_weight") or the state of the gate ("gate") when a checkpoint was saved; None if it is not known."""
+def _read_head(folder: Path, saved: dict) -> dict[str, Tensor]:
+    """The tensors of a head. ValueError if it is not the one beside which `saved` was written."""
+    data = (folder / HEAD_FILE).read_bytes()
+    if saved.get("sha256", digest := hashlib.sha256(data).hexdigest()) != digest:  # earlier versions wrote none
+        raise ValueError(
+            f"{folder / HEAD_FILE} is not the head that {CONFIG_FILE} beside it tells of: a save into this folder has "
+            "not come to its end, or one of the files is of another save"
+        )
+    return load(data)
+
+
+def saved_state(folder: str | os.PathLike) -> dict[str, Any]:
+    """What a checkpoint has of the state of a run beside the head: λ ("flow_weight"), the state of the "gate" and the
+    steps by which the head was "fitted", each None, or missing, where it is not known."""
     path = Path(folder) / CONFIG_FILE
-    return json.loads(path.read_text()).get(name) if path.is_file() else None
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 @torch.no_grad()
@@ -106,7 +123,7 @@ def restore_head(folder: str | os.PathLike, loss: SFRLoss, paired: str) -> None:
     if loss.head is None:
         return
     path, remedy = Path(folder) / HEAD_FILE, "give the checkpoint to SFRCallback(resume_from=…)"
-    if not path.is_file():
+    if not (path.is_file() and (Path(folder) / CONFIG_FILE).is_file()):
         raise FileNotFoundError(f"no velocity head at {path}: if the run resumes from another folder, {remedy}")
     saved = json.loads((Path(folder) / CONFIG_FILE).read_text())
     if saved["paired"] != paired:
@@ -117,4 +134,4 @@ def restore_head(folder: str | os.PathLike, loss: SFRLoss, paired: str) -> None:
     then |= {name: trained[name] for name in _TRAINED}
     if other := [f"{name}={then[name]!r}, not {now[name]!r}" for name in now if then[name] != now[name]]:
         raise ValueError(f"the head at {path} was trained with {'; '.join(other)}: resume with the config of the run")
-    fill(loss.head, load_file(path))
+    fill(loss.head, _read_head(Path(folder), saved))

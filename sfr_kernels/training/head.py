@@ -70,6 +70,7 @@ def fit_head(
             _average(twin)
             optimizer.step()
     fill(sfr.head, twin.state_dict())
+    sfr.fitted = steps
     return flow.item()
 
 

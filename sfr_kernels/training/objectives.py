@@ -159,6 +159,7 @@ class Attachment(SFRLoss):
     shared = False  # whether λ is one that was set by the share
     measuring = False  # whether training forwards fill `health`, which changes no bit of the training
     restore: dict[str, Any]  # what `attach` has changed of the model, for `detach`
+    fitted: int | None = None  # the steps by which the head was fitted before training, where they are known
     inner: str | None = None  # the layer that is given the head's hidden states; None: the lm_head is
 
     def __init__(self, loss: SFRLoss, store: TargetStore | OnlineTargets | None):
@@ -247,7 +248,7 @@ class Attachment(SFRLoss):
     def restore_weight(self, value: float) -> None:
         """λ of a run that goes on, where flow_weight="auto" moves it; else it is the configuration's."""
         if self.config.flow_weight == "auto":
-            self.flow_weight, self.shared = value, True
+            self.flow_weight, self.shared = value, value != self.config.first_weight
 
     def approach_share(self, share: float) -> None:
         """Moves λ towards the share of "auto", given the one that was measured: at first all of the way, then half of
@@ -355,8 +356,7 @@ def _finite(name: str, value: float) -> float:
 class CrossEntropyAttachment(LinearCrossEntropy):
     """Cross-entropy alone: no head, no targets."""
 
-    config = head = store = inner = None
-    config = head = store = gate = None
+    config = head = store = inner = gate = None
     restore: dict[str, Any]
     return_stats = False
 

@@ -28,15 +28,18 @@ def save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
     """The model's own save_pretrained, without the head, which is saved beside it."""
     if (sfr := attachment_of(self)) is None:  # the model inside this PEFT model was detached
         return plain(self, "save_pretrained")(save_directory, *args, **kwargs)
-    found = _saved_head(self, sfr, kwargs.get("state_dict")) if kwargs.get("is_main_process", True) else None
+    is_main = kwargs.get("is_main_process", True)
+    found = _saved_head(self, sfr, kwargs.get("state_dict")) if is_main else None
     watch = watch_of(self)
-    watch.saving = True
     try:
-        result = plain(self, "save_pretrained")(save_directory, *args, **kwargs)
-    finally:
-        watch.saving = False
-    if isinstance(sfr, Attachment) and found is not None:
-        save_head(save_directory, sfr, *found)
+        if found is not None:
+            save_head(save_directory, sfr, *found)  # first, so that a save cut short is known by it
+    finally:  # the model is saved even where its head cannot be
+        watch.saving = True
+        try:
+            result = plain(self, "save_pretrained")(save_directory, *args, **kwargs)
+        finally:
+            watch.saving = False
     return result
 
 

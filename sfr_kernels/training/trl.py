@@ -32,6 +32,7 @@ except ImportError as error:
 from .prepared import check_folder, find_targets, has_ids, named_sets, number, number_all
 
 FOLDER = "targets"
+_METRICS = "SFRTrainer"  # their name among the `stateful_callbacks` of trainer_state.json
 
 
 class SFRTrainer(SFTTrainer):
@@ -205,6 +206,19 @@ class SFRTrainer(SFTTrainer):
 
     # Metrics
 
+    def _save_checkpoint(self, model, trial) -> None:
+        """With the metrics since the last log, which every process has of all."""
+        means = [m.tolist() for m in self._batch_metrics["train"]]
+        self.state.stateful_callbacks[_METRICS] = {"means": means, "tokens": int(self._tokens)}
+        super()._save_checkpoint(model, trial)
+
+    def _load_callback_state(self) -> None:
+        """Called where a run goes on, with the state of its checkpoint."""
+        super()._load_callback_state()
+        if saved := self.state.stateful_callbacks.get(_METRICS):
+            means = torch.tensor(saved["means"], dtype=torch.float32, device=self.args.device)
+            self._batch_metrics["train"], self._tokens = [*means], saved["tokens"]
+
     @torch.no_grad()
     def _count(self, inputs: dict, outputs) -> None:
         """Keeps SFTTrainer's metrics of a batch on the device until they are logged. Backend "reference" has none."""
@@ -224,7 +238,8 @@ class SFRTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode, prefix = ("train", "") if self.model.training else ("eval", "eval_")
         if self._batch_metrics[mode]:
-            entropy, accuracy, router = torch.stack(self._batch_metrics[mode]).mean(0).tolist()
+            means = [m.to(self.args.device) for m in self._batch_metrics[mode]]
+            entropy, accuracy, router = torch.stack(means).mean(0).tolist()
             found = {"entropy": entropy, "num_tokens": float(self._tokens), "mean_token_accuracy": accuracy}
             if self.aux_loss_enabled:
                 found["aux_loss"] = router
