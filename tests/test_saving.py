@@ -75,7 +75,8 @@ def assert_goes_on(trainer, whole, **options) -> None:
 UNFITTED = replace(CONFIG, flow_weight="auto")  # whose first step has no share to set λ by
 
 
-@setting("Trainer", "resuming between two logs, with everything that has a state")
+@setting("Trainer", "resuming between two logs")
+@setting("Trainer", "resuming with λ of auto, its schedule, a gate and head_ema")
 @pytest.mark.parametrize("config, steps", [(RECIPE, (1, 2, 3, 5)), (UNFITTED, [1])], ids=["recipe", "no share yet"])
 def test_a_run_goes_on_from_any_step_to_the_same_bits(tmp_path, config, steps):
     whole = trained(make_trainer(tmp_path / "whole", config))
@@ -86,7 +87,7 @@ def test_a_run_goes_on_from_any_step_to_the_same_bits(tmp_path, config, steps):
         assert_goes_on(resumed, whole, resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
 
 
-@setting("SFRTrainer", "resuming between two logs, with everything that has a state")
+@setting("SFRTrainer", "resuming between two logs")
 def test_an_sfr_trainer_goes_on_with_its_metrics(tmp_path):
     """Entropy, accuracy and the tokens trained on."""
     given = dict(logging_steps=2, save_strategy="steps", save_steps=1)

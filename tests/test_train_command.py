@@ -103,6 +103,9 @@ def test_full_fine_tuning_and_the_other_objectives(folder, tmp_path):
     assert ce["held_out_before"]["ce_loss"] == pytest.approx(full["held_out_before"]["ce_loss"], rel=1e-5)
     assert not (tmp_path / "ce" / "model" / "sfr_head.safetensors").exists()
     assert load_head(tmp_path / "full" / "model").head.shape.target_size == 384
+    full, ce, mtp = ((tmp_path / n / "model" / "README.md").read_text() for n in ("full", "ce", "mtp"))
+    assert "embeddings of 384 numbers by the sentence encoder `all-minilm-l6-v2`" in full and "steps: 8\n" in full
+    assert "Cross-entropy alone" in ce and "mtp_tokens=2" in mtp and str(folder) not in full + ce + mtp
     # runs of all objectives that differ in nothing else stand beside each other
     names = ("ce", "none", "mtp")
     compared = {n: list(json.loads((tmp_path / n / "comparison.json").read_text())["models"]) for n in names}

@@ -27,6 +27,7 @@ from ..training.data import PERSONAS, ChatFile, read_chats, split_by_prompt, tok
 from ..training.formats import Example
 from ..training.labelling import Tokenized
 from ..training.lm_head import output_linear
+from ..training.model_card import write_card
 from ..training.models import load_model
 from ..training.objectives import OBJECTIVES, as_mtp, attachment_of
 from .report import ProgressBar, loss_curves, samples_table, write_comparison
@@ -295,5 +296,6 @@ def _save_model(args, model, tokenizer) -> None:
     plain = model if args.full else model.merge_and_unload()
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_card(folder, plain, loss)
     for checkpoint in args.out.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)

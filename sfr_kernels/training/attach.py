@@ -36,7 +36,7 @@ from .objectives import (
     settled,
 )
 from .own_loss import OwnLoss, router_loss
-from .saving import save_pretrained, without_head
+from .saving import adapter_card, save_pretrained, upload, without_head
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -139,7 +139,11 @@ def attach(
         cover(base, "generate", _generate)
     base.register_state_dict_post_hook(without_head)
     base._sfr_own_loss = OwnLoss(base, _run_probe)
-    cover(_uncompiled(model), "save_pretrained", save_pretrained)
+    saved = _uncompiled(model)
+    cover(saved, "save_pretrained", save_pretrained)
+    cover(saved, "_upload_modified_files", upload)
+    if hasattr(saved, "create_or_update_model_card"):
+        cover(saved, "create_or_update_model_card", adapter_card)
     return model
 
 

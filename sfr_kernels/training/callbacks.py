@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from ..atomic import write_atomically
 from ..config import SFRConfig
 from ..ops.flow_loss import step_seed
-from .checkpoint import pairing, restore_head, save_head, saved_state
+from .checkpoint import CONFIG_FILE, HEAD_FILE, pairing, restore_head, save_head, saved_state
 from .guard import NEVER_CALLED, check_head, watch_of
 from .head import fit_head, is_new
 from .health import health_values, will_log
+from .model_card import write_card
 from .objectives import WHOLE_BATCHES, Attachment, attachment_of, keep_from_predictions
 from .recipe import check_averaged
 from .sharding import gathered, is_sharded, parameters_of
@@ -75,7 +77,7 @@ class SFRCallback(TrainerCallback):
     `metric_for_best_model` may name).
 
     Add it with `add_to(trainer)`: it is then the first callback, so that reporters see its values, puts the Trainer's
-    label smoothing into the attached loss, and knows what a resumed run had summed
+    label smoothing into the attached loss, keeps its section in the model card, and knows what a resumed run had summed
     up since its last log, and the folder it is resumed from, which otherwise is `resume_from`, or
     `output_dir/checkpoint-<step>`. Where processes cannot share the evaluated samples evenly, accelerate repeats some,
     which count twice.
@@ -111,7 +113,7 @@ class SFRCallback(TrainerCallback):
             trainer.compute_loss = lambda model, inputs, *args, **kwargs: compute_loss(
                 model, {**inputs, "label_smoothing": smoother.epsilon}, *args, **kwargs
             )
-        load, save = trainer._load_from_checkpoint, trainer._save_checkpoint
+        load, save, create = trainer._load_from_checkpoint, trainer._save_checkpoint, trainer.create_model_card
 
         def load_from(folder, *args, **kwargs):
             self._loaded = folder
@@ -122,8 +124,13 @@ class SFRCallback(TrainerCallback):
                 trainer.state.stateful_callbacks[_WINDOW] = self._window(trainer)
             return save(*args, **kwargs)
 
+        def create_model_card(*args, **kwargs):
+            create(*args, **kwargs)
+            if trainer.is_world_process_zero() and (sfr := attachment_of(trainer.model)) is not None:
+                write_card(trainer.args.output_dir, trainer.model, sfr)
+
         trainer._load_from_checkpoint, trainer._save_checkpoint = load_from, save_checkpoint
-        self._trainer = trainer
+        trainer.create_model_card, self._trainer = create_model_card, trainer
         keep_from_predictions(type(trainer.model.config))  # attach did, unless it ran in another process
         trainer.remove_callback(type(self))
         trainer.callback_handler.callbacks.insert(0, self)
@@ -246,6 +253,17 @@ class SFRCallback(TrainerCallback):
             paired, tensors = pairing(model), gathered(parameters_of(sfr.head))
             if state.is_world_process_zero:
                 save_head(Path(args.output_dir) / f"checkpoint-{state.global_step}", sfr, paired, tensors)
+
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
+        """Of a checkpoint that it uploads Trainer copies to the output folder, from where it does, what it knows of."""
+        sfr = attachment_of(model)
+        if sfr is None or not state.is_world_process_zero:
+            return
+        folder, checkpoint = Path(args.output_dir), Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for name in (HEAD_FILE, CONFIG_FILE):
+            if (checkpoint / name).is_file():
+                write_atomically(folder / name, (checkpoint / name).read_bytes())
+        write_card(folder, model, sfr)
 
     def on_prediction_step(self, args, state, control, model=None, **kwargs):
         if isinstance(sfr := attachment_of(model), Attachment):

@@ -1,4 +1,5 @@
-"""Saving an attached model: the plain model, as if it were not attached, and the velocity head beside it."""
+"""Saving an attached model: the plain model, as if it were not attached, and beside it the velocity head and a model
+card that says how it was trained."""
 
 import sys
 from typing import Any
@@ -6,9 +7,10 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
-from .checkpoint import head_in, pairing, save_head
+from .checkpoint import CONFIG_FILE, HEAD_FILE, head_in, pairing, save_head
 from .guard import watch_of
 from .methods import plain
+from .model_card import write_card
 from .objectives import Attachment, attachment_of
 from .sharding import is_sharded
 
@@ -25,7 +27,7 @@ def without_head(module: Any, state: dict, prefix: str, _) -> None:
 
 
 def save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
-    """The model's own save_pretrained, without the head, which is saved beside it."""
+    """The model's own save_pretrained, without the head, which is saved beside it, and with our section in its card."""
     if (sfr := attachment_of(self)) is None:  # the model inside this PEFT model was detached
         return plain(self, "save_pretrained")(save_directory, *args, **kwargs)
     is_main = kwargs.get("is_main_process", True)
@@ -33,14 +35,32 @@ def save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
     watch = watch_of(self)
     try:
         if found is not None:
-            save_head(save_directory, sfr, *found)  # first, so that a save cut short is known by it
+            save_head(save_directory, sfr, *found)  # first, since push_to_hub=True uploads the folder
     finally:  # the model is saved even where its head cannot be
         watch.saving = True
         try:
             result = plain(self, "save_pretrained")(save_directory, *args, **kwargs)
         finally:
             watch.saving = False
+    if is_main:
+        write_card(save_directory, self, sfr)
     return result
+
+
+def upload(self: nn.Module, working_dir, repo_id, files_timestamps, *args, **kwargs):
+    """The model's own upload of a folder to the hub: of what has changed since these times, before which the head was
+    saved; transformers has written the card anew since."""
+    if (sfr := attachment_of(self)) is not None:
+        write_card(working_dir, self, sfr)
+    others = {name: time for name, time in files_timestamps.items() if name not in (HEAD_FILE, CONFIG_FILE)}
+    return plain(self, "_upload_modified_files")(working_dir, repo_id, others, *args, **kwargs)
+
+
+def adapter_card(self: nn.Module, output_dir):
+    """PEFT's own card, which keeps no tags but its own, with ours."""
+    plain(self, "create_or_update_model_card")(output_dir)
+    if (sfr := attachment_of(self)) is not None:
+        write_card(output_dir, self, sfr)
 
 
 def _saved_head(model: nn.Module, sfr: Any, state: dict | None) -> tuple[str, dict | None] | None:
