@@ -7,22 +7,19 @@ to its logits afterwards (softcap, scale) is measured once with known numbers (`
 """
 
 import inspect
-from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..config import SFRConfig
 from ..modules import LinearCrossEntropy, SFRLoss, VelocityHead
-from ..ops import SFROutput
 from ..targets import OnlineTargets, TargetStore
+from .calls import Call, cover_lm_head, run, run_probe, uncover_lm_head, unhook
 from .guard import NEVER_CALLED, Watch, check_head, forget
-from .inner_layer import check_inner, check_trained, layer_of
-from .lm_head import OTHER_LM_HEAD, covered_linear, output_linear
-from .lora import active_adapters, adapter_modules, decoder_options
+from .inner_layer import check_trained, layer_of
+from .lm_head import REPLACED_FORWARD, output_linear, weight_shape
 from .methods import cover, is_covered, owner, plain, uncover
 from .objectives import (
     Attachment,
@@ -33,7 +30,6 @@ from .objectives import (
     keep_from_predictions,
     objective_of,
     placed,
-    settled,
 )
 from .own_loss import OwnLoss, router_loss
 from .saving import adapter_card, save_pretrained, upload, without_head
@@ -41,23 +37,6 @@ from .saving import adapter_card, save_pretrained, upload, without_head
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class _Call:
-    """One forward of the model in which the lm_head is to return a loss, or a probe in place of its logits."""
-
-    def __init__(self, base: Any, inputs: dict[str, Any] | None = None, probe: Tensor | None = None):
-        self.sfr, self.inputs, self.probe = base.sfr, inputs or {}, probe
-        self.linear, self.outer = covered_linear(base), base.get_output_embeddings()  # the latter may wrap the former
-        self.layer = base.get_submodule(base.sfr.inner) if base.sfr.inner else None
-        self.inner: list = []  # what the layer was given
-        self.adapters: list[str] = []  # of a LoRA layer in place of the linear one, those in use
-        self.path: list[nn.Module] = []  # and its modules, of which each is called within the call of the one before
-        self.out: SFROutput | None = None
-        self.reached = False  # the lm_head was called
-        self.returned: Tensor | None = None  # by `outer`, after every hook
-
-
-# The calls in progress. Not attributes of the modules: a compiler takes the sizes of such tensors for fixed.
-_calls: list[_Call] = []
 _OUTPUTS = ("aux_loss", "router_logits", "past_key_values", "hidden_states", "attentions")  # the model's own, passed on
 
 
@@ -126,19 +105,12 @@ def attach(
     base._keys_to_ignore_on_save = {*(ignored or ()), *(f"sfr.{name}" for name in base.sfr.state_dict())}
     base.accepts_loss_kwargs = True
 
-    _cover_forward(linear, _linear_forward)
-    if hasattr(outer := base.get_output_embeddings(), "base_layer"):
-        _cover_forward(outer, _lora_forward)
-        cover(outer, "update_layer", _update_layer)
-        _cover_adapters(outer)
-    outer.register_forward_hook(_catch)
-    if sfr.inner:
-        base.get_submodule(sfr.inner).register_forward_pre_hook(_catch_inner)
+    cover_lm_head(base)
     cover(base, "forward", _forward)
     if hasattr(base, "generate"):
         cover(base, "generate", _generate)
     base.register_state_dict_post_hook(without_head)
-    base._sfr_own_loss = OwnLoss(base, _run_probe)
+    base._sfr_own_loss = OwnLoss(base, run_probe)
     saved = _uncompiled(model)
     cover(saved, "save_pretrained", save_pretrained)
     cover(saved, "_upload_modified_files", upload)
@@ -156,15 +128,8 @@ def detach(model: nn.Module) -> VelocityHead | None:
     covered = [module for module in {base, model} if is_covered(module)]
     if any(owner(module) is not module for module in covered):
         raise ValueError("model is a shallow copy, which shares its modules with the attached one: detach that one")
-    for module in base.get_output_embeddings().modules():  # none is covered if the embeddings were resized
-        if is_covered(module):
-            uncover(module)
-    hooked = [module._forward_hooks for module in base.get_output_embeddings().modules()]
-    if sfr.inner:
-        hooked.append(base.get_submodule(sfr.inner)._forward_pre_hooks)
-    for hooks in (*hooked, base._state_dict_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_catch, _catch_inner, without_head)]:
-            del hooks[key]
+    uncover_lm_head(base)
+    unhook(base._state_dict_hooks, without_head)
     for module in covered:
         uncover(module)
     base._keys_to_ignore_on_save = sfr.restore["_keys_to_ignore_on_save"]
@@ -190,7 +155,7 @@ def _sfr_loss(given: Any, linear: nn.Linear, targets, target_size) -> SFRLoss:
         return SFRLoss(given, None)
     if targets is not None and given.loss != "mtp":
         target_size = targets.target_size
-    return SFRLoss(given, VelocityHead.from_config(given, linear.in_features, target_size))
+    return SFRLoss(given, VelocityHead.from_config(given, weight_shape(linear)[1], target_size))
 
 
 def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -> None:
@@ -206,8 +171,8 @@ def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -
         targets.check(sfr.config)
     if sfr.head is not None:
         shape = sfr.head.shape
-        if shape.hidden_size != linear.in_features:
-            raise ValueError(f"head is for hidden size {shape.hidden_size}, the model's is {linear.in_features}")
+        if shape.hidden_size != (hidden_size := weight_shape(linear)[1]):
+            raise ValueError(f"head is for hidden size {shape.hidden_size}, the model's is {hidden_size}")
         if targets is not None and shape.target_size != targets.target_size:
             raise ValueError(f"head is for target size {shape.target_size}, targets have {targets.target_size}")
         if isinstance(linear.weight, DTensor):
@@ -219,109 +184,6 @@ def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -
         device = getattr(getattr(linear, "_hf_hook", None), "execution_device", None)
     if device is not None:
         sfr.to(device)
-
-
-def _cover_forward(module: nn.Module, function: Callable) -> None:
-    """An engine that offloads weights has put its forward over the module's; ours goes under it."""
-    cover(module, "forward", function, "_old_forward" if hasattr(module, "_hf_hook") else None)
-
-
-def _cover_adapters(layer: Any) -> None:
-    for module in (*layer.lora_A.values(), *layer.lora_B.values()):
-        if not is_covered(module):
-            _cover_forward(module, _adapter_forward)
-
-
-def _update_layer(self, *args, **kwargs) -> None:
-    """Of a LoRA layer: adds an adapter."""
-    plain(self, "update_layer")(*args, **kwargs)
-    _cover_adapters(self)
-
-
-def _lora_forward(self, hidden: Tensor, *args, **kwargs) -> Tensor:
-    """Of a LoRA layer. In one of `_calls` its modules are called, each within the call of the one before, so that an
-    engine has gathered the weights of all of them when the last one computes the loss."""
-    for call in _calls:
-        if call.outer is self:
-            break
-    else:
-        return plain(self, "forward")(hidden, *args, **kwargs)
-    if kwargs.get("adapter_names") is not None:
-        raise ValueError("adapter_names, which mixes adapters in a batch, is not served where a loss is asked for")
-    if self.disable_adapters and self.merged:  # as PEFT's own forward
-        self.unmerge()
-    call.adapters = active_adapters(self)
-    call.path = [*adapter_modules(self, call.adapters), self.base_layer]
-    return call.path[0](hidden)
-
-
-def _adapter_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
-    """Of lora_A and lora_B: in one of `_calls` what the rest of its path returns."""
-    for call in _calls:
-        for module, following in pairwise(call.path):
-            if module is self:
-                return following(hidden)
-    return plain(self, "forward")(hidden)
-
-
-def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
-    """The lm_head's forward: its logits; in one of `_calls` the loss, shaped like one logit, or the probe."""
-    for call in _calls:
-        if call.linear is self:
-            break
-    else:
-        return plain(self, "forward")(hidden)
-    call.reached = True
-    if call.probe is not None:
-        return call.probe
-    options = decoder_options(call.outer, call.adapters, self.bias, hidden) | _on_device(call.inputs, hidden.device)
-    if call.layer is not None:
-        inner = check_inner(call.inner, hidden, call.sfr.config.layer_index)
-        options["flow_hidden"] = inner.to(hidden.device)
-    call.out = call.sfr(hidden, self.weight, **options)
-    return call.out.loss.reshape(1, 1, 1)
-
-
-def _on_device(inputs: dict, device: torch.device) -> dict:
-    """The loss's arguments where the lm_head is, which may be on another device than the batch and the first layers."""
-    inputs = inputs | {"targets": settled(inputs["targets"])} if "targets" in inputs else inputs
-    away = [name for name, value in inputs.items() if getattr(value, "device", device) != device]
-    return inputs | {name: inputs[name].to(device) for name in away}
-
-
-def _catch(module: nn.Module, args: tuple, output: Tensor) -> None:
-    """The last hook of the output embeddings: keeps what they return."""
-    for call in _calls:
-        if call.outer is module:
-            call.returned = output if call.probe is None else output.clone()  # some models write over their logits
-
-
-def _catch_inner(module: nn.Module, args: tuple) -> None:
-    """A hook of the layer that is given the head's hidden states: keeps them."""
-    for call in _calls:
-        if call.layer is module:
-            call.inner.append(args[0] if args else None)
-
-
-def _run(base: nn.Module, call: _Call, args: tuple, options: dict):
-    """The model's own forward, with `call` in progress."""
-    if list(call.outer._forward_hooks.values())[-1:] != [_catch]:
-        _hook_last(call.outer)
-    if any(other.linear is call.linear for other in _calls):
-        raise RuntimeError("an attached model computes one loss at a time: it is in use, perhaps by another thread")
-    _calls.append(call)
-    try:
-        return plain(base, "forward")(*args, **{"use_cache": False, **options, "return_dict": True})
-    finally:
-        _calls.remove(call)
-
-
-@torch.compiler.disable
-def _hook_last(module: nn.Module) -> None:
-    """Moves our hook behind those of an engine that came after attach: gradients must flow through what they return."""
-    for key in [key for key, hook in module._forward_hooks.items() if hook is _catch]:
-        del module._forward_hooks[key]
-    module.register_forward_hook(_catch)
 
 
 # Finds rows from labels and targets from a store or an encoder, which a compiler cannot trace.
@@ -354,11 +216,11 @@ def _forward(
     looked_up = isinstance(sfr, Attachment) and (rows is None or isinstance(sfr.store, OnlineTargets))
     inputs = _find_inputs(sfr, batch) if looked_up else sfr.inputs(batch)
     self._sfr_own_loss.measure((labels if rows is None else rows).device)
-    call = _Call(self, inputs=inputs | self._sfr_own_loss.options)
+    call = Call(self, inputs=inputs | self._sfr_own_loss.options)
     own = {name: value for name, value in kwargs.items() if name not in ("shift_labels", "ignore_index")}
-    outputs = _run(self, call, args, own)
+    outputs = run(self, call, args, own)
     if not call.reached:
-        raise RuntimeError(OTHER_LM_HEAD)
+        raise RuntimeError(REPLACED_FORWARD)
     loss, aux = call.returned.sum(), getattr(outputs, "aux_loss", None)  # of one number; FSDP2 warns of views
     if aux is not None:  # the router loss, which a mixture of experts adds to its own loss
         loss = loss + router_loss(self, aux.to(loss.device))
@@ -378,11 +240,3 @@ def _forward(
 def _generate(self, *args, rows=None, targets=None, times=None, seed=None, sample_id=None, **kwargs):
     """The model's own generate, which may be given a whole batch of the collator."""
     return plain(self, "generate")(*args, **kwargs)
-
-
-def _run_probe(base: nn.Module, probe: Tensor, inputs: dict):
-    """A forward whose lm_head returns `probe`: the model's outputs; what the output embeddings returned, None if they
-    were not called; whether the attached lm_head was called."""
-    call = _Call(base, probe=probe)
-    outputs = _run(base, call, (), inputs)
-    return outputs, call.returned, call.reached

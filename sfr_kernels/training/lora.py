@@ -1,4 +1,4 @@
-"""LoRA on the lm_head: what of a PEFT layer goes into the fused loss. `attach` covers the forward of its modules."""
+"""LoRA on the lm_head: what of a PEFT layer goes into the fused loss. `calls` covers the forward of its modules."""
 
 from typing import Any
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .guard import check_exchanged
-from .lm_head import OTHER_LM_HEAD, covered_linear
+from .lm_head import REPLACED_FORWARD, copy_in_use, covered_linear, weight_shape
 from .methods import plain
 
 TOKENS = 6
@@ -38,7 +38,7 @@ class OwnLoss:
     """A model's own loss, measured at the first forward with a loss: before that, weights may be on another device."""
 
     def __init__(self, base: nn.Module, run: Callable):
-        self.base, self.run = base, run  # run(base, probe, inputs) is `_run_probe` of attach
+        self.base, self.run = base, run  # run(base, probe, inputs) is `run_probe` of calls
         self.options = self.hooks = None  # softcap and logit_scale; the lm_head's hooks when they were measured
 
     @torch.compiler.assume_constant_result  # a compiler runs it while it traces
@@ -48,12 +48,12 @@ class OwnLoss:
         if self.options is not None and self.hooks == self._hooks():
             return
         check_exchanged(self.base.sfr)
-        probe, labels = _make_probe(covered_linear(self.base).out_features)
+        probe, labels = _make_probe(weight_shape(covered_linear(self.base))[0])
         outputs, returned, reached = self._forward(probe, labels, device)
         if returned is None:
             self._refuse("does not call its lm_head where it computes a loss: switch off the fused loss it has")
         if not reached:
-            raise RuntimeError(OTHER_LM_HEAD)
+            raise RuntimeError(REPLACED_FORWARD)
         if not torch.equal(returned.cpu(), probe.to(returned.dtype)):
             self._refuse("has a hook on the lm_head that changes its output: remove it, or attach where there is none")
         options = {"softcap": None, "logit_scale": 1.0}
@@ -80,8 +80,9 @@ class OwnLoss:
         raise ValueError(f"attach does not fit {type(self.base).__name__}: it {reason}")
 
     def _hooks(self) -> list[int]:
-        """The keys of the output embeddings' hooks, which torch makes unique."""
-        return [key for module in self.base.get_output_embeddings().modules() for key in module._forward_hooks]
+        """The keys of the output embeddings' hooks, of the copy in use, which torch makes unique."""
+        outer = self.base.get_output_embeddings()
+        return [key for module in (outer, *copy_in_use(outer).modules()) for key in module._forward_hooks]
 
     def _forward(self, probe: Tensor, labels: Tensor, device: torch.device, **inputs):
         """The model's own forward with the probe, on ordinary tokens, in evaluation mode."""
