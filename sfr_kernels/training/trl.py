@@ -106,8 +106,9 @@ class SFRTrainer(SFTTrainer):
         adapter = getattr(self.model, "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False) and adapter.peft_type != PeftType.PREFIX_TUNING:
             raise ValueError(
-                "peft_config must not put tokens before the batch, as prompt tuning does, since rows index the tokens "
-                "of the batch: use LoRA, another adapter of the weights, or prefix tuning"
+                "peft_config must not put tokens before the batch, as prompt tuning does "
+                f"(num_virtual_tokens={adapter.num_virtual_tokens}), since rows index the tokens of the batch: use "
+                "LoRA, another adapter of the weights, or prefix tuning"
             )
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
