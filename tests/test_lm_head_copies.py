@@ -6,7 +6,7 @@ import torch
 from outcomes import gradients
 from peft import get_peft_model
 from test_copies import COPIES
-from test_lora_lm_head import assert_own, both, differentiated, entropy
+from test_lora_lm_head import assert_own, both, compared, differentiated, entropy
 from tiny import BATCH, PLAIN, VOCAB, in_two_processes, lora, tiny_llama
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -59,14 +59,7 @@ def tied_later(model) -> None:
 def test_the_copy_is_that_of_the_moment():
     """Switched, disabled, added and deleted after attach; and detach leaves nothing behind."""
     model, plain = both(copied())
-    losses = {}
-
-    def check(name: str, change=lambda m: None):
-        for m in (model, plain):
-            change(m)
-        assert_own(model, plain)
-        losses[name] = model(**PLAIN).loss.item()
-
+    losses, check = compared(model, plain)
     check("first")
     check("second", lambda m: m.set_adapter("second"))
     with model.disable_adapter(), plain.disable_adapter(), torch.no_grad():

@@ -116,6 +116,19 @@ def test_two_active_adapters_each_with_dropout_of_its_own():
     assert_own(model, plain)
 
 
+def compared(model, plain):
+    """The model's losses by name, and a function that changes both models, compares them, and keeps the loss."""
+    losses = {}
+
+    def check(name: str, change=lambda m: None):
+        for m in (model, plain):
+            change(m)
+        assert_own(model, plain)
+        losses[name] = model(**PLAIN).loss.item()
+
+    return losses, check
+
+
 def third(model) -> None:
     torch.manual_seed(0)
     model.add_adapter("third", lora(TARGETS))
@@ -126,14 +139,7 @@ def third(model) -> None:
 def test_adapters_are_those_of_the_moment():
     """Switched, disabled, scaled, merged, added and deleted after attach."""
     model, plain = both(adapters(tiny_llama().double(), "first", "second"))
-    losses = {}
-
-    def check(name: str, change=lambda m: None):
-        for m in (model, plain):
-            change(m)
-        assert_own(model, plain)
-        losses[name] = model(**PLAIN).loss.item()
-
+    losses, check = compared(model, plain)
     check("first")
     check("second", lambda m: m.set_adapter("second"))
     check("both", lambda m: m.base_model.set_adapter(["first", "second"]))
