@@ -179,8 +179,7 @@ def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
         return call.probe
     options = decoder_options(call.copy, call.adapters, self.bias, hidden) | _on_device(call.inputs, hidden.device)
     if call.layer is not None:
-        inner = check_inner(call.inner, hidden, call.sfr.config.layer_index)
-        options["flow_hidden"] = inner.to(hidden.device)
+        options["flow_hidden"] = check_inner(call.inner, hidden, call.sfr.config.layer_index)
     call.out = call.sfr(hidden, self.weight, **options)
     return call.out.loss.reshape(1, 1, 1)
 
