@@ -95,6 +95,11 @@ class SFRConfig:
         for name, least in dict(num_layers=2, **dict.fromkeys(ones, 1), **dict.fromkeys(zeros, 0)).items():
             if isinstance(value := getattr(self, name), int | float) and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.flow_weight == "auto" and self.layer_index != -1:
+            raise ValueError(
+                "flow_weight='auto' compares gradients at the last hidden state, which is not that of "
+                f"layer_index={self.layer_index}: give flow_weight a number"
+            )
         if self.flow_share is not None and self.flow_weight != "auto":
             raise ValueError(f"flow_share needs flow_weight='auto', got flow_weight={self.flow_weight}")
         if self.flow_warmup >= 1:

@@ -195,6 +195,8 @@ class SFRLoss(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        if not isinstance(config, SFRConfig):
+            raise TypeError(f"config must be an SFRConfig, got {type(config).__name__}")
         if (head is None) != (config.loss == "cka"):
             raise ValueError(f"loss={config.loss!r} {'has no' if head is not None else 'needs a'} velocity head")
         if head is not None:

@@ -123,8 +123,9 @@ def run(
     whole = trained(make_trainer(folder / "whole", *case))
     found = dict(whole=outcome(whole), logs=losses(whole), kind=whole.accelerator.distributed_type.value)
     assert whole.args.world_size == (1 if engine == "one process" else 2)
+    whole.save_model(str(folder / "whole" / "end"))
     del whole
-    again = make_trainer(folder / "whole", *case)
+    again = make_trainer(folder / "again", *case)
     again.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{SAVED}"))
     found |= dict(resumed=outcome(again), logs_resumed=losses(again))
     torch.save(found, folder / f"{rank}.pt")

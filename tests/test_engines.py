@@ -80,7 +80,8 @@ def test_an_engine_trains_as_one_process_and_resumes_to_the_same_bits(
     else:
         in_two_processes(engines.run, tmp_path, *case)
     _assert_outcomes(tmp_path, engine, start, one)
-    _assert_saved(tmp_path / "whole" / "checkpoint-3", torch.load(tmp_path / "0.pt")["whole"], engine, adapters)
+    for name in ("checkpoint-3", "end"):
+        _assert_saved(tmp_path / "whole" / name, torch.load(tmp_path / "0.pt")["whole"], engine, adapters)
 
 
 # The flow loss of the first step is 1.9547, that of the second 1.9565 or more: in the second the gate is closed.

@@ -18,6 +18,7 @@ from sfr_kernels.targets import SFRCollator
 from sfr_kernels.training.callbacks import SFRCallback
 from sfr_kernels.training.guard import watch_of
 from sfr_kernels.training.head import fit_head, is_new
+from sfr_kernels.training.objectives import attachment_of
 
 FITTED = replace(CONFIG, head_steps=5)
 
@@ -57,6 +58,21 @@ def test_the_head_of_mtp_is_fitted_too():
     one = [next(iter(batches(config, None)))]
     first, last = (fit_head(model, one, steps, rate=1e-2, progress=False) for steps in (1, 30))
     assert last < first
+
+
+def test_the_head_of_mtp_is_fitted_through_the_adapters_and_the_bias_of_the_lm_head():
+    """Neither of which has a gradient afterwards, for the training's first step to take."""
+    config = SFRConfig(loss="mtp", mtp_tokens=2, width=32)
+    plain = tiny.tiny_llama()
+    plain.lm_head.bias = torch.nn.Parameter(torch.randn(tiny.VOCAB, dtype=torch.float32))
+    model = tiny.adapted(plain, ["lm_head"], init_lora_weights=False)
+    sfr = attachment_of(attach(model, config))
+    torch.nn.init.normal_(sfr.head.output_proj.weight, std=0.1)
+    plain.lm_head.base_layer.bias.requires_grad_()
+    one = [next(iter(batches(config, None)))]
+    wanted = model.eval()(**one[0]).flow_loss.item()
+    assert fit_head(model, one, 1, progress=False) == pytest.approx(wanted, rel=1e-5)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_the_same_call_gives_the_same_head():

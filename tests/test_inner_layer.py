@@ -175,10 +175,9 @@ def test_layers_that_are_not_there_are_refused_and_the_model_unchanged():
     for index in (4, -5):
         with pytest.raises(ValueError, match=f"layer_index must be within −4 and 3 .* got {index}"):
             attach(model, replace(INNER, layer_index=index), STORE)
-    with pytest.raises(ValueError, match="'auto' compares gradients at the last hidden state"):
-        attach(model, replace(INNER, flow_weight="auto"), STORE)
+    with pytest.raises(ValueError, match=r"'auto' compares gradients at the last hidden state.*layer_index=1"):
+        replace(INNER, flow_weight="auto")
     assert set(model.__dict__) == before and not model.model.layers[1]._forward_pre_hooks
-    attach(model, replace(INNER, flow_weight="auto", layer_index=3), STORE)
     with pytest.raises(ValueError, match="Linear has 0 such lists"):
         attach(tiny_causal_lm("modernbert-decoder"), INNER, STORE)
     twice = tiny_llama(num_hidden_layers=LAYERS)

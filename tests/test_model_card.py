@@ -149,6 +149,9 @@ def test_a_card_gets_one_section_and_keeps_the_rest(tmp_path):
         card.write_text(card.read_text() + "After.\n")  # as PEFT adds lines at the end
     head, body = re.split("<!-- sfr_kernels -->.*<!-- /sfr_kernels -->\n", card.read_text(), flags=re.DOTALL)
     assert head == MINE.replace("- mine\n", "- mine\n- sfr\n") + "\n" and body == "After.\nAfter.\n"
+    card.write_text("---\ntags: mine\n---\nText.\n")  # a word in place of a list
+    model.save_pretrained(tmp_path)
+    assert ModelCard.load(card).data.tags == ["mine", "sfr"]
     detach(model)
     card.unlink()
     model.save_pretrained(tmp_path)

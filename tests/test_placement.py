@@ -1,11 +1,14 @@
 """Weights that accelerate keeps elsewhere or moves: an attached model's loss is the plain model's own all the same."""
 
+import json
+
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from corpora import TARGET, HashEncoder, Words
-from outcomes import gradients
+from outcomes import assert_same, gradients
+from safetensors.torch import load_file
 from test_adapters import assert_near, assert_same_gradients, own_loss, plain_gradients, tiny_llama, with_head
 from tiny import BATCH, CONFIG, PLAIN, SAMPLES, pad
 
@@ -56,6 +59,21 @@ def test_offloaded_weights_are_evaluated_as_kept_ones(way, when, tmp_path):
         torch.testing.assert_close(model(**BATCH).loss, own_loss(plain, head), rtol=1e-5, atol=0)
         detach(model)
         torch.testing.assert_close(model(**PLAIN).loss, plain(**PLAIN).loss, rtol=1e-5, atol=0)
+
+
+@setting("accelerate", "offloaded weights, save_pretrained")
+def test_a_model_with_offloaded_weights_is_saved(tmp_path):
+    """The smallest trained weight, by which a head is known to be of the model, among them."""
+    kept, _ = with_head(tiny_llama())
+    kept.save_pretrained(tmp_path / "kept")
+    model, _ = with_head(tiny_llama())
+    dispatched(model, tmp_path / "disk", ("model.layers.0", "model.layers.1", "model.norm"))
+    assert model.model.norm.weight.is_meta
+    model.save_pretrained(tmp_path / "saved")
+    for name in ("model.safetensors", "sfr_head.safetensors"):
+        assert_same(load_file(tmp_path / "saved" / name), load_file(tmp_path / "kept" / name))
+    pairs = [json.loads((tmp_path / name / "sfr_config.json").read_text())["paired"] for name in ("kept", "saved")]
+    assert pairs[0] == pairs[1]
 
 
 @setting("accelerate", "offloading the velocity head", outcome="refused")

@@ -150,6 +150,27 @@ def test_the_log_has_the_share_of_steps_with_an_open_gate(tmp_path):
     assert not logged(trained(without), "flow_gate") and logged(without, "flow_weight")
 
 
+class Flows(TrainerCallback):
+    """The flow losses of the micro-batches."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_substep_end(self, args, state, control, model=None, **kwargs):
+        self.found.append(attachment_of(model).last[1].item())
+
+    on_step_end = on_substep_end
+
+
+def test_a_loss_that_each_micro_batch_normalizes_is_a_mean_for_the_gate(tmp_path):
+    """As the published code's is; a sum would have grown with the number of micro-batches."""
+    config, flows = replace(RECIPE, flow_normalizer="weights", flow_gate=0.1), Flows()
+    micro = dict(per_device_train_batch_size=SIZE // 4, gradient_accumulation_steps=4, max_steps=1, callbacks=[flows])
+    trainer = trained(make_trainer(tmp_path, config, **micro))
+    assert len(flows.found) == 4
+    assert attachment_of(trainer.model).gate.last == pytest.approx(sum(flows.found) / 4, rel=1e-6)
+
+
 def fitted_by_hand(model, config, steps: int) -> dict:
     """AdamW on the reference's flow loss of hidden states that do not change, in float64."""
     params = {name: p.detach().double().requires_grad_() for name, p in model.sfr.head.named_parameters()}

@@ -1,20 +1,17 @@
 """Heads that an engine has spread over processes are fitted, saved and restored whole, in loops of one's own, too."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import engines
 import pytest
+import settings
 import torch
 import torch.distributed as dist
 from engines import make_trainer
 from outcomes import assert_same, weights
-from tiny import CONFIG, SAMPLES, STORE, attached, in_two_processes, pad
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
+from tiny import CONFIG, SAMPLES, STORE, attached, in_two_processes, pad, tiny_store
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
@@ -28,7 +25,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 setting = pytest.mark.setting
 COLLATE = SFRCollator(CONFIG, STORE, pad)
 HALVES = [SAMPLES[:3], SAMPLES[3:]]  # of different numbers of samples, and of tokens
-WHOLE = StateDictOptions(full_state_dict=True)
+TOKENS = sum(sum(y != -100 for y in s["labels"][1:]) for s in SAMPLES)
+MOMENTUM = dict(lr=0.3, momentum=0.5)
+ADAM = "torch.optim.AdamW(model.parameters(), lr=1e-4)"  # would divide the rounding of zero gradients by itself
+[BY_HAND] = [b for b in re.findall(r"```python\n(.*?)```", settings.README.read_text(), re.DOTALL) if ADAM in b]
+BY_HAND = BY_HAND.replace(ADAM, f"torch.optim.SGD(model.parameters(), **{MOMENTUM})")
 
 
 def grouped(work):
@@ -49,61 +50,78 @@ def sharded_model():
     return fully_shard(model)
 
 
-def losses_of(model, batch) -> list[torch.Tensor]:
-    """Its loss on each half of the batch, in half the sum that one process divides by the labels of both."""
-    tokens = sum(sum(y != -100 for y in s["labels"][1:]) for half in batch for s in half)
-    return [model(**COLLATE(half), num_items_in_batch=tokens).loss for half in batch]
+def halves_of(step: int) -> list[list[dict]]:
+    return HALVES if step % 2 == 0 else HALVES[::-1]
 
 
-def steps_of(model, rank: int | None, steps=range(3)) -> torch.optim.Optimizer:
-    """Steps of SGD on both halves: in one process, or each process on its own."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
-    for step in steps:
-        halves = [half if step % 2 == 0 else half[::-1] for half in HALVES]
+def steps_of(model) -> None:
+    """Three steps of one process on both halves."""
+    optimizer = torch.optim.SGD(model.parameters(), **MOMENTUM)
+    for step in range(3):
         optimizer.zero_grad()
-        losses = losses_of(model, halves) if rank is None else [2 * losses_of(model, halves)[rank]]
-        sum(losses).backward()
+        for half in halves_of(step):
+            model(**COLLATE(half), num_items_in_batch=TOKENS).loss.backward()
         optimizer.step()
-    return optimizer
 
 
-@pytest.fixture(scope="module")
-def one() -> dict[str, torch.Tensor]:
-    model = attached(STORE, std=0.1)
-    steps_of(model, None)
-    return weights(model)
-
-
-def shard_by_hand(rank: int, folder: Path, wanted: dict) -> None:
-    model = sharded_model()
-    steps_of(model, rank, range(2))
-    state = get_model_state_dict(model, options=WHOLE)
+def shard_by_hand(rank: int, folder: Path) -> None:
+    """The README's loop: three steps, two, and from these the third."""
+    for name, resume_from, steps in (
+        ("whole", None, range(3)),
+        ("cut", None, range(2)),
+        ("resumed", folder / "state-2.pt", range(2, 3)),
+    ):
+        model = attached(STORE, std=0.1)
+        loader = [(COLLATE(halves_of(step)[rank]), TOKENS) for step in steps]
+        exec(
+            compile(BY_HAND, settings.README, "exec"),
+            dict(model=model, resume_from=resume_from, loader=loader, out=folder),
+        )
+        torch.save(gathered(parameters_of(model)), folder / f"{name}-{rank}.pt")
+    assert model.sfr.step == 3
     with pytest.raises(RuntimeError, match="state_dict must be given to save_pretrained"):
         model.save_pretrained(folder / "refused")
-    if rank == 0:
-        torch.save(state, folder / "state.pt")  # first: save_pretrained empties it
-        model.save_pretrained(folder / "saved", state_dict=state)
-    dist.barrier()
-    steps_of(model, rank, range(2, 3))
-    ends = gathered(parameters_of(model))
-    assert_same(ends, wanted, rtol=1e-4, atol=1e-6)
-    again = sharded_model()
-    set_model_state_dict(again, torch.load(folder / "state.pt"), options=WHOLE)
-    assert again.sfr.step == 2
-    steps_of(again, rank, range(2, 3))
-    assert_same(gathered(parameters_of(again)), ends)
 
 
 @pytest.mark.engine("own loop", "FSDP2", "full")
-def test_fully_shard_by_hand_trains_saves_and_goes_on(tmp_path, one):
-    in_two_processes(grouped(shard_by_hand), tmp_path, one)
-    assert not (tmp_path / "refused").exists()
+def test_fully_shard_by_hand_trains_saves_and_goes_on(tmp_path):
     model = attached(STORE, std=0.1)
-    steps_of(model, None, range(2))
-    wanted = weights(model)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    head = {f"sfr.head.{name}": p for name, p in weights(load_head(tmp_path / "saved").head).items()}
-    assert_same(weights(saved) | head, wanted, rtol=1e-4, atol=1e-6)
+    steps_of(model)
+    in_two_processes(grouped(shard_by_hand), tmp_path)
+    assert not (tmp_path / "refused").exists()
+    for rank in range(2):
+        whole, resumed = (torch.load(tmp_path / f"{name}-{rank}.pt") for name in ("whole", "resumed"))
+        assert_same(whole, weights(model), rtol=1e-4, atol=1e-6)
+        assert_same(resumed, whole)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    head = {f"sfr.head.{name}": p for name, p in weights(load_head(tmp_path / "model").head).items()}
+    assert_same(weights(saved) | head, whole)
+
+
+def shard_the_head_alone(rank: int) -> None:
+    model = attached(STORE)
+    fully_shard(model.sfr.head)
+    with pytest.raises(RuntimeError, match="leave the head to that of the model"):
+        fully_shard(model)(**COLLATE(HALVES[rank]))
+
+
+def test_a_head_that_is_sharded_by_itself_is_refused():
+    in_two_processes(grouped(shard_the_head_alone))
+
+
+def step_with_empty_shards(rank: int, targets) -> None:
+    """A target of one number: the last layer of a new head, which alone has a gradient, lies on the first process."""
+    model = fully_shard(attached(targets))
+    if rank == 1:
+        assert model.sfr.head.output_proj.weight.to_local().numel() == 0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    model(**SFRCollator(CONFIG, targets, pad)(HALVES[rank])).loss.backward()
+    optimizer.step()
+    assert gathered(parameters_of(model.sfr.head))["output_proj.weight"].any()
+
+
+def test_a_process_whose_share_of_the_gradient_is_empty_goes_on():
+    in_two_processes(grouped(step_with_empty_shards), tiny_store(SAMPLES, size=1))
 
 
 def flatten(rank: int, original: bool) -> None:

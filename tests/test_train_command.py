@@ -120,7 +120,12 @@ def test_bad_input_is_an_error_and_writes_nothing(folder, tmp_path, capsys):
     bad = write_chats(tmp_path / "bad.jsonl", [chat("Why?", "Because."), {"messages": "none"}])
     tiny_llama(vocab_size=50).save_pretrained(tmp_path / "small")
     AutoTokenizer.from_pretrained(folder / "model").save_pretrained(tmp_path / "small")
+    layers = {str(i): tmp_path / f"layer-{i}.json" for i in (0, 99)}
+    for index, path in layers.items():
+        path.write_text(f'{{"layer_index": {index}}}')
     cases = {
+        ("--config", str(layers["0"])): "layer_index must not be 0 without --full",
+        ("--config", str(layers["99"])): "layer_index must be within",
         ("--model", str(tmp_path / "small")): "outside the model's vocabulary of 50",
         ("--data", bad): "bad.jsonl:2",
         ("--encoder", str(tmp_path / "absent")): "encoder",

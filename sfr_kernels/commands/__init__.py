@@ -60,7 +60,7 @@ def _check(args: argparse.Namespace) -> None:
         return
     try:
         config = SFRConfig() if args.config is None else SFRConfig.from_json(args.config.read_text())
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"--config {args.config}: {error}") from error
     given = {name: getattr(args, name, None) for name in ("flow_weight", "head_steps", "seed")}
     args.config = SFRConfig.from_dict(config.to_dict() | {k: v for k, v in given.items() if v is not None})

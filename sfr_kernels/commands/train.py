@@ -25,6 +25,7 @@ from ..training.checkpoint import save_head
 from ..training.comparison import Asked, choose, prompts_of, setting_of, with_room
 from ..training.data import PERSONAS, ChatFile, read_chats, split_by_prompt, tokenize
 from ..training.formats import Example
+from ..training.inner_layer import layer_of
 from ..training.labelling import Tokenized
 from ..training.lm_head import output_linear
 from ..training.model_card import write_card
@@ -80,6 +81,9 @@ def run(args) -> None:
         if (top := max(sample["input_ids"])) >= vocab:
             where = examples[sample["sample_id"]].where
             raise ValueError(f"{where}: token id {top} is outside the model's vocabulary of {vocab}")
+    layer = None if args.objective == "ce" else layer_of(model, args.config.layer_index)
+    if layer is not None and layer.endswith(".0") and not args.full:
+        raise ValueError("layer_index must not be 0 without --full: no parameter before it is trained")
     train, held_out, asked = _split(examples, data, args.max_prompts)
     asked, setting = _compared(args, asked, [examples[s["sample_id"]] for s in train], model, tokenizer, device)
     prompts = prompts_of(asked, tokenizer)

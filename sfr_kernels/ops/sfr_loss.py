@@ -92,6 +92,8 @@ def sfr_loss(
 ) -> SFROutput:
     """L_CE + λ L_flow over the same rows, with one normalizer (None: the supervised rows of this call).
 
+    flow_hidden is what L_flow is of in place of hidden: an inner layer's, or hidden.detach(), which trains the head
+    alone. flow_gate, head_ema, layer_index and the schedules of the config are for `attach` and do nothing here.
     Equal to `linear_cross_entropy` + λ · `flow_matching_loss` in value and in every gradient.
     lora, softcap, logit_scale, label_smoothing, z_loss, chunk_rows, accum_dtype and debug are those of
     `linear_cross_entropy`; "mtp" decodes with the adapters, too. return_stats fills the output's `stats`, in the order
@@ -152,7 +154,9 @@ def sfr_loss(
         joint_call = SFRCall(rows.rows, rows.token_row, norm, backend, lam, flow_norm, logits, path, return_norms)
         loss, ce, flow, norms, *stats = sfr_loss_op(x, joint_call)[:8]
         if return_norms and adapters:  # the operator does not see the way from h to low
-            fixed = x._replace(weight=x.weight.detach(), bias=None if x.bias is None else x.bias.detach(), params=())
+            bias = None if x.bias is None else x.bias.detach()
+            up = None if x.up is None else x.up.detach()
+            fixed = x._replace(weight=x.weight.detach(), bias=bias, up=up, params=())
             again, *_ = cross_entropy(fixed, _entropy_call(rows, norm, backend, logits))
             norms = torch.cat([_squared_norms([again], x.hidden, norm), norms[1:]])
         return SFROutput(loss, ce, flow, RowStats(*stats) if return_stats else None, norms if return_norms else None)

@@ -176,7 +176,8 @@ def check_decoder(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def check_lora(hidden: Tensor, weight: Tensor, adapters: Sequence[LoRA]) -> None:
     """Errors for adapters that do not fit the hidden states and the decoder."""
     if not isinstance(adapters, list | tuple) or not all(isinstance(a, LoRA) for a in adapters):
-        raise TypeError(f"lora must be a LoRA, or a list of them, got {adapters!r:.60}")
+        kinds = [type(a).__name__ for a in adapters] if isinstance(adapters, list | tuple) else type(adapters).__name__
+        raise TypeError(f"lora must be a LoRA, or a list of them, got {kinds}")
     for i, adapter in enumerate(adapters):
         lora = "lora" if len(adapters) == 1 else f"lora[{i}]"
         for name in ("down", "up"):

@@ -35,8 +35,8 @@ class TargetStore:
             raise ValueError(f"embeddings must be (A, d) floating point, got {tuple(embeddings.shape)}")
         if not torch.isfinite(embeddings).all():
             raise ValueError("embeddings contain NaN or infinite values")
-        if cu_anchors.dim() != 1 or cu_anchors.numel() < 1 or cu_anchors[-1] != embeddings.shape[0]:
-            raise ValueError(f"cu_anchors must be (S + 1,) and end at A = {embeddings.shape[0]}")
+        if cu_anchors.dim() != 1 or cu_anchors.numel() < 1 or cu_anchors[0] != 0 or cu_anchors[-1] != len(embeddings):
+            raise ValueError(f"cu_anchors must be (S + 1,), begin with 0 and end at A = {embeddings.shape[0]}")
         shard = Shard({"embeddings": embeddings, "cu_anchors": cu_anchors})
         self._set([shard], [cu_anchors.numel() - 1], embeddings.shape[1], {})
 

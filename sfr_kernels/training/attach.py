@@ -120,7 +120,10 @@ def attach(
 
 
 def detach(model: nn.Module) -> VelocityHead | None:
-    """Undoes `attach`: the model is the plain one again. Returns the velocity head, None where there was none."""
+    """Undoes `attach`: the model is the plain one again. Returns the velocity head, None where there was none.
+
+    The head alone does not know its configuration: `attach(model, SFRLoss(config, head), targets)` goes on with both.
+    """
     base, model = base_of(model), _uncompiled(model)
     sfr = getattr(base, "sfr", None)
     if not isinstance(sfr, Attachment | CrossEntropyAttachment):
@@ -155,16 +158,16 @@ def _sfr_loss(given: Any, linear: nn.Linear, targets, target_size) -> SFRLoss:
         return SFRLoss(given, None)
     if targets is not None and given.loss != "mtp":
         target_size = targets.target_size
+    if target_size is None and given.loss != "mtp":
+        raise ValueError(
+            f"targets must be given for loss={given.loss!r}, a TargetStore or OnlineTargets; or target_size, where "
+            "batches bring their own"
+        )
     return SFRLoss(given, VelocityHead.from_config(given, weight_shape(linear)[1], target_size))
 
 
 def _fit(sfr: Attachment | CrossEntropyAttachment, linear: nn.Linear, targets) -> None:
     """Errors for a head that does not fit the model or the targets; moves it to the model."""
-    if sfr.inner and sfr.config is not None and sfr.config.flow_weight == "auto":
-        raise ValueError(
-            "flow_weight='auto' compares gradients at the last hidden state, which the flow loss does not reach with "
-            f"layer_index={sfr.config.layer_index}: give flow_weight a number"
-        )
     if sfr.config is None or sfr.config.loss == "mtp":  # whose head predicts tokens
         targets = None
     if targets is not None:

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 from ..atomic import write_atomically
 from ..config import SFRConfig
 from ..ops.flow_loss import step_seed
-from .checkpoint import CONFIG_FILE, HEAD_FILE, pairing, restore_head, save_head, saved_state
+from .checkpoint import CONFIG_FILE, HEAD_FILE, pairing, restore_head, save_head
 from .guard import NEVER_CALLED, check_head, watch_of
 from .head import fit_head, is_new
 from .health import health_values, will_log
@@ -68,6 +68,15 @@ class _Mean:
         return {"ce_loss": ce / total, "flow_loss": flow / total}
 
 
+def _save_sharded(folder: str | Path, args, model) -> None:
+    """Saves the head of a sharded model, which no state_dict may bring there; every process calls this."""
+    sfr = attachment_of(model)
+    if isinstance(sfr, Attachment) and is_sharded(model):
+        paired, tensors = pairing(model), None if sfr.head is None else gathered(parameters_of(sfr.head))
+        if args.should_save:
+            save_head(folder, sfr, paired, tensors)
+
+
 class SFRCallback(TrainerCallback):
     """Fits a new head before training (`config.head_steps`), sets λ by its share (`flow_weight="auto"`) and schedule,
     opens and closes the gate (`flow_gate`), and restores all of them when a run resumes, or ends with its best model.
@@ -85,7 +94,7 @@ class SFRCallback(TrainerCallback):
 
     def __init__(self, resume_from: str | Path | None = None):
         self.resume_from, self.last_step = resume_from, 0
-        self._added, self._loaded, self._trainer = False, None, None
+        self._loaded, self._trainer = None, None  # the folder a run is resumed from, and the Trainer, after `add_to`
         self._training, self._evaluation = _Mean(), _Mean()
         self._health: list[Tensor] = []  # of the forwards of a measured step
         self._measured: dict[str, float] = {}  # what they say
@@ -113,35 +122,39 @@ class SFRCallback(TrainerCallback):
             trainer.compute_loss = lambda model, inputs, *args, **kwargs: compute_loss(
                 model, {**inputs, "label_smoothing": smoother.epsilon}, *args, **kwargs
             )
-        load, save, create = trainer._load_from_checkpoint, trainer._save_checkpoint, trainer.create_model_card
+        load, save, create = trainer._load_optimizer_and_scheduler, trainer._save_checkpoint, trainer.create_model_card
+        save_model = trainer.save_model
 
-        def load_from(folder, *args, **kwargs):
-            self._loaded = folder
-            return load(folder, *args, **kwargs)
+        def load_from(checkpoint):  # with every engine
+            self._loaded = checkpoint
+            return load(checkpoint)
 
         def save_checkpoint(*args, **kwargs):
             if self in trainer.callback_handler.callbacks:
                 trainer.state.stateful_callbacks[_WINDOW] = self._window(trainer)
             return save(*args, **kwargs)
 
+        def save_model_and_head(output_dir=None, *args, **kwargs):
+            _save_sharded(output_dir or trainer.args.output_dir, trainer.args, trainer.model)
+            return save_model(output_dir, *args, **kwargs)
+
         def create_model_card(*args, **kwargs):
             create(*args, **kwargs)
             if trainer.is_world_process_zero() and (sfr := attachment_of(trainer.model)) is not None:
                 write_card(trainer.args.output_dir, trainer.model, sfr)
 
-        trainer._load_from_checkpoint, trainer._save_checkpoint = load_from, save_checkpoint
-        trainer.create_model_card, self._trainer = create_model_card, trainer
+        trainer._load_optimizer_and_scheduler, trainer._save_checkpoint = load_from, save_checkpoint
+        trainer.create_model_card, trainer.save_model, self._trainer = create_model_card, save_model_and_head, trainer
         keep_from_predictions(type(trainer.model.config))  # attach did, unless it ran in another process
         trainer.remove_callback(type(self))
         trainer.callback_handler.callbacks.insert(0, self)
-        self._added = True
         return self
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         sfr = attachment_of(model)
         if sfr is None:
             raise ValueError("SFRCallback needs a model with an SFR objective: attach it before Trainer is made")
-        if args.label_smoothing_factor and not self._added:
+        if args.label_smoothing_factor and self._trainer is None:
             raise ValueError("label_smoothing_factor does not reach the loss: use SFRCallback().add_to(trainer)")
         if args.world_size > 1 and isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
             raise ValueError(f"one process would read the batches of all, and cut them: {WHOLE_BATCHES}")
@@ -159,7 +172,8 @@ class SFRCallback(TrainerCallback):
             folder = self.resume_from or self._loaded or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._restore(folder, sfr, model)
         elif isinstance(sfr, Attachment):
-            sfr.fitted = sfr.fitted or 0
+            if sfr.head is not None and is_new(sfr.head):
+                sfr.fitted = 0
             self._fit_head(args, state, model, sfr, kwargs.get("train_dataloader"))
         self._training, self.last_step, self._open = _Mean(), state.global_step, 0
         self._restore_window(state.stateful_callbacks.get(_WINDOW), args)
@@ -167,8 +181,7 @@ class SFRCallback(TrainerCallback):
 
     def _restore(self, folder: str | Path, sfr: Attachment, model) -> None:
         """The head of a checkpoint, and the state that goes with it; every process must call it."""
-        restore_head(folder, sfr, pairing(model))
-        saved = saved_state(folder)
+        saved = restore_head(folder, sfr, pairing(model))
         sfr.fitted = saved.get("fitted")
         if (weight := saved.get("flow_weight")) is not None:
             sfr.restore_weight(weight)
@@ -237,9 +250,10 @@ class SFRCallback(TrainerCallback):
         sfr = attachment_of(model)
         was_open = sfr.gate is None or sfr.gate.open
         if sfr.gate:  # under one global normalizer every rank has a part of the loss, else one of its own
+            flows, self._open = torch.stack(self._flows), self._open + was_open
             parts = args.world_size if args.average_tokens_across_devices else 1
-            self._open += was_open
-            sfr.gate.update(parts * torch.stack(self._flows).sum())
+            whole = sfr.config.flow_normalizer == "weights" or sfr.config.loss == "cka"  # each micro-batch has its own
+            sfr.gate.update(flows.mean() if whole else parts * flows.sum())
         if self._health:
             self._measured = health_values(self._health)
             if was_open and sfr.config.flow_weight == "auto" and "flow_share" not in self._measured:
@@ -247,12 +261,8 @@ class SFRCallback(TrainerCallback):
             sfr.approach_share(self._measured.get("flow_share", 0.0))
 
     def on_save(self, args, state, control, model=None, **kwargs):
-        """Saves a sharded head, which no state_dict may have brought to the checkpoint; every process calls this."""
-        sfr = attachment_of(model)
-        if isinstance(sfr, Attachment) and sfr.head is not None and is_sharded(sfr.head):
-            paired, tensors = pairing(model), gathered(parameters_of(sfr.head))
-            if state.is_world_process_zero:
-                save_head(Path(args.output_dir) / f"checkpoint-{state.global_step}", sfr, paired, tensors)
+        if self._trainer is None:
+            _save_sharded(Path(args.output_dir) / f"checkpoint-{state.global_step}", args, model)
 
     def on_push_begin(self, args, state, control, model=None, **kwargs):
         """Of a checkpoint that it uploads Trainer copies to the output folder, from where it does, what it knows of."""

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import SFROutput
+from ..targets.online import PendingTargets
 from .inner_layer import check_inner
 from .lm_head import check_copy, copies, copy_in_use, covered_linear, has_copies
 from .lora import active_adapters, adapter_modules, decoder_options
 from .methods import cover, is_covered, plain, uncover
-from .objectives import settled
 
 
 class Call:
@@ -184,9 +184,17 @@ def _linear_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
     return call.out.loss.reshape(1, 1, 1)
 
 
+_wait = torch.compiler.disable(PendingTargets.wait)
+
+
+def _settled(targets: Tensor | PendingTargets) -> Tensor:
+    """The embeddings, waited for where they are being made."""
+    return _wait(targets) if isinstance(targets, PendingTargets) else targets
+
+
 def _on_device(inputs: dict, device: torch.device) -> dict:
     """The loss's arguments where the lm_head is, which may be on another device than the batch and the first layers."""
-    inputs = inputs | {"targets": settled(inputs["targets"])} if "targets" in inputs else inputs
+    inputs = inputs | {"targets": _settled(inputs["targets"])} if "targets" in inputs else inputs
     away = [name for name, value in inputs.items() if getattr(value, "device", device) != device]
     return inputs | {name: inputs[name].to(device) for name in away}
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -30,7 +31,12 @@ def pairing(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> str:
     if not trained:
         return ""
     name = min(trained, key=lambda n: (size(trained[n]), n))
-    weight = gathered({name: trained[name]})[name] if state is None else state[name]
+    if state is not None:
+        weight = state[name]
+    else:
+        module, _, own = name.rpartition(".")
+        with align_module_device(model.get_submodule(module)):  # brings what accelerate has offloaded
+            weight = gathered({own: getattr(model.get_submodule(module), own)})[own]
     return hashlib.sha256(weight.detach().float().cpu().numpy().tobytes()).hexdigest()
 
 
@@ -46,10 +52,13 @@ def save_head(
 ) -> None:
     """Writes the head's parameters and the objective's configuration into `folder`. `tensors` are the parameters of a
     sharded head, gathered. RuntimeError if one is not of its shape."""
-    folder, digest = Path(folder), None
-    if loss.head is not None:
+    folder, digest, shape = Path(folder), None, None
+    if loss.head is None:
+        (folder / HEAD_FILE).unlink(missing_ok=True)  # of a save before this one
+    else:
+        shape = asdict(loss.head.shape)
         tensors = gathered(parameters_of(loss.head)) if tensors is None else tensors
-        shapes = {name: p.shape for name, p in head_of(asdict(loss.head.shape), "meta").named_parameters()}
+        shapes = {name: p.shape for name, p in head_of(shape, "meta").named_parameters()}
         if wrong := [name for name in shapes if name not in tensors or tensors[name].shape != shapes[name]]:
             raise RuntimeError(  # a ValueError is Trainer's sign for another way to save
                 f"the velocity head's {wrong[0]} is {_shape(tensors.get(wrong[0]))}, not of shape "
@@ -58,16 +67,17 @@ def save_head(
         data = save({n: tensors[n].detach().cpu().contiguous() for n in shapes})
         write_atomically(folder / HEAD_FILE, data)
         digest = hashlib.sha256(data).hexdigest()
-    else:
-        (folder / HEAD_FILE).unlink(missing_ok=True)  # of a save before this one
-    shape = None if loss.head is None else asdict(loss.head.shape)
-    saved = {"config": loss.config.to_dict(), "head": shape, "paired": paired, "sha256": digest}
-    saved["fitted"] = getattr(loss, "fitted", None)
-    saved["flow_weight"] = getattr(loss, "flow_weight", loss.config.first_weight)
     gate = getattr(loss, "gate", None)
-    saved["gate"] = None if gate is None or math.isnan(gate.last) else gate.state()
-    text = json.dumps(saved, indent=2) + "\n"
-    write_atomically(folder / CONFIG_FILE, text.encode())
+    saved = {
+        "config": loss.config.to_dict(),
+        "head": shape,
+        "paired": paired,
+        "sha256": digest,
+        "fitted": getattr(loss, "fitted", None),
+        "flow_weight": getattr(loss, "flow_weight", loss.config.first_weight),
+        "gate": None if gate is None or math.isnan(gate.last) else gate.state(),
+    }
+    write_atomically(folder / CONFIG_FILE, (json.dumps(saved, indent=2) + "\n").encode())
 
 
 def _shape(tensor: Tensor | None) -> str:
@@ -109,23 +119,18 @@ def _read_head(folder: Path, saved: dict) -> dict[str, Tensor]:
     return load(data)
 
 
-def saved_state(folder: str | os.PathLike) -> dict[str, Any]:
-    """What a checkpoint has of the state of a run beside the head: λ ("flow_weight"), the state of the "gate" and the
-    steps by which the head was "fitted", each None, or missing, where it is not known."""
-    path = Path(folder) / CONFIG_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
 @torch.no_grad()
-def restore_head(folder: str | os.PathLike, loss: SFRLoss, paired: str) -> None:
-    """Copies a saved head into `loss`, in place, so that an optimizer keeps its parameters; every process must call it.
-    FileNotFoundError if there is none; ValueError if it was saved with another model than that of `paired`."""
-    if loss.head is None:
-        return
+def restore_head(folder: str | os.PathLike, loss: SFRLoss, paired: str) -> dict[str, Any]:
+    """Copies a saved head into `loss`, in place, so that an optimizer keeps its parameters, and returns what else its
+    configuration file has, of the run's state λ ("flow_weight"), that of the "gate", and the steps by which the head
+    was "fitted"; every process must call it. FileNotFoundError if there is none; ValueError if it was saved with
+    another model than that of `paired`."""
     path, remedy = Path(folder) / HEAD_FILE, "give the checkpoint to SFRCallback(resume_from=…)"
-    if not (path.is_file() and (Path(folder) / CONFIG_FILE).is_file()):
+    if not ((path.is_file() or loss.head is None) and (Path(folder) / CONFIG_FILE).is_file()):
         raise FileNotFoundError(f"no velocity head at {path}: if the run resumes from another folder, {remedy}")
     saved = json.loads((Path(folder) / CONFIG_FILE).read_text())
+    if loss.head is None:
+        return saved
     if saved["paired"] != paired:
         raise ValueError(f"the head at {path} belongs to another model than the one resumed: {remedy}")
     now = asdict(loss.head.shape) | {name: getattr(loss.config, name) for name in _TRAINED}
@@ -135,3 +140,4 @@ def restore_head(folder: str | os.PathLike, loss: SFRLoss, paired: str) -> None:
     if other := [f"{name}={then[name]!r}, not {now[name]!r}" for name in now if then[name] != now[name]]:
         raise ValueError(f"the head at {path} was trained with {'; '.join(other)}: resume with the config of the run")
     fill(loss.head, _read_head(Path(folder), saved))
+    return saved

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -252,6 +253,8 @@ def _has_gradient(head: list[Tensor], sfr: nn.Module) -> bool:
     gradients = [p.grad for p in head if p.grad is not None]
     if not gradients or not sfr.flow_weight * sfr.schedule or not sfr.last[1]:
         return bool(gradients)
+    if any(isinstance(g, DTensor) for g in gradients):  # all of this process's share may be zero, or empty
+        return True
     return any(bool(g.any()) for g in gradients)
 
 

@@ -61,7 +61,7 @@ def fit_head(
     optimizer = torch.optim.AdamW(twin.parameters(), rate, weight_decay=0.0)
     flow = torch.full((), math.nan, dtype=torch.float32)
     again = _again(batches)
-    with _own_random_numbers(), _evaluating(model):
+    with _own_random_numbers(device), _evaluating(model):
         for step in tqdm(range(steps), desc="velocity head", disable=not progress):
             batch = {name: value.to(device) if hasattr(value, "to") else value for name, value in next(again).items()}
             seed = step_seed(sfr.config.seed, -2 - step)  # unlike those of training, and of evaluation
@@ -115,7 +115,10 @@ def _flow_loss(
     if sfr.config.loss != "mtp":
         loss = flow_matching_loss(hidden, head, rows, targets, seed=seed, config=sfr.config, backend=backend)
         return loss, loss
-    logits = {name: given[name] for name in ("bias", "softcap", "logit_scale") if name in given}
+    logits = {name: given[name] for name in ("softcap", "logit_scale") if name in given}
+    if (bias := given.get("bias")) is not None:
+        logits["bias"] = bias.detach()
+    logits["lora"] = [a._replace(down=a.down.detach(), up=a.up.detach()) for a in given.get("lora", ())]
     out = sfr_loss(
         hidden, weight.detach(), head, rows, targets, seed=seed, config=sfr.config, flow_weight=1.0, **sfr.options,
         **logits,
@@ -125,7 +128,7 @@ def _flow_loss(
 
 def _twin(head: VelocityHead, device: torch.device) -> VelocityHead:
     """A copy of the first process's head, whole."""
-    with _own_random_numbers():  # a new head's
+    with _own_random_numbers(device):  # a new head's
         twin = head_of(asdict(head.shape))
     twin.load_state_dict(gathered(parameters_of(head)), assign=True)
     twin.to(device)
@@ -147,10 +150,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_random_numbers() -> Iterator[None]:
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
     """What is drawn inside changes no draw of the training: of torch's own numbers, Python's and NumPy's."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             yield
         finally:

@@ -17,7 +17,7 @@ from .._version import __version__
 from ..atomic import write_atomically
 from ..config import SFRConfig
 from ..targets import OnlineTargets, TargetStore
-from .checkpoint import CONFIG_FILE, HEAD_FILE
+from .checkpoint import HEAD_FILE
 from .objectives import Attachment, CrossEntropyAttachment
 
 CARD_FILE = "README.md"
@@ -39,16 +39,25 @@ def write_card(folder: str | os.PathLike, model: nn.Module, sfr: Attachment | Cr
     path = Path(folder) / CARD_FILE
     try:
         card = ModelCard.load(path) if path.is_file() else _new_card(model)
+        given = _written_tags(path)
+        if isinstance(given, str):  # which huggingface_hub takes for a list of letters
+            card.data.tags = [given]
     except (ValueError, TypeError, yaml.YAMLError) as error:
         warnings.warn(f"{path} does not say how the model was trained, for it cannot be read: {error}", stacklevel=2)
         return
-    section = f"{_BEGIN}\n{_section(sfr)}\n{_END}"
+    section = f"{_BEGIN}\n{_section(sfr, path.with_name(HEAD_FILE).is_file())}\n{_END}"
     card.text, count = re.subn(f"{_BEGIN}.*?{_END}", lambda _: section, card.text, count=1, flags=re.DOTALL)
     if not count:
         card.text += ("\n" if card.text.endswith("\n") else "\n\n") + section + "\n"
     if (tag := _tag(sfr)) is not None and tag not in (tags := card.data.tags or []):
         card.data.tags = [*tags, tag]
     write_atomically(path, str(card).encode())
+
+
+def _written_tags(path: Path) -> Any:
+    """As they stand in a card's header."""
+    header = re.match(r"---\n(.*?)\n---", path.read_text(), re.DOTALL) if path.is_file() else None
+    return None if header is None else (yaml.safe_load(header[1]) or {}).get("tags")
 
 
 def _tag(sfr: Attachment | CrossEntropyAttachment) -> str | None:
@@ -63,7 +72,7 @@ def _new_card(model: Any) -> ModelCard:
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# A fine-tuned language model\n")
 
 
-def _section(sfr: Any) -> str:
+def _section(sfr: Any, has_head: bool) -> str:
     versions = f"sfr_kernels {__version__}, Transformers {transformers.__version__}, "
     versions += f"PyTorch {torch.__version__.split('+')[0]}"
     if not isinstance(sfr, Attachment):
@@ -81,21 +90,29 @@ def _section(sfr: Any) -> str:
     other = [f.name for f in fields(config) if getattr(config, f.name) != getattr(default, f.name)]
     given = ", ".join(f"{name}={getattr(config, name)!r}" for name in other)
     lines.append(f"- configuration: `SFRConfig({given})`" + (", all else the default" if given else ", the default"))
-    head = "" if sfr.head is None else f" The head lies beside it in `{HEAD_FILE}`, for further training."
+    head = f" The head lies beside it in `{HEAD_FILE}`, for further training." if has_head else ""
     return (
         f"## Training objective\n\nTrained with {_OBJECTIVES[config.loss]}.\n\n"
         + "\n".join(lines)
         + "\n\nInference needs "
-        f"nothing of this: the model is a plain one.{head} `{CONFIG_FILE}` has the configuration.\n\n"
+        f"nothing of this: the model is a plain one.{head}\n\n"
         f"Trained with {versions}."
     )
 
 
 def _weight(sfr: Attachment) -> str:
-    if sfr.config.flow_weight != "auto":
-        return f"{sfr.flow_weight:g}"
+    config = sfr.config
+    moves = f", from a warm-up over {config.flow_warmup:.0%} of the run on" if config.flow_warmup else ""
+    if config.flow_schedule != "constant":
+        moves += f", falling to 0 ({config.flow_schedule})"
+    if config.flow_weight != "auto":
+        return f"{sfr.flow_weight:g}{moves}"
     wanted = f'"auto", for a share of {sfr.config.wanted_share:g} of the gradient of cross-entropy'
-    return f"{wanted}; {sfr.flow_weight:.4g} was reached" if sfr.shared else f"{wanted}; 1, as no share was measured"
+    return (
+        f"{wanted}; {sfr.flow_weight:.4g} was reached{moves}"
+        if sfr.shared
+        else f"{wanted}; 1, as no share was measured"
+    )
 
 
 def _encoder(store: TargetStore | OnlineTargets) -> str | None:

@@ -21,10 +21,11 @@ from ..ops import SFROutput, linear_cross_entropy
 from ..ops.flow_loss import step_seed
 from ..rows import IGNORE_INDEX, SupervisedRows
 from ..targets.collator import sfr_inputs
-from ..targets.online import OnlineTargets, PendingTargets
+from ..targets.online import OnlineTargets
 from ..targets.store import TargetStore
 from . import health
 from .recipe import FlowGate
+from .sharding import check_gathered
 
 WHOLE_BATCHES = 'with a streaming data set on several processes set accelerator_config={"dispatch_batches": False}'
 _NO_LOGITS = (
@@ -311,6 +312,7 @@ class Attachment(SFRLoss):
         )  # fmt: skip
 
     def forward(self, hidden: Tensor, weight: Tensor, rows: SupervisedRows, targets, *args, **options) -> SFROutput:
+        check_gathered(self)
         if self._seed.device != hidden.device:  # fully_shard moves parameters and buffers alone
             self._move(hidden.device)
         options["return_stats"] = _wants_stats(self, hidden)
@@ -329,14 +331,6 @@ class Attachment(SFRLoss):
         sequences = torch.full((), rows.shape[0], dtype=out.ce.dtype, device=out.ce.device)
         self.last = torch.stack([out.ce, out.flow, sequences])
         return out
-
-
-_wait = torch.compiler.disable(PendingTargets.wait)
-
-
-def settled(targets: Tensor | PendingTargets) -> Tensor:
-    """The embeddings, waited for where they are being made."""
-    return _wait(targets) if isinstance(targets, PendingTargets) else targets
 
 
 def _wants_stats(sfr: nn.Module, hidden: Tensor) -> bool:

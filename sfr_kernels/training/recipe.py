@@ -41,6 +41,9 @@ class FlowGate:
         self.average = self.last = math.nan
         self.driven = False  # by anyone, which `guard` asks
 
+    def __repr__(self) -> str:
+        return f"FlowGate({self.rule!r}: open={self.open}, average={self.average:g}, last={self.last:g})"
+
     def update(self, loss: Tensor) -> None:
         """Decides for the next step. loss: zero-dim, L_flow of the step on this process, of which the mean over all
         processes is taken; with the sync that this takes."""

@@ -34,8 +34,9 @@ def save_pretrained(self: nn.Module, save_directory, *args, **kwargs):
     found = _saved_head(self, sfr, kwargs.get("state_dict")) if is_main else None
     watch = watch_of(self)
     try:
+        # first, since push_to_hub=True uploads the folder, and so that a save that is cut short is known by its head
         if found is not None:
-            save_head(save_directory, sfr, *found)  # first, since push_to_hub=True uploads the folder
+            save_head(save_directory, sfr, *found)
     finally:  # the model is saved even where its head cannot be
         watch.saving = True
         try:
@@ -67,12 +68,12 @@ def _saved_head(model: nn.Module, sfr: Any, state: dict | None) -> tuple[str, di
     """What `save_head` needs beside the objective, None where it is not to be called."""
     if not isinstance(sfr, Attachment):
         return None
-    if sfr.head is None or not is_sharded(sfr.head):
+    if not is_sharded(model):
         return pairing(model), None
     if not state and state is not None:  # Trainer, before DeepSpeed writes its shards: SFRCallback saves the head
         return None
-    head = {} if state is None else head_in(model, sfr, state)
-    if state is None or not head:
+    head = {} if state is None or sfr.head is None else head_in(model, sfr, state)
+    if state is None or (sfr.head is not None and not head):
         raise RuntimeError(
             "state_dict must be given to save_pretrained with the weights of a sharded model, the head's among them: "
             "accelerator.get_state_dict(model) or get_model_state_dict(model, options=StateDictOptions("

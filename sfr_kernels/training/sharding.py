@@ -49,6 +49,15 @@ def size(parameter: Tensor) -> int:
     return parameter.ds_numel if _is_zero3(parameter) else parameter.numel()
 
 
+def check_gathered(module: nn.Module) -> None:
+    """RuntimeError in a call that uses the module's parameters together, if FSDP2 shards a part of it by itself."""
+    if any(isinstance(p, DTensor) for p in module.parameters()):
+        raise RuntimeError(
+            "a part of the velocity head is a unit of fully_shard's own, and not gathered where the loss uses it: "
+            "fully_shard the layers and the model, and leave the head to that of the model"
+        )
+
+
 def check_not_flat(module: nn.Module) -> None:
     """RuntimeError for a module whose parameters FSDP1 has flattened. In a forward they are views, not parameters."""
     parameters = list(module.parameters())
