@@ -23,7 +23,7 @@ from cases import (
 )
 from torch import Tensor
 
-from sfr_kernels import LinearCrossEntropy, SupervisedRows
+from sfr_kernels import LinearCrossEntropy, LoRA, SupervisedRows
 
 SIZES = (13, 1, 23)  # classes of each process; all of them 37
 PARTS = ("weight", "bias", "up", "up_2")
@@ -171,6 +171,10 @@ def wrong_labels_and_parts_are_errors_in_every_process(classes, sizes):
         ours(case, classes, backend="reference")
     with pytest.raises(ValueError, match=r"class_weight .* process_group"):
         ours(case, classes, class_weight=torch.ones(len(case.weight[classes]), dtype=torch.float32))
+    weight = case.weight[classes]
+    dropping = LoRA(weight.new_ones(2, weight.shape[1]), weight.new_ones(len(weight), 2), dropout=0.1)
+    with pytest.raises(ValueError, match=r"lora\.dropout must be 0 with process_group"):
+        ours(case, classes, lora=dropping)
 
 
 @check

@@ -137,6 +137,8 @@ def linear_cross_entropy(
     check_memory(hidden, logits_dtype, chunk_rows, accum_dtype)
     check_logit_options(softcap, logit_scale, label_smoothing, z_loss)
     group = _group_name(process_group, vocab_start)
+    if group and any(a.dropout for a in adapters):
+        raise ValueError("lora.dropout must be 0 with process_group: each process would drop other entries of hidden")
     check_class_weight(class_weight, weight, label_smoothing, group)
     dtype, shape = autocast_dtype(hidden), hidden.shape[:-1]
     wide = wide_dtype(dtype)
