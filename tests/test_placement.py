@@ -43,17 +43,21 @@ WAYS = {
     "dispatch_model": lambda model, folder: dispatched(model, folder, ("model.layers.0", "lm_head")),
 }
 BEFORE = [(way, "before attach") for way in WAYS]
+WHOLE = dict(preload_module_classes=["Attachment"])  # the head
+WAYS_WHOLE = {"cpu_offload, head whole": lambda model, _: cpu_offload(model, torch.device("cpu"), **WHOLE)}
 
 
 @setting("accelerate", "offloaded weights, evaluation")
-@pytest.mark.parametrize(("way", "when"), [*BEFORE, ("dispatch_model", "after attach")])
+@pytest.mark.parametrize(
+    ("way", "when"), [*BEFORE, ("dispatch_model", "after attach"), ("cpu_offload, head whole", "after attach")]
+)
 def test_offloaded_weights_are_evaluated_as_kept_ones(way, when, tmp_path):
     plain, model = tiny_llama(), tiny_llama()
     if when == "before attach":
         WAYS[way](model, tmp_path)
     model, head = with_head(model)
     if when == "after attach":
-        WAYS[way](model, tmp_path)
+        (WAYS | WAYS_WHOLE)[way](model, tmp_path)
     assert model.lm_head.weight.is_meta and model.model.layers[0].mlp.up_proj.weight.is_meta
     with torch.no_grad():
         torch.testing.assert_close(model(**BATCH).loss, own_loss(plain, head), rtol=1e-5, atol=0)

@@ -117,7 +117,8 @@ def check_flow(hidden, head, rows, targets, times, seed, config) -> None:
     if elsewhere := {p.device for p in head.parameters()} - {hidden.device}:
         raise ValueError(
             f"head is on {elsewhere.pop()}, hidden on {hidden.device}: move it with head.to(device). If an engine has "
-            "offloaded its weights, let it do so before attach"
+            "offloaded its weights, let it do so before attach, or whole: accelerate's "
+            "preload_module_classes=['Attachment']"
         )
     check_head_shape(head, config)
     if head.shape.hidden_size != hidden.shape[-1]:
