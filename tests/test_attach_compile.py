@@ -1,7 +1,10 @@
 """A compiled attached model: one graph, whatever the step, λ and the sizes of a batch."""
 
+import os
+
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from corpora import HashEncoder, Words
 from outcomes import assert_same, gradients
 from test_trainer import losses, make_trainer
@@ -70,7 +73,18 @@ def test_steps_and_weights_of_the_flow_are_variables_of_one_graph(scheduled):
     assert torch.equal(eager.sfr.last, model.sfr.last) and eager.sfr.step == model.sfr.step == (12 if scheduled else 8)
 
 
+@pytest.fixture
+def own_accelerate():
+    """With torch_compile=True a Trainer has every later Accelerator compile, by its state and the environment."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.setting("Trainer", "torch.compile")
+@pytest.mark.usefixtures("own_accelerate")
 def test_a_trainer_that_compiles_logs_what_one_that_does_not_logs(tmp_path):
     config = SFRConfig(**{**CONFIG.to_dict(), "flow_weight": 2.0, "flow_schedule": "cosine", "flow_warmup": 0.5})
     runs = []
