@@ -32,12 +32,12 @@ class SFRConfig:
     flow_gate: float | Literal["average"] | None = None
     # After each optimizer step the head becomes head_ema · before + (1 − head_ema) · after; 0: it stays as it is.
     head_ema: float = 0.0
-
     # Which hidden state h of the model the regulariser is of, as `hidden_states` of transformers are numbered: −1: the
     # last, after the final norm, as the lm_head has it; i: what decoder layer i, from 1, gives on to the next; 0: the
     # embeddings; below −1 from the end. L_CE is of the last in any case, and trains the layers after h alone. `attach`
     # goes by it; the losses are of the hidden states that they are given.
     layer_index: int = -1
+
     width: int = 1024  # D, of the velocity head
     num_layers: int = 3  # of the head: an input layer, num_layers − 2 residual blocks, an output layer
     time_scale: float = 1000.0  # factor on t before the sinusoidal embedding

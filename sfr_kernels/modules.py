@@ -231,6 +231,5 @@ class SFRLoss(nn.Module):
         return sfr_loss(
             hidden, weight, self.head, rows, targets, times, seed=seed, config=self.config, flow_hidden=flow_hidden,
             bias=bias, lora=lora, flow_weight=flow_weight, normalizer=normalizer, softcap=softcap,
-            logit_scale=logit_scale,
-            return_stats=return_stats, return_norms=return_norms, **options,
+            logit_scale=logit_scale, return_stats=return_stats, return_norms=return_norms, **options,
         )  # fmt: skip

@@ -172,8 +172,6 @@ class SFRCallback(TrainerCallback):
             folder = self.resume_from or self._loaded or Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self._restore(folder, sfr, model)
         elif isinstance(sfr, Attachment):
-            if sfr.head is not None and is_new(sfr.head):
-                sfr.fitted = 0
             self._fit_head(args, state, model, sfr, kwargs.get("train_dataloader"))
         self._training, self.last_step, self._open = _Mean(), state.global_step, 0
         self._restore_window(state.stateful_callbacks.get(_WINDOW), args)
@@ -213,7 +211,10 @@ class SFRCallback(TrainerCallback):
 
     def _fit_head(self, args, state, model, sfr: Attachment, batches) -> None:
         """Fits a new head to the data of training, in an order of its own: that of training is as without it."""
-        if not sfr.config.head_steps or sfr.head is None or not is_new(sfr.head):
+        if sfr.head is None or not is_new(sfr.head):
+            return
+        sfr.fitted = 0
+        if not sfr.config.head_steps:
             return
         order = torch.Generator().manual_seed(int(step_seed(sfr.config.seed, -1 - args.process_index)))
         size = state.train_batch_size or args.per_device_train_batch_size
@@ -237,7 +238,8 @@ class SFRCallback(TrainerCallback):
     def on_substep_end(self, args, state, control, model=None, **kwargs):
         if isinstance(sfr := attachment_of(model), Attachment):
             self._training.add(sfr.last, by_sequence=False)
-            self._flows.append(sfr.last[1])
+            if sfr.gate:
+                self._flows.append(sfr.last[1])
             if sfr.measuring:
                 self._health.append(sfr.health)
 

@@ -92,7 +92,8 @@ def head_of(shape: dict, device: str = "cpu") -> VelocityHead:
 
 
 def load_head(folder: str | os.PathLike) -> SFRLoss:
-    """What `save_head` wrote, ready for `attach`. FileNotFoundError if there is none."""
+    """The objective with its head that `save_pretrained` or a Trainer saved in `folder`, ready for `attach`.
+    FileNotFoundError if there is none."""
     folder, head = Path(folder), None
     saved = json.loads((folder / CONFIG_FILE).read_text())
     if shape := saved["head"]:
