@@ -52,19 +52,19 @@ def _on_gpu() -> Iterable[Case]:
     llama, qwen, heads = "Llama-3-8B", "Qwen3-1.7B", {False: {"lm_heads": 2.5}, True: {"lm_heads": 0.5}}
     for frozen, goals in heads.items():  # times of the products alone and of the fastest peer that are wanted
         fast = {"of products": 1.10 if frozen else 1.09, "of peer": 1 / 1.9}
-        yield _case(CE, llama, 8192, frozen=frozen, goals=goals | fast, worth=MORE if frozen else MAIN)
+        yield _case(CE, llama, 8192, frozen=frozen, goals=goals | fast, worth=MAIN)
         full, small = {"of products": 1.10}, {"of products": 1.15 if frozen else 1.12}
         if not frozen:
             full["of peer"], small["of peer"] = 1.0, 1 / 1.9
-        yield _case(CE, llama, 8192, 1.0, frozen=frozen, goals=goals | full)
+        yield _case(CE, llama, 8192, 1.0, frozen=frozen, goals=goals | full, worth=MORE if frozen else MAIN)
         yield _case(CE, qwen, 4096, frozen=frozen, goals=goals | small)
         yield _case(CE, (2048, 248320), 16384, frozen=frozen, goals=goals | {"of products": 1.15 if frozen else 1.2})
         yield _case(CE, "Gemma-3-4B", 8192, frozen=frozen, goals=goals)
         joint = {"of products": 1.10, f"of {APART}": 1.0}
         yield _case(JOINT, llama, 8192, frozen=frozen, goals=joint, worth=MORE if frozen else WHOLE)
         yield _case(JOINT, "Qwen3-0.6B", 8192, frozen=frozen, goals=joint)
-    yield _case(FLOW, (4096, 0), 8192, 0.75, worth=MAIN)
-    yield _case(FLOW, (4096, 0), 1024, 0.75, goals={"ms": 0.25})  # launching is what it costs
+    yield _case(FLOW, (4096, 0), 8192, 0.75, goals={"ms": 0.55, "of peer": 1 / 3.5}, worth=MAIN)
+    yield _case(FLOW, (4096, 0), 1024, 0.75, goals={"ms": 0.25}, graph_goals={"ms": 0.15}, worth=MAIN)  # launch-bound
     yield _case(FLOW, (4096, 0), 8192, 1.0)
     yield _case(FLOW, (5120, 0), 16384, 0.75)
     for dtype in (FP16, FP32):
@@ -86,16 +86,16 @@ def _on_cpu() -> Iterable[Case]:
     fast = {"of products": 1.12, "of peer": 1.0}
     for frozen in (False, True):
         for n in (512, 2048):
-            own = small | dict(tokens=n, length=n // 2, frozen=frozen)
+            own = small | dict(tokens=n, frozen=frozen)
             main = not frozen and n == 512
             yield _case(CE, **own, goals=fast, providers=("torch", EAGER, EAGER_ROWS), worth=MAIN if main else MORE)
             yield _case(JOINT, **own, goals={"of peer": 1.0}, providers=("torch", EAGER), worth=WHOLE if main else MORE)
-        own = small | dict(tokens=512, length=256, frozen=frozen, goals={"of eager": 1.0})
+        own = small | dict(tokens=512, frozen=frozen, goals={"of eager": 1.0})
         for share in (0.1, 0.25, 0.5, 1.0):
             yield _curve("supervised", CE, **own, supervised=share, providers=("torch", EAGER, EAGER_ROWS))
     for n in (512, 2048):
         for share in (0.5, 1.0):
-            yield _case(FLOW, **small | dict(tokens=n, length=n // 2, supervised=share), goals={"of peer": 1.0},
+            yield _case(FLOW, **small | dict(tokens=n, supervised=share), goals={"of peer": 1.0},
                         providers=("torch", EAGER), worth=MAIN if n == 2048 and share == 0.5 else MORE)  # fmt: skip
 
 
@@ -105,17 +105,17 @@ def _curve(axis: str, op: str, model, tokens: int, supervised: float = 0.5, **op
 
 
 def _case(op: str, model: str | tuple[int, int], tokens: int, supervised: float = 0.5, *, frozen: bool = False,
-          length: int = 2048, target_size: int = 1024, dtype: torch.dtype = BF16, goals: dict | None = None,
-          providers: tuple[str, ...] | None = None, **options) -> Case:  # fmt: skip
+          target_size: int = 1024, dtype: torch.dtype = BF16, goals: dict | None = None,
+          graph_goals: dict | None = None, providers: tuple[str, ...] | None = None, **options) -> Case:  # fmt: skip
     name, (hidden_size, vocab) = (model, MODELS[model]) if isinstance(model, str) else (None, model)
-    vocab, length = 0 if op == FLOW else vocab, min(length, tokens)
+    vocab, length = 0 if op == FLOW else vocab, min(2048, tokens // 2)  # two sequences at least
     shape = Shape(tokens // length, length, hidden_size, supervised, vocab, frozen, target_size)
     label = name or f"H {hidden_size}" + f", V {vocab}" * bool(vocab)
     label += f", {tokens} tokens, {supervised:.0%} supervised" + (", frozen" if frozen else ", trained") * bool(vocab)
     sizes = dict(model=name, tokens=tokens, hidden_size=hidden_size, vocab=vocab, supervised=supervised, frozen=frozen,
                  target_size=target_size, width=shape.width)  # fmt: skip
-    whose = ("cuda",) if goals and "ms" in goals else OURS
-    options |= dict(goals=dict.fromkeys(whose, goals or {}), providers=providers or ENTERED[op])
+    wanted = dict.fromkeys(OURS, goals or {}) | {name + GRAPH: graph_goals or {} for name in OURS}
+    options |= dict(goals=wanted, providers=providers or ENTERED[op])
     return Case(op, label, sizes, dtype, shape, **options)
 
 

@@ -13,7 +13,7 @@ from .step.models import BGE_LARGE, LLAMA3, MINILM, QWEN2, RANK, SMOLLM2
 from .step.providers import PUBLISHED, SFR_ONLINE, SFR_STORED, SFT_HF, SFT_OURS, STEPS, Stage, StepShape
 
 OURS = SFT_OURS, SFR_STORED, SFR_ONLINE
-ON_GPU = {f"of {SFT_HF}": 1.02, f"of {PUBLISHED}": 1 / 3, f"memory of {SFT_HF}": 1.0}
+ON_GPU = {f"of {SFT_HF}": 1.0, f"of {PUBLISHED}": 1 / 3, f"memory of {SFT_HF}": 1.0}
 ON_CPU = {f"of {SFT_HF}": 0.90}
 
 

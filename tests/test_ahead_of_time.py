@@ -18,7 +18,8 @@ if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter has nothing to compile", allow_module_level=True)
 
 from ahead_of_time import compiled, in_file, recorded, variant  # noqa: E402
-from check.experiments import TILES, WARPS  # noqa: E402
+from check.experiments import NOISE, POLICIES, TILES, WARPS  # noqa: E402
+from check.experiments import kernels as experiment  # noqa: E402
 from check.fused_output import fused_output  # noqa: E402
 from check.one_read import one_read  # noqa: E402
 from sass import resources  # noqa: E402
@@ -112,6 +113,12 @@ def all_calls():
     a, x, z = (torch.zeros(rows, 1024, dtype=dtype) for rows, dtype in ((3, HALF), (10, FLOAT), (5, FLOAT)))
     for tile in TILES.values():
         fused_output(a, torch.zeros(1024, 1024, dtype=HALF), a[0], a, torch.zeros(3), tile)
+    index, identity = rows_of(BATCH, dtype=torch.int32), rows_of(BATCH, dtype=torch.int64)
+    path = FlowPath(x, torch.zeros(5), identity, index, index, SEED, 2.0, 1.0)
+    for name in NOISE:
+        experiment(name).flow_path(path, HALF)
+    for name in POLICIES:
+        experiment(name).softmax_xent(empty_rows(2, 128256, HALF, CPU), index.long())
     # an experiment that spills with a later compiler, which holds more in registers
     for warps in WARPS.values() if triton.__version__.startswith("3.6.") else ():
         one_read(torch.zeros(2, 32000, dtype=HALF), torch.zeros(2).long(), warps)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import make_case, small_config
-from test_gpu import needs
+from test_gpu import KERNELS, needs
 
 from benchmarks.timing import allocated
 from sfr_kernels import SupervisedRows, linear_cross_entropy
@@ -16,7 +16,8 @@ from sfr_kernels.kernels.softmax_xent import softmax_xent
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 
-def test_a_call_with_more_than_two_to_the_31_logits_at_once(large):
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_call_with_more_than_two_to_the_31_logits_at_once(backend, large):
     """The last rows of a large call are those of a small one."""
     needs(16)
     n, vocab, last = 17000, 128256, 8
@@ -24,7 +25,7 @@ def test_a_call_with_more_than_two_to_the_31_logits_at_once(large):
     labels = torch.randint(vocab, (n,), device="cuda", generator=g)
     logits = torch.randn(n, vocab, dtype=torch.bfloat16, device="cuda", generator=g)
     small = logits[-last:].clone()
-    (loss, _), (wanted, _) = softmax_xent("triton", logits, labels), softmax_xent("triton", small, labels[-last:])
+    (loss, _), (wanted, _) = (softmax_xent(backend, z, labels[-len(z) :]) for z in (logits, small))
     assert torch.equal(loss[-last:], wanted) and torch.equal(logits[-last:], small)
     del logits
     hidden = torch.randn(n, 64, dtype=torch.bfloat16, device="cuda", generator=g)
@@ -32,7 +33,7 @@ def test_a_call_with_more_than_two_to_the_31_logits_at_once(large):
     results = []
     for rows in (slice(None), slice(n - last, None)):
         h = hidden[rows].clone().requires_grad_()
-        loss = linear_cross_entropy(h, weight, labels[rows], reduction="none", chunk_rows=n)
+        loss = linear_cross_entropy(h, weight, labels[rows], reduction="none", chunk_rows=n, backend=backend)
         (grad,) = torch.autograd.grad(loss.sum(), h)
         results.append((loss[-last:].detach(), grad[-last:]))
     for found, alone in zip(*results, strict=True):  # cuBLAS may take another kernel for another shape

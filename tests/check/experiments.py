@@ -1,68 +1,80 @@
 """What the package might do instead, each against what it does, with Triton on a GPU: one read of the logits instead of
-two; the head's output layer and the matching loss in one kernel instead of two."""
+two; no preference for them in L2; noise whose bits are the chip's own; the head's output layer and the matching loss in
+one kernel instead of two."""
 
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from benchmarks import bench_kernels
 from benchmarks.case import LIMIT, PRODUCTS, Case, Gemm, Run, Suite, Work
 from benchmarks.oracle import Oracle
-from sfr_kernels.kernels.backend import unavailable
+from sfr_kernels.kernels.backend import kernels_of, unavailable
 from sfr_kernels.kernels.flow import flow_mse
-from sfr_kernels.kernels.softmax_xent import softmax_xent
 
-ONE_READ, FUSED = "one_read", "fused_output"
-TWICE, APART = "softmax_xent", "cuBLAS + flow_mse"  # what the package does
+TRITON, APART = "triton", "cuBLAS + flow_mse"  # what the package does
 WARPS = {f"one read, {warps} warps": warps for warps in (16, 32)}
+POLICIES = {"no policy": "", "evict_first": "evict_first"}
+NOISE = {"contracted": False, "hardware functions": True}
 TILES = {"{}x{}x{}, {} warps, {} stages".format(*tile): tile for tile in (
     (128, 64, 64, 8, 3), (128, 64, 64, 8, 4), (64, 64, 64, 4, 4), (64, 128, 64, 8, 3)
 )}  # fmt: skip
+FUSED = "fused_output"
+# of the other experiments, the kernel that each would replace
+OPS = dict(one_read=bench_kernels.SOFTMAX, eviction=bench_kernels.SOFTMAX, hardware_noise=bench_kernels.PATH)
 LOOSE = 4.0  # times of eager's error: one that loses no digit is good enough to be timed
 
 
 def cases(device: torch.device) -> list[Case]:
-    common, found = dict(dtype=torch.bfloat16, seconds=1.0), []
     if device.type != "cuda":
-        return found
-    for op, label, sizes in (
-        (ONE_READ, "n {rows}, V {vocab}", dict(rows=4096, vocab=32000)),
-        (FUSED, "n {rows}, d {width}, D {width}", dict(rows=6144, width=1024)),
+        return []
+    found = []
+    for op, sizes, names in (
+        ("one_read", dict(rows=4096, vocab=32000), (TRITON, *WARPS)),
+        ("eviction", dict(rows=4096, vocab=128256), (TRITON, *POLICIES)),
+        ("hardware_noise", dict(rows=8192, width=1024), (TRITON, *NOISE)),
+        (FUSED, dict(rows=6144, width=1024), (APART, *TILES)),
     ):
-        names = (TWICE, *WARPS) if op == ONE_READ else (APART, *TILES)
-        found.append(Case(op, label.format(**sizes), sizes, shape=tuple(sizes.values()), providers=names, **common))
+        label = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        options = dict(shape=tuple(sizes.values()), providers=names, reference=names[0], seconds=1.0)
+        found.append(Case(op, label, sizes, torch.bfloat16, **options))
     return found
 
 
 def providers(device: torch.device) -> dict[str, str | None]:
-    return dict.fromkeys((TWICE, *WARPS, APART, *TILES), unavailable("triton", device))
+    return dict.fromkeys((TRITON, APART, *WARPS, *POLICIES, *NOISE, *TILES), unavailable("triton", device))
 
 
 def make(case: Case, device: torch.device) -> Work:
-    return (one_read if case.op == ONE_READ else fused_output)(*case.shape, case.dtype, device)
+    if case.op == FUSED:
+        return fused_output(*case.shape, case.dtype, device)
+    return bench_kernels.make(replace(case, op=OPS[case.op]), device, kernels, LOOSE)
 
 
-def one_read(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Work:
-    from .one_read import one_read as experiment
+def kernels(name: str) -> SimpleNamespace:
+    """The package's, with one in the place of another."""
+    from sfr_kernels.kernels.softmax_xent import triton as twice
 
-    g = torch.Generator(device).manual_seed(0)
-    source = torch.empty(n, vocab, dtype=dtype, device=device).normal_(generator=g)
-    labels, logits = torch.randint(vocab, (n,), device=device, generator=g), source.clone()
+    from .hardware_noise import path_without_equal_bits
+    from .one_read import one_read
 
-    def call(name: str, z: Tensor) -> list[Tensor]:
-        return [experiment(z, labels, WARPS[name]) if name in WARPS else softmax_xent("triton", z, labels)[0], z]
+    found = kernels_of("triton")
+    if name in WARPS:
+        found.softmax_xent = lambda logits, labels: (one_read(logits, labels, WARPS[name]), None)
+    elif name in POLICIES:
 
-    def torch_call(z: Tensor) -> list[Tensor]:
-        return [softmax_xent("torch", z, labels)[0], z]
+        def with_policy(logits: Tensor, labels: Tensor) -> tuple[Tensor, None]:
+            with patch.object(twice, "KEPT", POLICIES[name]):
+                return twice.softmax_xent(logits, labels)
 
-    oracle = Oracle(["loss", "dlogits"], torch_call(source.double()), torch_call(source.clone()))
-
-    def judge(name: str, run: Run) -> dict:
-        logits.copy_(source)
-        return oracle.verdict(run(), LOOSE)
-
-    return Work(lambda name: partial(call, name, logits), judge, bytes=2 * logits.nbytes,
-                prepare=lambda: logits.copy_(source))  # fmt: skip
+        found.softmax_xent = with_policy
+    elif name in NOISE:
+        found.flow_path = partial(path_without_equal_bits, hardware=NOISE[name])
+    return found
 
 
 def fused_output(n: int, width: int, dtype: torch.dtype, device: torch.device) -> Work:
@@ -94,4 +106,4 @@ def fused_output(n: int, width: int, dtype: torch.dtype, device: torch.device) -
     )  # fmt: skip
 
 
-SUITE = Suite(cases, make, providers, ours=(TWICE, APART), bounds=(PRODUCTS, LIMIT))
+SUITE = Suite(cases, make, providers, ours=(TRITON, APART), bounds=(PRODUCTS, LIMIT))

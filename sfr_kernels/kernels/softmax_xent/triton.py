@@ -13,9 +13,9 @@ from ..triton import access, columns, kernel, launch
 from . import RowPartials, RowStats
 
 # What L2 does with the logits that the first pass has read and the second will read again: "evict_last" prefers them to
-# what other programs write in the meantime; "evict_normal" would not mark a buffer many times the size of L2 as worth
+# what other programs write in the meantime; "", no policy, would not mark a buffer many times the size of L2 as worth
 # keeping. Only a measurement can tell which is faster.
-KEPT = tl.constexpr("evict_last")
+KEPT = "evict_last"
 
 # The first maximum: finite, so that z = −inf leaves exp(z − top) = 0; no finite z is lower.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -92,7 +92,7 @@ def _sum_lanes(lane_top, total, moment, rest, best, top, V):
 def _row_sums(
     x_ptr, x_col, label_ptr, V, rate, softcap,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NEED_REST: tl.constexpr, NEED_STATS: tl.constexpr,
-    READ_AGAIN: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
+    POLICY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     """One pass over a row: top = max z, Σ exp(z − top), Σ exp(z − top) (z − top), Σ (z − top), argmax z; and
     x[label], NaN if there is none.
@@ -102,7 +102,6 @@ def _row_sums(
     """
     lane_step: tl.constexpr = 1 if ACCESS == "single" else WIDTH
     step: tl.constexpr = LANES if ACCESS == "single" else 1
-    policy: tl.constexpr = KEPT if READ_AGAIN else "evict_first"
     offs_block = _block_columns(LANES, WIDTH, ACCESS)
     whole = _columns_in_blocks(V, ACCESS)
     top = tl.full((LANES,), LOWEST, dtype=tl.float32)
@@ -116,14 +115,14 @@ def _row_sums(
         pivot = _z_of(tl.load(x_ptr), rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
         pivot = tl.where(pivot > float("-inf"), pivot, 0.0)
     x = tl.load(
-        columns(x_ptr, x_col, offs_block, ACCESS), mask=offs_block < whole, other=float("-inf"), eviction_policy=policy
+        columns(x_ptr, x_col, offs_block, ACCESS), mask=offs_block < whole, other=float("-inf"), eviction_policy=POLICY
     )
     for first in range(0, whole, LANES * WIDTH):
         offs = first + offs_block
         mask = offs < whole
         ahead = offs + LANES * WIDTH
         next_x = tl.load(
-            columns(x_ptr, x_col, ahead, ACCESS), mask=ahead < whole, other=float("-inf"), eviction_policy=policy
+            columns(x_ptr, x_col, ahead, ACCESS), mask=ahead < whole, other=float("-inf"), eviction_policy=POLICY
         )
         z = _z_of(x, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
         if HAS_SCALE or HAS_SOFTCAP:
@@ -227,7 +226,7 @@ def _softmax_xent_kernel(
     V, logit_scale, softcap, label_smoothing, z_loss,
     HAS_WEIGHT: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SMOOTHING: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr, NEED_GRAD: tl.constexpr, NEED_STATS: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
+    POLICY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_row
@@ -235,7 +234,7 @@ def _softmax_xent_kernel(
     rate = logit_scale / softcap if HAS_SOFTCAP else logit_scale
     top, total, moment, rest, best, label, x_label = _row_sums(
         x_ptr, x_col, label_ptr + row, V, rate, softcap,
-        HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, NEED_STATS, NEED_GRAD, LANES, WIDTH, ACCESS,
+        HAS_SCALE, HAS_SOFTCAP, HAS_SMOOTHING, NEED_STATS, POLICY, LANES, WIDTH, ACCESS,
     )  # fmt: skip
     log_total = tl.log(total)
     lse = top + log_total
@@ -278,6 +277,7 @@ def softmax_xent(
         float(logit_scale), float(softcap or 1.0), float(label_smoothing), float(z_loss),
         HAS_WEIGHT=row_weight is not None, HAS_SCALE=logit_scale != 1, HAS_SOFTCAP=has_softcap,
         HAS_SMOOTHING=has_smoothing, HAS_Z_LOSS=z_loss != 0, NEED_GRAD=need_grad, NEED_STATS=need_stats,
+        POLICY=KEPT if need_grad else "evict_first",
         **_row_layout(logits, 2 if need_stats else int(has_softcap or has_smoothing)),
     )  # fmt: skip
     return loss, RowStats(*stats, stats[1] == labels) if need_stats else None
@@ -287,13 +287,13 @@ def softmax_xent(
 def _softmax_partials_kernel(
     x_ptr, x_row, x_col, label_ptr, out_ptr, n, V, logit_scale, softcap,
     HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, NEED_REST: tl.constexpr, NEED_STATS: tl.constexpr,
-    LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
+    POLICY: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, ACCESS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     rate = logit_scale / softcap if HAS_SOFTCAP else logit_scale
     top, total, moment, rest, best, label, x_label = _row_sums(
         x_ptr + row * x_row, x_col, label_ptr + row, V, rate, softcap,
-        HAS_SCALE, HAS_SOFTCAP, NEED_REST, NEED_STATS, True, LANES, WIDTH, ACCESS,
+        HAS_SCALE, HAS_SOFTCAP, NEED_REST, NEED_STATS, POLICY, LANES, WIDTH, ACCESS,
     )  # fmt: skip
     owned = tl.where(label >= 0, label < V, False)
     chosen = _z_of(x_label, rate, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
@@ -316,6 +316,7 @@ def softmax_partials(
         _softmax_partials_kernel, (n,), logits, *logits.stride(), labels.contiguous(), out, n, vocab,
         float(logit_scale), float(softcap or 1.0),
         HAS_SCALE=logit_scale != 1, HAS_SOFTCAP=softcap is not None, NEED_REST=need_rest, NEED_STATS=need_stats,
+        POLICY=KEPT,
         **_row_layout(logits, 2 if need_stats else int(softcap is not None or need_rest)),
     )  # fmt: skip
     return RowPartials(*out)
