@@ -335,6 +335,16 @@ def test_a_step_of_flat_copies_counts_for_the_model_that_no_other_optimizer_hold
         assert (model.sfr.step, other.sfr.step) == (turn, 1)
 
 
+@pytest.mark.parametrize("head_ema", [0.0, 0.9])
+def test_a_model_whose_loss_was_only_looked_at_leaves_the_training_of_another_alone(head_ema):
+    """As in a notebook: it has no optimizer yet, and the other's parameters are no flat copies of its own."""
+    looked_at, other = attached(head_ema=head_ema), torch.nn.Linear(3, 3)
+    looked_at(**BATCH).loss.backward()
+    other(torch.ones(3)).sum().backward()
+    optimizer_of(other).step()
+    assert looked_at.sfr.step == 0
+
+
 @setting("own loop", "state_dict with head and step")
 def test_the_step_is_in_the_state_dict_and_moves_with_it(model):
     twin, optimizer = attached(), optimizer_of(model)

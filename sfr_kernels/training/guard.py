@@ -125,9 +125,11 @@ class Watch:
         self.count()
 
     def after_unknown(self, optimizer: Optimizer) -> None:
-        """After a step of an optimizer that has none of the model's parameters. If none has them, it has copies."""
+        """After a step of an optimizer that has none of the model's parameters. If none has them, and what it has is
+        flat, it has copies; the parameters of another model are not all flat."""
         if optimizer not in self.engines:
-            if self._has_optimizer("model", self.base.parameters()):
+            flat = all(p.dim() <= 1 for group in optimizer.param_groups for p in group["params"])
+            if not flat or self._has_optimizer("model", self.base.parameters()):
                 return
             if self.head_ema:
                 raise RuntimeError(COPIES)
