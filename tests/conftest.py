@@ -1,7 +1,9 @@
 """What every test module may ask for by name."""
 
 import fcntl
+import gc
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +21,19 @@ os.environ.pop("PYTEST_XDIST_WORKER", None)
 def pytest_collection_modifyitems(items):
     """Those that take minutes first: the last to end would otherwise run alone."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+_imported = 0  # modules, when garbage was last collected here
+
+
+def pytest_runtest_setup():
+    """What is imported stays: a collection of garbage would look through all of it, for a quarter of a second, and the
+    benchmarks, the compilers and the trainers collect often, and so does each fork."""
+    global _imported
+    if len(sys.modules) > _imported:
+        gc.collect()
+        gc.freeze()
+        _imported = len(sys.modules)
 
 
 @pytest.fixture(scope="module")
