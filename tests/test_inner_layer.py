@@ -205,7 +205,7 @@ def test_layers_that_are_not_called_as_they_should_be_are_refused():
 @setting("own loop", "an inner layer for the head, with torch.compile")
 def test_a_compiled_model_is_one_graph():
     torch._dynamo.reset()
-    eager, model = inner_model(), inner_model()
+    eager, model = (inner_model(model=tiny_llama(num_hidden_layers=2)) for _ in range(2))
     model.load_state_dict(eager.state_dict())
     counter = CompileCounterWithBackend("eager")
     compiled, graphs = torch.compile(model, backend=counter, fullgraph=True), []
