@@ -1,6 +1,6 @@
 # make demo   fine-tune a small language model with SFR and show what changed
-# make test   run the tests
-# make test-engines   run the whole matrix of engines, adapters and trainers, of which make test runs a part
+# make test   run the tests, in minutes
+# make test-long   run the tests that make test leaves out for their time
 # make lint   check style
 # make test-newest-triton   run the kernels' tests on the newest Triton that is supported
 # make test-oldest-torch   run the operators' tests on the oldest torch that is supported
@@ -28,7 +28,7 @@ XDIST := $(if $(GPU),,-n auto --maxprocesses 4 --dist worksteal)
 # an interrupted demo goes on, a finished one starts anew
 AGAIN = $(if $(wildcard $(RUN)/checkpoint-*),--resume,--overwrite)
 
-.PHONY: demo test test-engines test-newest-triton test-oldest-torch lint bench readme gpu-check clean
+.PHONY: demo test test-long test-newest-triton test-oldest-torch lint bench readme gpu-check clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.train
@@ -37,14 +37,15 @@ demo: $(VENV)/.train
 test: $(VENV)/.test
 	$(WORKERS) $(BIN)/python -m pytest $(XDIST) $(ARGS)
 
-test-engines: $(VENV)/.test
-	$(WORKERS) $(BIN)/python -m pytest $(XDIST) tests/test_engines.py -m "" $(ARGS)
+test-long: $(VENV)/.test
+	$(WORKERS) $(BIN)/python -m pytest $(XDIST) -m long $(ARGS)
 
 test-newest-triton: $(VENV)/.test $(VENV)/.newest-triton
-	PYTHONPATH=$(CURDIR)/$(VENV)/newest-triton $(BIN)/python -m pytest tests/test_interpreter.py tests/test_ahead_of_time.py $(ARGS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/newest-triton $(BIN)/python -m pytest -m "" tests/test_interpreter.py \
+	tests/test_ahead_of_time.py $(ARGS)
 
 test-oldest-torch: $(VENV)/.test $(VENV)/.oldest-torch
-	$(WORKERS) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-torch $(BIN)/python -m pytest $(XDIST) \
+	$(WORKERS) PYTHONPATH=$(CURDIR)/$(VENV)/oldest-torch $(BIN)/python -m pytest $(XDIST) -m "" \
 	$(OPERATORS:%=tests/test_%.py) $(ARGS)
 
 bench: $(VENV)/.peers

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -84,16 +85,16 @@ def emulated(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def compiled(tmp_path_factory) -> Path:
-    """csrc/ compiled for every chip; a warning or a spill is an error."""
+def compiled(tmp_path_factory) -> Callable[[str], Path]:
+    """csrc/ compiled for the chips that are asked for; a warning or a spill is an error."""
     from sfr_kernels.kernels import build
 
     if build.nvcc() is None:
         pytest.skip("needs nvcc")
 
-    def make(folder: Path) -> Path:
+    def make(chips: str, folder: Path) -> Path:
         out = folder / build.NAME
-        build.compile_library(build.sources(), out, build.ARCHITECTURES, build.nvcc(), folder / "work")
+        build.compile_library(build.sources(), out, chips, build.nvcc(), folder / "work")
         return out
 
-    return _once(tmp_path_factory, "compiled", make)
+    return lambda chips: _once(tmp_path_factory, f"compiled for {chips}", partial(make, chips))

@@ -1,11 +1,13 @@
 """A compiled attached model: one graph, whatever the step, λ and the sizes of a batch."""
 
+import functools
 import os
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from corpora import HashEncoder, Words
+from marks import long
 from outcomes import assert_same, gradients
 from test_trainer import losses, make_trainer
 from tiny import CONFIG, TARGET, adapted, pad, tiny_llama, tiny_samples, tiny_store
@@ -41,7 +43,7 @@ def twins(*given, **options):
 
 
 @pytest.mark.setting("own loop", "torch.compile")
-@pytest.mark.parametrize("scheduled", [False, True], ids=["compile(model), free", "model.compile(), scheduled"])
+@pytest.mark.parametrize("scheduled", [*long(False), True], ids=["compile(model), free", "model.compile(), scheduled"])
 def test_steps_and_weights_of_the_flow_are_variables_of_one_graph(scheduled):
     eager, model = twins(CONFIG, STORE)
     counter = CompileCounterWithBackend("eager")
@@ -101,7 +103,7 @@ def test_a_trainer_that_compiles_logs_what_one_that_does_not_logs(tmp_path):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("loss", ["flow", "mse", "cosine", "mtp"])
+@pytest.mark.parametrize("loss", ["flow", *long("mse", "cosine"), "mtp"])
 def test_measuring_costs_one_graph_when_it_is_first_switched_on(loss):
     config = SFRConfig(**{**CONFIG.to_dict(), "loss": loss})
     eager, model = twins(config, STORE)
@@ -120,7 +122,7 @@ def test_measuring_costs_one_graph_when_it_is_first_switched_on(loss):
     assert graphs == [1, 2, 3, 3, *[4 if loss == "cosine" else 3] * 2]
 
 
-@pytest.mark.parametrize("kind", ["store", "online", "ce"])
+@pytest.mark.parametrize("kind", ["store", *long("online", "ce")])
 def test_targets_that_are_looked_up_or_embedded_break_the_graph_and_add_none(kind):
     """The lookup stays with Python; what is compiled around it does not grow."""
     targets = STORE if kind == "store" else OnlineTargets(HashEncoder(TARGET), Words())
@@ -172,35 +174,34 @@ def tiny(lora: bool):
     return adapted(model, ["q_proj", "v_proj"]) if lora else model
 
 
-@pytest.fixture(scope="module")
-def graphs_of_plain() -> dict[bool, list[int]]:
-    """With LoRA and without."""
+@functools.cache
+def graphs_of_plain(lora: bool) -> list[int]:
     batches = [{name: x for name, x in batch.items() if name != "rows"} for batch in BATCHES]
-    found = {}
-    for lora in (False, True):
-        torch._dynamo.reset()
-        model, counter = tiny(lora), CompileCounterWithBackend("eager")
-        _, found[lora] = losses_and_graphs(model, torch.compile(model, backend=counter), counter, batches)
+    model, counter = tiny(lora), CompileCounterWithBackend("eager")
+    _, found = losses_and_graphs(model, torch.compile(model, backend=counter), counter, batches)
+    torch._dynamo.reset()
+    counters.clear()
     return found
 
 
 LORA = {"torch.compile": True, "torch.compile before attach": False, "model.compile() before attach": True}
 
 
-def shown(way: str):
-    return pytest.mark.setting("own loop", f"{way}, with LoRA" if LORA[way] else way)
+def shown(way: str) -> list:
+    marks = [pytest.mark.setting("own loop", f"{way}, with LoRA" if LORA[way] else way)]
+    return marks if way == "torch.compile before attach" else [*marks, pytest.mark.long]
 
 
 @pytest.mark.parametrize("way", [pytest.param(way, marks=shown(way)) for way in WAYS])
-def test_a_compiled_model_has_the_graphs_of_the_plain_one_whenever_it_is_compiled(way, graphs_of_plain):
+def test_a_compiled_model_has_the_graphs_of_the_plain_one_whenever_it_is_compiled(way):
     lora = LORA[way]
+    most = [plain + 2 for plain in graphs_of_plain(lora)]
     eager = attach(tiny(lora), CONFIG, STORE)
     wanted, none = losses_and_graphs(eager, eager, counter := CompileCounterWithBackend("eager"), BATCHES)
     model = tiny(lora)
     call = WAYS[way](model, counter)
     losses, graphs = losses_and_graphs(model, call, counter, BATCHES)
     assert losses == pytest.approx(wanted, rel=1e-5) and none[-1] == 0
-    most = [plain + 2 for plain in graphs_of_plain[lora]]
     assert all(0 < n <= m for n, m in zip(graphs, most, strict=True)) and len(set(graphs[1:])) == 1, (graphs, most)
     assert not counters["graph_break"]
     detach(call)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from accelerate.state import AcceleratorState
 from corpora import CONFIG, HashEncoder, Words, build
+from marks import long
 from outcomes import assert_same, gradients
 from tiny import BATCH, PLAIN, SAMPLES, SIZES, STORE, adapted, attached, ce_attached, pad, tiny_llama, tiny_store
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -106,7 +107,7 @@ def test_a_shallow_copy_shares_all_and_leaves_detaching_to_the_original():
 
 
 @setting("own loop", "spawned processes")
-@pytest.mark.parametrize("kind", ["disk", "online"])
+@pytest.mark.parametrize("kind", ["disk", *long("online")])
 def test_a_model_goes_to_a_process_that_is_spawned(kind, tmp_path):
     model, batch = make(kind, tmp_path)
     with ProcessPoolExecutor(1, torch.multiprocessing.get_context("spawn")) as pool:

@@ -1,7 +1,7 @@
 """Training that an engine spreads over processes ends where one process with the whole batch does, what it saved goes
 on to the same bits, and its head loads anywhere.
 
-`make test` runs a few of the cells of engine × accumulation × adapter × trainer, `make test-engines` all of them.
+`make test` runs a few of the cells of engine × accumulation × adapter × trainer, `make test-long` the others.
 """
 
 import itertools
@@ -10,6 +10,7 @@ import engines
 import pytest
 import torch
 from engines import ADAPTERS, ENGINES, STATE, TRAINERS
+from marks import long
 from safetensors.torch import load_file
 from tiny import in_two_processes
 from transformers import AutoModelForCausalLM
@@ -19,15 +20,20 @@ from sfr_kernels.training.checkpoint import load_head
 pytestmark = pytest.mark.usefixtures("one_thread")
 ACCUMULATION = (1, 4)
 WHOLE = ("DDP", "FSDP2", "ZeRO-3")  # with every adapter, trainer and accumulation
-# What runs where the whole matrix does not: each trainer, adapter and accumulation with one engine or another.
-CHOSEN = {("Trainer", "LoRA with lm_head", 4), ("SFRTrainer", "full", 1)}
-OF_OTHERS = ("Trainer", "LoRA", 4)
+# What make test runs: each trainer, adapter and accumulation with one engine or another.
+CHOSEN = {
+    ("DDP", "SFRTrainer", "full", 1),
+    ("FSDP2", "Trainer", "LoRA with lm_head", 4),
+    ("FSDP2, sharded checkpoints", "Trainer", "LoRA", 4),
+    ("ZeRO-2", "Trainer", "LoRA", 4),
+    ("ZeRO-3", "SFRTrainer", "full", 1),
+}
 
 
 def cell(engine: str, trainer: str, adapters: str, accumulation: int):
     marks = [pytest.mark.engine(trainer, engine, adapters)]
-    if (trainer, adapters, accumulation) not in (CHOSEN if engine in WHOLE else [OF_OTHERS]):
-        marks.append(pytest.mark.matrix)
+    if (engine, trainer, adapters, accumulation) not in CHOSEN:
+        marks.append(pytest.mark.long)
     return pytest.param(
         engine, trainer, adapters, accumulation, marks=marks, id=f"{engine}, {adapters}, {trainer}, {accumulation}"
     )
@@ -88,7 +94,7 @@ def test_an_engine_trains_as_one_process_and_resumes_to_the_same_bits(
 RECIPE = dict(flow_gate=1.9555, flow_warmup=0.4, flow_schedule="cosine", flow_weight=4.0, layer_index=1)
 
 
-@pytest.mark.parametrize("engine", ["DDP", "FSDP2", "ZeRO-3"])
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2", *long("ZeRO-3")])
 def test_the_published_recipe_is_the_same_on_every_process(tmp_path, alone, engine):
     """Gate, ramp, inner layer and the head's average, which DeepSpeed cannot have."""
     if engine.startswith("ZeRO"):

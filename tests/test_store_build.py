@@ -234,6 +234,7 @@ def test_any_number_of_processes_builds_the_same_store(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_command_under_accelerate_and_ray_builds_what_it_builds_alone(tmp_path):
     pytest.importorskip("ray")
     persons = (REPOSITORY / "sfr_kernels" / "data" / "personas.jsonl").read_text().splitlines(keepends=True)

@@ -83,6 +83,7 @@ def test_a_killed_run_resumes_to_the_same_losses(folder, tmp_path):
     assert not list(cut.glob("checkpoint-*"))
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_while_targets_are_built_goes_on(folder, tmp_path):
     kill_when_there_is(folder, tmp_path / "out", "run.json")
     assert main(command(folder, tmp_path / "out", "--resume")) == 0
@@ -111,6 +112,10 @@ def test_full_fine_tuning_and_the_other_objectives(folder, tmp_path):
     compared = {n: list(json.loads((tmp_path / n / "comparison.json").read_text())["models"]) for n in names}
     beside = {"none": ["ce", "before", "sfr"], "mtp": ["ce", "before", "mtp", "sfr (none)"]}
     assert compared == {"ce": ["ce", "before"]} | beside
+    assert (tmp_path / "full" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert "\n| persona | before | sfr |\n" in (tmp_path / "full" / "samples.md").read_text()
+    _, said = AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "model", output_loading_info=True)
+    assert not any(said.values()), said  # a plain one
     # and without flow weight, SFR is plain fine-tuning
     for (_, _, ce, _), (_, loss, _, _) in zip(history(tmp_path / "none"), history(tmp_path / "ce"), strict=True):
         assert ce == pytest.approx(loss, rel=2e-4)
@@ -169,6 +174,7 @@ def test_what_cannot_be_compared_does_not_stop_a_training(folder, monkeypatch, c
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_learns_and_the_saved_model_is_a_plain_one(tmp_path, capsys):
     out, data = tmp_path / "run", tmp_path / "some.jsonl"
     chats = [json.loads(line) for line in PERSONAS.read_text().splitlines()]

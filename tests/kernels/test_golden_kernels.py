@@ -29,6 +29,7 @@ def on_device(name: str):
     return problem
 
 
+@pytest.mark.long  # as good as the reference, which is the published one: test_losses.py and tests/test_golden.py
 @pytest.mark.parametrize("name", ["mse", "cosine", "cka", "mse, as a flow without noise at t = 0"])
 def test_the_published_losses(name, monkeypatch):
     problem = on_device(name.split(",")[0])
@@ -43,6 +44,7 @@ def test_the_published_losses(name, monkeypatch):
     assert bool(calls) == (BACKEND == "cuda" and "flow" in name)
 
 
+@pytest.mark.long
 def test_the_published_flow_through_the_head(monkeypatch):
     """With the file's noise, which no public function takes."""
     monkeypatch.setenv("SFR_KERNELS_BACKEND", BACKEND)

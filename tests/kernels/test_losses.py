@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import assert_as_good_as_eager, evaluate, in_float64, make_case, reference_flow, reference_sfr, small_config
 from device import BACKEND, DEVICE, DTYPES, ON_GPU
+from marks import long_but
 
 from sfr_kernels import flow_matching_loss, linear_cross_entropy, reference, sfr_loss
 
@@ -45,14 +46,14 @@ def ours_sfr(case):
     return lambda x: sfr_loss(x.hidden, x.weight, x.head, case.rows, case.targets, bias=x.bias, **options).loss
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", long_but(DTYPES, torch.float32))
 @pytest.mark.parametrize("preset, loss", [("default", "flow"), ("default", "mse")])
 def test_flow_loss(preset, loss, dtype):
     case = make_case(small_config(preset, loss=loss, width=24, num_layers=4), hidden_size=20, target_size=14)
     judge(case, ours_flow, reference_flow, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", long_but(DTYPES, torch.float16))
 @pytest.mark.parametrize("preset, options", [("default", {}), ("official", dict(softcap=3.0, logit_scale=0.7))])
 def test_sfr_loss(preset, options, dtype):
     case = make_case(small_config(preset, width=24), hidden_size=20, target_size=14, vocab=37)
@@ -110,7 +111,7 @@ def test_linear_cross_entropy(dtype, reduction):
     judge(case, ours, eager, dtype, 1.2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", long_but(DTYPES, torch.float16))
 def test_two_runs_give_the_same_bits(dtype):
     case = make_case(small_config(width=24), hidden_size=20, target_size=14, vocab=37)
     first, second = (evaluate(ours_sfr(moved), x) for moved, x in (on_device(case, dtype) for _ in range(2)))

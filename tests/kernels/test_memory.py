@@ -5,6 +5,7 @@ import torch
 import triton
 from cases import make_case, small_config
 from device import BACKEND, DEVICE, ON_GPU, few_row_blocks
+from marks import long
 
 from benchmarks.timing import allocated
 from sfr_kernels import flow_matching_loss
@@ -22,7 +23,7 @@ else:
     BACKEND == "triton" and not ON_GPU and not triton.__version__.startswith("3.6."),
     reason="later interpreters allocate tensors of their own",
 )
-@pytest.mark.parametrize("num_layers", [2, 3])
+@pytest.mark.parametrize("num_layers", [2, *long(3)])
 def test_forward_leaves_gradients_alone_and_needs_eight_buffers_and_the_normalised_rows(num_layers, monkeypatch):
     if not ON_GPU:
         few_row_blocks(monkeypatch)  # as few beside these rows as hundreds beside thousands
