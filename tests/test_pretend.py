@@ -85,6 +85,23 @@ def test_pretended_waits_raise_where_they_are_forbidden(name):
 
 
 @pretended
+def test_pretended_waits_raise_within_an_operator():
+    """There an operation is not yet what it is made of."""
+
+    @torch.library.custom_op("sfr_kernels::waits", mutates_args=())
+    def waits(x: torch.Tensor) -> torch.Tensor:
+        return x * x.sum().item()
+
+    assert waits(there(3)).is_cuda
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="waits for the device"):
+            waits(there(3))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pretended
 def test_pretended_tensors_stay_where_they_are_put():
     layer = torch.nn.Linear(3, 3).to("cuda")
     layer(there(2, 3)).sum().backward()

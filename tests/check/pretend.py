@@ -42,7 +42,8 @@ FACTORIES = (
 OF_TENSORS = ("to", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
 MIXING = ("copy_", "_to_copy", "set_", "_foreach_copy_")  # operations that take tensors of both devices
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")  # which take indices of the CPU
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal")
+WAITING = ("item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "argwhere", "masked_select", "_unique2",
+           "unique_consecutive", "bincount")  # fmt: skip
 
 _on_gpu: dict[int, StorageWeakRef] = {}  # the storages that are there; a reference keeps the address from another
 _sync = SimpleNamespace(mode="default")
