@@ -53,9 +53,9 @@ def _on_gpu() -> Iterable[Case]:
     for frozen, goals in heads.items():  # times of the products alone and of the fastest peer that are wanted
         fast = {"of products": 1.10 if frozen else 1.09, "of peer": 1 / 1.9}
         yield _case(CE, llama, 8192, frozen=frozen, goals=goals | fast, worth=MAIN)
-        full, small = {"of products": 1.10}, {"of products": 1.15 if frozen else 1.12}
+        full, small = {"of products": 1.10, "of peer": 1.0}, {"of products": 1.15 if frozen else 1.12}
         if not frozen:
-            full["of peer"], small["of peer"] = 1.0, 1 / 1.9
+            small["of peer"] = 1 / 1.9
         yield _case(CE, llama, 8192, 1.0, frozen=frozen, goals=goals | full, worth=MORE if frozen else MAIN)
         yield _case(CE, qwen, 4096, frozen=frozen, goals=goals | small)
         yield _case(CE, (2048, 248320), 16384, frozen=frozen, goals=goals | {"of products": 1.15 if frozen else 1.2})
@@ -64,7 +64,7 @@ def _on_gpu() -> Iterable[Case]:
         yield _case(JOINT, llama, 8192, frozen=frozen, goals=joint, worth=MORE if frozen else WHOLE)
         yield _case(JOINT, "Qwen3-0.6B", 8192, frozen=frozen, goals=joint)
     yield _case(FLOW, (4096, 0), 8192, 0.75, goals={"ms": 0.55, "of peer": 1 / 3.5}, worth=MAIN)
-    yield _case(FLOW, (4096, 0), 1024, 0.75, goals={"ms": 0.25}, graph_goals={"ms": 0.15}, worth=MAIN)  # launch-bound
+    yield _case(FLOW, (4096, 0), 1024, 0.75, goals={"ms": 0.25}, graph_ms=0.15, worth=MAIN)  # launch-bound
     yield _case(FLOW, (4096, 0), 8192, 1.0)
     yield _case(FLOW, (5120, 0), 16384, 0.75)
     for dtype in (FP16, FP32):
@@ -106,7 +106,7 @@ def _curve(axis: str, op: str, model, tokens: int, supervised: float = 0.5, **op
 
 def _case(op: str, model: str | tuple[int, int], tokens: int, supervised: float = 0.5, *, frozen: bool = False,
           target_size: int = 1024, dtype: torch.dtype = BF16, goals: dict | None = None,
-          graph_goals: dict | None = None, providers: tuple[str, ...] | None = None, **options) -> Case:  # fmt: skip
+          graph_ms: float | None = None, providers: tuple[str, ...] | None = None, **options) -> Case:  # fmt: skip
     name, (hidden_size, vocab) = (model, MODELS[model]) if isinstance(model, str) else (None, model)
     vocab, length = 0 if op == FLOW else vocab, min(2048, tokens // 2)  # two sequences at least
     shape = Shape(tokens // length, length, hidden_size, supervised, vocab, frozen, target_size)
@@ -114,8 +114,8 @@ def _case(op: str, model: str | tuple[int, int], tokens: int, supervised: float 
     label += f", {tokens} tokens, {supervised:.0%} supervised" + (", frozen" if frozen else ", trained") * bool(vocab)
     sizes = dict(model=name, tokens=tokens, hidden_size=hidden_size, vocab=vocab, supervised=supervised, frozen=frozen,
                  target_size=target_size, width=shape.width)  # fmt: skip
-    wanted = dict.fromkeys(OURS, goals or {}) | {name + GRAPH: graph_goals or {} for name in OURS}
-    options |= dict(goals=wanted, providers=providers or ENTERED[op])
+    graphs = {own + GRAPH: {"ms": graph_ms} for own in ("triton", "cuda") if graph_ms}
+    options |= dict(goals=dict.fromkeys(OURS, goals or {}) | graphs, providers=providers or ENTERED[op])
     return Case(op, label, sizes, dtype, shape, **options)
 
 

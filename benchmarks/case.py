@@ -12,7 +12,7 @@ from torch import Tensor
 OURS = ("triton", "cuda", "torch")
 PRODUCTS, LIMIT = "products", "limit"  # what bounds a case, timed beside its providers (limit.py)
 GRAPH = ", graph"  # ends the name of a provider whose launches a CUDA graph replays
-MAIN, WHOLE, MORE, SWEEP = range(4)  # worth: one main case of each op; joint loss and training step; the rest; curves
+MAIN, WHOLE, MORE, SWEEP = range(4)  # worth: main cases of each op; joint loss and training step; the rest; curves
 Run = Callable[[], list[Tensor]]  # does the work once and returns its results, such as the loss and the gradients
 
 

@@ -1,6 +1,6 @@
 """Measures, shows a table and writes a report; compares results, and shows old ones (benchmarks/README.md).
 
-    bench                       one main case of each op, the joint loss and a training step: within five minutes
+    bench                       the main cases of each op, the joint loss and a training step: within five minutes
     bench --full                every case, in the order of their worth
     bench --only softmax_xent   of all cases, those that contain it as a word: op, label, dtype
     bench compare A B           what got slower from A to B; exit status 1 if something of ours did

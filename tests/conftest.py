@@ -3,7 +3,6 @@
 import fcntl
 import gc
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,17 +23,11 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-_imported = 0  # modules, when garbage was last collected here
-
-
-def pytest_runtest_setup():
-    """What is imported stays: a collection of garbage would look through all of it, for a quarter of a second, and the
-    benchmarks, the compilers and the trainers collect often, and so does each fork."""
-    global _imported
-    if len(sys.modules) > _imported:
-        gc.collect()
-        gc.freeze()
-        _imported = len(sys.modules)
+def pytest_collection_finish():
+    """What is imported by now stays: a collection of garbage would look through all of it, for a quarter of a second,
+    and the benchmarks, the compilers and the trainers collect often, and so does each fork."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

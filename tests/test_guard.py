@@ -323,15 +323,17 @@ def test_a_model_in_eval_is_trained_with_a_warning(model):
 
 
 @setting("own loop", "steps of an optimizer of flat copies (as DeepSpeed's)")
-def test_a_step_of_flat_copies_counts_for_the_model_that_no_other_optimizer_holds(model):
-    """As an engine makes them, which shards the optimizer's state."""
+@pytest.mark.parametrize("way", ["flat", "one by one"])
+def test_a_step_of_copies_counts_for_the_model_that_no_other_optimizer_holds(way, model):
+    """As an engine makes them, which shards the optimizer's state or keeps it in float32."""
     other = attached()
     step(other)
+    copies = [torch.zeros(7)] if way == "flat" else [p.detach().clone() for p in model.parameters() if p.requires_grad]
     for turn in (1, 2):
         model(**BATCH).loss.backward()
-        flat = torch.zeros(7, requires_grad=True)
-        flat.grad = torch.ones(7)
-        SGD([flat], lr=0.1).step()
+        for p in copies:
+            p.requires_grad_().grad = torch.ones_like(p)
+        SGD(copies, lr=0.1).step()
         assert (model.sfr.step, other.sfr.step) == (turn, 1)
 
 

@@ -200,7 +200,7 @@ def test_a_step_that_a_scaler_skips_leaves_the_head():
 
 @setting("own loop", "head_ema of a head in 16 bits", outcome="refused")
 @setting("own loop", "head_ema with flat copies of the parameters (as DeepSpeed's)", outcome="refused")
-@pytest.mark.parametrize("way", ["16 bits", "flat copies", "partitioned"])
+@pytest.mark.parametrize("way", ["16 bits", "flat copies", "copies", "partitioned"])
 def test_a_head_that_has_no_average_stops_the_first_step(way, tmp_path):
     model = attached(head_ema=0.9)
     parameters = list(model.parameters())
@@ -208,6 +208,8 @@ def test_a_head_that_has_no_average_stops_the_first_step(way, tmp_path):
         model.sfr.head.bfloat16()
     elif way == "partitioned":
         model.sfr.head.output_proj.weight.ds_id = 7
+    elif way == "copies":
+        parameters = [p.detach().clone().requires_grad_() for p in parameters]
     else:
         parameters = [torch.zeros(5, requires_grad=True)]
     optimizer = SGD(parameters, lr=0.1)

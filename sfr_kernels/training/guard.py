@@ -8,6 +8,7 @@ learn. They also count the steps, from which the noise follows.
 import gc
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -125,16 +126,22 @@ class Watch:
         self.count()
 
     def after_unknown(self, optimizer: Optimizer) -> None:
-        """After a step of an optimizer that has none of the model's parameters. If none has them, and what it has is
-        flat, it has copies; the parameters of another model are not all flat."""
+        """After a step of an optimizer that has none of the model's parameters. If none has them, and what it has may
+        be copies, it has copies."""
         if optimizer not in self.engines:
-            flat = all(p.dim() <= 1 for group in optimizer.param_groups for p in group["params"])
-            if not flat or self._has_optimizer("model", self.base.parameters()):
+            if not self._may_be_copies(optimizer) or self._has_optimizer("model", self.base.parameters()):
                 return
             if self.head_ema:
                 raise RuntimeError(COPIES)
             self.engines.add(optimizer)
         self.count()
+
+    def _may_be_copies(self, optimizer: Optimizer) -> bool:
+        """Whether what it has is flat, as engines lay parameters one after the other, or as large as the model's, one
+        by one; the parameters of another model are neither."""
+        held = [p.shape for group in optimizer.param_groups for p in group["params"]]
+        trained = [p.shape for p in self.base.parameters() if p.requires_grad]
+        return bool(held) and (all(len(shape) <= 1 for shape in held) or Counter(held) == Counter(trained))
 
     def count(self) -> None:
         """Counts a step; several optimizers that step after one loss make one step."""

@@ -30,7 +30,7 @@ from . import sanitize
 from .plugin import run_tests
 
 # Phases, those of a line side by side, and the share of the time after which they are stopped.
-PHASES = {("rows", "tests"): 0.75, ("timing",): 0.85, ("experiments",): 1.0, ("sanitizers",): 1.0}
+PHASES = {("rows", "tests"): 0.65, ("timing",): 0.75, ("experiments",): 1.0, ("sanitizers",): 1.0}
 SANITIZERS = 5.0  # minutes for them
 FOLDER = ROOT / "tests"
 ROWS, GROUPS = "test_gpu_errors.py", ("large", "small", "flow", "odd", "tiny")  # a process each
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     phases = [phase for group in PHASES for phase in group]
     parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", choices=phases, help="of its phases, again for more; default: all")
-    parser.add_argument("--minutes", type=float, default=2.5, help="for all but the sanitizers (default %(default)g)")
+    parser.add_argument("--minutes", type=float, default=3.5, help="for all but the sanitizers (default %(default)g)")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-check"), help="a folder (default %(default)s)")
     parser.add_argument("--workers", type=int, default=max(1, min(8, (os.cpu_count() or 1) // 2)))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try the check itself")

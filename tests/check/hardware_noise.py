@@ -1,6 +1,6 @@
 """An experiment: flow_path with the approximate logarithm, root, sine and cosine of the GPU itself.
 
-    x_0 = source_std · √(−2 ln u) · (cos, sin)(2π w)      u_t = target_scale · x_1 − x_0      x_t = x_0 + t · u_t
+    x_0 = source_std · √(−2 ln u_a) · (cos, sin)(2π u_b)      u = target_scale · x_1 − x_0      x_t = x_0 + t · u
 
 `flow_path` makes its noise of products, sums and operations on bits, so that it has the same bits in Triton, in CUDA,
 in Triton's interpreter and on every chip; these functions take fewer instructions, and their bits are a chip's own.
@@ -27,7 +27,8 @@ def _approximately(NAME: tl.constexpr, x):
 @triton.jit
 def _pair(w_radius, w_angle, std):
     logarithm = _approximately("lg2.approx.ftz.f32", uniform(w_radius))
-    r = std * _approximately("sqrt.approx.ftz.f32", -1.3862943611198906 * logarithm)  # −2 ln 2
+    # −2 ln u = 2 ln 2 · |log₂ u|, also where the approximation is above 0, next to u = 1
+    r = std * _approximately("sqrt.approx.ftz.f32", 1.3862943611198906 * tl.abs(logarithm))
     angle = w_angle.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # 2π · 2⁻³², in [−π, π]
     return r * _approximately("cos.approx.ftz.f32", angle), r * _approximately("sin.approx.ftz.f32", angle)
 

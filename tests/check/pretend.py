@@ -4,11 +4,15 @@ cuda:0, and lie on the CPU. What mixes tensors of both devices raises, as does w
 
 So what is written for a GPU can be run without one: tests that need one, a training by Trainer, the demo.
 
-    TRITON_INTERPRET=1 SFR_KERNELS_CUDA_LIBRARY=EMULATED python -m check.pretend pytest -m gpu tests/test_gpu.py
+    export PYTHONPATH=.:tests
+    python -c "import emulation, pathlib; print(emulation.compile_emulation(pathlib.Path('/tmp')))"
+    export SFR_KERNELS_CUDA_LIBRARY=/tmp/libemulated.so TRITON_INTERPRET=1
+    python -m check.pretend pytest -m gpu tests/test_gpu.py -k "not compiled"
     SFR_KERNELS_BACKEND=torch python -m check.pretend sfr_kernels train --out runs/pretended --steps 4
 
 Kernels run in Triton's interpreter, or emulated, or as those of torch. It sees no races, no memory and no time; nothing
-in other threads and processes; and it does not compile. bfloat16 is wrong in Triton's interpreter.
+in other threads and processes; no copy that autograd makes back to the other device; and it does not compile. bfloat16
+is wrong in Triton's interpreter.
 """
 
 import functools
@@ -29,21 +33,13 @@ from torch.utils._pytree import tree_leaves
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 BASE = torch._C.TensorBase
 KINDS = ("empty", "zeros", "ones", "full", "rand", "randn", "randint")
-FACTORIES = (
-    *KINDS,
-    *(f"{kind}_like" for kind in KINDS),
-    "arange",
-    "tensor",
-    "as_tensor",
-    "eye",
-    "linspace",
-    "randperm",
-)
+FACTORIES = (*KINDS, *(f"{kind}_like" for kind in KINDS), "arange", "tensor", "as_tensor", "eye", "linspace",
+             "randperm")  # fmt: skip
 OF_TENSORS = ("to", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
 MIXING = ("copy_", "_to_copy", "set_", "_foreach_copy_")  # operations that take tensors of both devices
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")  # which take indices of the CPU
-WAITING = ("item", "_local_scalar_dense", "is_nonzero", "equal", "nonzero", "argwhere", "masked_select", "_unique2",
-           "unique_consecutive", "bincount")  # fmt: skip
+WAITING = ("item", "_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "argwhere", "masked_select",
+           "_unique2", "unique_consecutive", "bincount")  # fmt: skip
 
 _on_gpu: dict[int, StorageWeakRef] = {}  # the storages that are there; a reference keeps the address from another
 _sync = SimpleNamespace(mode="default")
@@ -99,11 +95,12 @@ class Devices(TorchDispatchMode):
 
     def check(self, function, name: str, args: tuple, kwargs: dict, there: dict[int, bool]) -> None:
         tensors = _tensors((args, kwargs))
-        apart = [t for t in tensors if t.dim() and not there[id(t)]]
+        apart = [t for t in tensors if (t.dim() or name in ("cat", "stack")) and not there[id(t)]]
         if apart and name not in MIXING and not (name in INDEXING and there[id(args[0])]):
             where = ", ".join(f"{tuple(t.shape)} on {'cuda' if there[id(t)] else 'cpu'}" for t in tensors)
             raise MixedDevicesError(f"{function} mixes devices: {where}")
-        mask = name in INDEXING and any(t.dtype in (torch.bool, torch.uint8) for t in _tensors(args[1]))
+        indices = _tensors(args[1]) if name in INDEXING else []
+        mask = any(t.dtype in (torch.bool, torch.uint8) or not there[id(t)] for t in indices)
         moves = name == "copy_" and there[id(args[0])] != there[id(args[1])]
         blocks = moves and not (kwargs.get("non_blocking") or True in args[2:])
         counts = name == "repeat_interleave" and kwargs.get("output_size") is None
@@ -150,6 +147,20 @@ def _enter_context(self, device, original=DeviceContext.__init__):
     original(self, CPU if self.asked.type == "cuda" else self.asked)
 
 
+def _pinned(self, *_) -> Tensor:
+    self.pinned = True
+    return self
+
+
+def _on_cpu(function):
+    def wrapper(self, *args, **kwargs):
+        if is_there(self):
+            raise TypeError("a tensor on the GPU is no array: copy it to the CPU first")
+        return function(self, *args, **kwargs)
+
+    return wrapper
+
+
 def _address(self, original=BASE.data_ptr) -> int:
     file = sys._getframe(1).f_code.co_filename
     if "sfr_kernels/kernels/" in file and file.endswith(("cuda.py", "one_call.py")) and not is_there(self):
@@ -177,7 +188,7 @@ def _rms_norm_backward(grad, h, shape, rstd, weight, mask):  # which torch has f
 
 
 class Stream:
-    """All work is done when its call returns."""
+    """A stream or an event: all work is done when its call returns."""
 
     cuda_stream, device = 0, GPU
 
@@ -248,8 +259,9 @@ def install() -> None:
     Tensor.is_cuda, Tensor.is_cpu = property(is_there), property(lambda x: given(x).type == "cpu" and not is_there(x))
     Tensor.get_device, Tensor.record_stream = lambda x: 0 if is_there(x) else -1, nothing
     Tensor.cuda, Tensor.cpu = (lambda x, *_, where=where, **__: x.to(where) for where in ("cuda", "cpu"))
-    Tensor.pin_memory = lambda x, *_: (setattr(x, "pinned", True), x)[1]
-    Tensor.is_pinned = lambda x, *_: getattr(x, "pinned", False)
+    Tensor.pin_memory, Tensor.is_pinned = _pinned, lambda x, *_: getattr(x, "pinned", False)
+    Tensor.tolist = lambda x: BASE.tolist(x.to("cpu"))
+    Tensor.numpy, Tensor.__array__ = (_on_cpu(getattr(Tensor, name)) for name in ("numpy", "__array__"))
     Tensor.data_ptr, torch.Generator = _address, Generator
     torch.mm, torch.addmm, torch.bmm = map(_product, (torch.mm, torch.addmm, torch.bmm))
     backward = torch.ops.aten._fused_rms_norm_backward
