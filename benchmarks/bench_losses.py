@@ -53,9 +53,8 @@ def _on_gpu() -> Iterable[Case]:
     for frozen, goals in heads.items():  # times of the products alone and of the fastest peer that are wanted
         fast = {"of products": 1.10 if frozen else 1.09, "of peer": 1 / 1.9}
         yield _case(CE, llama, 8192, frozen=frozen, goals=goals | fast, worth=MAIN)
-        full, small = {"of products": 1.10, "of peer": 1.0}, {"of products": 1.15 if frozen else 1.12}
-        if not frozen:
-            small["of peer"] = 1 / 1.9
+        full = {"of products": 1.10, "of peer": 1.0}
+        small = {"of products": 1.15} if frozen else {"of products": 1.12, "of peer": 1 / 1.9}
         yield _case(CE, llama, 8192, 1.0, frozen=frozen, goals=goals | full, worth=MORE if frozen else MAIN)
         yield _case(CE, qwen, 4096, frozen=frozen, goals=goals | small)
         yield _case(CE, (2048, 248320), 16384, frozen=frozen, goals=goals | {"of products": 1.15 if frozen else 1.2})

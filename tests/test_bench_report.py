@@ -312,6 +312,8 @@ def test_the_faster_backend_is_chosen_with_its_origin(file, tmp_path, monkeypatc
             ("c", "small", "triton", 0.2, 0.3), ("c", "small", "eager", 0.01, 0.01)]  # fmt: skip
     lines = [result(provider, "ours", ms, op="norm_act", label=label, size=size, issue_ms=issue)
              for label, size, provider, ms, issue in rows]  # fmt: skip
+    lines += [result(provider, "ours", ms, op="flow_path", size="large", issue_ms=0.1)
+              for provider, ms in (("cuda", 0.96), ("triton", 1.0))]  # fmt: skip
     lines += [result("cuda", "ours", 1.0, op="flow_mse", size="large"), *case(1.0)]
     monkeypatch.setattr(backend, "FASTEST", tmp_path / "fastest.json")
     other = dict(capability="8.0", kernel="norm_act", size="large", backend="cuda", ms={}, origin="old.json")
@@ -319,8 +321,10 @@ def test_the_faster_backend_is_chosen_with_its_origin(file, tmp_path, monkeypatc
     for _ in range(2):  # a second time it takes the place of the first
         choose.choose(file([run(), *lines]))
     common = dict(capability="9.0", kernel="norm_act", origin="bench-a.jsonl")
+    almost = dict(kernel="flow_path", size="large", backend="triton", ms=dict(cuda=0.96, triton=1.0))
     assert json.loads(backend.FASTEST.read_text()) == [
         other,
+        common | almost,
         common | dict(size="large", backend="cuda", ms=dict(cuda=2.0, triton=2.5)),
         common | dict(size="small", backend="triton", ms=dict(cuda=0.4, triton=0.3)),
     ]

@@ -28,7 +28,7 @@ REST = "(never_waits and not flow and not triton) or (odd and not triton) or end
 @pytest.mark.skipif(bool(emulation.missing()), reason=emulation.missing() or "")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, or one is pretended")
 @pytest.mark.parametrize("files, chosen, number", [
-    ("pretend", "pretended", 20), ("gpu", SHORT, 3),
+    ("pretend", "pretended", 24), ("gpu", SHORT, 3),
     pytest.param("gpu gpu_errors trainer", REST, 6 + 18 + 5, marks=pytest.mark.long),
 ])  # fmt: skip
 def test_what_is_written_for_a_gpu_runs_on_a_pretended_one(files, chosen, number, emulated):
@@ -49,6 +49,7 @@ def there(*shape: int) -> torch.Tensor:
 HERE = torch.ones(3, 3, dtype=torch.float32)
 MIXED = {
     "product": lambda: there(3, 3) @ HERE,
+    "sum": lambda: torch.zeros((), dtype=torch.float32).add_(there(3).sum()),
     "into": lambda: torch.add(there(3, 3), 1.0, out=HERE),
     "stack": lambda: torch.stack([there(3).sum(), HERE.sum()]),
 }
@@ -61,7 +62,8 @@ WAITS = {
 }  # fmt: skip
 FREE = {
     "scalar": lambda: there(3) + torch.tensor(2.0, dtype=torch.float32),
-    "index": lambda: there(3)[there(1).long()],
+    "index": lambda: there(3)[there(1).long()], "fill": lambda: there(3).masked_fill_(there(3) > 0, 0.0),
+    "put": lambda: there(3).index_put_((there(3) > 0,), torch.tensor(0.0, dtype=torch.float32)),
     "to": lambda: HERE.to("cuda", non_blocking=True), "full": lambda: torch.full((3,), 2.0, device="cuda"),
 }  # fmt: skip
 
@@ -110,13 +112,8 @@ def test_pretended_waits_raise_within_an_operator():
 def test_pretended_tensors_stay_where_they_are_put():
     layer = torch.nn.Linear(3, 3).to("cuda")
     layer(there(2, 3)).sum().backward()
-    made = [
-        *layer.parameters(),
-        layer.weight.grad,
-        there(2).double(),
-        there(2).new_zeros(3),
-        torch.zeros_like(there(2)),
-    ]
+    made = [*layer.parameters(), layer.weight.grad]
+    made += [there(2).double(), there(2).new_zeros(3), torch.zeros_like(there(2))]
     with torch.device("cuda"):
         made.append(torch.zeros(2, dtype=torch.float32))
     assert {x.device for x in made} == {torch.device("cuda", 0)} and all(x.is_cuda for x in made)

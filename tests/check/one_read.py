@@ -4,9 +4,8 @@
 
 `softmax_xent` reads a row twice, the second time from L2. Here a program holds a whole row in registers, and while it
 works on one row the next is on its way into shared memory (`num_stages=2`: asynchronous copies; a program a
-multiprocessor takes rows in turn). Without that overlap one read was no faster than two on an H100. It serves rows of
-up to 32768 numbers in 16 bit, of which two fit a multiprocessor: with 50304 it spills 240 bytes a thread, and
-128256 would need a cluster of blocks, which Triton does not offer.
+multiprocessor takes rows in turn). It serves rows of up to 32768 numbers in 16 bit, of which two fit a multiprocessor:
+with 50304 it spills 240 bytes a thread, and 128256 would need a cluster of blocks, which Triton does not offer.
 
 Expected to win by a tenth at V = 32000, where the second read has least to hide behind; the package reads twice until a
 measurement says otherwise.

@@ -11,8 +11,8 @@ So what is written for a GPU can be run without one: tests that need one, a trai
     SFR_KERNELS_BACKEND=torch python -m check.pretend sfr_kernels train --out runs/pretended --steps 4
 
 Kernels run in Triton's interpreter, or emulated, or as those of torch. It sees no races, no memory and no time; nothing
-in other threads and processes; no copy that autograd makes back to the other device; and it does not compile. bfloat16
-is wrong in Triton's interpreter.
+in other threads and processes, where gpu_check and bench work; no copy that autograd makes back to the other device;
+not CUDA's autocast; and it does not compile. bfloat16 is wrong in Triton's interpreter.
 """
 
 import functools
@@ -89,7 +89,10 @@ class Devices(TorchDispatchMode):
         else:
             out = function(*args, **kwargs)
         if any(there.values()) and name != "copy_":
+            here = {BASE.untyped_storage(t)._cdata for t in _tensors((args, kwargs)) if not there[id(t)]}
             for t in _tensors(out):
+                if BASE.untyped_storage(t)._cdata in here:
+                    raise MixedDevicesError(f"{function} mixes devices: what it writes into is on the CPU")
                 put(t)
         return out
 
@@ -100,7 +103,8 @@ class Devices(TorchDispatchMode):
             where = ", ".join(f"{tuple(t.shape)} on {'cuda' if there[id(t)] else 'cpu'}" for t in tensors)
             raise MixedDevicesError(f"{function} mixes devices: {where}")
         indices = _tensors(args[1]) if name in INDEXING else []
-        mask = any(t.dtype in (torch.bool, torch.uint8) or not there[id(t)] for t in indices)
+        filled = name.startswith("index_put") and args[2].numel() == 1  # a mask, and one number for all that it chooses
+        mask = any((t.dtype in (torch.bool, torch.uint8) and not filled) or not there[id(t)] for t in indices)
         moves = name == "copy_" and there[id(args[0])] != there[id(args[1])]
         blocks = moves and not (kwargs.get("non_blocking") or True in args[2:])
         counts = name == "repeat_interleave" and kwargs.get("output_size") is None
@@ -308,7 +312,13 @@ def _of_this_project() -> None:
 
 
 if __name__ == "__main__":
-    module = sys.argv[1]
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    if "check.gpu_check" in sys.argv or "bench" in sys.argv:
+        sys.exit("check.pretend: gpu_check and bench work in processes of their own, where no GPU is pretended")
     sys.argv = sys.argv[1:]
     install()
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if sys.argv[0].endswith(".py"):
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
