@@ -1,5 +1,5 @@
 # make demo   fine-tune a small language model with SFR and show what changed
-# make test   run the tests, in minutes
+# make test   run the tests, within 12 minutes on two cores
 # make test-long   run the tests that make test leaves out for their time
 # make lint   check style
 # make test-newest-triton   run the kernels' tests on the newest Triton that is supported

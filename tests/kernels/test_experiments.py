@@ -81,4 +81,4 @@ def test_each_is_another_way_than_the_packages(monkeypatch):
         experiments.kernels(name).flow_path(path, torch.float16)
     assert seen == ["evict_last", "", "evict_first", False, True]
     with pytest.raises(ValueError, match="multiple of 16"):
-        hardware_noise.path_without_equal_bits(path._replace(targets=path.targets[:, :30]), torch.float16)
+        hardware_noise.path_without_equal_bits(path._replace(targets=path.targets[:, :30]), torch.float16, True)
